@@ -1,0 +1,25 @@
+"""Data sets as byte streams, and batches of them that are a pure function of seed and step."""
+
+from sparse_flax.data.audio import mu_law_decode
+from sparse_flax.data.audio import mu_law_encode
+from sparse_flax.data.audio import read_wav
+from sparse_flax.data.audio import write_wav
+from sparse_flax.data.batches import eval_batches
+from sparse_flax.data.batches import make_batches
+from sparse_flax.data.dataset import Dataset
+from sparse_flax.data.sources import check
+from sparse_flax.data.sources import NAMES
+from sparse_flax.data.sources import open_dataset
+
+__all__ = [
+  "NAMES",
+  "Dataset",
+  "check",
+  "eval_batches",
+  "make_batches",
+  "mu_law_decode",
+  "mu_law_encode",
+  "open_dataset",
+  "read_wav",
+  "write_wav",
+]

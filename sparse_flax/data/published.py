@@ -1,0 +1,161 @@
+"""The data sets of the paper: opened where TFDS prepared them, or prepared from published files."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sparse_flax.data import dataset as dataset_lib
+from sparse_flax.data import prepared as prepared_lib
+from sparse_flax.data import raw
+
+# Images of the published splits, to tell them from a part or from another set of that name.
+_CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
+_IMAGENET_COUNTS = {"train": 1_281_149, "validation": 49_999}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """Where a data set may be found and how it is opened.
+
+  Attributes:
+    modality, image_shape: as in `Dataset`.
+    folders: names of prepared folders, the preferred one first.
+    builder: the builder in `builders.py` that prepares it.
+    check_files: finds the published files in a folder, or raises ValueError.
+    open: (prepared, split, split_seed) -> (streams, remark).
+  """
+
+  modality: str
+  image_shape: tuple[int, int, int] | None
+  folders: Sequence[str]
+  builder: str
+  check_files: Callable[[epath.Path], Any]
+  open: Callable[[prepared_lib.Prepared, str, int], tuple[dataset_lib.Streams, str]]
+
+  def find(self, path: epath.Path) -> prepared_lib.Prepared | None:
+    """The prepared set in `path`, or None if it holds published files ready to be prepared."""
+    found = prepared_lib.find(path, self.folders)
+    if found is None:
+      self.check_files(path)
+      prepared_lib.check_writable(path)
+    return found
+
+  def find_or_prepare(self, path: epath.Path) -> prepared_lib.Prepared:
+    found = self.find(path)
+    if found is None:
+      prepared_lib.prepare(path, self.builder)
+      found = prepared_lib.find(path, self.folders)
+    return found
+
+
+def _open_cifar10(prepared, split, split_seed):
+  source_split = "test" if split == "test" else "train"
+  if source_split not in prepared.num_records:
+    raise ValueError(
+      f"the prepared {prepared.name} has no test split, for lack of test_batch.bin: "
+      f"put that file there and delete {prepared.folder}"
+    )
+  images = _decode_cifar10(prepared, source_split)
+  rows = np.arange(len(images))
+  if split != "test":
+    # 2,000 of 50,000, chosen like scikit-learn's train_test_split(test_size=2000, random_state=
+    # split_seed) in the authors' later release: the first rows of this permutation are held out.
+    order = np.random.RandomState(split_seed).permutation(len(images))
+    held_out = len(images) // 25
+    rows = order[:held_out] if split == "validation" else order[held_out:]
+  remark = _count_remark(len(images), _CIFAR_COUNTS[source_split], source_split)
+  return dataset_lib.Arrays([images[row] for row in rows]), remark
+
+
+@functools.lru_cache(maxsize=1)  # train and validation share one array
+def _decode_cifar10(prepared, split):
+  source = prepared_lib.open_split(prepared, split)
+  images = np.empty((len(source), *raw.CIFAR_SHAPE), np.uint8)
+  ids = []
+  for row, example in enumerate(source):
+    images[row] = dataset_lib.decode_image(example["image"], raw.CIFAR_SHAPE)
+    ids.append(example["id"])
+  return images[np.argsort(ids)]  # TFDS shuffles when it writes; ids number the published order
+
+
+def _open_imagenet64(prepared, split, split_seed):
+  del split_seed  # the splits are published
+  source_split = "train" if split == "train" else "validation"
+  has_validation = "validation" in prepared.num_records
+  source = prepared_lib.open_split(prepared, source_split if has_validation else "train")
+  rows = range(len(source))
+  remark = _count_remark(len(source), _IMAGENET_COUNTS[source_split], source_split)
+  if not has_validation:
+    held_out = max(len(source) // 20, 1)
+    rows = rows[:-held_out] if split == "train" else rows[-held_out:]
+    remark = f"not the published set: valid_64x64.tar is missing, {held_out:,} images are held out"
+  return dataset_lib.LazyImages(source, raw.IMAGENET_SHAPE, rows), remark
+
+
+def _count_remark(count, published, split):
+  if count == published:
+    return "the published set"
+  return f"not the published set: {count:,} {split} images instead of {published:,}"
+
+
+def _open_enwik8(prepared, split, split_seed):
+  del split_seed  # the splits are published
+  source = prepared_lib.open_split(prepared, split)
+  length = (len(source) - 1) * dataset_lib.RECORD_BYTES + len(source[len(source) - 1]["bytes"])
+  return dataset_lib.Records(source, "bytes", [0], [length]), "the published set"
+
+
+def _open_audio(prepared, split, split_seed):
+  source = prepared_lib.open_split(prepared, "train")
+  first, lengths, names = [], [], []
+  record = 0
+  while record < len(source):
+    example = source[record]
+    first.append(record)
+    lengths.append(int(example["length"]))
+    names.append(example["recording"].decode())
+    record += -(-lengths[-1] // dataset_lib.RECORD_BYTES)
+  if raw_names := raw.audio_names(prepared.data_dir):
+    changed = sorted(set(raw_names).symmetric_difference(names))
+    if changed:
+      raise ValueError(
+        f"{changed[0]} was added or taken away after the set was prepared: delete {prepared.folder}"
+      )
+  if len(names) < 3:
+    raise ValueError(f"holds {len(names)} recordings, but train, validation and test need one each")
+  # 5 % of the recordings each, but one at least, for test and validation.
+  held_out = max(round(len(names) * 0.05), 1)
+  order = np.random.RandomState(split_seed).permutation(len(names))
+  parts = np.split(order, [held_out, 2 * held_out])
+  rows = np.sort(dict(zip(("test", "validation", "train"), parts, strict=True))[split])
+  streams = dataset_lib.Records(
+    source, "codes", [first[row] for row in rows], [lengths[row] for row in rows]
+  )
+  return streams, "a folder of recordings: not comparable with the paper's piano set"
+
+
+PUBLISHED = {
+  "cifar10": Published(
+    "image",
+    raw.CIFAR_SHAPE,
+    ("cifar10_binary", "cifar10"),
+    "Cifar10Binary",
+    raw.cifar10_files,
+    _open_cifar10,
+  ),
+  "downsampled_imagenet/64x64": Published(
+    "image",
+    raw.IMAGENET_SHAPE,
+    ("downsampled_imagenet64", "downsampled_imagenet/64x64"),
+    "DownsampledImagenet64",
+    raw.imagenet64_files,
+    _open_imagenet64,
+  ),
+  "enwik8": Published("text", None, ("enwik8",), "Enwik8", raw.enwik8_file, _open_enwik8),
+  "audio": Published("audio", None, ("audio_folder",), "AudioFolder", raw.audio_files, _open_audio),
+}

@@ -1,0 +1,160 @@
+"""The files in which the data sets are published: where they are, whether they are sound."""
+
+import importlib.util
+import io
+import pathlib
+import tarfile
+import zipfile
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+from etils import epath
+from jaxtyping import UInt8
+
+from sparse_flax.data import audio
+
+CIFAR_SHAPE = (32, 32, 3)
+IMAGENET_SHAPE = (64, 64, 3)
+CIFAR_ROW = 1 + 3 * 32 * 32  # a label byte, then the red, the green and the blue plane
+ENWIK8_BYTES = 100_000_000
+TAR_NAMES = {"train": "train_64x64.tar", "validation": "valid_64x64.tar"}
+
+
+def cifar10_files(folder: epath.Path) -> dict[str, list[epath.Path]]:
+  """The binary version's files per split, sizes checked. Only the first train file is a must."""
+  train = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
+  if not train[0].exists():
+    raise ValueError(
+      "holds neither a prepared cifar10 nor data_batch_1.bin to data_batch_5.bin and "
+      "test_batch.bin (the folder cifar-10-batches-bin from the archive cifar-10-binary.tar.gz)"
+    )
+  test = [folder / "test_batch.bin"]
+  files = {"train": [f for f in train if f.exists()], "test": [f for f in test if f.exists()]}
+  for file in files["train"] + files["test"]:
+    size = file.stat().length
+    if not size or size % CIFAR_ROW:
+      raise ValueError(
+        f"{file.name} has {size:,} bytes, not a multiple of {CIFAR_ROW:,} (the published one has "
+        "30,730,000): it is cut off or another format; fetch cifar-10-binary.tar.gz again"
+      )
+  return {split: found for split, found in files.items() if found}
+
+
+def cifar10_images(file: epath.Path) -> tuple[UInt8[np.ndarray, "N 32 32 3"], list[int]]:
+  """Images, as row, column, channel, and labels of one binary file."""
+  rows = np.frombuffer(file.read_bytes(), np.uint8).reshape(-1, CIFAR_ROW)
+  if rows[:, 0].max() > 9:
+    raise ValueError(f"{file.name} has labels beyond 9: it is not of CIFAR-10's binary version")
+  return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0].tolist()
+
+
+def enwik8_file(path: epath.Path) -> epath.Path:
+  """The file `enwik8` (or enwik8.zip) in a folder, size checked; `path` may be the file itself."""
+  names = [path / "enwik8", path / "enwik8.zip"] if path.is_dir() else [path]
+  file = next((name for name in names if name.exists()), None)
+  if file is None:
+    raise ValueError("holds neither a prepared enwik8 nor the file enwik8 or enwik8.zip")
+  try:
+    size = _zip_size(file) if file.suffix == ".zip" else file.stat().length
+  except (zipfile.BadZipFile, KeyError) as error:
+    raise ValueError(f"{file.name} is not the published archive of enwik8 ({error})") from error
+  if size != ENWIK8_BYTES:
+    raise ValueError(
+      f"{file.name} has {size:,} bytes, enwik8 has exactly {ENWIK8_BYTES:,}; "
+      "for another text take data.name='bytes'"
+    )
+  return file
+
+
+def enwik8_bytes(file: epath.Path) -> bytes:
+  """The text in what `enwik8_file` found."""
+  if file.suffix != ".zip":
+    return file.read_bytes()
+  with file.open("rb") as raw, zipfile.ZipFile(raw) as archive:
+    return archive.read("enwik8")
+
+
+def _zip_size(file):
+  with file.open("rb") as raw, zipfile.ZipFile(raw) as archive:
+    return archive.getinfo("enwik8").file_size
+
+
+def imagenet64_files(folder: epath.Path) -> dict[str, epath.Path]:
+  """The tar file of each split; train must be there. Checks their ends and first images."""
+  files = {split: folder / name for split, name in TAR_NAMES.items() if (folder / name).exists()}
+  if "train" not in files:
+    raise ValueError(
+      "holds neither a prepared downsampled_imagenet/64x64 nor train_64x64.tar and valid_64x64.tar"
+    )
+  for file in files.values():
+    with file.open("rb") as raw:
+      size = file.stat().length
+      raw.seek(max(size - 1024, 0))
+      if size < 1024 or any(raw.read()):  # a tar file ends in two blocks of zeros
+        raise ValueError(f"{file.name} ({size:,} bytes) is cut off or not a tar file")
+    next(tar_images(file))
+  return files
+
+
+def tar_images(file: epath.Path) -> Iterator[tuple[int, bytes]]:
+  """Streams (position in the tar file, PNG bytes) of each image; nothing is unpacked to disk."""
+  found = False
+  try:
+    with file.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
+      for member in tar:
+        if member.isfile() and member.name.endswith(".png"):
+          found = True
+          png = tar.extractfile(member).read()
+          _check_png(f"{member.name} in {file.name}", png)
+          yield member.offset, png
+  except tarfile.TarError as error:
+    raise ValueError(f"{file.name} is cut off or not a tar file ({error})") from error
+  if not found:
+    raise ValueError(f"{file.name} holds no PNG image")
+
+
+def _check_png(name, png):
+  try:
+    with PIL.Image.open(io.BytesIO(png)) as image:  # reads the header only
+      size, kind = image.size, image.format
+  except OSError as error:
+    raise ValueError(f"{name} is not a PNG image") from error
+  if (size, kind) != (IMAGENET_SHAPE[:2], "PNG"):
+    raise ValueError(f"{name} is a {kind} of {size[0]} x {size[1]}, not a PNG of 64 x 64")
+
+
+def audio_files(folder: epath.Path) -> dict[str, epath.Path]:
+  """All WAV and FLAC files below a folder by relative name; their headers are checked."""
+  files = {name: folder / name for name in audio_names(folder)}
+  if not files:
+    raise ValueError("holds no prepared audio_folder and no .wav or .flac file")
+  for file in files.values():
+    AUDIO[file.suffix.lower()](file)
+  return files
+
+
+def audio_names(folder: epath.Path) -> list[str]:
+  """Relative names of all WAV and FLAC files below a folder, in order."""
+  found = (file for file in _walk(folder) if file.suffix.lower() in AUDIO)
+  return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def _walk(folder: epath.Path) -> Iterator[pathlib.PurePath]:
+  for path in folder.iterdir():  # epath has no recursive glob
+    if path.is_dir():
+      yield from _walk(path)
+    else:
+      yield path
+
+
+def _check_flac(file: epath.Path) -> None:
+  if importlib.util.find_spec("soundfile") is None:
+    raise ValueError(f"{file} is FLAC, which needs soundfile: pip install soundfile")
+  with file.open("rb") as raw:
+    if raw.read(4) != b"fLaC":
+      raise ValueError(f"{file} is not a FLAC file")
+
+
+AUDIO: dict[str, Callable[[epath.Path], None]] = {".wav": audio.check_wav, ".flac": _check_flac}

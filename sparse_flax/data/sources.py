@@ -1,0 +1,164 @@
+"""Opens a data set by its name in the config, or says what is wrong with its path."""
+
+import contextlib
+import os
+
+import numpy as np
+from etils import epath
+
+from sparse_flax.data import dataset as dataset_lib
+from sparse_flax.data import published
+from sparse_flax.data import raw
+from sparse_flax.data import samples
+
+SPLITS = ("train", "validation", "test")
+_SAMPLES = {"cifar10_sample": "image", "enwik8_sample": "text", "audio_sample": "audio"}
+NAMES = (*published.PUBLISHED, "bytes", *_SAMPLES)
+_MIN_BYTES = 20  # so that each of the splits of 90, 5 and 5 % has a byte
+
+
+def open_dataset(
+  name: str, *, path: str, split: str, seq_len: int, split_seed: int
+) -> dataset_lib.Dataset:
+  """Opens one split of a data set; published files are prepared first, once, beside themselves.
+
+  Args:
+    name: "cifar10", "enwik8", "downsampled_imagenet/64x64" or "audio"; "bytes" for any file; or
+      "cifar10_sample", "enwik8_sample", "audio_sample", which ship with the package.
+    path: a TFDS data_dir that holds the prepared set (ours, or TFDS's own cifar10 and
+      downsampled_imagenet/64x64), or the folder of the published files; a file for "bytes", and
+      possibly for "enwik8"; unused for the samples.
+    split: "train", "validation" or "test".
+      cifar10: validation is 2,000 images of train, chosen by split_seed.
+      downsampled_imagenet/64x64: test is the published validation split; without the file of that
+      split, both are the last twentieth of the training images.
+      audio: 5 % of the recordings each are validation and test, chosen by split_seed.
+      enwik8, bytes, enwik8_sample, audio_sample: 90, 5 and 5 % by position.
+      cifar10_sample: the last 100 images are both validation and test.
+    seq_len: bytes of a window, which must be the size of an image for images.
+    split_seed: chooses what is held out, where the published set does not say.
+
+  Returns:
+    The split. Big sets are read when they are used.
+
+  Raises:
+    ValueError: naming the field, if the name, path, split or seq_len or a file there is wrong.
+  """
+  modality, image_shape = _properties(name)
+  if split not in SPLITS:
+    raise ValueError(f"{split=} must be one of {', '.join(SPLITS)}")
+  _check_image_size(name, image_shape, seq_len)
+  if name in _SAMPLES:
+    streams, remark = _open_sample(name, split), "a small sample: not comparable with any paper"
+    version = "1.0.0"
+  else:
+    with _naming_path(path):
+      streams, remark, version = _open_path(name, _existing(path), split, split_seed)
+  return dataset_lib.Dataset(name, split, modality, image_shape, streams, version, remark)
+
+
+def check(name: str, *, path: str, seq_len: int) -> list[str]:
+  """What is wrong with a data set, without writing and without reading much of it.
+
+  Returns:
+    Messages as "data.path='...': what would be right"; empty if nothing seems wrong.
+  """
+  problems = []
+  try:
+    _, image_shape = _properties(name)
+  except ValueError as error:
+    return [str(error)]
+  try:
+    _check_image_size(name, image_shape, seq_len)
+  except ValueError as error:
+    problems.append(str(error))
+  try:
+    with _naming_path(path):
+      if name not in _SAMPLES:
+        _check_path(name, _existing(path), seq_len)
+  except ValueError as error:
+    problems.append(str(error))
+  return problems
+
+
+def _properties(name):
+  if name in published.PUBLISHED:
+    return published.PUBLISHED[name].modality, published.PUBLISHED[name].image_shape
+  if name == "bytes":
+    return "text", None
+  if name in _SAMPLES:
+    return _SAMPLES[name], raw.CIFAR_SHAPE if name == "cifar10_sample" else None
+  raise ValueError(f"data.name={name!r} must be one of {', '.join(NAMES)}")
+
+
+def _check_image_size(name, image_shape, seq_len):
+  if image_shape and seq_len != np.prod(image_shape):
+    raise ValueError(f"model.{seq_len=} must be {np.prod(image_shape)}, an image of {name}")
+
+
+@contextlib.contextmanager
+def _naming_path(path):
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    raise ValueError(f"data.path={os.fspath(path)!r}: {error}") from error
+
+
+def _existing(path):
+  if not os.fspath(path):
+    raise ValueError("give the folder of the published files, or of the prepared set")
+  found = epath.Path(path).expanduser()
+  if not found.exists():
+    raise ValueError("no such file or folder")
+  return found
+
+
+def _open_path(name, path, split, split_seed):
+  if path.is_file():
+    text = _open_file(name, path)
+    start, stop = dataset_lib.split_positions(len(text))[split]
+    remark = "the published set" if name == "enwik8" else "a file of your own"
+    return dataset_lib.Arrays([text[start:stop]]), remark, "1.0.0"
+  if name == "bytes":
+    raise ValueError("must be a file, whose bytes are the data")
+  source = published.PUBLISHED[name]
+  prepared = source.find_or_prepare(path)
+  streams, remark = source.open(prepared, split, split_seed)
+  return streams, remark, prepared.name
+
+
+def _open_file(name, path):
+  _check_file(name, path)
+  if path.suffix != ".zip" and os.path.exists(path):
+    return np.memmap(path, np.uint8, mode="r")
+  return np.frombuffer(raw.enwik8_bytes(path), np.uint8)
+
+
+def _check_file(name, path):
+  if name not in ("bytes", "enwik8"):
+    raise ValueError("is a file, but must be a folder")
+  if name == "enwik8":
+    raw.enwik8_file(path)
+  elif path.stat().length < _MIN_BYTES:
+    raise ValueError(f"has {path.stat().length} bytes, but needs {_MIN_BYTES} for its three splits")
+
+
+def _check_path(name, path, seq_len):
+  if path.is_file():
+    _check_file(name, path)
+    train, _ = dataset_lib.split_positions(path.stat().length)["validation"]
+    if train < seq_len:
+      raise ValueError(f"its train split has {train:,} bytes, less than model.{seq_len=}")
+  elif name == "bytes":
+    raise ValueError("must be a file, whose bytes are the data")
+  else:
+    published.PUBLISHED[name].find(path)
+
+
+def _open_sample(name, split):
+  if name == "cifar10_sample":
+    images = samples.cifar10_images()
+    return dataset_lib.Arrays(images[:1000] if split == "train" else images[1000:])
+  text = samples.enwik8_bytes() if name == "enwik8_sample" else samples.violin_codes()
+  start, stop = dataset_lib.split_positions(len(text))[split]
+  return dataset_lib.Arrays([text[start:stop]])
