@@ -1,0 +1,95 @@
+"""What all recipes share, and the way a variant changes a recipe."""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def recipe(
+  variant: str,
+  *,
+  model: dict,
+  data: dict,
+  train: dict,
+  optim: dict,
+  variants: dict[str, dict],
+  eval: dict | None = None,
+) -> ml_collections.ConfigDict:
+  """The locked config of one data set: the shared values, then the data set's, then `variant`'s.
+
+  Args:
+    variant: "" for the paper's recipe, or a key of `variants`.
+    model, data, train, optim, eval: what differs from the shared values below.
+    variants: for each name, {group: {field: value}} that it changes.
+
+  Raises:
+    ValueError: `variant` is not one of `variants`.
+  """
+  config = ml_collections.ConfigDict(_shared())
+  for group, values in dict(model=model, data=data, train=train, optim=optim).items():
+    config[group].update(values)
+  config.eval.update(eval or {})
+  if variant not in ("", *variants):
+    known = ", ".join(f":{name}" for name in variants)
+    raise ValueError(f"unknown variant {variant!r}: this config has {known}, or none for the paper")
+  if variant:
+    for group, values in variants[variant].items():
+      config[group].update(values)
+  return config.lock()
+
+
+def _shared() -> dict:
+  """Every field there is. Marks: p the paper, d code its authors published later, u our choice."""
+  return dict(
+    seed=0,  # u
+    model=dict(  # the arguments of sparse_flax.SparseTransformer
+      modality="image",
+      seq_len=0,
+      width=0,
+      num_layers=0,
+      num_heads=0,
+      ff_mult=4.0,  # p: feed-forward width / width
+      qk_ratio=1.0,  # p: width of q and k / width
+      attention_layers=("dense",),  # a cycle over the layers; a tuple inside it: one per head group
+      stride=128,
+      summary_width=0,
+      sub_blocks=1,
+      position_shape=(0,),
+      dropout=0.0,
+      embed_dropout=0.0,  # d
+      init_scheme="default",  # u: the paper's embeddings, the published code's matrices
+      remat="full",  # p: only the input of each block is kept
+      compute_dtype="bfloat16",  # u: the paper has float16
+      param_dtype="float32",  # p
+      implementation=config_dict.placeholder(str),  # None: the fastest that works here
+    ),
+    data=dict(
+      name="",
+      path="",
+      batch_size=0,  # sequences per step, over all devices and hosts
+      split_seed=11172018,  # d: which training images become the validation split
+    ),
+    train=dict(
+      steps=0,
+      log_every=100,  # steps
+      eval_every=0,  # steps; on the validation split, with averaged weights
+      save_every=0,  # steps
+      accumulation=1,  # micro-batches per step
+      ema_decay=0.999,  # d
+    ),
+    optim=dict(
+      learning_rate=0.0,
+      warmup_steps=5_000,  # p
+      b1=0.9,  # d
+      b2=0.999,  # d
+      eps=1e-8,  # d
+      weight_decay=0.01,  # p
+      clip_norm=1.0,  # p
+      final_lr_ratio=0.0,  # d: cosine to exactly 0
+      loss_scale="none",  # "dynamic" goes with compute_dtype="float16"
+    ),
+    mesh=dict(data=-1, fsdp=1, tensor=1, sequence=1),  # -1: all devices
+    eval=dict(
+      min_context=0,  # tokens known before the first scored one; training always monitors with 0
+      monitor_batches=0,  # how much of the validation split training looks at; 0: all
+    ),
+  )

@@ -1,0 +1,1 @@
+"""Launchers: flags, paths and printing around the library; no mathematics."""

@@ -1,0 +1,145 @@
+"""Flags and folders for every launcher: bad input is one readable message and exit status 2."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NoReturn
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from sparse_flax import checkpoint
+from sparse_flax import validate
+
+BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130
+
+
+def fail(*lines: str, status: int = BAD_INPUT) -> NoReturn:
+  """Prints the lines to stderr and leaves."""
+  print("\n".join(lines), file=sys.stderr)
+  raise SystemExit(status)
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+  """Turns a user's mistake (ValueError) and a file that cannot be used (OSError) into a message."""
+  try:
+    yield
+  except OSError as error:
+    fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+  except ValueError as error:
+    fail(str(error))
+  except KeyboardInterrupt:
+    fail("stopped from the keyboard", status=INTERRUPTED)
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse with `--name=value` flags only, never abbreviated, and errors of one line."""
+
+  def __init__(self, doc: str):
+    super().__init__(
+      description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+  def error(self, message: str) -> NoReturn:
+    fail(f"{message}; --help lists the flags")
+
+
+def parse_config(
+  parser: Parser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, ml_collections.ConfigDict, str]:
+  """Reads `parser`'s flags, --config=FILE[:VARIANT] and --config.group.field=value.
+
+  Args:
+    parser: the launcher's own flags.
+    argv: the arguments, without the program's name.
+
+  Returns:
+    The launcher's flags, the locked config, and the run's name: CONFIG or CONFIG-VARIANT.
+  """
+  own, rest = parser.parse_known_args(argv)
+  unknown = [x for x in rest if x.startswith("-") and not re.match(r"--?config(\.[^=]*)?(=|$)", x)]
+  if unknown:
+    flag = unknown[0].partition("=")[0]
+    known = [name for action in parser._actions for name in action.option_strings] + ["--config"]
+    fail(f"{flag}: no such flag{_nearest(flag, known)}")
+  given = [i for i, x in enumerate(rest) if re.match(r"--?config(=|$)", x)]
+  if len(given) != 1:
+    fail("one --config=FILE[:VARIANT] is needed, for example --config=configs/cifar10.py:quick")
+  # Loaded twice: only the bare config can tell which names the overrides may use.
+  end = given[0] + (1 if "=" in rest[given[0]] else 2)
+  first, overrides = rest[given[0] : end], rest[: given[0]] + rest[end:]
+  config, _ = _load(first)
+  _check_names(config, [x.partition("=")[0] for x in overrides])
+  config, filename = _load(first + overrides)
+  path, _, variant = filename.partition(":")
+  return own, config, "-".join(filter(None, (pathlib.Path(path).stem, variant)))
+
+
+def _load(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
+  """The config that `argv` describes, and the text of its --config."""
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  try:
+    rest = values(["experiments", *argv])[1:]
+    # A missing file is reported only when the value is touched.
+    config, filename = holder.value, values["config"].config_filename
+    config.to_dict()
+    if not isinstance(config, ml_collections.ConfigDict):
+      raise TypeError(f"{filename}: get_config() must return an ml_collections.ConfigDict")
+  except Exception as error:  # a config file is code: anything may come out of it
+    fail(_explain(error))
+  if rest:
+    fail(f"{rest[0]!r} is no flag: write --name=value")
+  return config, filename
+
+
+def _explain(error: Exception) -> str:
+  """One line of what config_flags raised; some of its errors quote a whole traceback."""
+  text = "; ".join(line.strip() for line in str(error).strip().splitlines() if line.strip())
+  if isinstance(error, OSError):
+    return "--config: " + re.sub(r".*\[Errno \d+\] ", "", text)
+  if "Traceback" in text:
+    last = text.rpartition("; ")[2]
+    return "--config: " + (last.partition(": ")[2] or last)
+  text = re.sub(r"^flag (--config\.)", r"\1", text)
+  text = re.sub(r"invalid literal for int\(\) .*", "must be a whole number", text)
+  text = re.sub(r"could not convert string to float.*", "must be a number", text)
+  return text if text.startswith("--config") else f"--config: {text}"
+
+
+def _check_names(config: ml_collections.ConfigDict, names: Sequence[str]) -> None:
+  """Every --config.group.field must be a field, not a group and not a misspelling."""
+  fields = [f"config.{name}" for name in validate.flatten(config.to_dict())]
+  for name in (x.lstrip("-") for x in names):
+    if not name.startswith("config.") or name in fields:
+      continue
+    inside = [x for x in fields if x.startswith(name + ".")]
+    if inside:
+      fail(f"--{name}: is a group; set one of its fields, for example --{inside[0]}=...")
+    fail(f"--{name}: no such field{_nearest('--' + name, ['--' + x for x in fields])}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+  close = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {close[0]}?" if close else ""
+
+
+def open_workdir(workdir: str) -> pathlib.Path:
+  """The folder of an existing run; leaves with a message if it is none."""
+  if not workdir:
+    fail("--workdir=DIR is missing: the folder of a training run")
+  if not os.path.isdir(workdir):
+    fail(f"--workdir={workdir}: no such folder")
+  if not os.path.isfile(os.path.join(workdir, "config.json")):
+    fail(f"--workdir={workdir}: has no config.json, so it is not the folder of a training run")
+  if checkpoint.latest_step(workdir) is None:
+    fail(f"--workdir={workdir}: holds no checkpoint yet; train first")
+  return pathlib.Path(workdir)

@@ -1,0 +1,64 @@
+"""Scores a run's averaged weights on a whole split, in bits per dim or byte.
+
+  python -m experiments.evaluate --workdir=DIR [--split=test] [--min_context=N] [--step=N]
+
+The result is printed and appended to DIR/evaluations.jsonl.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from experiments import cli
+from sparse_flax import checkpoint
+from sparse_flax import evaluate
+from sparse_flax import metrics
+
+
+def main(argv: Sequence[str]) -> int:
+  parser = cli.Parser(__doc__)
+  parser.add_argument("--workdir", help="the folder of a training run")
+  parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+  parser.add_argument("--min_context", type=int, help="default: the config's eval.min_context")
+  parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  args = parser.parse_args(argv)
+  workdir = cli.open_workdir(args.workdir)
+  with cli.readable_errors():
+    config, _, params, step = checkpoint.restore_params(workdir, args.step)
+    result = evaluate.evaluate(
+      config,
+      params,
+      split=args.split,
+      min_context=args.min_context,
+      step=step,
+      on_progress=_show,
+    )
+    with (workdir / "evaluations.jsonl").open("a") as lines:
+      lines.write(json.dumps(result, allow_nan=False) + "\n")
+  print(describe(result, unit=metrics.UNIT[config.model.modality]))
+  return 0
+
+
+def describe(result: dict, *, unit: str) -> str:
+  """The score, and below it what it is a score of."""
+  data = result["data"]
+  return "\n".join(
+    (
+      f"{result['bits_per_byte']:.4f} {unit}",
+      f"  data      {data['name']} {data['version']}, {result['split']} split, {data['digest']}",
+      f"            {data['remark']}",
+      f"  scored    {result['bytes_scored']:,} of {result['bytes_in_split']:,} bytes",
+      f"  context   {result['context']:,}, at least {result['min_context']:,} known",
+      f"  weights   averaged (EMA), step {result['step']:,}",
+      f"  computed  {result['dtype']}, attention {result['attention']} on {result['device']}",
+    )
+  )
+
+
+def _show(num_bytes: int) -> None:
+  if sys.stderr.isatty():
+    print(f"\r{num_bytes:,} bytes scored", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

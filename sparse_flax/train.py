@@ -1,0 +1,296 @@
+"""The training loop: one straight function, around a pure step."""
+
+import collections
+import concurrent.futures
+import contextlib
+import math
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Key
+from jaxtyping import UInt8
+
+from sparse_flax import checkpoint
+from sparse_flax import data
+from sparse_flax import evaluate
+from sparse_flax import flops
+from sparse_flax import metrics
+from sparse_flax import optim
+from sparse_flax import sharding
+from sparse_flax import transformer
+from sparse_flax import validate
+
+# A scale that is halved at every step reaches its floor sooner; then there is nothing left to try.
+_MOST_SKIPPED_IN_A_ROW = 10
+
+
+class NonFiniteError(ArithmeticError):
+  """The loss or the weights are no numbers any more."""
+
+
+def init_state(
+  key: Key[Array, ""], *, build: Callable, tx: optax.GradientTransformation, loss_scale: str
+) -> dict:
+  """A plain dict: step, params, ema, opt, and loss_scale where it is dynamic."""
+  params = nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+  state = {
+    "step": jnp.zeros((), jnp.int32),
+    "params": params,
+    "ema": jax.tree.map(jnp.copy, params),
+    "opt": tx.init(params),
+  }
+  if loss_scale == "dynamic":
+    state["loss_scale"] = jnp.asarray(optim.FIRST_LOSS_SCALE, jnp.float32)
+  return state
+
+
+def train_step(
+  state: dict,
+  tokens: UInt8[Array, "B T"],
+  key: Key[Array, ""],
+  *,
+  graphdef: nnx.GraphDef,
+  tx: optax.GradientTransformation,
+  schedule: Callable,
+  accumulation: int,
+  ema_decay: float,
+) -> tuple[dict, dict]:
+  """One update: the new state, and fp32 scalars. The model shifts the tokens by itself.
+
+  With a dynamic loss scale an overflow changes nothing but the scale and the step, so that the
+  data move on.
+
+  Args:
+    state: of `init_state`.
+    tokens: the whole batch; `accumulation` divides B.
+    key: of dropout; the step is folded in here.
+    graphdef: of the model.
+    tx: of `optim.make_optimizer`.
+    schedule: of `optim.make_schedule`; for the record only.
+    accumulation: micro-batches, run one after the other and averaged.
+    ema_decay: of the averaged weights.
+  """
+  scale = state.get("loss_scale", jnp.ones((), jnp.float32))
+  key = jax.random.fold_in(key, state["step"])
+
+  def loss_fn(params, tokens, key):
+    logits = nnx.merge(graphdef, params)(tokens, dropout_key=key)
+    nats = evaluate.token_nats(logits, tokens).mean()
+    return scale * nats, nats
+
+  def micro_step(total, inputs):
+    tokens, index = inputs
+    (_, nats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      state["params"], tokens, jax.random.fold_in(key, index)
+    )
+    return jax.tree.map(jnp.add, total, (nats, grads)), None
+
+  # Neighbouring rows go to different micro-batches, so that each is spread over all devices.
+  micro = tokens.reshape(-1, accumulation, tokens.shape[1]).swapaxes(0, 1)
+  zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state["params"]))
+  (nats, grads), _ = jax.lax.scan(micro_step, zeros, (micro, jnp.arange(accumulation)))
+  nats = nats / accumulation
+  grads = jax.tree.map(lambda g: (g / (accumulation * scale)).astype(g.dtype), grads)
+
+  norm = optax.tree.norm(grads)
+  updates, opt = tx.update(grads, state["opt"], state["params"])
+  params = optax.apply_updates(state["params"], updates)
+  new = {
+    "params": params,
+    "ema": optim.average(state["ema"], params, decay=ema_decay),
+    "opt": opt,
+  }
+  record = {
+    "loss": nats,
+    "grad_norm": norm,
+    "learning_rate": schedule(optim.updates_done(state["opt"])),
+  }
+  if "loss_scale" in state:
+    loss_ok, grads_ok = jnp.isfinite(nats), jnp.isfinite(norm)
+    ok = loss_ok & grads_ok
+    new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {k: state[k] for k in new})
+    new["loss_scale"] = optim.next_loss_scale(scale, loss_ok=loss_ok, grads_ok=grads_ok)
+    record |= {"loss_scale": scale, "skipped": 1.0 - ok.astype(jnp.float32)}
+  return new | {"step": state["step"] + 1}, record
+
+
+def train(
+  config: ml_collections.ConfigDict, workdir: str, *, say: Callable[[str], None] = print
+) -> dict:
+  """Trains as `config` says; picks up again if `workdir` holds a checkpoint.
+
+  Args:
+    config: of a file in configs.
+    workdir: the run's folder, made when it is not there.
+    say: takes the lines that a person shall read.
+
+  Returns:
+    The last evaluation on the validation split, as `evaluate.evaluate` gives it.
+
+  Raises:
+    ValueError: a mistake in the config, other data, or the folder of another run; nothing has
+      been written then.
+    NonFiniteError: the loss or a weight is not finite; such weights are never saved.
+  """
+  problems = validate.validate(config)
+  if problems:
+    raise ValueError("\n".join(problems))
+  chex.clear_trace_counter()  # of an earlier run in this process
+
+  # --------------------------------------------------------------------- Data
+  splits = {split: evaluate.open_dataset(config, split) for split in ("train", "validation")}
+  identity = {split: dataset.identity for split, dataset in splits.items()}
+  checkpoint.check_workdir(workdir, config, data=identity)
+  seq_len, batch_size = config.model.seq_len, config.data.batch_size
+  batch_at = data.make_batches(
+    splits["train"], seq_len=seq_len, batch_size=batch_size, seed=config.seed
+  )
+
+  # ------------------------------------------------------ Model and optimizer
+  mesh = sharding.make_mesh(**config.mesh)
+  build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+  steps = config.train.steps
+  rates = {name: config.optim[name] for name in ("learning_rate", "warmup_steps", "final_lr_ratio")}
+  schedule = optim.make_schedule(**rates, steps=steps)
+  adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
+  tx = optim.make_optimizer(schedule=schedule, **adam)
+
+  # -------------------------------------------------------------------- State
+  everywhere, by_batch = sharding.replicated(mesh), sharding.by_batch(mesh)
+  init = lambda key: init_state(key, build=build, tx=tx, loss_scale=config.optim.loss_scale)
+  init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+  shapes = checkpoint.abstract(init, init_key, sharding=everywhere)
+  checkpoint.start_workdir(workdir, config, data=identity)
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
+    first = checkpoints.latest_step() or 0
+    say(f"RESUMING {workdir} at step {first:,}" if first else f"FRESH RUN in {workdir}")
+    say(_banner(config, workdir, params=shapes["params"], splits=splits, mesh=mesh))
+    if first:
+      state = checkpoints.restore(first, shapes)
+    else:
+      state = jax.jit(init, out_shardings=everywhere)(init_key)
+
+    # ------------------------------------------------------------------- Loop
+    writer = stack.enter_context(metrics.Writer(workdir, step=first))
+    evaluator = evaluate.Evaluator(config, splits["validation"], min_context=0, mesh=mesh)
+    peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+    step_flops = flops.train_flops(config.model, batch_size=batch_size)
+    progress = metrics.Progress(
+      writer,
+      steps=steps,
+      log_every=config.train.log_every,
+      unit=metrics.UNIT[config.model.modality],
+      tokens_per_step=batch_size * seq_len,
+      peak_seconds=peak and step_flops / (peak * mesh.size),
+      say=say,
+    )
+
+    def one_step(state, tokens, key):
+      options = dict(accumulation=config.train.accumulation, ema_decay=config.train.ema_decay)
+      return train_step(state, tokens, key, graphdef=graphdef, tx=tx, schedule=schedule, **options)
+
+    step_fn = chex.assert_max_traces(one_step, n=1)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=everywhere)
+    waiting = collections.deque()
+
+    def settle(leave: int) -> None:  # fetches metrics until `leave` steps of them are waiting
+      while len(waiting) > leave:
+        done, record = waiting.popleft()
+        record = {name: float(value) for name, value in jax.device_get(record).items()}
+        progress.add(done, record)
+        _stop_if_hopeless(done, record, skipped=progress.skipped_in_a_row)
+
+    result = None
+    reader = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+    upcoming = reader.submit(batch_at, first)
+    say("compiling ..." if first < steps else "nothing left to train")
+    for step in range(first + 1, steps + 1):  # step: how many are done when this one is
+      tokens = jax.device_put(upcoming.result(), by_batch)
+      if step < steps:
+        upcoming = reader.submit(batch_at, step)
+      state, record = step_fn(state, tokens, dropout_key)
+      waiting.append((step, record))
+      settle(leave=1)  # one step late: the device is already at work on this one
+      evaluate_now, save_now = (
+        step == steps or step % config.train[f"{what}_every"] == 0 for what in ("eval", "save")
+      )
+      if evaluate_now or save_now:
+        settle(leave=0)
+        with progress.pause():
+          result = None
+          if evaluate_now:
+            result = evaluator(
+              state["ema"], step=step, max_batches=config.eval.monitor_batches or None
+            )
+            progress.evaluated(result)
+          if save_now:
+            _stop_if_not_finite(state)
+            checkpoints.save(state, bits_per_byte=result and result["bits_per_byte"])
+    return result or evaluator(
+      state["ema"], step=steps, max_batches=config.eval.monitor_batches or None
+    )
+
+
+def _stop_if_hopeless(step: int, record: dict[str, float], *, skipped: int) -> None:
+  """Raises NonFiniteError when this step, or too many in a row, had no finite loss and gradient."""
+  finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+  if finite or ("skipped" in record and skipped < _MOST_SKIPPED_IN_A_ROW):
+    return
+  raise NonFiniteError(
+    f"step {step:,}: loss {record['loss']}, norm of the gradient {record['grad_norm']}, learning "
+    f"rate {record['learning_rate']:.3g}. Nothing of this has been saved. A lower "
+    "config.optim.learning_rate, a longer warmup_steps or compute_dtype='float32' may help; "
+    "the same command goes on from the last checkpoint."
+  )
+
+
+@jax.jit
+def _all_finite(state: dict) -> Bool[Array, ""]:
+  leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+
+def _stop_if_not_finite(state: dict) -> None:
+  if not _all_finite(state):
+    raise NonFiniteError(
+      f"step {int(state['step']):,}: a weight or a moment is not finite; not saved. The same "
+      "command goes on from the last checkpoint."
+    )
+
+
+def _banner(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  params: dict,
+  splits: dict[str, data.Dataset],
+  mesh: jax.sharding.Mesh,
+) -> str:
+  """What is about to run, on what, and where its files go."""
+  model, size = config.model, config.data.batch_size
+  step_flops = flops.train_flops(model, batch_size=size)
+  axes = " x ".join(f"{name} {length}" for name, length in mesh.shape.items() if length > 1)
+  layers = ", ".join(map(str, model.attention_layers))
+  lines = {
+    "model": f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
+    f"{model.num_layers} layers of width {model.width}, attention {layers}, {model.compute_dtype}",
+    "step": f"{size * model.seq_len:,} tokens ({size} sequences of {model.seq_len:,}), "
+    f"{metrics.short(step_flops)} FLOP",
+    "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes or 'of one'}",
+    **{
+      split: f"{dataset.name} {dataset.identity['version']}, {dataset.num_bytes:,} bytes, "
+      f"{dataset.identity['digest'][:19]}"
+      for split, dataset in splits.items()
+    },
+    "files": f"{workdir}: metrics.jsonl, tensorboard/, checkpoints/",
+  }
+  return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())
