@@ -1,0 +1,53 @@
+# Every target makes .venv by itself: nothing but make, a Python >= 3.12 and a package index is needed.
+
+# The first of these that is a Python >= 3.12 builds the environment; `make PYTHON=...` overrides.
+PYENV_ROOT ?= $(HOME)/.pyenv
+CANDIDATES = $(PYTHON) python3.12 python3.13 python3.14 python3 \
+  $(wildcard $(PYENV_ROOT)/versions/3.12*/bin/python $(PYENV_ROOT)/versions/3.1[3-9]*/bin/python)
+NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))
+export JAX_PLATFORMS ?=
+RUN = .venv/bin/python -m
+# Two cores: one worker each. Compilation, most of the time, uses one core.
+WORKERS ?= 2
+
+.PHONY: quickstart test test-long bench lint
+.DELETE_ON_ERROR:
+
+quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples and attention
+	$(RUN) experiments.quickstart
+
+test: .venv lint  ## the test suite
+	$(RUN) pytest -q -n $(WORKERS) -m "not gpu and not slow"
+
+test-long: .venv lint  ## everything that does not fit there, in full
+	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"
+
+bench: .venv  ## every benchmark this machine can run, into benchmarks/*.json
+	$(RUN) experiments.benchmark
+
+lint: .venv
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+.venv: .venv/installed
+
+# uv, where it is installed, brings a Python of its own when the machine has none.
+.venv/installed: setup.py constraints.txt
+	@rm -rf .venv; \
+	for python in $(CANDIDATES); do \
+	  if "$$python" -c "$(NEW_ENOUGH)" >/dev/null 2>&1; then \
+	    echo "making .venv with $$("$$python" --version) ($$python)"; \
+	    "$$python" -m venv .venv || exit 1; break; \
+	  fi; \
+	done; \
+	if [ ! -x .venv/bin/python ] && command -v uv >/dev/null 2>&1; then \
+	  echo "making .venv with uv"; uv venv --quiet --seed --python 3.12 .venv || exit 1; \
+	fi; \
+	if [ ! -x .venv/bin/python ]; then \
+	  echo "No Python >= 3.12 with venv was found (tried: $(CANDIDATES), uv)." >&2; \
+	  echo "Install one (https://www.python.org, pyenv install 3.12, or uv), or name it:" >&2; \
+	  echo "  make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; \
+	fi
+	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[test]"
+	@touch $@

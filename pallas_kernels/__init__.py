@@ -1,0 +1,8 @@
+"""Sparse attention: arrays in, arrays out. Knows no Flax, no config and no mesh."""
+
+from pallas_kernels import patterns
+from pallas_kernels.api import IMPLEMENTATIONS
+from pallas_kernels.api import sparse_attention
+from pallas_kernels.reference import reference_attention
+
+__all__ = ["IMPLEMENTATIONS", "patterns", "reference_attention", "sparse_attention"]

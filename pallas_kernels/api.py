@@ -1,0 +1,142 @@
+"""The door: `sparse_attention` checks its arguments, chooses an implementation and runs it."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+
+from pallas_kernels import xla
+from pallas_kernels.patterns import Dense
+from pallas_kernels.patterns import Pattern
+from pallas_kernels.reference import reference_attention
+
+Implementation = Literal["reference", "xla"]
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla")
+_BACKENDS = {"xla": xla}  # those with a backward pass of their own
+
+
+def sparse_attention(
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
+  *,
+  pattern: Pattern = Dense(),
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
+  block_size: int = 128,
+  score_fn: Callable | None = None,
+  scale: float | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  logits_soft_cap: float | None = None,
+  implementation: Implementation | None = None,
+  deterministic: bool = True,
+  return_lse: bool = False,
+) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+  """softmax(scale q k^T over the keys that `pattern` allows) v  (arXiv:1904.10509, Eq. 2-3).
+
+  No implementation but `reference` builds a T x T array. Gradients of q, k and v are exact, also
+  from the cotangent of the log-sum-exp; `xla` has no second derivatives, `reference` has.
+
+  Args:
+    q: queries, float32, bfloat16 or float16.
+    k: keys, of the dtype of q. Query head h reads key head h // (H // Hkv), as in jax.nn.
+    v: values, of the dtype of q; Dv may differ from Dk.
+    pattern: which pairs attend (`pallas_kernels.patterns`); per-head patterns count query heads.
+    block_mask: not yet supported.
+    block_size: tokens per block of `block_mask`.
+    score_fn: not yet supported.
+    scale: factor of the logits, Dk ** -0.5 by default.
+    segment_ids: attention stays inside equal ids (packed sequences).
+    logits_soft_cap: not yet supported.
+    implementation: None for the best that works here, or the name of the one to use.
+    deterministic: whether equal inputs must give equal bits; all implementations here do.
+    return_lse: whether to return the log-sum-exp too.
+
+  Returns:
+    The result in the dtype of q, and with `return_lse` the natural log-sum-exp of the logits,
+    float32. A query without keys gets zeros and -inf, and sends no gradient.
+
+  Raises:
+    ValueError: for shapes, dtypes or names that do not fit; the message says which.
+    NotImplementedError: for what no implementation can do yet.
+  """
+  _check_arrays(q, k, v, segment_ids)
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"{implementation=}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
+  _check_supported(q, k, pattern, block_mask, score_fn, logits_soft_cap)
+  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+  if implementation == "reference":
+    how = dict(pattern=pattern, scale=scale, segment_ids=segment_ids)
+    out, lse = _named(*reference_attention(q, k, v, **how))
+  else:
+    out, lse = _attend(implementation or "xla", pattern, scale, q, k, v, segment_ids)
+  return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(name, pattern, scale, q, k, v, segment_ids):
+  return _BACKENDS[name].forward(q, k, v, segment_ids, pattern=pattern, scale=scale)
+
+
+def _attend_forward(name, pattern, scale, q, k, v, segment_ids):
+  # The residuals carry the names, so that a policy which keeps them saves the forward pass.
+  out, lse = _named(*_BACKENDS[name].forward(q, k, v, segment_ids, pattern=pattern, scale=scale))
+  return (out, lse), (q, k, v, segment_ids, out, lse)
+
+
+def _attend_backward(name, pattern, scale, residuals, cotangents):
+  grads = _BACKENDS[name].backward(*residuals, *cotangents, pattern=pattern, scale=scale)
+  return (*grads, None)
+
+
+_attend.__wrapped__.defvjp(_attend_forward, _attend_backward)
+
+
+def _named(out, lse):
+  """Names for remat policies: jax.checkpoint_policies.save_only_these_names and the like."""
+  return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+
+
+def _check_arrays(q, k, v, segment_ids) -> None:
+  shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+  if not q.ndim == k.ndim == v.ndim == 4:
+    raise ValueError(f"{shapes}: must each have 4 axes [B, T, H, D]")
+  if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3]):
+    raise ValueError(f"{shapes}: must agree in B, and k and v in S and Hkv")
+  if q.shape[3] != k.shape[3]:
+    raise ValueError(f"{shapes}: q and k must have one head size, not {q.shape[3]}, {k.shape[3]}")
+  if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    raise ValueError(f"{shapes}: Hkv={k.shape[2]} must divide H={q.shape[2]}")
+  if 0 in q.shape or 0 in v.shape:
+    raise ValueError(f"{shapes}: no axis may be empty")
+  if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    raise ValueError(
+      f"q {q.dtype}, k {k.dtype}, v {v.dtype}: must share one of float32, bfloat16, float16"
+    )
+  if segment_ids is not None and (
+    segment_ids.shape != q.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
+  ):
+    raise ValueError(
+      f"segment_ids {segment_ids.dtype}{list(segment_ids.shape)}: must be integers of shape "
+      f"[B, T] = {list(q.shape[:2])}"
+    )
+
+
+def _check_supported(q, k, pattern, block_mask, score_fn, logits_soft_cap) -> None:
+  """Refuses what no implementation can do yet, by name."""
+  asked = {"block_mask": block_mask, "score_fn": score_fn, "logits_soft_cap": logits_soft_cap}
+  for name, value in asked.items():
+    if value is not None:
+      raise NotImplementedError(f"{name}: not supported yet; leave it None")
+  if not pattern.causal:
+    raise NotImplementedError(f"{pattern}: causal=False is not supported yet")
+  if q.shape[1] != k.shape[1]:
+    raise NotImplementedError(f"T={q.shape[1]}, S={k.shape[1]}: T != S is not supported yet")

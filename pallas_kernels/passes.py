@@ -1,0 +1,146 @@
+"""HOW a pattern is swept: free views of the sequence, schedules and predicates; never T x T.
+
+A pattern is lowered to passes. A pass looks at q, k, v through a view in which its keys lie
+together, and sweeps that view like plain causal attention. The key sets of a pattern's passes are
+disjoint, so that their results merge into one softmax through their log-sum-exp.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+from typing import Literal
+
+import numpy as np
+
+from pallas_kernels import patterns
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pass:
+  """One sweep of queries over keys.
+
+  Attributes:
+    view: which sequences the positions 0 ... T - 1, cut into rows of `stride`, are read as.
+      "natural": one sequence, as it is. "columns": a column is a sequence. "blocks": a row is a
+      sequence. "summaries": natural queries against `width` columns of every row as keys.
+    allowed: (i, j) -> whether the pair attends, for pairs of one sequence, in original positions.
+    stride: tokens per row of the view; unused by "natural".
+    window: keys a query can see at most, itself included, where that bounds the sweep.
+    layout: boolean table [nq, nk] of blocks of `block_size` that may hold pairs; None for all.
+    starts: first summary column; head h of the pass uses starts[h % len(starts)].
+    width: summary columns.
+  """
+
+  view: Literal["natural", "columns", "blocks", "summaries"]
+  allowed: Callable[[Any, Any], Any]
+  stride: int = 1
+  window: int | None = None
+  layout: np.ndarray | None = None
+  block_size: int = 0
+  starts: tuple[int, ...] = ()
+  width: int = 0
+
+  def key_position(self, n: Any) -> Any:
+    """The position of key n of a sequence (of the first sequence, where there are many)."""
+    if self.view == "columns":
+      return n * self.stride
+    if self.view == "summaries":
+      return n // self.width * self.stride + self.starts[0] + n % self.width
+    return n
+
+  def query_position(self, n: Any) -> Any:
+    """The position of query n of a sequence (of the first sequence, where there are many)."""
+    return n * self.stride if self.view == "columns" else n
+
+
+@functools.lru_cache(maxsize=256)
+def lower(pattern: patterns.Pattern, num_heads: int) -> tuple[tuple[range | tuple, tuple], ...]:
+  """The heads that share passes, and their passes: ((heads, (Pass, ...)), ...).
+
+  All heads in order where one lowering serves them all; `Fixed` sub-blocks are such a case.
+  """
+  if isinstance(pattern, patterns.Fixed) or pattern.period == 1:
+    single = pattern if isinstance(pattern, patterns.Fixed) else pattern.of_head(0)
+    return ((range(num_heads), passes_of(single)),)
+  heads_of = {}
+  for h in range(num_heads):
+    heads_of.setdefault(pattern.of_head(h), []).append(h)
+  return tuple((tuple(heads), passes_of(p)) for p, heads in heads_of.items())
+
+
+def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
+  """The passes of a pattern that all its heads share (or of `Fixed`, whose heads shift)."""
+  match pattern:
+    case patterns.Local(window=window):
+      return (Pass(view="natural", allowed=pattern.allowed, window=window),)
+    case patterns.Column(stride=stride):
+      return (Pass(view="columns", allowed=_at_least(0), stride=stride),)
+    case patterns.Strided(stride=stride):
+      return _strided(stride, stride)
+    case patterns.Union(patterns=(patterns.Local(window=window), patterns.Column(stride=stride))):
+      return _strided(window, stride)
+    case patterns.Union(patterns=(patterns.Column(stride=stride), patterns.Local(window=window))):
+      return _strided(window, stride)
+    case patterns.Block(stride=stride):
+      return (Pass(view="blocks", allowed=_at_least(0), stride=stride),)
+    case patterns.Summary(stride=stride, width=width, start=start):
+      return (_summaries(stride, width, (start,), _at_least(0)),)
+    case patterns.Fixed(stride=stride, summary=width, num_subblocks=num):
+      return _fixed(stride, width, tuple(stride - (1 + n) * width for n in range(num)))
+    case patterns.Union(
+      patterns=(patterns.Block(stride=stride), patterns.Summary(width=width, start=start) as other)
+    ) if other.stride == stride:
+      return _fixed(stride, width, (start,))
+    case patterns.BlockLayout(layout=layout, block_size=block_size):
+      layout = layout if layout.ndim == 2 else layout[0]
+      return (Pass(view="natural", allowed=pattern.allowed, layout=layout, block_size=block_size),)
+    case _:
+      return (Pass(view="natural", allowed=pattern.allowed),)
+
+
+def tile_lists(
+  one: Pass, num_queries: int, num_keys: int, block_q: int, block_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """For each tile of queries, the tiles of keys that may hold pairs.
+
+  Returns:
+    idx int32 [nq, K], K the longest list, padded with 0; and the list lengths, int32 [nq].
+  """
+  nq, nk = -(-num_queries // block_q), -(-num_keys // block_k)
+  if one.layout is not None:
+    visit = np.zeros((nq, nk), bool)
+    rows, cols = (min(n, m) for n, m in zip((nq, nk), one.layout.shape, strict=True))
+    visit[:rows, :cols] = np.tril(one.layout)[:rows, :cols]
+  else:
+    first_q = one.query_position(np.arange(nq) * block_q)[:, None]
+    last_q = one.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
+    first_k = one.key_position(np.arange(nk) * block_k)[None, :]
+    last_k = one.key_position(np.arange(1, nk + 1) * block_k - 1)[None, :]
+    visit = first_k <= last_q
+    if one.window is not None:
+      visit = visit & (last_k > first_q - one.window)
+  length = visit.sum(axis=1).astype(np.int32)
+  # A stable sort of "not visited" moves the visited tiles to the front, in ascending order.
+  idx = np.argsort(~visit, axis=1, kind="stable")[:, : max(1, length.max(initial=0))]
+  return np.where(np.arange(idx.shape[1]) < length[:, None], idx, 0).astype(np.int32), length
+
+
+def _at_least(distance: int) -> Callable[[Any, Any], Any]:
+  return lambda i, j: i - j >= distance
+
+
+def _strided(window: int, stride: int) -> tuple[Pass, Pass]:
+  """`Local(window) | Column(stride)`: the column leaves to the window what is in both."""
+  local = passes_of(patterns.Local(window))
+  return (*local, Pass(view="columns", allowed=_at_least(window), stride=stride))
+
+
+def _fixed(stride: int, width: int, starts: tuple[int, ...]) -> tuple[Pass, Pass]:
+  """`Block | Summary`: the summaries of the query's own block are left to the block."""
+  finished = lambda i, j: j // stride < i // stride
+  return (*passes_of(patterns.Block(stride)), _summaries(stride, width, starts, finished))
+
+
+def _summaries(stride: int, width: int, starts: tuple[int, ...], allowed: Callable) -> Pass:
+  return Pass(view="summaries", allowed=allowed, stride=stride, starts=starts, width=width)

@@ -1,0 +1,519 @@
+"""WHICH pairs attend: frozen, hashable index sets over (query i, key j), in numpy.
+
+Every pattern is intersected with j <= i, unless it was built with `causal=False`. `a | b` is the
+union under one softmax (a key in both counts once), `a & b` the intersection. The index sets are
+those of "Generating Long Sequences with Sparse Transformers" (arXiv:1904.10509, section 4.3).
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Int
+
+Positions = Any  # an integer, or an integer array of numpy, jax.numpy or a kernel
+
+_ROWS_AT_ONCE = 1 << 24  # entries of a row block when keys are counted without a formula
+
+
+class Pattern(abc.ABC):
+  """Base of all patterns: the pairs (i, j) that attend, per query head h."""
+
+  @abc.abstractmethod
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
+    """Whether query i of head h attends to key j; the arguments broadcast against each other."""
+
+  @property
+  def causal(self) -> bool:
+    """Whether no query attends to a later key."""
+    return True
+
+  @property
+  def period(self) -> int:
+    """The smallest P such that head h has the pattern of head h % P."""
+    cycle = [self.of_head(h) for h in range(self._cycle)]
+    divisors = (p for p in range(1, len(cycle) + 1) if len(cycle) % p == 0)
+    return next(p for p in divisors if cycle == cycle[:p] * (len(cycle) // p))
+
+  @property
+  def _cycle(self) -> int:
+    return 1
+
+  def of_head(self, h: int) -> "Pattern":
+    """The pattern of one query head, the same for whoever asks."""
+    del h
+    return self
+
+  def mask(
+    self, T: int, S: int | None = None
+  ) -> Bool[np.ndarray, "T S"] | Bool[np.ndarray, "P T S"]:
+    """The exact mask, by which every backend is judged.
+
+    Args:
+      T: number of queries.
+      S: number of keys, T by default. Queries and keys both count from 0.
+
+    Returns:
+      `[T, S]` where all heads agree, else `[P, T, S]`: head h uses row h % P.
+    """
+    i, j = np.arange(T)[:, None], np.arange(T if S is None else S)[None, :]
+    heads = [np.broadcast_to(self.allowed(i, j, h), (T, j.size)) for h in range(self.period)]
+    return heads[0].copy() if len(heads) == 1 else np.stack(heads)
+
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
+    """How many of T keys each of T queries of head h attends to, without a T x T array."""
+    pattern = self.of_head(h)
+    if type(pattern) is not type(self):
+      return pattern.keys_per_query(T)
+    counts, rows, j = np.empty(T, np.int64), max(1, _ROWS_AT_ONCE // max(T, 1)), np.arange(T)
+    for start in range(0, T, rows):
+      i = np.arange(start, min(start + rows, T))[:, None]
+      block = np.broadcast_to(self.allowed(i, j, h), (i.size, T))
+      counts[start : start + rows] = block.sum(axis=1)
+    return counts
+
+  def num_pairs(self, T: int) -> float:
+    """Allowed pairs of T queries and T keys per head, averaged over the heads."""
+    return sum(int(self.keys_per_query(T, h).sum()) for h in range(self.period)) / self.period
+
+  def __or__(self, other: "Pattern") -> "Pattern":
+    return Union(_flat(Union, self) + _flat(Union, other))
+
+  def __and__(self, other: "Pattern") -> "Pattern":
+    return Intersection(_flat(Intersection, self) + _flat(Intersection, other))
+
+
+def draw(pattern: Pattern, T: int, h: int = 0) -> None:
+  """Prints the mask of one head: a row per query, a column per key."""
+  mask = pattern.of_head(h).mask(T)
+  print("\n".join(" ".join("#" if pair else "." for pair in row) for row in mask))
+
+
+# --------------------------------------------------------------------------- the paper's patterns
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Pattern):
+  """All keys so far: full attention.
+
+  >>> draw(Dense(), T=4)
+  # . . .
+  # # . .
+  # # # .
+  # # # #
+  """
+
+  causal: bool = True
+
+  def allowed(self, i, j, h=0):
+    return j <= i if self.causal else (i >= 0) & (j >= 0)
+
+  def keys_per_query(self, T, h=0):
+    return np.arange(1, T + 1) if self.causal else np.full(T, T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Local(Pattern):
+  """The last `window` keys, itself included: the first head of strided attention.
+
+  The release's `local` with `local_attn_ctx=window`; with `causal=False`, |i - j| < window.
+
+  >>> draw(Local(window=3), T=6)
+  # . . . . .
+  # # . . . .
+  # # # . . .
+  . # # # . .
+  . . # # # .
+  . . . # # #
+  """
+
+  window: int  # keys, the paper's l
+  causal: bool = True
+
+  def __post_init__(self):
+    _check_positive(self, "window")
+
+  def allowed(self, i, j, h=0):
+    return (j > i - self.window) & ((j <= i) if self.causal else (j < i + self.window))
+
+  def keys_per_query(self, T, h=0):
+    before = np.minimum(np.arange(1, T + 1), self.window)
+    return before if self.causal else before + before[::-1] - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Column(Pattern):
+  """Every `stride`-th key back from the query: the second head of strided attention.
+
+  The release's `strided`.
+
+  >>> draw(Column(stride=2), T=6)
+  # . . . . .
+  . # . . . .
+  # . # . . .
+  . # . # . .
+  # . # . # .
+  . # . # . #
+  """
+
+  stride: int  # tokens, the paper's l; best near the square root of T
+
+  def __post_init__(self):
+    _check_positive(self, "stride")
+
+  def allowed(self, i, j, h=0):
+    return (j <= i) & ((i - j) % self.stride == 0)
+
+  def keys_per_query(self, T, h=0):
+    return np.arange(T) // self.stride + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Strided(Pattern):
+  """`Local(stride) | Column(stride)`: both heads of strided attention merged (Eq. 7).
+
+  >>> draw(Strided(stride=2), T=6)
+  # . . . . .
+  # # . . . .
+  # # # . . .
+  . # # # . .
+  # . # # # .
+  . # . # # #
+  """
+
+  stride: int  # tokens, the paper's l; best near the square root of T
+
+  def __post_init__(self):
+    _check_positive(self, "stride")
+
+  def allowed(self, i, j, h=0):
+    return Local(self.stride).allowed(i, j) | Column(self.stride).allowed(i, j)
+
+  def keys_per_query(self, T, h=0):
+    return Local(self.stride).keys_per_query(T) + np.arange(T) // self.stride
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(Pattern):
+  """The keys of the query's own block of `stride`: the first head of fixed attention.
+
+  >>> draw(Block(stride=3), T=6)
+  # . . . . .
+  # # . . . .
+  # # # . . .
+  . . . # . .
+  . . . # # .
+  . . . # # #
+  """
+
+  stride: int  # tokens, the paper's l
+
+  def __post_init__(self):
+    _check_positive(self, "stride")
+
+  def allowed(self, i, j, h=0):
+    return (j <= i) & (j // self.stride == i // self.stride)
+
+  def keys_per_query(self, T, h=0):
+    return np.arange(T) % self.stride + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary(Pattern):
+  """`width` keys near the end of every block so far, the own one included: the second fixed head.
+
+  Keys with stride - offset - width <= j % stride < stride - offset. The first queries have none;
+  attention gives them zeros.
+
+  >>> draw(Summary(stride=3, width=1), T=6)
+  . . . . . .
+  . . . . . .
+  . . # . . .
+  . . # . . .
+  . . # . . .
+  . . # . . #
+  """
+
+  stride: int  # tokens, the paper's l
+  width: int  # keys per block, the paper's c (8, 16 or 32 for a stride of 128 or 256)
+  offset: int = 0  # keys between the summary and the end of its block
+
+  def __post_init__(self):
+    _check_positive(self, "stride", "width")
+    if self.offset < 0 or self.offset + self.width > self.stride:
+      raise ValueError(
+        f"{self}: width + offset = {self.offset + self.width} must lie within "
+        f"stride={self.stride}, and offset must not be negative"
+      )
+
+  @property
+  def start(self) -> int:
+    """The first summary key of a block, counted from the block's first key."""
+    return self.stride - self.offset - self.width
+
+  def allowed(self, i, j, h=0):
+    place = j % self.stride
+    return (j <= i) & (place >= self.start) & (place < self.start + self.width)
+
+  def keys_per_query(self, T, h=0):
+    row, place = np.divmod(np.arange(T), self.stride)
+    return self.width * row + np.clip(place - self.start + 1, 0, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Pattern):
+  """`Block | Summary`: both heads of fixed attention merged, under one softmax.
+
+  Head h reads the sub-block h % num_subblocks, counted from the end of a block, so that heads
+  summarise different places (section 4.3). The release's `fixed`, where `num_verts=num_subblocks`
+  and `vertsize` counts the summary in blocks of its kernel.
+
+  >>> draw(Fixed(stride=4, summary=1), T=8)
+  # . . . . . . .
+  # # . . . . . .
+  # # # . . . . .
+  # # # # . . . .
+  . . . # # . . .
+  . . . # # # . .
+  . . . # # # # .
+  . . . # # # # #
+  """
+
+  stride: int  # tokens, the paper's l
+  summary: int  # keys per block and head, the paper's c
+  num_subblocks: int = 1
+
+  def __post_init__(self):
+    _check_positive(self, "stride", "summary", "num_subblocks")
+    if self.summary * self.num_subblocks > self.stride:
+      raise ValueError(
+        f"{self}: summary * num_subblocks = {self.summary * self.num_subblocks} "
+        f"must not exceed stride={self.stride}"
+      )
+
+  @property
+  def _cycle(self):
+    return self.num_subblocks
+
+  def of_head(self, h):
+    offset = h % self.num_subblocks * self.summary
+    return Block(self.stride) | Summary(self.stride, self.summary, offset)
+
+  def allowed(self, i, j, h=0):
+    start = self.stride - (1 + h % self.num_subblocks) * self.summary
+    place = j % self.stride
+    in_summary = (place >= start) & (place < start + self.summary)
+    return (j <= i) & ((j // self.stride == i // self.stride) | in_summary)
+
+  def keys_per_query(self, T, h=0):
+    row, place = np.divmod(np.arange(T), self.stride)
+    return place + 1 + self.summary * row
+
+
+# ---------------------------------------------------------------------------- any other pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class PerHead(Pattern):
+  """Head h uses `patterns[h % len(patterns)]`: multi-head attention with mixed patterns (Eq. 8).
+
+  >>> draw(PerHead((Local(2), Column(2))), T=4, h=1)
+  # . . .
+  . # . .
+  # . # .
+  . # . #
+  """
+
+  patterns: tuple[Pattern, ...]
+
+  def __post_init__(self):
+    object.__setattr__(self, "patterns", tuple(self.patterns))
+    if not self.patterns:
+      raise ValueError("PerHead(patterns=()): give at least one pattern")
+
+  @property
+  def causal(self):
+    return all(p.causal for p in self.patterns)
+
+  @property
+  def _cycle(self):
+    return math.lcm(len(self.patterns), *(p._cycle for p in self.patterns))
+
+  def of_head(self, h):
+    return self.patterns[h % len(self.patterns)].of_head(h)
+
+  def allowed(self, i, j, h=0):
+    turn = h % len(self.patterns)
+    if isinstance(turn, int):
+      return self.patterns[turn].allowed(i, j, h)
+    pairs = [(turn == n) & p.allowed(i, j, h) for n, p in enumerate(self.patterns)]
+    return functools.reduce(lambda a, b: a | b, pairs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockLayout(Pattern):
+  """Block (n, m) of queries and keys attends where `layout[n, m]`; beyond the layout nothing does.
+
+  >>> draw(BlockLayout(np.eye(2, dtype=bool), block_size=2), T=5)
+  # . . . .
+  # # . . .
+  . . # . .
+  . . # # .
+  . . . . .
+  """
+
+  layout: Bool[np.ndarray, "nq nk"] | Bool[np.ndarray, "P nq nk"]
+  block_size: int  # tokens
+  causal: bool = True
+
+  def __post_init__(self):
+    layout = np.array(self.layout)
+    if layout.dtype != bool or layout.ndim not in (2, 3) or not layout.size:
+      raise ValueError(
+        f"BlockLayout(layout={layout.dtype}{list(layout.shape)}): must be a boolean table "
+        "[nq, nk] or [P, nq, nk]"
+      )
+    _check_positive(self, "block_size")
+    layout.setflags(write=False)
+    object.__setattr__(self, "layout", layout)
+
+  def _key(self):
+    return (self.layout.shape, self.layout.tobytes(), self.block_size, self.causal)
+
+  def __eq__(self, other):
+    return isinstance(other, BlockLayout) and self._key() == other._key()
+
+  def __hash__(self):
+    return hash(self._key())
+
+  def __repr__(self):
+    shape, density = list(self.layout.shape), self.layout.mean()
+    return f"BlockLayout({shape}, block_size={self.block_size}, density={density:.3g})"
+
+  @property
+  def _cycle(self):
+    return 1 if self.layout.ndim == 2 else len(self.layout)
+
+  def of_head(self, h):
+    if self.layout.ndim == 2:
+      return self
+    return BlockLayout(self.layout[h % len(self.layout)], self.block_size, self.causal)
+
+  def allowed(self, i, j, h=0):
+    layout = self.layout[None] if self.layout.ndim == 2 else self.layout
+    P, nq, nk = layout.shape
+    xp = _namespace(i, j, h)
+    n, m = xp.asarray(i // self.block_size), xp.asarray(j // self.block_size)
+    pairs = xp.asarray(layout)[h % P, xp.minimum(n, nq - 1), xp.minimum(m, nk - 1)]
+    pairs &= (n < nq) & (m < nk)
+    return pairs & (j <= i) if self.causal else pairs
+
+  def keys_per_query(self, T, h=0):
+    layout = self.of_head(h).layout
+    size, (nq, nk) = self.block_size, layout.shape
+    i = np.arange(T)
+    starts = np.arange(nk) * size
+    row = np.minimum(i // size, nq - 1)
+    counts = np.zeros(T, np.int64)
+    for m in range(min(nk, -(-T // size))):  # a column of blocks at a time
+      seen = np.clip((i + 1 if self.causal else T) - starts[m], 0, min(size, T - starts[m]))
+      counts += layout[row, m] * seen
+    return np.where(i // size < nq, counts, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Where(Pattern):
+  """The pairs for which `predicate(i, j)` holds.
+
+  The predicate may use operators only, so that it runs on numpy, on jax.numpy and inside kernels.
+
+  >>> draw(Where(lambda i, j: (i - j) ** 2 != 1), T=4)
+  # . . .
+  . # . .
+  # . # .
+  # # . #
+  """
+
+  predicate: Callable[[Positions, Positions], Any]
+  causal: bool = True
+
+  def allowed(self, i, j, h=0):
+    pairs = self.predicate(i, j)
+    return pairs & (j <= i) if self.causal else pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Combined(Pattern):
+  """Several patterns joined pair by pair."""
+
+  patterns: tuple[Pattern, ...]
+
+  @property
+  def _cycle(self):
+    return math.lcm(*(p._cycle for p in self.patterns))
+
+  def of_head(self, h):
+    return type(self)(tuple(p.of_head(h) for p in self.patterns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Union(_Combined):
+  """`a | b`: the pairs of either, under one softmax; a key in both counts once.
+
+  >>> draw(Block(2) | Column(3), T=4)
+  # . . .
+  # # . .
+  . . # .
+  # . # #
+  """
+
+  @property
+  def causal(self):
+    return all(p.causal for p in self.patterns)
+
+  def allowed(self, i, j, h=0):
+    return functools.reduce(lambda a, b: a | b, (p.allowed(i, j, h) for p in self.patterns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Intersection(_Combined):
+  """`a & b`: the pairs of both.
+
+  >>> draw(Local(3) & Column(2), T=4)
+  # . . .
+  . # . .
+  # . # .
+  . # . #
+  """
+
+  @property
+  def causal(self):
+    return any(p.causal for p in self.patterns)
+
+  def allowed(self, i, j, h=0):
+    return functools.reduce(lambda a, b: a & b, (p.allowed(i, j, h) for p in self.patterns))
+
+
+# ------------------------------------------------------------------------------------- helpers
+
+
+def _check_positive(pattern: Pattern, *names: str) -> None:
+  for name in names:
+    value = getattr(pattern, name)
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+      raise ValueError(f"{type(pattern).__name__}({name}={value!r}): must be a whole number >= 1")
+
+
+def _flat(kind: type, pattern: Pattern) -> tuple[Pattern, ...]:
+  return pattern.patterns if type(pattern) is kind else (pattern,)
+
+
+def _namespace(*positions: Positions) -> Any:
+  """jax.numpy if any position is a JAX array, else numpy: a table is indexed by its own kind."""
+  arrays = (x for x in positions if not isinstance(x, int | np.generic | np.ndarray))
+  return next((x.__array_namespace__() for x in arrays), np)

@@ -1,0 +1,78 @@
+"""The definition of correct: dense masked softmax attention in float32, one screen long."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+
+from pallas_kernels.patterns import Pattern
+
+
+def reference_attention(
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
+  *,
+  pattern: Pattern,
+  scale: float | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+  """softmax(scale q k^T over the allowed keys) v, and the log-sum-exp of the logits.
+
+  A query without keys gets zeros and lse = -inf, and sends no gradient.
+  """
+  logits, mask = _logits_and_mask(q, k, pattern, scale, segment_ids)
+  weights, lse = _softmax(logits, mask)
+  v = jnp.repeat(v.astype(jnp.float32), q.shape[2] // v.shape[2], axis=2)
+  out = jnp.einsum("BHTS,BSHD->BTHD", weights, v, precision="highest")
+  return out.astype(q.dtype), lse.transpose(0, 2, 1)
+
+
+def attention_weights(
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B S Hkv Dk"],
+  *,
+  pattern: Pattern,
+  scale: float | None = None,
+  rows: Int[np.ndarray, "Q"] | None = None,
+) -> Float[Array, "B H Q S"]:
+  """The softmax weights of the queries `rows` (all by default): what one draws."""
+  logits, mask = _logits_and_mask(q, k, pattern, scale, None, rows)
+  return _softmax(logits, mask)[0]
+
+
+def _logits_and_mask(q, k, pattern, scale, segment_ids, rows=None):
+  """Logits float32 [B, H, Q, S] and the mask of the pairs that attend, [B or 1, H or 1, Q, S]."""
+  T, H, S = q.shape[1], q.shape[2], k.shape[1]
+  rows = np.arange(T) if rows is None else np.asarray(rows)
+  q32 = q[:, rows].astype(jnp.float32)
+  k32 = jnp.repeat(k.astype(jnp.float32), H // k.shape[2], axis=2)
+  # "highest": a TPU would multiply in bf16, and the reference would be the less exact side.
+  logits = jnp.einsum("BTHD,BSHD->BHTS", q32, k32, precision="highest")
+  logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+  mask = _mask_of_heads(pattern, H, rows, S)
+  if segment_ids is not None:
+    mask = mask & (segment_ids[:, None, rows, None] == segment_ids[:, None, None, :])
+  return logits, mask
+
+
+def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[np.ndarray, "1 H T S"]:
+  i, j = rows[:, None], np.arange(S)[None, :]
+  masks = [np.broadcast_to(pattern.allowed(i, j, h), (len(rows), S)) for h in range(pattern.period)]
+  return np.stack([masks[h % len(masks)] for h in range(H)])[None]
+
+
+def _softmax(logits: Float[Array, "B H T S"], mask):
+  """Weights over the allowed keys and lse [B, H, T]; a row without keys gets zeros and -inf."""
+  # The maximum starts at a finite value and the inner where keeps exp finite on masked pairs, so
+  # that neither values nor gradients meet inf - inf.
+  top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-1e30))
+  weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0.0)), 0.0)
+  total = weights.sum(axis=-1, keepdims=True)
+  empty = total == 0
+  safe = jnp.where(empty, 1.0, total)
+  lse = jnp.where(empty, -jnp.inf, top + jnp.log(safe))
+  return weights / safe, lse[..., 0]

@@ -1,0 +1,396 @@
+"""Exact attention in jax.numpy that runs everywhere and never builds a T x T array.
+
+Every pass (passes.py) becomes N independent problems of T queries and S keys. Small ones are
+solved whole, many at a time; long ones tile by tile with an online softmax over the lists of key
+tiles. Either way at most about `_LOGITS` logits exist at once, and the backward pass computes them
+again from q, k and the merged log-sum-exp.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+from pallas_kernels import passes
+from pallas_kernels.passes import Pass
+from pallas_kernels.patterns import Pattern
+
+_LOGITS = 1 << 20  # logits at once: 4 MB in float32, about what the caches of a core hold
+_WHOLE = 1 << 19  # logits per head up to which a problem is solved whole
+_TILE = 512  # queries and keys of a tile of a long problem
+_NO_MAXIMUM = -1e30  # where a running maximum starts: finite, so that exp(-inf - it) is 0
+
+
+def forward(
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  *,
+  pattern: Pattern,
+  scale: float,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+  """Attention over the pairs of `pattern`, and the log-sum-exp of its logits."""
+  out, lse = [], []
+  heads_in_order = []
+  for heads, group in passes.lower(pattern, q.shape[2]):
+    part = None
+    for one in group:
+      view = _View(one, heads, q.shape, v.shape)
+      (qs, ks, vs), problem = view.arrays(q, k, v), view.problem(segment_ids)
+      new = view.restore(*_map(problem, problem.forward(scale), (qs, ks, vs)))
+      part = new if part is None else _merge(*part, *new)
+    out.append(part[0])
+    lse.append(part[1])
+    heads_in_order.extend(heads)
+  place = np.argsort(heads_in_order)
+  join = lambda xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=2)[:, :, place]
+  return join(out).astype(q.dtype), join(lse)
+
+
+def backward(
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  out: Float[Array, "B T H Dv"],
+  lse: Float[Array, "B T H"],
+  dout: Float[Array, "B T H Dv"],
+  dlse: Float[Array, "B T H"],
+  *,
+  pattern: Pattern,
+  scale: float,
+) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
+  """Gradients of q, k and v, given those of the result and of its log-sum-exp.
+
+  With P = exp(S - lse) of the merged lse, dS = P (dP - delta), delta = rowsum(dout out) - dlse:
+  every pass of a merged pattern uses the same two rows, and the merge is never differentiated.
+  """
+  delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
+  lse = jnp.where(jnp.isfinite(lse), lse, 0.0)  # rows without keys: every pair is masked anyway
+  grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+  for heads, group in passes.lower(pattern, q.shape[2]):
+    for one in group:
+      view = _View(one, heads, q.shape, v.shape)
+      (qs, ks, vs), pull = jax.vjp(view.arrays, q, k, v)
+      rows = view.queries(dout), view.queries(lse[..., None]), view.queries(delta[..., None])
+      problem = view.problem(segment_ids)
+      parts = _map(problem, problem.backward(scale), (qs, ks, vs, *rows))
+      parts = tuple(part.astype(x.dtype) for part, x in zip(parts, (qs, ks, vs), strict=True))
+      grads = tuple(a + b.astype(jnp.float32) for a, b in zip(grads, pull(parts), strict=True))
+  return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+
+
+def _merge(out_a, lse_a, out_b, lse_b):
+  """One softmax over two disjoint key sets, from each one's result [B, T, H, D] and lse."""
+  top = jnp.maximum(lse_a, lse_b)
+  top = jnp.where(jnp.isfinite(top), top, 0.0)  # both parts empty
+  weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+  total = weight_a + weight_b
+  safe = jnp.where(total == 0, 1.0, total)
+  out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
+  return out, jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
+
+
+# --------------------------------------------------------------------------------------- views
+
+
+class _View:
+  """q, k, v of one pass and its heads as N problems, `[N, H, T, D]`, and the way back.
+
+  A window becomes blocks of queries that each carry the keys of the window before them; all other
+  views are reshapes.
+  """
+
+  def __init__(self, one: Pass, heads, q_shape, v_shape):
+    self.one, self.heads = one, heads
+    self.B, self.T, self.H, _ = q_shape
+    self.kind, self.stride, self.halo = one.view, min(one.stride, self.T), 0
+    if one.view == "natural" and one.window is not None and one.window <= _TILE:
+      window = min(one.window, self.T)
+      # Blocks narrower than 64 waste the matrix units, wider ones waste logits outside the window.
+      self.kind, self.halo = "windows", window - 1
+      self.stride = min(max(window, 64), 256, self.T)
+    if one.view == "summaries":
+      self.stride = one.stride  # a summary column keeps its place, however short the sequence
+    self.rows = -(-self.T // self.stride)  # rows of the view; the last one is padded
+
+  def arrays(self, q, k, v):
+    """Queries, keys and values of the problems."""
+    return self.queries(q), self.keys(k), self.keys(v)
+
+  def queries(self, x: Float[Array, "B T H D"]) -> Float[Array, "N h t D"]:
+    x = self._select(x)
+    if self.kind in ("natural", "summaries"):
+      return x.transpose(0, 2, 1, 3)
+    x = self._fold(x)  # [B, rows, stride, h, D]
+    if self.kind == "columns":
+      return x.transpose(0, 2, 3, 1, 4).reshape(-1, x.shape[3], self.rows, x.shape[4])
+    return x.transpose(0, 1, 3, 2, 4).reshape(-1, x.shape[3], self.stride, x.shape[4])
+
+  def keys(self, x: Float[Array, "B S Hkv D"]) -> Float[Array, "N h s D"]:
+    x = jnp.repeat(x, self.H // x.shape[2], axis=2)
+    if self.kind == "summaries":
+      x, starts, width = self._fold(self._select(x)), self.one.starts, self.one.width
+      starts = [starts[h % len(starts)] for h in self.heads]
+      columns = [x[:, :, start : start + width, n] for n, start in enumerate(starts)]
+      x = jnp.stack(columns, axis=1)  # [B, h, rows, width, D]
+      return x.reshape(*x.shape[:2], -1, x.shape[-1])
+    x = self.queries(x)
+    if self.kind != "windows":
+      return x
+    x = x.reshape(self.B, self.rows, *x.shape[1:])
+    steps = -(-self.halo // self.stride)  # blocks that the window reaches back
+    late = lambda n: jnp.pad(x, [(0, 0), (n, 0)] + [(0, 0)] * 3)[:, : self.rows]
+    x = jnp.concatenate([late(n) for n in range(steps, -1, -1)], axis=3)
+    x = x[:, :, :, steps * self.stride - self.halo :]
+    return x.reshape(-1, *x.shape[2:])
+
+  def restore(self, out: Float[Array, "N h t D"], lse: Float[Array, "N h t"]):
+    """Results in the order of q: `[B, T, h, D]` and `[B, T, h]`."""
+    return self._unfold(out), self._unfold(lse[..., None])[..., 0]
+
+  def problem(self, segment_ids) -> "_Problem":
+    """What the problems have in common, and what masks each of them."""
+    q_ids = k_ids = first_key = None
+    if segment_ids is not None:
+      ids = jnp.broadcast_to(segment_ids[:, :, None, None], (self.B, self.T, self.H, 1))
+      q_ids, k_ids = self.queries(ids)[..., 0], self.keys(ids)[..., 0]
+    if self.kind == "windows":  # keys before the sequence began
+      first_key = np.maximum(0, self.halo - self.stride * np.arange(self.rows))
+      first_key = jnp.tile(jnp.asarray(first_key, jnp.int32), self.B)
+    return _Problem(self.one, self.halo, (q_ids, k_ids, first_key))
+
+  def _select(self, x):
+    return x if len(self.heads) == self.H else x[:, :, np.asarray(self.heads)]
+
+  def _fold(self, x):
+    """`[B, T, h, D]` -> `[B, rows, stride, h, D]`, padded at the end: in the future of all."""
+    x = jnp.pad(x, [(0, 0), (0, self.rows * self.stride - self.T), (0, 0), (0, 0)])
+    return x.reshape(self.B, self.rows, self.stride, *x.shape[2:])
+
+  def _unfold(self, x):
+    if self.kind in ("natural", "summaries"):
+      return x.transpose(0, 2, 1, 3)
+    h, D = x.shape[1], x.shape[3]
+    if self.kind == "columns":
+      x = x.reshape(self.B, self.stride, h, self.rows, D).transpose(0, 3, 1, 2, 4)
+    else:
+      x = x.reshape(self.B, self.rows, h, self.stride, D).transpose(0, 1, 3, 2, 4)
+    return x.reshape(self.B, self.rows * self.stride, h, D)[:, : self.T]
+
+
+# ------------------------------------------------------------------------------------ problems
+
+
+def _map(problem: "_Problem", solve: Callable, arrays: tuple) -> tuple:
+  """`solve` for each of the N problems: as many at once as `_LOGITS` allows."""
+  (N, h, T, _), S = arrays[0].shape, arrays[1].shape[2]
+  block_q, block_k = problem.tiles(T, S)
+  at_once = max(1, _LOGITS // (h * block_q * block_k))
+  xs = (arrays, problem.masks)
+  if at_once >= N:
+    return jax.vmap(solve)(xs)
+  return jax.lax.map(solve, xs, batch_size=at_once)
+
+
+class _Problem(NamedTuple):
+  """One sequence of a view: `[h, T, D]` queries, `[h, S, D]` keys, and what masks them.
+
+  Attributes:
+    one: the pass.
+    halo: keys before the first query, in a block of a window.
+    masks: segment ids of queries `[N, h, T]` and of keys `[N, h, S]`, and the first key that
+      exists `[N]`; None where nothing is to mask.
+  """
+
+  one: Pass
+  halo: int
+  masks: tuple[Any, Any, Any]
+
+  def tiles(self, T: int, S: int) -> tuple[int, int]:
+    """Queries and keys of a tile; the whole problem where it is small."""
+    if self.one.layout is not None:
+      return self.one.block_size, self.one.block_size
+    small = T * S <= _WHOLE or self.masks[2] is not None  # blocks of a window always are
+    return (T, S) if small else (min(_TILE, T), min(_TILE, S))
+
+  def mask(self, i, j, q_ids, k_ids, first_key):
+    """Pairs of queries i `[..., t]` and keys j `[..., s]` that attend, `[..., h or 1, t, s]`."""
+    i, j = i[..., :, None], j[..., None, :]
+    positions = self.one.query_position(i + self.halo), self.one.key_position(j)
+    mask = self.one.allowed(*positions)[..., None, :, :]
+    if first_key is not None:
+      mask = mask & (j >= first_key)
+    if q_ids is not None:
+      mask = mask & (q_ids[..., :, None] == k_ids[..., None, :])
+    return mask
+
+  def forward(self, scale: float) -> Callable:
+    """(q, k, v), masks -> out float32 `[h, T, D]` and lse `[h, T]` of one problem."""
+
+    def solve(xs):
+      (q, k, v), masks = xs
+      tiles = self.tiles(q.shape[1], k.shape[1])
+      if tiles != (q.shape[1], k.shape[1]):
+        return _sweep_forward(self, tiles, q, k, v, masks, scale)
+      mask = self.mask(np.arange(q.shape[1]), np.arange(k.shape[1]), *masks)
+      return _finish(*_attend(q, k, v, mask, scale, _start(q, v)))
+
+    return solve
+
+  def backward(self, scale: float) -> Callable:
+    """(q, k, v, dout, lse, delta), masks -> dq, dk, dv, float32, of one problem."""
+
+    def solve(xs):
+      (q, k, v, dout, lse, delta), masks = xs
+      tiles = self.tiles(q.shape[1], k.shape[1])
+      if tiles != (q.shape[1], k.shape[1]):
+        return _sweep_backward(self, tiles, q, k, v, dout, lse, delta, masks, scale)
+      mask = self.mask(np.arange(q.shape[1]), np.arange(k.shape[1]), *masks)
+      return _gradients(q, k, v, dout, lse, delta, mask, scale)
+
+    return solve
+
+
+# --------------------------------------------------------------------------- one tile of logits
+
+
+def _matmul(equation, a, b):
+  """The product in the dtype of the second operand, summed in float32."""
+  return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+def _start(q, v):
+  """The online softmax before any key: weighted sum, running maximum, sum of weights."""
+  rows = q.shape[:-1]
+  zeros = jnp.zeros(rows, jnp.float32)
+  return jnp.zeros((*rows, v.shape[-1]), jnp.float32), zeros + _NO_MAXIMUM, zeros
+
+
+def _attend(q, k, v, mask, scale, state):
+  """The online softmax after the keys k `[..., h, s, D]`."""
+  total, top, weight = state
+  logits = _matmul("...td,...sd->...ts", q, k) * scale
+  new_top = jnp.maximum(top, jnp.max(logits, axis=-1, where=mask, initial=_NO_MAXIMUM))
+  weights = jnp.where(mask, jnp.exp(logits - new_top[..., None]), 0.0)
+  keep = jnp.exp(top - new_top)
+  total = total * keep[..., None] + _matmul("...ts,...sd->...td", weights, v)
+  return total, new_top, weight * keep + weights.sum(axis=-1)
+
+
+def _finish(total, top, weight):
+  """Output and log-sum-exp; zeros and -inf for a row without keys."""
+  safe = jnp.where(weight == 0, 1.0, weight)
+  return total / safe[..., None], jnp.where(weight == 0, -jnp.inf, top + jnp.log(safe))
+
+
+def _gradients(q, k, v, dout, lse, delta, mask, scale):
+  """What the pairs of one tile add to dq, dk, dv; lse and delta are `[..., h, t, 1]`."""
+  logits = _matmul("...td,...sd->...ts", q, k) * scale
+  weights = jnp.where(mask, jnp.exp(logits - lse), 0.0)
+  dweights = _matmul("...td,...sd->...ts", dout, v)
+  dlogits = weights * (dweights - delta) * scale
+  dq = _matmul("...ts,...sd->...td", dlogits, k)
+  dk = _matmul("...ts,...td->...sd", dlogits, q)
+  return dq, dk, _matmul("...ts,...td->...sd", weights, dout)
+
+
+# -------------------------------------------------------------------------- tile by tile sweeps
+
+
+class _Tiles:
+  """One long problem cut into tiles, its rows of tiles in groups that are swept together."""
+
+  def __init__(self, problem: _Problem, tiles: tuple[int, int], q, k, masks):
+    self.problem, (self.block_q, self.block_k) = problem, tiles
+    h, self.T, self.S = q.shape[0], q.shape[1], k.shape[1]
+    idx, length = passes.tile_lists(problem.one, self.T, self.S, *tiles)
+    self.group = min(len(idx), max(1, _LOGITS // (h * self.block_q * self.block_k)))
+    self.rows = -(-len(idx) // self.group) * self.group
+    pad = lambda x: np.pad(x, [(0, self.rows - len(idx))] + [(0, 0)] * (x.ndim - 1))
+    lists = np.arange(self.rows, dtype=np.int32), pad(idx), pad(length)
+    self.lists = tuple(jnp.asarray(self._grouped(x)) for x in lists)
+    self.q_ids, self.k_ids, _ = masks
+    if self.q_ids is not None:
+      self.q_ids, self.k_ids = self.of_queries(self.q_ids), self.of_keys(self.k_ids)
+
+  def _grouped(self, x):
+    return x.reshape(-1, self.group, *x.shape[1:])
+
+  def _cut(self, x, block, num):
+    x = jnp.pad(x, [(0, 0), (0, num * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], num, block, *x.shape[2:]).swapaxes(0, 1)
+
+  def of_queries(self, x):
+    """`[h, T, ...]` -> `[groups, rows of a group, h, block_q, ...]`."""
+    return self._grouped(self._cut(x, self.block_q, self.rows))
+
+  def of_keys(self, x):
+    """`[h, S, ...]` -> `[tiles, h, block_k, ...]`."""
+    return self._cut(x, self.block_k, -(-self.S // self.block_k))
+
+  def joined(self, x, length):
+    """`[tiles, h, block, ...]` -> `[h, length, ...]`."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+  def step(self, n, rows, idx, length, q_ids):
+    """The n-th key tile of each row of tiles: its number, and the mask of the pairs."""
+    cols = idx[:, n]
+    i = rows[:, None] * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)
+    j = cols[:, None] * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
+    k_ids = None if q_ids is None else self.k_ids[cols]
+    mask = self.problem.mask(i, j, q_ids, k_ids, None)
+    return cols, mask & (n < length)[:, None, None, None]
+
+
+def _sweep_forward(problem, tiles, q, k, v, masks, scale):
+  """Output and log-sum-exp of one long problem."""
+  cut = _Tiles(problem, tiles, q, k, masks)
+  ks, vs = cut.of_keys(k), cut.of_keys(v)
+
+  def sweep(xs):
+    (rows, idx, length), qs, q_ids = xs
+
+    def step(n, state):
+      cols, mask = cut.step(n, rows, idx, length, q_ids)
+      return _attend(qs, ks[cols], vs[cols], mask, scale, state)
+
+    return _finish(*jax.lax.fori_loop(0, length.max(), step, _start(qs, v)))
+
+  out, lse = jax.lax.map(sweep, (cut.lists, cut.of_queries(q), cut.q_ids))
+  flat = lambda x: cut.joined(x.reshape(-1, *x.shape[2:]), cut.T)
+  return flat(out), flat(lse)
+
+
+def _sweep_backward(problem, tiles, q, k, v, dout, lse, delta, masks, scale):
+  """Gradients of one long problem: dq row by row, dk and dv summed on the way."""
+  cut = _Tiles(problem, tiles, q, k, masks)
+  ks, vs = cut.of_keys(k), cut.of_keys(v)
+
+  def sweep(carry, xs):
+    (rows, idx, length), arrays, q_ids = xs
+
+    def step(n, grads):
+      dq, dk, dv = grads
+      cols, mask = cut.step(n, rows, idx, length, q_ids)
+      qs, *rest = arrays
+      new_dq, new_dk, new_dv = _gradients(qs, ks[cols], vs[cols], *rest, mask, scale)
+      return dq + new_dq, dk.at[cols].add(new_dk), dv.at[cols].add(new_dv)
+
+    start = jnp.zeros(arrays[0].shape, jnp.float32)
+    dq, *carry = jax.lax.fori_loop(0, length.max(), step, (start, *carry))
+    return tuple(carry), dq
+
+  arrays = tuple(cut.of_queries(x) for x in (q, dout, lse, delta))
+  start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (ks, vs))
+  (dk, dv), dq = jax.lax.scan(sweep, start, (cut.lists, arrays, cut.q_ids))
+  dq = cut.joined(dq.reshape(-1, *dq.shape[2:]), cut.T)
+  return dq, cut.joined(dk, cut.S), cut.joined(dv, cut.S)

@@ -1,0 +1,53 @@
+"""Installs sparse_flax and pallas_kernels, for any JAX project to import."""
+
+import pathlib
+
+import setuptools
+
+CORE = [
+  # Ranges that can work; the exact versions that are tested stand in constraints.txt.
+  "jax>=0.11.1,<0.13",
+  "flax>=0.12.10,<0.13",
+  "optax>=0.2.8,<0.3",
+  "orbax-checkpoint>=0.12.3,<0.13",
+  "jaxtyping>=0.3.9",
+  "numpy>=2",
+]
+
+DATA = [
+  "array_record>=0.8.3; sys_platform == 'linux'",
+  "etils[epath]>=1.13",
+  "grain>=0.2.16,<0.3",
+  "importlib_resources",  # tensorflow-datasets imports it without requiring it
+  "pillow>=12",
+  "scipy>=1.14",
+  "tensorflow-datasets>=4.9.9,<5",
+]
+
+LAUNCH = [
+  "absl-py>=2",
+  "chex>=0.1.91",
+  "matplotlib>=3.10",
+  "ml_collections>=1.1,<2",
+  "tensorboardX>=2.6.4",
+]
+
+setuptools.setup(
+  name="sparse-flax",
+  version="0.1.0",
+  description="Sparse Transformers (Child, Gray, Radford, Sutskever 2019) in JAX and Flax",
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.12",
+  packages=setuptools.find_packages(include=["sparse_flax*", "pallas_kernels*"]),
+  package_data={"sparse_flax.data": ["samples/*"]},
+  install_requires=CORE + DATA + LAUNCH,
+  extras_require={
+    "cuda13": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]", "gcsfs"],
+    "prepare": ["tensorflow-cpu>=2.20"],
+    "test": ["beartype>=0.22", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14"],
+  },
+)
