@@ -10,9 +10,11 @@ from sparse_flax.data.dataset import Dataset
 from sparse_flax.data.sources import check
 from sparse_flax.data.sources import NAMES
 from sparse_flax.data.sources import open_dataset
+from sparse_flax.data.sources import SPLITS
 
 __all__ = [
   "NAMES",
+  "SPLITS",
   "Dataset",
   "check",
   "eval_batches",

@@ -99,7 +99,7 @@ def _tar_shards(file: epath.Path) -> list[functools.partial]:
   return [functools.partial(examples, shard) for shard in range(num_shards)]
 
 
-class Enwik8(_Builder, skip_registration=True):
+class Enwik8Bytes(_Builder, skip_registration=True):
   """The first 10^8 bytes of a Wikipedia dump: 90 million train, 5 validation, 5 test."""
 
   DESCRIPTION = "enwik8 in consecutive records"
@@ -151,4 +151,4 @@ def _cut(values: np.ndarray) -> Iterator[np.ndarray]:
     yield values[start : start + dataset_lib.RECORD_BYTES]
 
 
-ALL = (Cifar10Binary, DownsampledImagenet64, Enwik8, AudioFolder)
+ALL = (Cifar10Binary, DownsampledImagenet64, Enwik8Bytes, AudioFolder)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 from typing import Protocol
+from typing import runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -17,6 +18,7 @@ RECORD_BYTES = 10_000  # of text and audio; divides enwik8's splits evenly
 _DIGEST_RECORDS = 1_000  # at each end
 
 
+@runtime_checkable
 class Streams(Protocol):
   """Byte strings by number, of which any part can be read. An image, a text, a recording is one."""
 
@@ -43,7 +45,7 @@ class Arrays:
 class LazyImages:
   """Encoded images of one size in a TFDS data source, decoded when they are read."""
 
-  def __init__(self, source: Sequence[dict[str, Any]], shape: tuple[int, int, int], rows: range):
+  def __init__(self, source: Sequence, shape: tuple[int, int, int], rows: range):
     self.source, self.shape, self.rows = source, shape, rows
     self.lengths = np.full(len(rows), np.prod(shape))
 
@@ -58,7 +60,7 @@ class LazyImages:
 class Records:
   """Streams cut into consecutive records of RECORD_BYTES in a TFDS data source."""
 
-  def __init__(self, source: Sequence[dict[str, Any]], key: str, first: Sequence[int], lengths):
+  def __init__(self, source: Sequence, key: str, first: Sequence[int], lengths):
     self.source, self.key, self.first = source, key, first
     self.lengths = np.array(lengths)
 
@@ -73,7 +75,7 @@ def decode_image(data: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, 
   """The pixels of an encoded image; ValueError if it is none, or not of `shape`."""
   try:
     with PIL.Image.open(io.BytesIO(data)) as image:
-      pixels = np.asarray(image.convert("RGB"))
+      pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
   except (OSError, SyntaxError) as error:  # how Pillow reports broken files
     raise ValueError(f"cannot be decoded ({error})") from error
   if pixels.shape != shape:

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Mapping
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 
@@ -71,9 +71,10 @@ def prepare(data_dir: epath.Path, builder_name: str) -> None:
 
   builder = getattr(builders, builder_name)(data_dir=data_dir, file_format="array_record")
   config = tfds.download.DownloadConfig(manual_dir=data_dir)
+  print(f"Preparing {builder.name} in {data_dir}, once.", file=sys.stderr, flush=True)
   try:
-    # TFDS prints its progress, and makes folders for downloads, of which there are none.
-    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as downloads:
+    # TFDS prints and makes folders for downloads, of which there are none.
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as downloads:
       builder.download_and_prepare(download_dir=downloads, download_config=config)
   except OSError as error:
     if not builder.is_prepared():  # otherwise another host was faster
@@ -92,8 +93,8 @@ def check_writable(folder: epath.Path) -> None:
     )
 
 
-def open_split(prepared: Prepared, split: str) -> Sequence[dict[str, Any]]:
-  """A TFDS data source of one split; images come as they are stored, not decoded."""
+def open_split(prepared: Prepared, split: str) -> Sequence:
+  """A TFDS data source of dicts, one split; images come as they are stored, not decoded."""
   import tensorflow_datasets as tfds  # as above
 
   from sparse_flax.data import builders
@@ -119,7 +120,7 @@ def check_features(folder: epath.Path) -> None:
     for key in ("pythonClassName", "python_class_name", "type"):  # TFDS follows each of them
       name = node.get(key)
       # A nested "type" is a message of its own and comes through here by itself.
-      if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
+      if isinstance(name, str) and name and not name.startswith("tensorflow_datasets."):
         raise ValueError(f"{folder}/features.json asks to import {name!r}, which is not TFDS's")
     return node
 

@@ -53,7 +53,7 @@ def cifar10_images(file: epath.Path) -> tuple[UInt8[np.ndarray, "N 32 32 3"], li
 def enwik8_file(path: epath.Path) -> epath.Path:
   """The file `enwik8` (or enwik8.zip) in a folder, size checked; `path` may be the file itself."""
   names = [path / "enwik8", path / "enwik8.zip"] if path.is_dir() else [path]
-  file = next((name for name in names if name.exists()), None)
+  file = next((name for name in names if name.is_file()), None)
   if file is None:
     raise ValueError("holds neither a prepared enwik8 nor the file enwik8 or enwik8.zip")
   try:

@@ -48,13 +48,13 @@ def open_dataset(
   if split not in SPLITS:
     raise ValueError(f"{split=} must be one of {', '.join(SPLITS)}")
   _check_image_size(name, image_shape, seq_len)
-  if name in _SAMPLES:
-    streams, remark = _open_sample(name, split), "a small sample: not comparable with any paper"
-    version = "1.0.0"
-  else:
-    with _naming_path(path):
+  with _naming_path(path):
+    if name in _SAMPLES:
+      streams, remark = _open_sample(name, split), "a small sample: not comparable with any paper"
+      version = "1.0.0"
+    else:
       streams, remark, version = _open_path(name, _existing(path), split, split_seed)
-  return dataset_lib.Dataset(name, split, modality, image_shape, streams, version, remark)
+    return dataset_lib.Dataset(name, split, modality, image_shape, streams, version, remark)
 
 
 def check(name: str, *, path: str, seq_len: int) -> list[str]:
@@ -100,7 +100,7 @@ def _check_image_size(name, image_shape, seq_len):
 def _naming_path(path):
   try:
     yield
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, RuntimeError) as error:  # the last: broken ArrayRecord files
     raise ValueError(f"data.path={os.fspath(path)!r}: {error}") from error
 
 
@@ -129,9 +129,11 @@ def _open_path(name, path, split, split_seed):
 
 def _open_file(name, path):
   _check_file(name, path)
-  if path.suffix != ".zip" and os.path.exists(path):
+  if name == "enwik8" and path.suffix == ".zip":
+    return np.frombuffer(raw.enwik8_bytes(path), np.uint8)
+  if os.path.exists(path):
     return np.memmap(path, np.uint8, mode="r")
-  return np.frombuffer(raw.enwik8_bytes(path), np.uint8)
+  return np.frombuffer(path.read_bytes(), np.uint8)  # far away: gs:// and the like
 
 
 def _check_file(name, path):
