@@ -39,4 +39,4 @@ def read_flac(path: epath.Path):
     with path.open("rb") as file:
       return soundfile.read(file, dtype="float32", always_2d=True)
   except soundfile.LibsndfileError as error:
-    raise ValueError(f"{path} is not a FLAC file ({error})") from error
+    raise ValueError(f"{path} cannot be read as FLAC ({error})") from error
