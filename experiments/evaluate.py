@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
       step=step,
       on_progress=_show,
     )
+    if sys.stderr.isatty():
+      print("\r\033[K", end="", file=sys.stderr)
     with (workdir / "evaluations.jsonl").open("a") as lines:
       lines.write(json.dumps(result, allow_nan=False) + "\n")
   print(describe(result, unit=metrics.UNIT[config.model.modality]))

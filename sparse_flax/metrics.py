@@ -28,7 +28,7 @@ class Writer:
       os.fspath(workdir / "tensorboard"), purge_step=step + 1 if step else None
     )
 
-  def write(self, step: int, **values: float) -> None:
+  def write(self, step: int, **values: float | int) -> None:
     """One record: the step, the time in seconds since 1970, and what is finite of `values`."""
     values = {name: value for name, value in values.items() if math.isfinite(value)}
     record = {"step": step, "time": round(time.time(), 3), **values}
@@ -98,7 +98,7 @@ class Progress:
     yield
     self._paused += time.perf_counter() - start
 
-  def add(self, step: int, record: dict[str, float]) -> None:
+  def add(self, step: int, record: dict[str, float | int]) -> None:
     """Takes the metrics of one step that has just ended.
 
     Args:
@@ -120,7 +120,7 @@ class Progress:
     self._log(now, {k: v for k, v in record.items() if k not in ("loss", "skipped")})
     self._last, self._losses, self._skipped = now, [], 0
 
-  def _log(self, now: tuple[int, float], others: dict[str, float]) -> None:
+  def _log(self, now: tuple[int, float], others: dict[str, float | int]) -> None:
     values = dict(others, skipped=self._skipped)
     if self._losses:
       values["loss"] = statistics.fmean(self._losses)
@@ -151,7 +151,7 @@ class Progress:
 def progress_line(
   step: int,
   steps: int,
-  values: dict[str, float],
+  values: dict[str, float | int],
   *,
   unit: str,
   seconds_left: float | None = None,
