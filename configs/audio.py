@@ -62,6 +62,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         data=dict(name="audio_sample", batch_size=4),
         train=dict(steps=600, log_every=20, eval_every=300, save_every=300, ema_decay=0.98),
+        mesh=dict(data=1),  # the batch is small
         optim=dict(learning_rate=3e-3, warmup_steps=50),
       ),
       "262k": dict(

@@ -66,6 +66,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         data=dict(name="enwik8_sample", batch_size=8),
         train=dict(steps=1_000, log_every=20, eval_every=250, save_every=250, ema_decay=0.98),
+        mesh=dict(data=1),  # the batch is small
         optim=dict(learning_rate=3e-3, warmup_steps=50),
         eval=dict(min_context=256),
       ),

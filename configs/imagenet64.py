@@ -61,6 +61,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         data=dict(batch_size=1),
         train=dict(steps=400, log_every=20, eval_every=400, save_every=100, ema_decay=0.98),
+        mesh=dict(data=1),  # the batch is small
         optim=dict(learning_rate=3e-3, warmup_steps=40),
         eval=dict(monitor_batches=50),  # the split has 49,999 images: hours on a CPU
       ),

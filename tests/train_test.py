@@ -22,19 +22,9 @@ pytestmark = pytest.mark.promotes  # optax's Adam mixes dtypes
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_fast(tmp_path_factory):
-  """Compiling takes nearly all the time here, and often of what was compiled before."""
-  settings = {
-    "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-    "jax_persistent_cache_min_compile_time_secs": 0.2,
-  }
-  old = {name: jax.config.values[name] for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in old.items():
-    jax.config.update(name, value)
+def fast_compilation(tmp_path_factory):
+  with tiny.fast_compilation(tmp_path_factory.mktemp("cache")):
+    yield
 
 
 def run(config, workdir):
