@@ -17,7 +17,6 @@ CORE = [
 DATA = [
   "array_record>=0.8.3; sys_platform == 'linux'",
   "etils[epath]>=1.13",
-  "grain>=0.2.16,<0.3",
   "importlib_resources",  # tensorflow-datasets imports it without requiring it
   "pillow>=12",
   "scipy>=1.14",
@@ -48,6 +47,7 @@ setuptools.setup(
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]", "gcsfs"],
     "prepare": ["tensorflow-cpu>=2.20"],
+    "flac": ["soundfile>=0.13"],
     "test": ["beartype>=0.22", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14"],
   },
 )

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
+from jaxtyping import Num
 
 from pallas_kernels import passes
 from pallas_kernels.passes import Pass
@@ -125,7 +126,7 @@ class _View:
     """Queries, keys and values of the problems."""
     return self.queries(q), self.keys(k), self.keys(v)
 
-  def queries(self, x: Float[Array, "B T H D"]) -> Float[Array, "N h t D"]:
+  def queries(self, x: Num[Array, "B T H D"]) -> Num[Array, "N h t D"]:
     x = self._select(x)
     if self.kind in ("natural", "summaries"):
       return x.transpose(0, 2, 1, 3)
@@ -134,7 +135,7 @@ class _View:
       return x.transpose(0, 2, 3, 1, 4).reshape(-1, x.shape[3], self.rows, x.shape[4])
     return x.transpose(0, 1, 3, 2, 4).reshape(-1, x.shape[3], self.stride, x.shape[4])
 
-  def keys(self, x: Float[Array, "B S Hkv D"]) -> Float[Array, "N h s D"]:
+  def keys(self, x: Num[Array, "B S Hkv D"]) -> Num[Array, "N h s D"]:
     x = jnp.repeat(x, self.H // x.shape[2], axis=2)
     if self.kind == "summaries":
       x, starts, width = self._fold(self._select(x)), self.one.starts, self.one.width
@@ -227,7 +228,7 @@ class _Problem(NamedTuple):
     positions = self.one.query_position(i + self.halo), self.one.key_position(j)
     mask = self.one.allowed(*positions)[..., None, :, :]
     if first_key is not None:
-      mask = mask & (j >= first_key)
+      mask = mask & (j >= first_key)[None]
     if q_ids is not None:
       mask = mask & (q_ids[..., :, None] == k_ids[..., None, :])
     return mask
@@ -344,8 +345,8 @@ class _Tiles:
   def step(self, n, rows, idx, length, q_ids):
     """The n-th key tile of each row of tiles: its number, and the mask of the pairs."""
     cols = idx[:, n]
-    i = rows[:, None] * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)
-    j = cols[:, None] * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
+    i = rows[:, None] * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)[None]
+    j = cols[:, None] * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)[None]
     k_ids = None if q_ids is None else self.k_ids[cols]
     mask = self.problem.mask(i, j, q_ids, k_ids, None)
     return cols, mask & (n < length)[:, None, None, None]

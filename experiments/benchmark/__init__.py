@@ -1,0 +1,1 @@
+"""Benchmarks: each is a command that measures, prints a table and writes JSON."""

@@ -1,0 +1,194 @@
+"""Every implementation on every pattern against `reference`, and `reference` against numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+from helpers import Case
+from helpers import EVERY_PATTERN
+from helpers import jitted_vjp
+
+from pallas_kernels import IMPLEMENTATIONS
+from pallas_kernels import patterns
+from pallas_kernels import sparse_attention
+from pallas_kernels import xla
+
+OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
+# Relative to the largest value: float32 sums in another order; bfloat16 and float16 round the
+# inputs of every product (8 and 11 bits).
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+CASES = [
+  *(Case(pattern, name=name) for name, pattern in EVERY_PATTERN.items()),
+  *(
+    Case(EVERY_PATTERN[name], name=name, T=T)
+    for T in (1, 3, 36)  # shorter than every stride; divisible by most
+    for name in ("local", "column", "strided", "summary", "fixed", "layout")
+  ),
+  *(
+    Case(EVERY_PATTERN[name], name=name, Hkv=2, Dv=6, segments=3)
+    for name in ("dense", "strided", "fixed", "summary", "per_head", "layout", "where")
+  ),
+  *(
+    Case(EVERY_PATTERN[name], name=name, dtype=dtype)
+    for name, dtype in (("strided", "bfloat16"), ("fixed", "bfloat16"), ("local", "float16"))
+  ),
+  Case(patterns.Local(300), name="local", T=701, B=1, H=2, Hkv=1),
+  Case(patterns.Column(7), name="column", T=701, B=1, H=2, Hkv=1),
+]
+
+
+def attend(case, implementation, ids):
+  how = dict(pattern=case.pattern, segment_ids=ids, return_lse=True)
+  return functools.partial(sparse_attention, implementation=implementation, **how)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_out_lse_and_gradients_match_the_reference(case, implementation):
+  q, k, v, ids, dout, dlse = case.arrays()
+  got = jitted_vjp(attend(case, implementation, ids), q, k, v, dout, dlse)
+  # The truth is computed from the same rounded inputs, in float32.
+  q32, k32, v32, dout32 = (x.astype(jnp.float32) for x in (q, k, v, dout))
+  truth = jitted_vjp(attend(case, "reference", ids), q32, k32, v32, dout32, dlse)
+  dtypes = [q.dtype, jnp.float32, q.dtype, k.dtype, v.dtype]
+  for what, a, b, dtype in zip(("out", "lse", "dq", "dk", "dv"), got, truth, dtypes, strict=True):
+    assert a.dtype == dtype, f"{what} is {a.dtype}"
+    assert_close(a, b, tolerance=TOLERANCE[case.dtype], what=what)
+
+
+@pytest.mark.parametrize("name", EVERY_PATTERN)
+def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
+  """The same numbers when whole problems, tiles and chunks are small, so that all loops turn."""
+  monkeypatch.setattr(xla, "_WHOLE", 16)
+  monkeypatch.setattr(xla, "_TILE", 4)
+  monkeypatch.setattr(xla, "_LOGITS", 64)
+  case = Case(EVERY_PATTERN[name], T=37, Hkv=2, Dv=6, segments=3)
+  q, k, v, ids, dout, dlse = case.arrays()
+  how = dict(pattern=case.pattern, scale=case.Dk**-0.5)
+
+  @jax.jit  # not through the door, whose programs for the usual sizes would be found again
+  def run(q, k, v, dout, dlse):
+    out, lse = xla.forward(q, k, v, ids, **how)
+    return out, lse, *xla.backward(q, k, v, ids, out, lse, dout, dlse, **how)
+
+  got = run(q, k, v, dout, dlse)
+  truth = jitted_vjp(attend(case, "reference", ids), q, k, v, dout, dlse)
+  for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, truth, strict=True):
+    assert_close(a, b, tolerance=TOLERANCE["float32"], what=what)
+
+
+@pytest.mark.parametrize("name", EVERY_PATTERN)
+def test_reference_matches_plain_numpy(name):
+  case = Case(EVERY_PATTERN[name], T=17, Hkv=2, Dv=6, segments=2)
+  q, k, v, ids, *_ = case.arrays()
+  out, lse = attend(case, "reference", ids)(q, k, v)
+  expected_out, expected_lse = np.zeros(out.shape), np.full(lse.shape, -np.inf)
+  mask = np.broadcast_to(case.pattern.mask(17), (case.pattern.period, 17, 17))
+  q, k, v, ids = (np.asarray(x, np.float64) for x in (q, k, v, ids))
+  for b, t, h in np.ndindex(2, 17, 4):
+    keys = np.flatnonzero(mask[h % len(mask), t] & (ids[b] == ids[b, t]))
+    if keys.size:
+      logits = k[b, keys, h // 2] @ q[b, t, h] / np.sqrt(8)
+      weights = np.exp(logits - logits.max())
+      expected_out[b, t, h] = weights @ v[b, keys, h // 2] / weights.sum()
+      expected_lse[b, t, h] = logits.max() + np.log(weights.sum())
+  assert_close(out, expected_out, tolerance=1e-5, what="out")
+  assert_close(lse, expected_lse, tolerance=1e-5, what="lse")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EVERY_PATTERN)
+def test_the_support_of_the_gradient_is_the_mask(name, implementation):
+  pattern = EVERY_PATTERN[name]
+  q, k, v, *_ = Case(pattern, T=24, B=1, Hkv=1).arrays()
+  how = dict(pattern=pattern, implementation=implementation)
+  first_feature = lambda v: sparse_attention(q, k, v, **how)[0, :, :, 0]
+  influence = jax.jit(jax.jacrev(first_feature))(v)[:, :, 0, :, 0, 0]  # [T, H, S]
+  mask = np.broadcast_to(pattern.mask(24), (pattern.period, 24, 24))
+  for h in range(4):
+    np.testing.assert_array_equal(influence[:, h] != 0, mask[h % len(mask)])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_without_keys_give_zeros_and_send_no_gradient(implementation):
+  case = Case(patterns.Summary(8, 2), T=12)
+  q, k, v, _, dout, dlse = case.arrays()
+  # Even huge logits must not turn a masked pair into NaN.
+  out, lse, dq, dk, dv = jitted_vjp(attend(case, implementation, None), 1e4 * q, k, v, dout, dlse)
+  assert np.all(np.asarray(out[:, :6]) == 0) and np.all(np.isneginf(lse[:, :6]))
+  assert np.all(np.asarray(dq[:, :6]) == 0)
+  unread = [t for t in range(12) if t not in (6, 7)]
+  assert np.all(np.asarray(dk)[:, unread] == 0) and np.all(np.asarray(dv)[:, unread] == 0)
+  assert all(np.isfinite(x).all() for x in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scale_and_transformations(implementation):
+  q, k, v, *_ = Case(patterns.Strided(4), T=12).arrays()
+  run = functools.partial(
+    sparse_attention, pattern=patterns.Strided(4), implementation=implementation
+  )
+  assert_close(run(2 * q, k, v, scale=0.25), run(q, k, v, scale=0.5), tolerance=1e-6, what="scale")
+  stacked = jax.vmap(run)(*(jnp.stack([x, -x]) for x in (q, k, v)))
+  assert_close(stacked[1], run(-q, -k, -v), tolerance=1e-6, what="vmap")
+  loss = lambda q: jnp.sum(run(q, k, v) ** 2)
+  remat = jax.grad(jax.checkpoint(loss))(q)
+  assert_close(remat, jax.grad(loss)(q), tolerance=1e-6, what="checkpoint")
+
+
+@pytest.mark.parametrize("name", ["local", "column", "strided", "block", "summary", "fixed"])
+def test_no_program_holds_an_array_of_T_by_T(name):
+  T = 16_384
+  big = {
+    "local": patterns.Local(64), "column": patterns.Column(64), "strided": patterns.Strided(64),
+    "block": patterns.Block(64), "summary": patterns.Summary(64, 4), "fixed": patterns.Fixed(64, 4),
+  }  # fmt: skip
+  q = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
+  loss = lambda *qkv: sparse_attention(*qkv, pattern=big[name], implementation="xla").sum()
+  program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q).compile()
+  # 16,384 x 16,384 booleans would be 268 MB; all tensors of this call together are 8 MB.
+  assert program.memory_analysis().temp_size_in_bytes < 64e6
+
+
+def test_a_policy_keeps_out_and_lse_by_name():
+  case = Case(patterns.Strided(4), T=12)
+  q, k, v, *_ = case.arrays()
+  names = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+  run = lambda q: attend(case, "xla", None)(q, k, v)[0].sum()
+  count = lambda f: str(jax.make_jaxpr(jax.grad(f))(q)).count(" exp ")
+  kept, recomputed = (jax.checkpoint(run, policy=p) for p in (names, None))
+  assert count(kept) < count(recomputed)
+
+
+WRONG = {
+  "axes": (lambda q: (q[0], q, q, {}), "4 axes"),
+  "batch": (lambda q: (q, q[:1], q[:1], {}), "agree in B"),
+  "head size": (lambda q: (q, q[..., :4], q, {}), "one head size"),
+  "groups": (lambda q: (q, q[:, :, :3], q[:, :, :3], {}), "Hkv=3 must divide H=4"),
+  "dtype": (lambda q: (q, q.astype(jnp.bfloat16), q, {}), "must share one of"),
+  "segments": (lambda q: (q, q, q, {"segment_ids": jnp.zeros((2, 5), jnp.int32)}), "shape"),
+  "name": (lambda q: (q, q, q, {"implementation": "cuda"}), "one of reference, xla"),
+}
+NOT_YET = {
+  "not causal": (lambda q: (q, q, q, {"pattern": patterns.Dense(causal=False)}), "causal"),
+  "lengths": (lambda q: (q, q[:, :5], q[:, :5], {}), "T != S"),
+  "soft cap": (lambda q: (q, q, q, {"logits_soft_cap": 30.0}), "logits_soft_cap"),
+  "score_fn": (lambda q: (q, q, q, {"score_fn": lambda s, i, j, h: s}), "score_fn"),
+  "block_mask": (
+    lambda q: (q, q, q, {"block_mask": jnp.ones((1, 1, 1, 1), bool)}),
+    "block_mask",
+  ),
+}
+
+
+@pytest.mark.parametrize("what", [*WRONG, *NOT_YET])
+def test_errors_say_what_is_wrong(what, as_a_user):
+  q = Case(patterns.Dense(), T=6).arrays()[0]
+  build, words = (WRONG | NOT_YET)[what]
+  q, k, v, more = build(q)
+  with pytest.raises(ValueError if what in WRONG else NotImplementedError, match=words):
+    sparse_attention(q, k, v, **more)

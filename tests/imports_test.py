@@ -1,0 +1,68 @@
+"""The walls of the house: data flows configs -> experiments -> sparse_flax -> pallas_kernels."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+HOUSE = ("pallas_kernels", "sparse_flax", "configs", "experiments")
+MAY_IMPORT = {
+  "pallas_kernels": {"pallas_kernels"},
+  "sparse_flax": {"pallas_kernels", "sparse_flax"},
+  "configs": {"configs"},
+  "experiments": {"pallas_kernels", "sparse_flax", "experiments"},
+}
+# Between the files of the kernels: patterns -> passes -> backends -> api.
+KERNEL_ORDER = ("patterns", "passes", "reference", "xla", "api")
+# Code in data: none of these may be called or imported anywhere.
+BANNED_CALLS = {"eval", "exec"}
+BANNED_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}
+
+
+def files():
+  return [path for part in HOUSE for path in sorted((ROOT / part).rglob("*.py"))]
+
+
+def imported(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+  part = path.relative_to(ROOT).parts[0]
+  for name in imported(path):
+    top = name.partition(".")[0]
+    assert top not in HOUSE or top in MAY_IMPORT[part], f"{path} imports {name}"
+    assert top not in BANNED_MODULES, f"{path} imports {name}"
+    if part == "configs":
+      assert top in ("configs", "ml_collections", "math"), f"{path} imports {name}"
+    if part == "pallas_kernels":
+      assert top not in ("flax", "ml_collections", "optax"), f"{path} imports {name}"
+    if part in ("pallas_kernels", "sparse_flax"):
+      launching = name.startswith(("absl.flags", "absl.app", "argparse"))
+      assert not launching, f"{path} imports {name}: libraries know no flags"
+
+
+def test_kernel_files_import_only_what_lies_below_them():
+  for n, name in enumerate(KERNEL_ORDER):
+    above = {f"pallas_kernels.{other}" for other in KERNEL_ORDER[n + 1 :]}
+    found = set(imported(ROOT / "pallas_kernels" / f"{name}.py"))
+    assert not {x for x in found if any(x.startswith(a) for a in above)}, name
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_data_is_never_run_as_code(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Call):
+      called = node.func
+      name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+      bare = isinstance(called, ast.Name)
+      assert not (bare and name in BANNED_CALLS), f"{path}:{node.lineno} calls {name}"
+      for keyword in node.keywords:
+        allowed = keyword.arg != "allow_pickle" or keyword.value.value is False
+        assert allowed, f"{path}:{node.lineno} allows pickle"
