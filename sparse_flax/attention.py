@@ -31,7 +31,7 @@ class SparseSelfAttention(nnx.Module):
     width: int,
     num_heads: int,
     pattern: patterns.Pattern,
-    qk_ratio: float = 1.0,
+    qk_ratio: int | float = 1.0,
     dtype: jax.typing.DTypeLike | None = None,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,

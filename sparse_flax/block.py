@@ -52,9 +52,9 @@ class Block(nnx.Module):
     width: int,
     num_heads: int,
     pattern: patterns.Pattern,
-    qk_ratio: float,
-    ff_mult: float,
-    dropout: float,
+    qk_ratio: int | float,
+    ff_mult: int | float,
+    dropout: int | float,
     dtype: jax.typing.DTypeLike,
     param_dtype: jax.typing.DTypeLike,
     implementation: str | None,
@@ -112,7 +112,9 @@ class Block(nnx.Module):
     return self.feed_forward(self.feed_forward_norm(x).astype(x.dtype))
 
 
-def drop(x: Float[Array, "*B"], rate: float, *, key: Key[Array, ""] | None) -> Float[Array, "*B"]:
+def drop(
+  x: Float[Array, "*B"], rate: int | float, *, key: Key[Array, ""] | None
+) -> Float[Array, "*B"]:
   """Zeros a share `rate` of x and scales up the rest; no key means no dropout."""
   if key is None or rate == 0.0:
     return x

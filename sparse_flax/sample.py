@@ -20,7 +20,7 @@ def generate(
   *,
   key: Key[Array, ""],
   num: int,
-  temperature: float = 1.0,
+  temperature: int | float = 1.0,
   prompt: UInt8[np.ndarray, "num P"] | None = None,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> UInt8[np.ndarray, "num T"]:
@@ -70,7 +70,7 @@ def generate(
   return np.concatenate(pieces, axis=1)[:, :T]
 
 
-def _run(graphdef, params, carry, key, start, forced, *, temperature: float, P: int):
+def _run(graphdef, params, carry, key, start, forced, *, temperature: int | float, P: int):
   """Steps start, start + 1, ... for as many columns as `forced` has."""
   model = nnx.merge(graphdef, params)
 
