@@ -8,6 +8,7 @@ from flax import nnx
 
 from pallas_kernels import patterns
 from sparse_flax import SparseSelfAttention
+from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import nnx_mode  # noqa: F401
 
 PATTERN = patterns.PerHead((patterns.Local(3), patterns.Column(4)))

@@ -11,6 +11,7 @@ from flax import nnx
 from pallas_kernels import patterns
 from sparse_flax import decode
 from sparse_flax import SparseSelfAttention
+from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import random_tokens
 from tests.model_helpers import SMALL
 from tests.model_helpers import small_model

@@ -1,0 +1,223 @@
+"""Draws samples from a run's averaged weights: pictures, texts or sounds.
+
+  python -m experiments.sample --workdir=DIR --num=16 [--temperature=1.0] [--seed=0]
+  python -m experiments.sample --workdir=DIR --num=16 --keep=0.5
+  python -m experiments.sample --workdir=DIR --num=16 --prompt=FILE [--keep=0.5]
+
+The first form samples from nothing. --keep completes held-out examples of the test split, of which
+it keeps that share; --prompt completes a file: a picture of the model's size, a text, a WAV file.
+The files are written into DIR/samples/STEP/.
+"""
+
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+import PIL.Image
+
+from experiments import cli
+from sparse_flax import checkpoint
+from sparse_flax import data
+from sparse_flax import evaluate
+from sparse_flax import pictures
+from sparse_flax import sample
+from sparse_flax.data import recordings
+
+_PER_ROW = 4  # completions of one example, beside each other
+_GRID_COLUMNS = 8
+
+
+def main(argv: Sequence[str]) -> int:
+  parser = cli.Parser(__doc__)
+  parser.add_argument("--workdir", help="the folder of a training run")
+  parser.add_argument("--num", type=int, default=16, help="samples in all")
+  parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest byte")
+  parser.add_argument("--prompt", help="a file to complete")
+  parser.add_argument("--keep", type=float, help="share of each example to keep, in (0, 1)")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  options = vars(parser.parse_args(argv))
+  workdir = cli.open_workdir(options.pop("workdir"))
+  with cli.readable_errors():
+    for path in run(workdir, **options):
+      print(path)
+  return 0
+
+
+def run(
+  workdir: str | os.PathLike,
+  *,
+  num: int = 16,
+  temperature: float = 1.0,
+  prompt: str | os.PathLike | None = None,
+  keep: float | None = None,
+  seed: int = 0,
+  step: int | None = None,
+) -> list[pathlib.Path]:
+  """Draws `num` samples from the run in `workdir`; returns the files written.
+
+  Raises:
+    ValueError: an option makes no sense, or the prompt does not fit the model.
+  """
+  if num < 1:
+    raise ValueError(f"--num={num}: must be a whole number >= 1")
+  if not 0 <= temperature < float("inf"):
+    raise ValueError(f"--temperature={temperature}: must be a number >= 0")
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
+  if keep is not None and not 0.0 < keep < 1.0:
+    raise ValueError(f"--keep={keep}: must be between 0 and 1")
+  config, graphdef, params, step = checkpoint.restore_params(workdir, step)
+  examples, kept = _examples(config, num=num, prompt=prompt, keep=keep)
+  # Sample r completes example r // _PER_ROW.
+  prompts = None if examples is None else examples[np.arange(num) // _PER_ROW, :kept]
+  progress = Progress(num)
+  samples = sample.generate(
+    graphdef,
+    params,
+    key=jax.random.key(seed),
+    num=num,
+    temperature=temperature,
+    prompt=prompts,
+    on_progress=progress,
+  )
+  progress.end()
+  folder = pathlib.Path(workdir) / "samples" / str(step)
+  folder.mkdir(parents=True, exist_ok=True)
+  kind = "samples" if examples is None else "completions"
+  stem = folder / f"{kind}-seed{seed}"
+  if config.model.modality == "image":
+    return [_write_grid(stem.with_suffix(".png"), config, samples, examples, kept)]
+  return _write_files(stem, config.model.modality, samples, examples, kept)
+
+
+def _examples(
+  config: ml_collections.ConfigDict,
+  *,
+  num: int,
+  prompt: str | os.PathLike | None,
+  keep: float | None,
+) -> tuple[np.ndarray | None, int]:
+  """What to complete, one row per _PER_ROW samples, and how many bytes of each to keep."""
+  count = -(-num // _PER_ROW)
+  if prompt is not None:
+    example = read_prompt(prompt, config.model)
+    if keep is None and config.model.modality == "image":
+      keep = 0.5
+    known = example.size if keep is None else round(keep * example.size)
+    if not 0 < known < config.model.seq_len:
+      raise ValueError(
+        f"--prompt={prompt}: {known:,} bytes are to be kept; a sample has "
+        f"{config.model.seq_len:,}: choose a --keep between 0 and 1 that leaves some to draw"
+      )
+    return np.tile(example, (count, 1)), known
+  if keep is None:
+    return None, 0
+  dataset = evaluate.open_dataset(config, "test")
+  seq_len = config.model.seq_len
+  batches = data.eval_batches(dataset, seq_len=seq_len, min_context=0, batch_size=count)
+  tokens, scored = next(iter(batches))
+  tokens = tokens[scored.all(axis=1)]
+  if len(tokens) < count:
+    raise ValueError(
+      f"--num={num}: at most {_PER_ROW * len(tokens)}; the test split of {dataset.name} has "
+      f"{len(tokens)} examples of {seq_len:,} bytes for {_PER_ROW} completions each"
+    )
+  return tokens, max(1, round(keep * seq_len))
+
+
+def read_prompt(path: str | os.PathLike, model: ml_collections.ConfigDict) -> np.ndarray:
+  """The first seq_len bytes of a file as the model would see them.
+
+  Raises:
+    ValueError: no file of the kind that `model.modality` asks for, or a picture of another size.
+  """
+  if model.modality == "text":
+    example = np.frombuffer(pathlib.Path(path).read_bytes(), np.uint8)
+  elif model.modality == "audio":
+    example = recordings.load_codes(path)
+  else:
+    rows, columns, channels = model.position_shape
+    try:
+      with PIL.Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except (PIL.UnidentifiedImageError, SyntaxError) as error:
+      raise ValueError(f"--prompt={path}: is not a picture that can be read") from error
+    if pixels.shape[:2] != (rows, columns):
+      raise ValueError(
+        f"--prompt={path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels; "
+        f"the model draws {columns} x {rows}"
+      )
+    example = pixels.reshape(-1)
+  if not example.size:
+    raise ValueError(f"--prompt={path}: is empty")
+  return example[: model.seq_len]
+
+
+class Progress:
+  """One line on a terminal with rate and time left, and a last one for everybody."""
+
+  def __init__(self, num: int):
+    self.num, self.start, self.done = num, time.monotonic(), 0
+
+  def __call__(self, done: int, steps: int) -> None:
+    self.done = done
+    seconds = time.monotonic() - self.start
+    if sys.stderr.isatty():
+      rate, left = self.num * done / seconds, seconds * (steps - done) / done
+      line = f"sampling {done:,} of {steps:,} bytes x {self.num}"
+      print(f"\r{line}  {rate:,.0f} bytes/s  {left:.0f} s left   ", end="", file=sys.stderr)
+
+  def end(self) -> None:
+    if sys.stderr.isatty():
+      print(file=sys.stderr)
+    seconds = time.monotonic() - self.start
+    rate = self.num * self.done / seconds
+    print(f"sampled {self.num} x {self.done:,} bytes in {seconds:.1f} s, {rate:,.0f} bytes/s")
+
+
+def _write_grid(path, config, samples, examples, kept) -> pathlib.Path:
+  image = lambda tokens: tokens.reshape(config.model.position_shape)
+  if examples is None:
+    columns = min(_GRID_COLUMNS, -(-len(samples) // max(1, round(len(samples) ** 0.5))))
+    starts = range(0, len(samples), columns)
+    pictures.save_grid(path, [[image(x) for x in samples[i : i + columns]] for i in starts])
+    return path
+  columns = min(_PER_ROW, len(samples))
+  rows = []
+  for n, example in enumerate(examples):
+    drawn = [image(x) for x in samples[n * columns : (n + 1) * columns]]
+    drawn += [None] * (columns - len(drawn))
+    prompt = pictures.with_unknown(image(example), known=kept)
+    rows.append([prompt, *drawn, image(example)])
+  captions = ["given", *(f"drawn {n + 1}" for n in range(columns)), "original"]
+  pictures.save_grid(path, rows, captions=captions)
+  return path
+
+
+def _write_files(stem, modality, samples, examples, kept) -> list[pathlib.Path]:
+  """One file per sample; for completions also what was given and the original."""
+  files = {f"{n:02}": tokens for n, tokens in enumerate(samples)}
+  if examples is not None:
+    files = {f"{n // _PER_ROW:02}-drawn{n % _PER_ROW + 1}": x for n, x in enumerate(samples)}
+    for n, example in enumerate(examples):
+      files[f"{n:02}-given"] = example[:kept]
+      files[f"{n:02}-original"] = example
+  paths = []
+  for name, tokens in sorted(files.items()):
+    if modality == "audio":
+      paths.append(stem.with_name(f"{stem.name}-{name}.wav"))
+      data.write_wav(paths[-1], data.mu_law_decode(tokens))
+    else:
+      paths.append(stem.with_name(f"{stem.name}-{name}.txt"))
+      paths[-1].write_bytes(tokens.tobytes())
+  return paths
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,241 @@
+"""Sampling: what a row depends on, what comes back, and the files of the launcher."""
+
+import itertools
+import wave
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from flax import nnx
+
+from configs import audio
+from configs import cifar10
+from experiments import sample as launcher
+from sparse_flax import checkpoint
+from sparse_flax import pictures
+from sparse_flax import sample
+from sparse_flax import SparseTransformer
+from tests import tiny
+from tests.model_helpers import fast_compilation  # noqa: F401
+from tests.model_helpers import SMALL
+from tests.model_helpers import small_model
+
+LENGTH = SMALL["seq_len"]
+
+
+@pytest.fixture(scope="module")
+def weights():
+  """graphdef and plain weights of a model whose logits are worth sampling from."""
+  graphdef, params = nnx.split(small_model(), nnx.Param)
+  return graphdef, nnx.to_pure_dict(params)
+
+
+def generate(weights, *, num, seed=0, **options):
+  return sample.generate(*weights, key=jax.random.key(seed), num=num, **options)
+
+
+def test_a_row_is_the_same_alone_and_among_others(weights):
+  many = generate(weights, num=6)
+  assert many.shape == (6, LENGTH) and many.dtype == np.uint8
+  np.testing.assert_array_equal(generate(weights, num=1), many[:1])
+  assert len(np.unique(many, axis=0)) == 6
+  assert (generate(weights, num=6, seed=1) != many).any(axis=1).all()
+
+
+def test_prompts_come_back_unchanged_and_are_read(weights):
+  prompt = np.random.default_rng(0).integers(0, 256, (3, 9)).astype(np.uint8)
+  got = generate(weights, num=3, prompt=prompt, temperature=0)
+  np.testing.assert_array_equal(got[:, :9], prompt)
+  assert len({tuple(row) for row in got[:, 9:]}) == 3
+  np.testing.assert_array_equal(generate(weights, num=1, prompt=prompt[:1], temperature=0), got[:1])
+
+
+def test_temperature_zero_takes_the_likeliest_byte_of_the_whole_model(weights):
+  got = generate(weights, num=1, temperature=0)
+  logits = nnx.merge(*weights)(jnp.asarray(got))
+  np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
+
+
+def test_progress_is_told_in_steps_and_changes_nothing(weights):
+  told = []
+  got = generate(weights, num=2, on_progress=lambda *steps: told.append(steps))
+  np.testing.assert_array_equal(got, generate(weights, num=2))
+  assert told[-1] == (LENGTH, LENGTH) and len(told) > 5
+  assert all(a < b for (a, _), (b, _) in itertools.pairwise(told))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_frequencies_are_those_of_the_softmax(weights, temperature):
+  graphdef, params = weights
+  # A few bytes are likely; the first byte of every row depends on the start vector alone.
+  weights = graphdef, {**params, "logits": {"kernel": 3.0 * params["logits"]["kernel"]}}
+  logits = nnx.merge(*weights)(jnp.zeros((1, 1), jnp.int32))[0, 0]
+  expected = np.asarray(jax.nn.softmax(logits / temperature))
+  got = generate(weights, num=4_000, temperature=temperature)[:, 0]
+  counts = np.bincount(got, minlength=256) / 4_000
+  error = np.sqrt(expected * (1 - expected) / 4_000)
+  assert (np.abs(counts - expected) < 5 * error + 1e-3).all()
+  assert np.abs(counts - np.asarray(jax.nn.softmax(logits / (1.5 - temperature)))).max() > 0.01
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(num=0), "num=0"),
+    (dict(num=1, temperature=-1.0), "temperature=-1.0"),
+    (dict(num=2, prompt=np.zeros((1, 3), np.uint8)), "num=2 rows"),
+    (dict(num=1, prompt=np.zeros((1, LENGTH), np.uint8)), f"seq_len={LENGTH}"),
+  ],
+  ids=["num", "temperature", "rows", "length"],
+)
+def test_options_without_sense_are_refused(weights, options, message):
+  with pytest.raises(ValueError, match=message):
+    generate(weights, **options)
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def test_a_grid_shows_each_image_where_it_belongs():
+  red, green = np.zeros((2, 48, 48, 3), np.uint8)
+  red[..., 0], green[..., 1] = 255, 255
+  grid = np.asarray(pictures.draw_grid([[red, green], [None, red]], captions=["one", "two"]))
+  places = np.ogrid[: grid.shape[0], : grid.shape[1]]
+  upper, left = places[0] < 20 + 100, places[1] < 102
+  is_red, is_green = (grid == (255, 0, 0)).all(-1), (grid == (0, 255, 0)).all(-1)
+  assert is_red[upper & left].sum() == is_red[~upper & ~left].sum() == 96 * 96  # enlarged twice
+  assert is_red.sum() == 2 * 96 * 96
+  assert is_green[upper & ~left].sum() == is_green.sum() == 96 * 96
+  assert (grid[-10, 10] > 200).all()  # nothing was put here
+  assert (grid[:20] < 128).any()  # the captions
+
+
+def test_unknown_bytes_are_grey():
+  image = np.full((2, 2, 3), 7, np.uint8)
+  flat = pictures.with_unknown(image, known=5).reshape(-1)
+  assert (flat[:5] == 7).all() and (flat[5:] == pictures.GREY).all()
+  assert (image == 7).all()
+
+
+# ------------------------------------------------------------------------------------- launcher
+
+
+def make_run(folder, config, *, step=3):
+  """A run's folder with weights as they are at first."""
+  model = SparseTransformer(**config.model, rngs=nnx.Rngs(0))
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  checkpoint.start_workdir(folder, config, data={})
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    checkpoints.save({"step": jnp.asarray(step), "params": params, "ema": params})
+  return folder
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  return make_run(folder / "run", tiny.config(tiny.text_file(folder / "data.txt")))
+
+
+def test_texts_are_written_byte_by_byte(text_run, capsys):
+  assert launcher.main([f"--workdir={text_run}", "--num=3", "--seed=5"]) == 0
+  printed = capsys.readouterr().out.splitlines()
+  assert printed[0].startswith("sampled 3 x 32 bytes in ")
+  texts = sorted((text_run / "samples" / "3").glob("samples-seed5-*.txt"))
+  assert printed[1:] == [str(path) for path in texts] and len(texts) == 3
+  assert [path.stat().st_size for path in texts] == [32] * 3
+
+
+def test_held_out_text_is_completed_beside_the_original(text_run):
+  paths = {path.stem: path.read_bytes() for path in launcher.run(text_run, num=6, keep=0.25)}
+  held_out = (text_run.parent / "data.txt").read_bytes()[1_900:]
+  for n in (0, 1):  # four completions of the first, two of the second
+    example = held_out[32 * n : 32 * n + 32]
+    assert paths[f"completions-seed0-{n:02}-original"] == example
+    assert paths[f"completions-seed0-{n:02}-given"] == example[:8]
+    drawn = [text for name, text in paths.items() if f"{n:02}-drawn" in name]
+    assert len(drawn) == (4, 2)[n] and all(text[:8] == example[:8] for text in drawn)
+    assert all(text[8:] != example[8:] for text in drawn)
+
+
+def test_a_file_is_completed(text_run, tmp_path):
+  (tmp_path / "prompt.txt").write_bytes(b"Once upon")
+  paths = launcher.run(text_run, num=2, prompt=tmp_path / "prompt.txt")
+  drawn = [path.read_bytes() for path in paths if "drawn" in path.stem]
+  assert len(drawn) == 2 and all(text.startswith(b"Once upon") for text in drawn)
+  (tmp_path / "long.txt").write_bytes(bytes(100))
+  with pytest.raises(ValueError, match="32 bytes are to be kept; a sample has 32"):
+    launcher.run(text_run, num=2, prompt=tmp_path / "long.txt")
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--num=0"], "--num=0: must be a whole number >= 1"),
+    (["--temperature=-1"], "--temperature=-1.0"),
+    (["--keep=1.5"], "--keep=1.5: must be between 0 and 1"),
+    (["--seed=-1"], "--seed=-1"),
+    (["--step=7"], "step=7: no checkpoint"),
+    (["--prompt=nowhere.txt"], "nowhere.txt: No such file"),
+    (["--num=400", "--keep=0.5"], "at most 12"),
+    (["--temprature=1"], "--temprature"),
+  ],
+  ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_bad_flags_are_one_line_and_write_nothing(text_run, flags, message, capsys):
+  before = sorted(text_run.rglob("*"))
+  with pytest.raises(SystemExit) as error:
+    launcher.main([f"--workdir={text_run}", *flags])
+  assert error.value.code == 2
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1 and message in lines[0]
+  assert sorted(text_run.rglob("*")) == before
+
+
+def small(config, **model):
+  config = config.copy_and_resolve_references()
+  config.unlock()
+  config.model.update(width=8, num_layers=1, num_heads=1, attention_layers=("column",), **model)
+  return config.lock()
+
+
+def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
+  run = make_run(tmp_path / "run", small(cifar10.get_config("quick")))
+  (path,) = launcher.run(run, num=2, keep=0.5)
+  grid = np.asarray(PIL.Image.open(path))
+  cell = lambda n: grid[-100:-4, 4 + 100 * n : 100 + 100 * n][::3, ::3]
+  given, drawn, other, original = (cell(n) for n in range(4))
+  assert (given[16:] == pictures.GREY).all()
+  for image in (given, drawn, other):
+    np.testing.assert_array_equal(image[:16], original[:16])
+  for image in (drawn, other):
+    assert (image[16:] != original[16:]).mean() > 0.9
+  assert (drawn[16:] != other[16:]).mean() > 0.9
+
+  PIL.Image.fromarray(original).save(tmp_path / "prompt.png")
+  read = launcher.read_prompt(tmp_path / "prompt.png", small(cifar10.get_config("quick")).model)
+  np.testing.assert_array_equal(read, original.reshape(-1))
+  PIL.Image.fromarray(original[:20]).save(tmp_path / "prompt.png")
+  with pytest.raises(ValueError, match="is 32 x 20 pixels; the model draws 32 x 32"):
+    launcher.run(run, prompt=tmp_path / "prompt.png")
+  (tmp_path / "prompt.png").write_bytes(b"no picture")
+  with pytest.raises(ValueError, match="is not a picture"):
+    launcher.run(run, prompt=tmp_path / "prompt.png")
+
+
+def test_sounds_become_wav_files(tmp_path):
+  config = small(audio.get_config("quick"), seq_len=64, position_shape=(8, 8), stride=8)
+  paths = launcher.run(make_run(tmp_path / "run", config), num=2, keep=0.5)
+  assert [path.name for path in paths] == [
+    f"completions-seed0-00-{name}.wav" for name in ("drawn1", "drawn2", "given", "original")
+  ]
+  for path, length in zip(paths, (64, 64, 32, 64), strict=True):
+    with wave.open(str(path)) as wav:
+      assert (wav.getframerate(), wav.getnframes()) == (12_000, length)
+  first, second, given, _ = (path.read_bytes()[44:] for path in paths)
+  assert first[:64] == second[:64] == given and first[64:] != second[64:]
+  again = launcher.run(tmp_path / "run", num=1, prompt=paths[2])
+  np.testing.assert_array_equal(
+    launcher.read_prompt(again[0], config.model)[:32], launcher.read_prompt(paths[2], config.model)
+  )
