@@ -66,6 +66,14 @@ def test_progress_is_told_in_steps_and_changes_nothing(weights):
   assert all(a < b for (a, _), (b, _) in itertools.pairwise(told))
 
 
+def test_every_step_of_every_row_draws_anew(weights):
+  graphdef, params = weights
+  flat = {**params, "logits": {"kernel": jnp.zeros_like(params["logits"]["kernel"])}}
+  got = generate((graphdef, flat), num=8).astype(int)  # all bytes alike: only the keys matter
+  assert (got[:, 1:] != got[:, :-1]).mean() > 0.9
+  assert (got[1:] != got[:-1]).mean() > 0.9
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_are_those_of_the_softmax(weights, temperature):
   graphdef, params = weights

@@ -97,6 +97,47 @@ def test_all_weights_learn_once_the_logits_do():
   assert still <= {"groups/0/attention/key/bias"}
 
 
+def model_by_hand(params, mask, tokens):
+  """The whole model in numpy and float64: two layers of one head, text of stride 5."""
+  linear = lambda p, x: x @ p["kernel"] + p.get("bias", 0.0)
+
+  def norm(p, x, eps):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+
+  embed, T = params["embedding"], tokens.shape[1]
+  tables = [embed["positions"][n]["embedding"] for n in (0, 1)]
+  x = (
+    embed["tokens"]["embedding"][tokens]
+    + tables[0][np.arange(T) // 5]
+    + tables[1][np.arange(T) % 5]
+  )
+  x = np.concatenate([np.repeat(embed["start"], len(x), axis=0), x[:, :-1]], axis=1)
+  for layer in range(2):
+    p = jax.tree.map(lambda w, layer=layer: w[layer], params["groups"][0])
+    y = norm(p["attention_norm"], x, 1e-5)
+    q, k, v = (linear(p["attention"][name], y) for name in ("query", "key", "value"))
+    weights = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])) * mask
+    x = x + linear(p["attention"]["out"], weights / weights.sum(-1, keepdims=True) @ v)
+    u = linear(p["feed_forward"]["up"], norm(p["feed_forward_norm"], x, 1e-5))
+    x = x + linear(p["feed_forward"]["down"], u / (1 + np.exp(-1.702 * u)))
+  return linear(params["logits"], norm(params["final_norm"], x, 1e-6))
+
+
+def test_every_number_of_the_definition():
+  model = small_model(num_heads=1, qk_ratio=0.5)
+  graphdef, params = plain(model)
+  # A faint residual stream, so that the epsilons of the norms count.
+  faint = ("embedding", "start", "out", "down")
+  fade = lambda path, x: x * (0.003 if any(getattr(k, "key", k) in faint for k in path) else 1.0)
+  params = jax.tree.map_with_path(fade, params)
+  tokens = random_tokens()
+  expected = model_by_hand(
+    jax.tree.map(np.float64, params), model.patterns[0].mask(SMALL["seq_len"]), np.asarray(tokens)
+  )
+  np.testing.assert_allclose(nnx.merge(graphdef, params)(tokens), expected, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------ causality
 
 CYCLES = {
@@ -194,39 +235,42 @@ def test_remat_changes_memory_and_nothing_else(implementation):
 
 @functools.cache
 def kept_features():
-  """(layer, branch, key) -> what dropout keeps of a branch whose every feature is 1."""
-  model = small_model(width=16, num_layers=2, dropout=0.5)
+  """What dropout keeps of the one branch whose every feature is 1, as a function of biases, key."""
+  model = small_model(
+    width=16, num_layers=4, dropout=0.5, attention_layers=("local", "column")
+  )  # fmt: skip
   graphdef, params = plain(model)
   tokens = random_tokens()
   zeros = jax.tree.map(jnp.zeros_like, params)
   zeros["final_norm"]["scale"] = jnp.ones(16)
   zeros["logits"]["kernel"] = jnp.eye(16, 256)
 
-  def run(biases, key):  # [2 branches, 2 layers]
+  def run(biases, key):  # [2 branches, 2 groups, 2 layers of the cycle]
     params = jax.tree.map(lambda x: x, zeros)
-    for bias, *path in zip(biases, ("attention", "feed_forward"), ("out", "down"), strict=True):
-      place = params["groups"][0][path[0]][path[1]]
-      place["bias"] = jnp.broadcast_to(bias[:, None], place["bias"].shape)
+    for n, group in params["groups"].items():
+      ends = group["attention"]["out"], group["feed_forward"]["down"]
+      for bias, end in zip(biases, ends, strict=True):
+        end["bias"] = jnp.broadcast_to(bias[:, n, None], end["bias"].shape)
     logits = nnx.merge(graphdef, params)(tokens, dropout_key=key)
     return logits[..., :16] > 0
 
   return jax.jit(run)
 
 
-def kept_of(layer, branch, key):
-  return np.asarray(kept_features()(jnp.zeros((2, 2)).at[branch, layer].set(1.0), key))
+def kept_of(place, key):
+  return np.asarray(kept_features()(jnp.zeros((2, 2, 2)).at[place].set(1.0), key))
 
 
 def test_dropout_is_a_function_of_its_key_and_differs_by_layer_and_branch():
   key = jax.random.key(3)
-  places = [(layer, branch) for layer in (0, 1) for branch in (0, 1)]
-  kept = [kept_of(*place, key) for place in places]
+  places = list(np.ndindex(2, 2, 2))
+  kept = [kept_of(place, key) for place in places]
   for n, mask in enumerate(kept):
     assert 0.4 < mask.mean() < 0.6
     assert all((mask != other).mean() > 0.3 for other in kept[:n])
     assert (mask[0] != mask[1]).mean() > 0.3  # and by row of the batch
-  np.testing.assert_array_equal(kept_of(*places[0], key), kept[0])
-  assert (kept_of(*places[0], jax.random.key(4)) != kept[0]).mean() > 0.3
+  np.testing.assert_array_equal(kept_of(places[0], key), kept[0])
+  assert (kept_of(places[0], jax.random.key(4)) != kept[0]).mean() > 0.3
 
 
 def test_dropout_is_off_without_a_key_and_embeddings_have_their_own():
