@@ -65,7 +65,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
           compute_dtype="float32",
         ),
         data=dict(name="cifar10_sample", batch_size=4),
-        train=dict(steps=1_200, log_every=25, eval_every=400, save_every=400, ema_decay=0.98),
+        train=dict(steps=1_000, log_every=25, eval_every=500, save_every=500, ema_decay=0.98),
         mesh=dict(data=1),  # the batch is small
         optim=dict(learning_rate=1.5e-3, warmup_steps=50, b2=0.99),
       ),

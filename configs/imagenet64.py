@@ -21,8 +21,8 @@ not line up with pixels; `--config.model.stride=192` makes them.
 
   python -m experiments.train --config=configs/imagenet64.py:quick --config.data.path=FOLDER
 
-Measured on 2 CPU cores with 1,771 photographs: 3 min 8 s in all, reading the tar file included, 7.45
-bits/dim on 50 held-out pictures: enough to see that it learns. Every number of it is our choice.
+Measured on 2 CPU cores with 1,771 photographs: 3 min 8 s in all, reading the tar file included, and
+7.45 bits/dim on 50 held-out pictures: enough to see that it learns. Every number is our choice.
 """
 
 import ml_collections
