@@ -15,6 +15,23 @@ from sparse_flax import evaluate
 from sparse_flax import metrics
 
 
+def run(
+  workdir: str, *, split: str = "test", min_context: int | None = None, step: int | None = None
+) -> dict:
+  """Scores the newest checkpoint (or that of `step`), prints the score and records it."""
+  folder = cli.open_workdir(workdir)
+  config, _, params, step = checkpoint.restore_params(folder, step)
+  result = evaluate.evaluate(
+    config, params, split=split, min_context=min_context, step=step, on_progress=_show
+  )
+  if sys.stderr.isatty():
+    print("\r\033[K", end="", file=sys.stderr)
+  with (folder / "evaluations.jsonl").open("a") as lines:
+    lines.write(json.dumps(result, allow_nan=False) + "\n")
+  print(describe(result, unit=metrics.UNIT[config.model.modality]), flush=True)
+  return result
+
+
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
   parser.add_argument("--workdir", help="the folder of a training run")
@@ -22,22 +39,8 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--min_context", type=int, help="default: the config's eval.min_context")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   args = parser.parse_args(argv)
-  workdir = cli.open_workdir(args.workdir)
   with cli.readable_errors():
-    config, _, params, step = checkpoint.restore_params(workdir, args.step)
-    result = evaluate.evaluate(
-      config,
-      params,
-      split=args.split,
-      min_context=args.min_context,
-      step=step,
-      on_progress=_show,
-    )
-    if sys.stderr.isatty():
-      print("\r\033[K", end="", file=sys.stderr)
-    with (workdir / "evaluations.jsonl").open("a") as lines:
-      lines.write(json.dumps(result, allow_nan=False) + "\n")
-  print(describe(result, unit=metrics.UNIT[config.model.modality]))
+    run(args.workdir, split=args.split, min_context=args.min_context, step=args.step)
   return 0
 
 
