@@ -1,8 +1,8 @@
 """The smallest run that goes through everything: 6 steps of a text model with 15,000 weights."""
 
-from collections.abc import Iterator
 import contextlib
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import ml_collections
