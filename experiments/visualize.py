@@ -1,0 +1,213 @@
+"""Draws where the heads of a trained model attend, its masks and its training curve.
+
+  python -m experiments.visualize --workdir=DIR [--layers=0,1] [--num=4] [--seed=0] [--step=N]
+  python -m experiments.visualize --masks=docs/pictures/masks.png
+
+The first form predicts places of a held-out example and shows, per layer and head, what they
+attend to; the files are written into DIR/samples/STEP/. The second draws the patterns of the paper
+and needs no run.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from experiments import cli
+from sparse_flax import attention_pictures
+from sparse_flax import checkpoint
+from sparse_flax import data
+from sparse_flax import evaluate
+from sparse_flax import layer_patterns
+from sparse_flax import mask_pictures
+from sparse_flax import metrics
+
+_MOST_LAYERS = 8  # drawn without --layers
+_PNG_BITS = 5.73  # per dim of the 50,000 training images of CIFAR-10
+
+
+def main(argv: Sequence[str]) -> int:
+  parser = cli.Parser(__doc__)
+  parser.add_argument("--workdir", help="the folder of a training run")
+  parser.add_argument("--layers", help="numbers with commas; default: all, at most 8 of them")
+  parser.add_argument("--num", type=int, default=4, help="predicted places")
+  parser.add_argument("--seed", type=int, default=0, help="picks the example and the places")
+  parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  parser.add_argument("--masks", metavar="FILE.png", help="draw the paper's patterns instead")
+  options = vars(parser.parse_args(argv))
+  masks, workdir = options.pop("masks"), options.pop("workdir")
+  if masks is not None and workdir is not None:
+    cli.fail("--masks and --workdir: give one of them")
+  with cli.readable_errors():
+    if masks is not None:
+      print(draw_masks(masks))
+      return 0
+    workdir = cli.open_workdir(workdir)
+    options["layers"] = _parse_layers(options["layers"])
+    for path in run(workdir, **options):
+      print(path)
+  return 0
+
+
+def draw_masks(path: str | os.PathLike) -> pathlib.Path:
+  """Writes the README's picture."""
+  path = pathlib.Path(path)
+  if path.suffix != ".png":
+    raise ValueError(f"--masks={path}: must end in .png")
+  return _save(mask_pictures.draw_overview(), path)
+
+
+def run(
+  workdir: str | os.PathLike,
+  *,
+  layers: Sequence[int] | None = None,
+  num: int = 4,
+  seed: int = 0,
+  step: int | None = None,
+) -> list[pathlib.Path]:
+  """Draws what the run in `workdir` has learned; returns the files written.
+
+  Args:
+    workdir: the run's folder.
+    layers: which to draw; None is all, or 8 of them spread over the depth.
+    num: predicted places of the example.
+    seed: picks the example of the test split, and the places.
+    step: of the checkpoint; None is the newest.
+
+  Raises:
+    ValueError: an option makes no sense, or the model has no such layer.
+  """
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
+  config, graphdef, params, step = checkpoint.restore_params(workdir, step)
+  model = config.model
+  layers = _check_layers(layers, model.num_layers)
+  channels = model.position_shape[2] if model.modality == "image" else 1
+  places = _pick_places(model.seq_len // channels, num=num, seed=seed)
+  dataset = evaluate.open_dataset(config, "test")
+  batch_at = data.make_batches(dataset, seq_len=model.seq_len, batch_size=1, seed=seed)
+  tokens = batch_at(0)
+  rows = (places[:, None] * channels + np.arange(channels)).reshape(-1)
+  weights = jax.jit(
+    lambda params, tokens: nnx.merge(graphdef, params).attention_weights(tokens, rows)
+  )(params, jnp.asarray(tokens))
+  # [L, H, P, C, T] -> [L, P, H, C, T]
+  weights = np.asarray(weights)[:, 0].reshape(*weights.shape[:1], -1, num, channels, model.seq_len)
+  weights = weights.swapaxes(1, 2)
+
+  folder = pathlib.Path(workdir) / "samples" / str(step)
+  folder.mkdir(parents=True, exist_ok=True)
+  paths = []
+  for layer in layers:
+    figure = _draw_layer(model, layer, tokens[0], places, weights[layer])
+    paths.append(_save(figure, folder / f"attention-layer{layer:03}-seed{seed}.png"))
+  paths.append(_save(_draw_patterns(model), folder / "patterns.png"))
+  records = _read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+  if any("bits_per_byte" in record for record in records):
+    paths.append(_save(_draw_curve(config, records), folder / "curve.png"))
+  return paths
+
+
+def _parse_layers(text: str | None) -> list[int] | None:
+  try:
+    return None if text is None else [int(word) for word in text.split(",")]
+  except ValueError as error:
+    raise ValueError(f"--layers={text}: must be whole numbers with commas, as in 0,1") from error
+
+
+def _check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+  if layers is None:
+    spread = np.linspace(0, num_layers - 1, min(num_layers, _MOST_LAYERS))
+    return [int(layer) for layer in spread.round()]
+  unknown = [layer for layer in layers if not 0 <= layer < num_layers]
+  if unknown or not layers:
+    given = ",".join(map(str, layers))
+    raise ValueError(f"--layers={given}: must be numbers from 0 to {num_layers - 1}")
+  return sorted(set(layers))
+
+
+def _pick_places(count: int, *, num: int, seed: int) -> np.ndarray:
+  """`num` of `count` places in order, one from each of `num` equal parts; not from the start."""
+  first = count // 8
+  if not 1 <= num <= count - first:
+    raise ValueError(f"--num={num}: must be a whole number from 1 to {count - first}")
+  edges = np.linspace(first, count, num + 1).astype(int)
+  return np.random.RandomState(seed).randint(edges[:-1], edges[1:])
+
+
+def _draw_layer(
+  model: ml_collections.ConfigDict,
+  layer: int,
+  tokens: np.ndarray,
+  places: np.ndarray,
+  weights: np.ndarray,
+) -> matplotlib.figure.Figure:
+  entry = model.attention_layers[layer % len(model.attention_layers)]
+  names = (entry,) if isinstance(entry, str) else tuple(entry)
+  per_name = model.num_heads // len(names)
+  labels = dict(
+    title=f"layer {layer}, {' / '.join(names)}: where its heads attend",
+    heads=[f"head {h}, {names[h // per_name]}" for h in range(model.num_heads)],
+  )
+  places = [int(place) for place in places]
+  if model.modality == "image":
+    image = tokens.reshape(model.position_shape)
+    return attention_pictures.draw_image(image, places, weights, **labels)
+  draw = dict(text=attention_pictures.draw_text, audio=attention_pictures.draw_audio)
+  return draw[model.modality](tokens, places, weights[:, :, 0], **labels)
+
+
+def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure:
+  options = {name: model[name] for name in ("num_heads", "stride", "summary_width", "sub_blocks")}
+  named = {}
+  for entry in model.attention_layers:
+    name = entry if isinstance(entry, str) else " / ".join(entry)
+    named[name] = layer_patterns.make_pattern(entry, **options)
+  return mask_pictures.draw_layers(list(named.items()), min(model.seq_len, 4 * model.stride))
+
+
+def _read_metrics(path: pathlib.Path) -> list[dict]:
+  if not path.exists():
+    return []
+  # A line without its end is being written now.
+  lines = path.read_text().splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _draw_curve(
+  config: ml_collections.ConfigDict, records: Sequence[dict]
+) -> matplotlib.figure.Figure:
+  """Bits per byte against steps, training and validation."""
+  figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+  axes = figure.subplots()
+  for field, label, style in (
+    ("bits_per_byte", "training", dict(color="#0072b2", lw=1)),
+    ("validation_bits_per_byte", "validation, averaged weights", dict(color="#d55e00", marker="o")),
+  ):
+    points = [(record["step"], record[field]) for record in records if field in record]
+    if points:
+      axes.plot(*zip(*points, strict=True), label=label, **style)
+  if config.data.name.startswith("cifar10"):
+    axes.axhline(_PNG_BITS, color="0.3", linestyle=":", label=f"PNG on CIFAR-10, {_PNG_BITS}")
+  axes.set(xlabel="step", ylabel=metrics.UNIT[config.model.modality])
+  axes.grid(alpha=0.3)
+  axes.legend()
+  return figure
+
+
+def _save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> pathlib.Path:
+  # Neither date nor version inside: the same picture is the same file.
+  figure.savefig(path, dpi=110, metadata={"Software": None})
+  return path
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
