@@ -158,21 +158,21 @@ def load_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
 
 
 def check_workdir(
-  workdir: epath.PathLike, config: ml_collections.ConfigDict, *, data: dict
+  workdir: epath.PathLike, config: ml_collections.ConfigDict, *, data: dict | None = None
 ) -> None:
   """Makes sure that a run in `workdir`, if any, has this config and these data; writes nothing.
 
   Args:
     workdir: the run's folder, which need not exist.
     config: of the command given now.
-    data: {split: identity} of the data opened now.
+    data: {split: identity} of the data opened now; None before they are.
 
   Raises:
     ValueError: one line per difference, `field: old -> new`.
   """
   for name, now in (("config", config.to_dict()), ("data", data)):
     path = epath.Path(workdir) / f"{name}.json"
-    if not path.exists():
+    if now is None or not path.exists():
       continue
     old, new = (validate.flatten(json.loads(text)) for text in (path.read_text(), _dump(now)))
     lines = [

@@ -145,6 +145,7 @@ def train(
   chex.clear_trace_counter()  # of an earlier run in this process
 
   # --------------------------------------------------------------------- Data
+  checkpoint.check_workdir(workdir, config)  # before data are prepared for it
   splits = {split: evaluate.open_dataset(config, split) for split in ("train", "validation")}
   identity = {split: dataset.identity for split, dataset in splits.items()}
   checkpoint.check_workdir(workdir, config, data=identity)
