@@ -154,7 +154,7 @@ def _draw_layer(
   names = (entry,) if isinstance(entry, str) else tuple(entry)
   per_name = model.num_heads // len(names)
   labels = dict(
-    title=f"layer {layer}, {' / '.join(names)}: where its heads attend",
+    title=f"layer {layer}, {' / '.join(names)}: where its heads attend (shade: root of the weight)",
     heads=[f"head {h}, {names[h // per_name]}" for h in range(model.num_heads)],
   )
   places = [int(place) for place in places]
@@ -171,7 +171,8 @@ def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure
   for entry in model.attention_layers:
     name = entry if isinstance(entry, str) else " / ".join(entry)
     named[name] = layer_patterns.make_pattern(entry, **options)
-  return mask_pictures.draw_layers(list(named.items()), min(model.seq_len, 4 * model.stride))
+  T = min(model.seq_len, 4 * model.stride)
+  return mask_pictures.draw_layers(list(named.items()), T=T, num_heads=model.num_heads)
 
 
 def _read_metrics(path: pathlib.Path) -> list[dict]:

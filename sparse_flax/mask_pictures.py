@@ -171,23 +171,29 @@ def _show(axes, picture: UInt8[np.ndarray, "rows columns 3"], *, grid: int = 0) 
     spine.set_color("#b8b8c4")
 
 
-def draw_layers(layers: Sequence[tuple[str, patterns.Pattern]], T: int) -> matplotlib.figure.Figure:
-  """The masks of the first T queries and keys, one panel per layer and kind of head.
+def draw_layers(
+  layers: Sequence[tuple[str, patterns.Pattern]], *, T: int, num_heads: int
+) -> matplotlib.figure.Figure:
+  """The masks of the first T queries and keys, one panel per layer and set of like heads.
 
   Args:
     layers: name and pattern of each layer of the cycle.
     T: tokens.
+    num_heads: H.
   """
-  panels = [(name, p, h) for name, p in layers for h in range(p.period)]
+  panels = {}
+  for name, pattern in layers:
+    for h in range(num_heads):
+      panels.setdefault((name, pattern.of_head(h)), []).append(h)
   columns = min(4, len(panels))
   rows = -(-len(panels) // columns)
   figure = matplotlib.figure.Figure(figsize=(3.2 * columns, 3.6 * rows), layout="constrained")
   past = patterns.Dense().mask(T)
-  for n, (name, pattern, h) in enumerate(panels):
+  for n, ((name, pattern), heads) in enumerate(panels.items()):
     axes = figure.add_subplot(rows, columns, n + 1)
-    _show(axes, colours([pattern.of_head(h).mask(T)], past))
-    heads = f", heads {h} + {pattern.period}n" if pattern.period > 1 else ""
-    axes.set_title(name + heads, size=12, color=_INK)
+    _show(axes, colours([pattern.mask(T)], past))
+    some = len(heads) < num_heads
+    axes.set_title(f"{name}, heads {', '.join(map(str, heads))}" if some else name, size=12)
     axes.set_xlabel(f"key 0 ... {T - 1}", color=_FAINT)
     axes.set_ylabel("\N{LEFTWARDS ARROW} query", color=_FAINT)
   return figure

@@ -112,6 +112,17 @@ def test_kernel_order_keeps_every_position():
   assert list(mask_pictures.kernel_order(patterns.Summary(4, 2, 1), 8)[1][:4]) == [1, 2, 5, 6]
 
 
+def test_like_heads_share_a_panel():
+  pattern = patterns.PerHead((patterns.Local(4), patterns.Column(4)))
+  layers = [("mixed", pattern), ("dense", patterns.Dense())]
+  figure = mask_pictures.draw_layers(layers, T=16, num_heads=4)
+  titles = [axes.get_title() for axes in figure.axes]
+  assert titles == ["mixed, heads 0, 2", "mixed, heads 1, 3", "dense"]
+  for axes, one in zip(figure.axes, (patterns.Local(4), patterns.Column(4)), strict=False):
+    blue = (axes.get_images()[0].get_array() == mask_pictures.FIRST).all(-1)
+    np.testing.assert_array_equal(blue, one.mask(16))
+
+
 def test_the_readme_picture_needs_no_run(tmp_path, capsys):
   path = tmp_path / "masks.png"
   assert visualize.main([f"--masks={path}"]) == 0
