@@ -18,8 +18,14 @@ from sparse_flax import train
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict:
-  """Trains `config` in `workdir` and returns the last evaluation on the validation split."""
-  return train.train(config, workdir, say=lambda line: print(line, flush=True))
+  """Trains `config` in `workdir` and returns the last evaluation on the validation split.
+
+  Leaves with status 3 when the loss or a weight is not finite.
+  """
+  try:
+    return train.train(config, workdir, say=lambda line: print(line, flush=True))
+  except train.NonFiniteError as error:
+    cli.fail(str(error), status=cli.NOT_FINITE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,10 +34,7 @@ def main(argv: Sequence[str]) -> int:
   args, config, name = cli.parse_config(parser, argv)
   workdir = args.workdir or os.path.join("runs", name)
   with cli.readable_errors():
-    try:
-      run(config, workdir)
-    except train.NonFiniteError as error:
-      cli.fail(str(error), status=cli.NOT_FINITE)
+    run(config, workdir)
   return 0
 
 

@@ -92,6 +92,10 @@ def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
       patterns=(patterns.Block(stride=stride), patterns.Summary(width=width, start=start) as other)
     ) if other.stride == stride:
       return _fixed(stride, width, (start,))
+    case patterns.Union(
+      patterns=(patterns.Summary(width=width, start=start) as other, patterns.Block(stride=stride))
+    ) if other.stride == stride:
+      return _fixed(stride, width, (start,))
     case patterns.BlockLayout(layout=layout, block_size=block_size):
       layout = layout if layout.ndim == 2 else layout[0]
       return (Pass(view="natural", allowed=pattern.allowed, layout=layout, block_size=block_size),)
@@ -108,18 +112,21 @@ def tile_lists(
     idx int32 [nq, K], K the longest list, padded with 0; and the list lengths, int32 [nq].
   """
   nq, nk = -(-num_queries // block_q), -(-num_keys // block_k)
+  first_q = one.query_position(np.arange(nq) * block_q)[:, None]
+  last_q = one.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
+  first_k = one.key_position(np.arange(nk) * block_k)[None, :]
+  last_k = one.key_position(np.arange(1, nk + 1) * block_k - 1)[None, :]
+  visit = first_k <= last_q
+  if one.window is not None:
+    visit = visit & (last_k > first_q - one.window)
   if one.layout is not None:
-    visit = np.zeros((nq, nk), bool)
-    rows, cols = (min(n, m) for n, m in zip((nq, nk), one.layout.shape, strict=True))
-    visit[:rows, :cols] = np.tril(one.layout)[:rows, :cols]
-  else:
-    first_q = one.query_position(np.arange(nq) * block_q)[:, None]
-    last_q = one.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
-    first_k = one.key_position(np.arange(nk) * block_k)[None, :]
-    last_k = one.key_position(np.arange(1, nk + 1) * block_k - 1)[None, :]
-    visit = first_k <= last_q
-    if one.window is not None:
-      visit = visit & (last_k > first_q - one.window)
+    # The blocks from the corner (0, 0) to any other, counted: a tile may span several.
+    count = np.pad(one.layout.cumsum(0).cumsum(1), [(1, 0), (1, 0)])
+    corner = lambda n, size: np.minimum(n // one.block_size, size)
+    top, bottom = (corner(n, count.shape[0] - 1) for n in (first_q, last_q + one.block_size))
+    left, right = (corner(n, count.shape[1] - 1) for n in (first_k, last_k + one.block_size))
+    inside = count[bottom, right] - count[top, right] - count[bottom, left] + count[top, left]
+    visit = visit & (inside > 0)
   length = visit.sum(axis=1).astype(np.int32)
   # A stable sort of "not visited" moves the visited tiles to the front, in ascending order.
   idx = np.argsort(~visit, axis=1, kind="stable")[:, : max(1, length.max(initial=0))]

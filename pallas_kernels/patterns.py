@@ -61,7 +61,7 @@ class Pattern(abc.ABC):
     Returns:
       `[T, S]` where all heads agree, else `[P, T, S]`: head h uses row h % P.
     """
-    i, j = np.arange(T)[:, None], np.arange(T if S is None else S)[None, :]
+    i, j = _range(0, T)[:, None], _range(0, T if S is None else S)[None, :]
     heads = [np.broadcast_to(self.allowed(i, j, h), (T, j.size)) for h in range(self.period)]
     return heads[0].copy() if len(heads) == 1 else np.stack(heads)
 
@@ -70,9 +70,9 @@ class Pattern(abc.ABC):
     pattern = self.of_head(h)
     if type(pattern) is not type(self):
       return pattern.keys_per_query(T)
-    counts, rows, j = np.empty(T, np.int64), max(1, _ROWS_AT_ONCE // max(T, 1)), np.arange(T)
+    counts, rows, j = np.empty(T, np.int64), max(1, _ROWS_AT_ONCE // max(T, 1)), _range(0, T)
     for start in range(0, T, rows):
-      i = np.arange(start, min(start + rows, T))[:, None]
+      i = _range(start, min(start + rows, T))[:, None]
       block = np.broadcast_to(self.allowed(i, j, h), (i.size, T))
       counts[start : start + rows] = block.sum(axis=1)
     return counts
@@ -431,6 +431,7 @@ class Where(Pattern):
   """The pairs for which `predicate(i, j)` holds.
 
   The predicate may use operators only, so that it runs on numpy, on jax.numpy and inside kernels.
+  Positions are int32 in all of them: i * j overflows beyond 46,341.
 
   >>> draw(Where(lambda i, j: (i - j) ** 2 != 1), T=4)
   # . . .
@@ -507,6 +508,11 @@ def _check_positive(pattern: Pattern, *names: str) -> None:
     value = getattr(pattern, name)
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
       raise ValueError(f"{type(pattern).__name__}({name}={value!r}): must be a whole number >= 1")
+
+
+def _range(start: int, stop: int) -> Int[np.ndarray, "n"]:
+  """Positions in the dtype that kernels count in, so that a predicate sees the same everywhere."""
+  return np.arange(start, stop, dtype=np.int32)
 
 
 def _flat(kind: type, pattern: Pattern) -> tuple[Pattern, ...]:

@@ -48,6 +48,7 @@ def _logits_and_mask(q, k, pattern, scale, segment_ids, rows=None):
   """Logits float32 [B, H, Q, S] and the mask of the pairs that attend, [B or 1, H or 1, Q, S]."""
   T, H, S = q.shape[1], q.shape[2], k.shape[1]
   rows = np.arange(T) if rows is None else np.asarray(rows)
+  rows = rows.astype(np.int32)  # as every other implementation counts
   q32 = q[:, rows].astype(jnp.float32)
   k32 = jnp.repeat(k.astype(jnp.float32), H // k.shape[2], axis=2)
   # "highest": a TPU would multiply in bf16, and the reference would be the less exact side.
@@ -60,7 +61,7 @@ def _logits_and_mask(q, k, pattern, scale, segment_ids, rows=None):
 
 
 def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[np.ndarray, "1 H T S"]:
-  i, j = rows[:, None], np.arange(S)[None, :]
+  i, j = rows[:, None], np.arange(S, dtype=np.int32)[None, :]
   masks = [np.broadcast_to(pattern.allowed(i, j, h), (len(rows), S)) for h in range(pattern.period)]
   return np.stack([masks[h % len(masks)] for h in range(H)])[None]
 

@@ -74,7 +74,9 @@ def backward(
   every pass of a merged pattern uses the same two rows, and the merge is never differentiated.
   """
   delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-  lse = jnp.where(jnp.isfinite(lse), lse, 0.0)  # rows without keys: every pair is masked anyway
+  # A row without keys has no pair to use these, and its cotangent of lse = -inf may be anything.
+  has_keys = jnp.isfinite(lse)
+  lse, delta = jnp.where(has_keys, lse, 0.0), jnp.where(has_keys, delta, 0.0)
   grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
   for heads, group in passes.lower(pattern, q.shape[2]):
     for one in group:
@@ -194,7 +196,8 @@ def _map(problem: "_Problem", solve: Callable, arrays: tuple) -> tuple:
   """`solve` for each of the N problems: as many at once as `_LOGITS` allows."""
   (N, h, T, _), S = arrays[0].shape, arrays[1].shape[2]
   block_q, block_k = problem.tiles(T, S)
-  at_once = max(1, _LOGITS // (h * block_q * block_k))
+  whole = (block_q, block_k) == (T, S)
+  at_once = max(1, _LOGITS // (h * T * S)) if whole else 1  # a sweep groups its own tiles
   xs = (arrays, problem.masks)
   if at_once >= N:
     return jax.vmap(solve)(xs)
@@ -218,7 +221,7 @@ class _Problem(NamedTuple):
   def tiles(self, T: int, S: int) -> tuple[int, int]:
     """Queries and keys of a tile; the whole problem where it is small."""
     if self.one.layout is not None:
-      return self.one.block_size, self.one.block_size
+      return (min(self.one.block_size, _TILE, T),) * 2
     small = T * S <= _WHOLE or self.masks[2] is not None  # blocks of a window always are
     return (T, S) if small else (min(_TILE, T), min(_TILE, S))
 
@@ -241,7 +244,7 @@ class _Problem(NamedTuple):
       tiles = self.tiles(q.shape[1], k.shape[1])
       if tiles != (q.shape[1], k.shape[1]):
         return _sweep_forward(self, tiles, q, k, v, masks, scale)
-      mask = self.mask(np.arange(q.shape[1]), np.arange(k.shape[1]), *masks)
+      mask = self.mask(_positions(q), _positions(k), *masks)
       return _finish(*_attend(q, k, v, mask, scale, _start(q, v)))
 
     return solve
@@ -254,7 +257,7 @@ class _Problem(NamedTuple):
       tiles = self.tiles(q.shape[1], k.shape[1])
       if tiles != (q.shape[1], k.shape[1]):
         return _sweep_backward(self, tiles, q, k, v, dout, lse, delta, masks, scale)
-      mask = self.mask(np.arange(q.shape[1]), np.arange(k.shape[1]), *masks)
+      mask = self.mask(_positions(q), _positions(k), *masks)
       return _gradients(q, k, v, dout, lse, delta, mask, scale)
 
     return solve
@@ -266,6 +269,11 @@ class _Problem(NamedTuple):
 def _matmul(equation, a, b):
   """The product in the dtype of the second operand, summed in float32."""
   return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+def _positions(x):
+  """0 ... T - 1 of `[h, T, D]`, in the int32 that tiles count in."""
+  return np.arange(x.shape[1], dtype=np.int32)
 
 
 def _start(q, v):

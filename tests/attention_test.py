@@ -23,21 +23,27 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 CASES = [
   *(Case(pattern, name=name) for name, pattern in EVERY_PATTERN.items()),
+  # Shorter than most strides.
+  *(Case(pattern, name=name, T=3) for name, pattern in EVERY_PATTERN.items()),
   *(
     Case(EVERY_PATTERN[name], name=name, T=T)
-    for T in (1, 3, 36)  # shorter than every stride; divisible by most
+    for T in (1, 36)  # 36 is divisible by most strides
     for name in ("local", "column", "strided", "summary", "fixed", "layout")
   ),
   *(
     Case(EVERY_PATTERN[name], name=name, Hkv=2, Dv=6, segments=3)
     for name in ("dense", "strided", "fixed", "summary", "per_head", "layout", "where")
   ),
-  *(
-    Case(EVERY_PATTERN[name], name=name, dtype=dtype)
-    for name, dtype in (("strided", "bfloat16"), ("fixed", "bfloat16"), ("local", "float16"))
-  ),
+  *(Case(pattern, name=name, dtype="bfloat16") for name, pattern in EVERY_PATTERN.items()),
+  *(Case(EVERY_PATTERN[name], name=name, dtype="float16") for name in ("local", "fixed")),
+  # More than one block of a window, whole columns, layouts coarser than a tile or than T.
   Case(patterns.Local(300), name="local", T=701, B=1, H=2, Hkv=1),
   Case(patterns.Column(7), name="column", T=701, B=1, H=2, Hkv=1),
+  Case(patterns.Local(100) | patterns.Column(9), name="strided", T=333, Hkv=2, segments=3),
+  Case(patterns.Local(100), name="local", T=333, dtype="bfloat16"),
+  Case(patterns.Local(600), name="wide", T=1201, B=1, H=1, Hkv=1),
+  Case(patterns.BlockLayout(np.eye(3, dtype=bool), 700), name="layout", T=1201, B=1, H=1, Hkv=1),
+  Case(patterns.BlockLayout(np.eye(2, dtype=bool), 90), name="layout", T=40, B=1),
 ]
 
 
@@ -127,6 +133,21 @@ def test_rows_without_keys_give_zeros_and_send_no_gradient(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_cotangent_of_an_empty_row_does_harm(implementation):
+  """Whoever merges results through lse meets -inf, and sends back what is no number."""
+  case = Case(patterns.Summary(8, 2), T=12)
+  q, k, v, _, dout, dlse = case.arrays()
+  wild = dlse.at[:, :6].set(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 0.0]))
+  tame = dlse.at[:, :6].set(0.0)
+  for got, expected in zip(
+    jitted_vjp(attend(case, implementation, None), q, k, v, dout, wild)[2:],
+    jitted_vjp(attend(case, "reference", None), q, k, v, dout, tame)[2:],
+    strict=True,
+  ):
+    assert_close(got, expected, tolerance=1e-5, what="gradient")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scale_and_transformations(implementation):
   q, k, v, *_ = Case(patterns.Strided(4), T=12).arrays()
   run = functools.partial(
@@ -140,12 +161,16 @@ def test_scale_and_transformations(implementation):
   assert_close(remat, jax.grad(loss)(q), tolerance=1e-6, what="checkpoint")
 
 
-@pytest.mark.parametrize("name", ["local", "column", "strided", "block", "summary", "fixed"])
+@pytest.mark.parametrize(
+  "name", ["local", "wide", "column", "strided", "block", "summary", "fixed", "layout", "where"]
+)
 def test_no_program_holds_an_array_of_T_by_T(name):
   T = 16_384
   big = {
     "local": patterns.Local(64), "column": patterns.Column(64), "strided": patterns.Strided(64),
     "block": patterns.Block(64), "summary": patterns.Summary(64, 4), "fixed": patterns.Fixed(64, 4),
+    "wide": patterns.Local(4096), "where": patterns.Where(lambda i, j: (i + j) % 3 == 0),
+    "layout": patterns.BlockLayout(np.eye(2, dtype=bool), T // 2),
   }  # fmt: skip
   q = jax.ShapeDtypeStruct((1, T, 1, 16), jnp.float32)
   loss = lambda *qkv: sparse_attention(*qkv, pattern=big[name], implementation="xla").sum()

@@ -120,10 +120,10 @@ def test_train_and_evaluate_from_the_command_line(tmp_path, capsys, monkeypatch)
 
 @pytest.mark.promotes
 def test_run_that_diverges_has_a_status_of_its_own(tmp_path, capsys, monkeypatch):
-  def diverge(config, workdir):
+  def diverge(config, workdir, *, say):
     raise train.train.NonFiniteError("step 3: loss nan")
 
-  monkeypatch.setattr(train, "run", diverge)
+  monkeypatch.setattr(train.train, "train", diverge)
   assert failure(train.main, [CONFIG, f"--workdir={tmp_path}"], capsys) == (3, "step 3: loss nan")
 
 
@@ -156,4 +156,6 @@ def test_the_command_itself(tmp_path):
   command += ["--config.data.batch_size=0", "--config.model.num_heads=3"]
   done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
   assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
-  assert done.stderr.splitlines() == ["config.data.batch_size=0: must be a whole number >= 1"]
+  first, second, *_ = done.stderr.splitlines()  # all mistakes at once
+  assert first == "config.data.batch_size=0: must be a whole number >= 1"
+  assert second == "config.model.num_heads=3: must divide width = 128"

@@ -79,10 +79,11 @@ def slope(rows: list[dict], name: str, direction: str) -> float:
 
 def resident_bytes(name: str, T: int) -> int:
   """Maximum resident memory of a fresh process that makes one call, forward and backward."""
+  # Not resource.getrusage: its maximum of a child begins with what the parent had.
   program = (
-    "import jax, resource, sys; from experiments.benchmark import xla; "
+    "import jax, re; from experiments.benchmark import xla; "
     f"jax.block_until_ready(xla.attention({name!r}, 'fwdbwd')(*xla.arrays({T}))); "
-    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
   )
   command = [sys.executable, "-c", program]
   kilobytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -116,8 +117,10 @@ def run(out: pathlib.Path) -> None:
   ]
   print("\nslope of log memory over log T, from T = 4,096 on")
   report.print_table(("pattern", "direction", "slope"), [tuple(entry.values()) for entry in slopes])
-  resident = resident_bytes("strided", LENGTHS[-1])
-  print(f"\none strided call, forward + backward, T = {LENGTHS[-1]:,}, in a fresh process: ")
-  print(f"{resident / 1e9:.2f} GB of maximum resident memory")
+  resident = None
+  if sys.platform == "linux":
+    resident = resident_bytes("strided", LENGTHS[-1])
+    print(f"\none strided call, forward + backward, T = {LENGTHS[-1]:,}, in a fresh process:")
+    print(f"{resident / 1e9:.2f} GB of maximum resident memory")
   path = out / f"xla_{jax.default_backend()}.json"
   report.write(path, rows, slopes=slopes, resident_bytes_strided_65536=resident)
