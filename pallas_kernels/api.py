@@ -76,8 +76,13 @@ def sparse_attention(
     how = dict(pattern=pattern, scale=scale, segment_ids=segment_ids)
     out, lse = _named(*reference_attention(q, k, v, **how))
   else:
-    out, lse = _attend(implementation or "xla", pattern, scale, q, k, v, segment_ids)
+    out, lse = _attend(choose(implementation), pattern, scale, q, k, v, segment_ids)
   return (out, lse) if return_lse else out
+
+
+def choose(implementation: Implementation | None) -> Implementation:
+  """The implementation that a call will use: the one named, or the best that works here."""
+  return implementation or "xla"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from jaxtyping import Integer
 from jaxtyping import UInt8
 
+from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import sharding
 from sparse_flax import transformer
@@ -136,7 +137,7 @@ class Evaluator:
       "min_context": self._min_context,
       "ema": True,
       "dtype": model.compute_dtype,
-      "attention": model.implementation or "default",
+      "attention": api.choose(model.implementation),
       "backend": jax.default_backend(),
       "device": jax.devices()[0].device_kind,
     }
