@@ -43,7 +43,7 @@ def forward(
   for heads, group in passes.lower(pattern, q.shape[2]):
     part = None
     for one in group:
-      view = _View(one, heads, q.shape, v.shape)
+      view = _View(one, heads, q.shape)
       (qs, ks, vs), problem = view.arrays(q, k, v), view.problem(segment_ids)
       new = view.restore(*_map(problem, problem.forward(scale), (qs, ks, vs)))
       part = new if part is None else _merge(*part, *new)
@@ -80,7 +80,7 @@ def backward(
   grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
   for heads, group in passes.lower(pattern, q.shape[2]):
     for one in group:
-      view = _View(one, heads, q.shape, v.shape)
+      view = _View(one, heads, q.shape)
       (qs, ks, vs), pull = jax.vjp(view.arrays, q, k, v)
       rows = view.queries(dout), view.queries(lse[..., None]), view.queries(delta[..., None])
       problem = view.problem(segment_ids)
@@ -111,7 +111,7 @@ class _View:
   views are reshapes.
   """
 
-  def __init__(self, one: Pass, heads, q_shape, v_shape):
+  def __init__(self, one: Pass, heads, q_shape):
     self.one, self.heads = one, heads
     self.B, self.T, self.H, _ = q_shape
     self.kind, self.stride, self.halo = one.view, min(one.stride, self.T), 0
