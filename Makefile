@@ -5,7 +5,6 @@ PYENV_ROOT ?= $(HOME)/.pyenv
 CANDIDATES = $(PYTHON) python3.12 python3.13 python3.14 python3 \
   $(wildcard $(PYENV_ROOT)/versions/3.12*/bin/python $(PYENV_ROOT)/versions/3.1[3-9]*/bin/python)
 NEW_ENOUGH = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))
-export JAX_PLATFORMS ?=
 RUN = .venv/bin/python -m
 # Two cores: one worker each. Compilation, most of the time, uses one core.
 WORKERS ?= 2
