@@ -1,6 +1,5 @@
 """All that the kernels use of Pallas Mosaic GPU, in one place: its names move between releases."""
 
-import functools
 import math
 
 import jax
@@ -18,6 +17,9 @@ COLUMN = WGMMA.reduce(0)
 
 ACC = plgpu.ACC
 Barrier = plgpu.Barrier
+ds = pl.ds
+loop = pl.loop
+when = pl.when
 barrier_arrive = plgpu.barrier_arrive
 barrier_wait = plgpu.barrier_wait
 commit_smem = plgpu.commit_smem
@@ -81,21 +83,31 @@ def over_rows(columns, num_rows: int):
   return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
 
 
-def matmul(a, b):
-  """a b in a fresh float32 accumulator; a in registers (not simulated) or shared memory."""
-  return pl.run_scoped(
-    lambda acc: (wgmma(acc, a, b), acc[...])[1], ACC((a.shape[0], b.shape[1]), jnp.float32)
-  )
+def matmul(a, *bs):
+  """a b for each b, in fresh float32 accumulators; a in registers (not simulated) or shared memory.
+
+  The products of one call are in flight together.
+  """
+
+  def run(*accs):
+    for acc, b in zip(accs, bs, strict=True):
+      wgmma(acc, a, b)
+    return tuple(acc[...] for acc in accs)
+
+  outs = pl.run_scoped(run, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for b in bs))
+  return outs if len(bs) > 1 else outs[0]
 
 
-def add_matmul(acc, a, b, scratch=None):
-  """acc + a b, a in registers.
+def add_matmul(acc, *pairs, scratch=None):
+  """acc + the sum of a b over pairs (a, b), each a in registers.
 
   The simulator has neither matrix instructions with a in registers nor accumulators with a start
   value; there a goes through `scratch`, shared memory of a's shape.
   """
   if scratch is None:
-    return pl.run_state(lambda ref: wgmma(ref, a, b))(ACC.init(acc))
-  scratch[...] = a
-  commit_smem()
-  return acc + matmul(scratch, b)
+    return pl.run_state(lambda ref: [wgmma(ref, a, b) for a, b in pairs] and None)(ACC.init(acc))
+  for a, b in pairs:
+    scratch[...] = a
+    commit_smem()
+    acc = acc + matmul(scratch, b)
+  return acc
