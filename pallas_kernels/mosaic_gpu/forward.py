@@ -280,7 +280,7 @@ def sweep(own, band: Band, step, state):
 
 def attend(state, q, k, v, mask, scale, scratch):
   """The state after the keys and values of one tile."""
-  x = gpu.matmul(q, k.transpose((1, 0)))
+  (x,) = gpu.matmul((q, k.transpose((1, 0))))
   if mask is not None:
     x = jnp.where(mask, x, -jnp.inf)
   (p,), (total, top, weight) = _softmax(state, [x], scale)
@@ -294,8 +294,7 @@ def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch)
     own: the number of the query's own tile where earlier ones may not exist, else None.
     same: per tile, which pairs share a segment, or None.
   """
-  xs = list(gpu.matmul(q, *(k.transpose((1, 0)) for k in keys))) if len(keys) > 1 else []
-  xs = xs or [gpu.matmul(q, keys[0].transpose((1, 0)))]
+  xs = list(gpu.matmul(*((q, k.transpose((1, 0))) for k in keys)))
   difference = gpu.iota((TILE, TILE), 0) - gpu.iota((TILE, TILE), 1)
   if own is not None:
     exists = [jnp.where(own >= n, jnp.float32(0), -jnp.inf) for n in range(1, len(xs))]

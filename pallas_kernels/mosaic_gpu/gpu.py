@@ -83,31 +83,47 @@ def over_rows(columns, num_rows: int):
   return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
 
 
-def matmul(a, *bs):
-  """a b for each b, in fresh float32 accumulators; a in registers (not simulated) or shared memory.
+def matmul(*pairs):
+  """a b for each pair (a, b), in fresh float32 accumulators: all products are in flight together.
 
-  The products of one call are in flight together.
+  a is in registers (not simulated) or in shared memory, b in shared memory.
   """
 
   def run(*accs):
-    for acc, b in zip(accs, bs, strict=True):
+    for acc, (a, b) in zip(accs, pairs, strict=True):
       wgmma(acc, a, b)
     return tuple(acc[...] for acc in accs)
 
-  outs = pl.run_scoped(run, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for b in bs))
-  return outs if len(bs) > 1 else outs[0]
+  return pl.run_scoped(run, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
 def add_matmul(acc, *pairs, scratch=None):
-  """acc + the sum of a b over pairs (a, b), each a in registers.
+  """acc + the sum of a b over the pairs (a, b), each a in registers.
 
   The simulator has neither matrix instructions with a in registers nor accumulators with a start
   value; there a goes through `scratch`, shared memory of a's shape.
   """
   if scratch is None:
-    return pl.run_state(lambda ref: [wgmma(ref, a, b) for a, b in pairs] and None)(ACC.init(acc))
+
+    def run(ref):
+      for a, b in pairs:
+        wgmma(ref, a, b)
+
+    return pl.run_state(run)(ACC.init(acc))
   for a, b in pairs:
     scratch[...] = a
     commit_smem()
-    acc = acc + matmul(scratch, b)
+    acc = acc + matmul((scratch, b))[0]
   return acc
+
+
+def add_matmuls(terms, scratch=None):
+  """acc + a b for each of the terms (acc, a, b), all products in flight together."""
+  if scratch is not None:
+    return tuple(add_matmul(acc, (a, b), scratch=scratch) for acc, a, b in terms)
+
+  def run(refs):
+    for ref, (_, a, b) in zip(refs, terms, strict=True):
+      wgmma(ref, a, b)
+
+  return pl.run_state(run)(tuple(ACC.init(acc) for acc, _, _ in terms))
