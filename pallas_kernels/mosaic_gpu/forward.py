@@ -81,7 +81,10 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
           lse = more[1].at[b, h, r, gpu.ds(t * TILE, TILE)]
           gpu.to_smem(lse, lse_s.at[t], prev_full.at[t])
 
-    def one_tile(own, new_tiles):
+    @gpu.loop(wg, nt, step=W)
+    def _(own):
+      # Tiles that an earlier turn of this warpgroup has waited for.
+      new_tiles = jnp.where(own == wg, 0, own - W + 1 - band.first())
       gpu.barrier_wait(q_full.at[own])
       q_tile = q_s.at[own]
       ids_q = None if ids is None else _ids(ids_ref, b, r, own, ROW)
@@ -111,16 +114,6 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
       gpu.commit_smem()
       gpu.to_gmem(stage.at[own], view.box(o_ref, b, r, h, own * TILE))
       gpu.to_gmem(lse_s.at[own], lse_ref.at[b, h, r, gpu.ds(own * TILE, TILE)])
-
-    @gpu.loop(0, -(-nt // W))
-    def _(n):
-      own = n * W + wg
-      # Tiles that an earlier turn of this warpgroup has waited for.
-      new_tiles = jnp.where(n == 0, 0, own - W + 1 - band.first())
-
-      @gpu.when(own < nt)
-      def _():
-        one_tile(own, new_tiles)
 
     gpu.wait_to_gmem(0)
 
@@ -284,7 +277,8 @@ def attend(state, q, k, v, mask, scale, scratch):
   if mask is not None:
     x = jnp.where(mask, x, -jnp.inf)
   (p,), (total, top, weight) = _softmax(state, [x], scale)
-  return gpu.add_matmul(total, (p.astype(q.dtype), v), scratch=scratch), top, weight
+  (total,) = gpu.add_matmul((total, (p.astype(q.dtype), v)), scratch=scratch)
+  return total, top, weight
 
 
 def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch):
@@ -301,7 +295,7 @@ def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch)
     xs = [xs[0], *(x + here for x, here in zip(xs[1:], exists, strict=True))]
   # The two edges of such a window complement each other: row i sees j <= i of the near tile and
   # j > i of the far one. Together they are one full tile, with half the exponentials of two.
-  folds = band.near == 0 and band.far == (len(xs) - 1) * TILE and same[0] is None and len(xs) > 1
+  folds = band.folds(len(xs)) and same[0] is None
   if folds:
     xs = [jnp.where(difference >= 0, xs[0], xs[-1]), *xs[1:-1]]
   else:
@@ -317,7 +311,8 @@ def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch)
     near, far = jnp.where(difference >= 0, edge, 0.0), jnp.where(difference >= 0, 0.0, edge)
     ps = [near, *ps[1:], far]
   pairs = [(p.astype(q.dtype), v) for p, v in zip(ps, values, strict=True)]
-  return gpu.add_matmul(total, *pairs, scratch=scratch), top, weight
+  (total,) = gpu.add_matmul((total, *pairs), scratch=scratch)
+  return total, top, weight
 
 
 def _softmax(state, xs, scale, Dv: int | None = None):

@@ -97,33 +97,26 @@ def matmul(*pairs):
   return pl.run_scoped(run, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
-def add_matmul(acc, *pairs, scratch=None):
-  """acc + the sum of a b over the pairs (a, b), each a in registers.
+def add_matmul(*terms, scratch=None):
+  """acc + the sum of a b over pairs, for each of the terms (acc, (a, b), ...), a in registers.
 
-  The simulator has neither matrix instructions with a in registers nor accumulators with a start
-  value; there a goes through `scratch`, shared memory of a's shape.
+  All products are in flight together. The simulator has neither matrix instructions with a in
+  registers nor accumulators with a start value; there a goes through `scratch`, shared memory of
+  a's shape.
   """
   if scratch is None:
 
-    def run(ref):
-      for a, b in pairs:
-        wgmma(ref, a, b)
+    def run(refs):
+      for ref, (_, *pairs) in zip(refs, terms, strict=True):
+        for a, b in pairs:
+          wgmma(ref, a, b)
 
-    return pl.run_state(run)(ACC.init(acc))
-  for a, b in pairs:
-    scratch[...] = a
-    commit_smem()
-    acc = acc + matmul((scratch, b))[0]
-  return acc
-
-
-def add_matmuls(terms, scratch=None):
-  """acc + a b for each of the terms (acc, a, b), all products in flight together."""
-  if scratch is not None:
-    return tuple(add_matmul(acc, (a, b), scratch=scratch) for acc, a, b in terms)
-
-  def run(refs):
-    for ref, (_, a, b) in zip(refs, terms, strict=True):
-      wgmma(ref, a, b)
-
-  return pl.run_state(run)(tuple(ACC.init(acc) for acc, _, _ in terms))
+    return pl.run_state(run)(tuple(ACC.init(acc) for acc, *_ in terms))
+  sums = []
+  for acc, *pairs in terms:
+    for a, b in pairs:
+      scratch[...] = a
+      commit_smem()
+      acc = acc + matmul((scratch, b))[0]
+    sums.append(acc)
+  return tuple(sums)

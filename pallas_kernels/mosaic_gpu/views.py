@@ -97,6 +97,11 @@ class Band:
     end = (distance + 1) * TILE
     return distance >= self.first_full() and (self.far is None or end <= self.far)
 
+  def folds(self, num_tiles: int) -> bool:
+    """Whether the nearest and the farthest tile complement each other to one full tile."""
+    reach = self.last(num_tiles)
+    return self.near == 0 and reach > 0 and self.far == reach * TILE
+
   def mask(self, distance):
     """Which of the pairs at these distances attend."""
     mask = distance >= self.near
