@@ -24,6 +24,7 @@ commit_smem = plgpu.commit_smem
 load = plgpu.load
 set_max_registers = plgpu.set_max_registers
 to_gmem = plgpu.copy_smem_to_gmem
+finish = plgpu.wgmma_accumulator_load
 to_smem = plgpu.copy_gmem_to_smem
 wait_to_gmem = plgpu.wait_smem_to_gmem
 wgmma = plgpu.wgmma
@@ -53,9 +54,9 @@ def smem(*shape: int, dtype: jax.typing.DTypeLike):
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def vector(*shape: int):
-  """Shared memory for float32 rows."""
-  return plgpu.SMEM(shape, jnp.float32)
+def vector(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32):
+  """Shared memory for rows of single values."""
+  return plgpu.SMEM(shape, dtype)
 
 
 def iota(shape: tuple[int, ...], axis: int = 0, layout=WGMMA):
@@ -81,11 +82,18 @@ def over_rows(columns, num_rows: int):
   return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
 
 
-def matmul(a, b):
-  """a b in a fresh float32 accumulator; a in registers (not simulated) or shared memory."""
-  return pl.run_scoped(
-    lambda acc: (wgmma(acc, a, b), acc[...])[1], ACC((a.shape[0], b.shape[1]), jnp.float32)
-  )
+def matmul(a, b, meanwhile=lambda: None):
+  """a b in a fresh float32 accumulator; a in registers (not simulated) or shared memory.
+
+  `meanwhile` is called once the product is under way.
+  """
+
+  def body(acc):
+    wgmma(acc, a, b)
+    meanwhile()
+    return acc[...]
+
+  return pl.run_scoped(body, ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def add_matmul(acc, a, b, scratch=None):
@@ -99,3 +107,20 @@ def add_matmul(acc, a, b, scratch=None):
   scratch[...] = a
   commit_smem()
   return acc + matmul(scratch, b)
+
+
+def overlapped(a, b, use, acc, p, v, ready, scratch=None):
+  """use(a b) while acc + p v is under way, v after `ready()`: (what `use` returns, the sum)."""
+  if scratch is not None:
+    ready()
+    return use(matmul(a, b)), add_matmul(acc, p, v, scratch)
+
+  def body(product, total):
+    total[...] = acc
+    wgmma(product, a, b)
+    ready()
+    wgmma(total, p, v)
+    return use(finish(product, wait_n=1)), total[...]
+
+  shapes = (a.shape[0], b.shape[1]), acc.shape
+  return pl.run_scoped(body, *(ACC(shape, jnp.float32) for shape in shapes))
