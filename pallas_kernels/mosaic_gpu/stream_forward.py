@@ -234,6 +234,7 @@ class Masks:
     if self.frame.segments:
       ids = gpu.load(self.refs["ids_s"].at[s], layout=gpu.COLUMN, optimized=False)
       mask = mask & (rows(self.ids) == columns(ids))
+      gpu.commit_smem()  # the next ids come by TMA, which does not wait for plain reads
     return mask
 
 
