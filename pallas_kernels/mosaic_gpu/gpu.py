@@ -38,11 +38,26 @@ def simulated() -> bool:
   return platform not in ("gpu", "cuda")
 
 
-def kernel(body, **how):
-  """`plgpu.kernel` with fast exp2, or its simulation."""
+def num_cores() -> int:
+  """Streaming multiprocessors of the GPU that programs are built for."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if simulated():
+    return 2  # few enough that thread blocks have several items of work
+  return jax.devices()[0].core_count if device is None else device.num_cores
+
+
+def kernel(body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
+  """Runs `plgpu.kernel` with fast exp2, or its simulation; body(refs by name), the outputs."""
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
-  params = plgpu.CompilerParams(approx_math=True)
-  return plgpu.kernel(body, compiler_params=params, interpret=interpret, **how)
+  names = (*inputs, *outputs, *scratch)
+  return plgpu.kernel(
+    lambda *refs: body(dict(zip(names, refs, strict=True))),
+    out_type=list(outputs.values()),
+    scratch_types=list(scratch.values()),
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    interpret=interpret,
+    **how,
+  )(*inputs.values())
 
 
 def smem(*shape: int, dtype: jax.typing.DTypeLike):

@@ -6,6 +6,8 @@ here, with formulas alone: tiles without mask code come first, then those that p
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 from typing import Literal
 
@@ -55,20 +57,30 @@ class BlockSizes:
   """How a kernel is cut.
 
   Attributes:
-    step: rows per step of the ring: keys in forward and dq, queries in dkv.
+    step: rows per step of the ring: keys in forward and dq, queries in dkv; a power of two.
     warpgroups: compute warpgroups of a thread block, which own 64 rows of the other side each.
     stages: steps that the ring holds.
-    ahead: whether the products of one step are issued before the softmax of the step before.
-    turns: whether two warpgroups take turns on the tensor cores.
-    spread: whether all heads walk their longest rows first, or one head after the other.
+    ahead: whether the first product of a step is issued before the last one of the step before.
+    spread: whether all heads work on their longest rows first, or one head after the other.
+    held: tiles of the owned side in shared memory; with 2, the next one loads ahead of time.
   """
 
   step: int = 128
   warpgroups: int = 2
   stages: int = 2
   ahead: bool = False
-  turns: bool = False
   spread: bool = True
+  held: int = 1
+
+  @property
+  def rows(self) -> int:
+    """Rows that a thread block owns."""
+    return gpu.TILE * self.warpgroups
+
+  @property
+  def registers(self) -> tuple[int, int]:
+    """Registers of a thread that loads, of one that computes: 65,536 for all of them."""
+    return {1: (40, 240), 2: (40, 232), 3: (24, 160)}[self.warpgroups]
 
 
 class Frame:
@@ -99,6 +111,8 @@ class Frame:
       "summaries": (1, T),
     }[one.view]
     self.padded = -(-self.length // ROWS) * ROWS
+    # The copy engine wants the axis of a tile in whole groups of 8 rows, or shorter than one.
+    self.spare = -self.length % 8 if self.length > 8 else 0
     # Summary keys of a row, padded so that a tile holds whole rows or lies within one.
     self.slot = 0
     if one.view == "summaries":
@@ -111,17 +125,27 @@ class Frame:
   # ------------------------------------------------------------------------------------ arrays
 
   def folded(self, x: Num[Array, "B T H D"]) -> Num[Array, "B *T H D"]:
-    """[B, T, H, D] as the view reads queries; free."""
-    if self.schedule.view in ("natural", "summaries"):
-      return x
-    return self.in_rows(x)
+    """[B, T, H, D] as the view reads queries: free, except for sequences of odd lengths."""
+    axis = 2 if self.schedule.view == "blocks" else 1
+    if self.schedule.view in ("columns", "blocks"):
+      x = self._in_rows(x)
+    return _pad(x, axis, self.spare)
 
-  def in_rows(self, x: Num[Array, "B T H D"]) -> Num[Array, "B R l H D"]:
-    return x.reshape(x.shape[0], -1, self.schedule.stride, *x.shape[2:])
+  def unfolded(self, x: Num[Array, "B *T H D"]) -> Num[Array, "B T H D"]:
+    """The way back from `folded`."""
+    axis = 2 if self.schedule.view == "blocks" else 1
+    x = lax.slice_in_dim(x, 0, self.length, axis=axis)
+    return x.reshape(x.shape[0], self.T, *x.shape[-2:])
 
   def keys(self, x: Num[Array, "B T H D"]) -> Num[Array, "B *T H D"]:
-    """[B, T, Hkv, D] as the view reads keys; free."""
-    return x if self.schedule.view == "natural" else self.in_rows(x)
+    """[B, T, Hkv, D] as the view reads keys."""
+    if self.schedule.view != "summaries":
+      return self.folded(x)
+    stride = self.schedule.stride
+    return _pad(self._in_rows(x), 2, -stride % 8 if stride > 8 else 0)
+
+  def _in_rows(self, x):
+    return x.reshape(x.shape[0], -1, self.schedule.stride, *x.shape[2:])
 
   def ids(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B R Mp"]:
     """Segment ids of every sequence, padded to whole tiles."""
@@ -233,9 +257,10 @@ class Frame:
     low = None if self.schedule.window is None else i - (self.schedule.window - 1)
     return i - self.schedule.distance, low
 
-  def own_bounds(self, q0, rows: int, layout):
+  def row_start(self, q0, rows: int, layout):
+    """Per query, the first token of its own row."""
     i = q0 + gpu.iota((rows,), layout=layout)
-    return i, lax.div(i, jnp.full_like(i, self.schedule.stride)) * self.schedule.stride
+    return lax.div(i, jnp.full_like(i, self.schedule.stride)) * self.schedule.stride
 
   def key_places(self, k0, keys: int, h, layout):
     """Per key, where it stands among the queries: which row sees it first."""
@@ -287,6 +312,11 @@ def div(n, size: int):
   return lax.div(n, jnp.int32(size))
 
 
+def _pad(x, axis: int, spare: int):
+  """x with `spare` more rows of zeros."""
+  return jnp.pad(x, [(0, spare if n == axis else 0) for n in range(x.ndim)]) if spare else x
+
+
 def _pick(n, table: tuple[int, ...]):
   """table[n], as a value that is not known when the kernel is traced."""
   value = jnp.where(n == 0, table[0], table[-1])
@@ -295,8 +325,33 @@ def _pick(n, table: tuple[int, ...]):
   return value
 
 
-def over_grid(frame: Frame, blocks: BlockSizes, batch: int, num_tiles: int, heads: int) -> dict:
-  """Grid and its names; the axis "tile" counts thread blocks, longest rows first."""
-  rest = dict(b=batch, h=heads, r=frame.sequences)
-  axes = dict(tile=num_tiles, **rest) if blocks.spread else dict(**rest, tile=num_tiles)
-  return dict(grid=tuple(axes.values()), grid_names=tuple(axes))
+class Work:
+  """The items of a launch, a tile of rows of one sequence and head each, dealt to thread blocks.
+
+  The kernels are persistent: one thread block per core, so that the loads of an item run while the
+  one before ends.
+  """
+
+  def __init__(self, frame: Frame, blocks: BlockSizes, batch: int, num_tiles: int):
+    self.sizes = dict(b=batch, r=frame.sequences, h=len(frame.heads))
+    self.sizes = {"tile": num_tiles, **self.sizes} if blocks.spread else {**self.sizes, "tile": num_tiles}
+    self.num = math.prod(self.sizes.values())
+    self.num_blocks = min(self.num, gpu.num_cores())
+
+  def item(self, n) -> dict[str, Any]:
+    """b, r, h and tile of item n."""
+    place = {}
+    for name, size in reversed(self.sizes.items()):
+      place[name] = lax.rem(n, jnp.int32(size))
+      n = div(n, size)
+    return place
+
+  def count(self):
+    """Items dealt to this thread block."""
+    return div(self.num - lax.axis_index("core") + self.num_blocks - 1, self.num_blocks)
+
+  def each(self, body: Callable, carry):
+    """carry = body(item, its number in this thread block, carry) for the items dealt to it."""
+    mine = lax.axis_index("core")
+    step = lambda n, carry: body(self.item(mine + n * self.num_blocks), n, carry)
+    return lax.fori_loop(0, self.count(), step, carry)

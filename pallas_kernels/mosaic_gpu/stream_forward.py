@@ -26,7 +26,9 @@ def default_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   """Tiles that fit shared memory and registers."""
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64)
-  return stream.BlockSizes(stages=2 if max(Dk, Dv) > 64 else 3)
+  if max(Dk, Dv) > 64:
+    return stream.BlockSizes(ahead=True)
+  return stream.BlockSizes(stages=3, warpgroups=3, held=2)
 
 
 def forward(
@@ -55,102 +57,92 @@ def forward(
     (Mp rows: the sequence rounded up to 128). Rows without keys get 0 and -inf.
   """
   B, T, H, Dk = q.shape
-  Dv, Hg = v.shape[-1], len(heads)
+  Dv = v.shape[-1]
   frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
   blocks = blocks or default_blocks(Dk, Dv)
-  rows = TILE * blocks.warpgroups
-  shape = (B, T, Hg, Dv)
-  out_type = (
-    jax.ShapeDtypeStruct(jax.eval_shape(frame.folded, _like(shape, q)).shape, q.dtype),
-    jax.ShapeDtypeStruct((B, Hg, frame.sequences, frame.padded), jnp.float32),
-  )
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v))
   if schedule.own:
-    inputs.update(own_k=k, own_v=v)
+    inputs.update(own_k=frame.folded(k), own_v=frame.folded(v))
   if segment_ids is not None:
     inputs.update(ids=frame.ids(segment_ids))
-  scratch = _scratch(frame, blocks, Dk, Dv, q.dtype)
-  body = functools.partial(_kernel, frame=frame, blocks=blocks, scale=scale, dtype=q.dtype)
-
-  def call(*refs):
-    given, rest = refs[: len(inputs)], refs[len(inputs) :]
-    named = dict(zip([*inputs, "out", "lse", *scratch], [*given, *rest], strict=True))
-    body(named)
-
+  out = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], len(heads), Dv), q.dtype)
+  lse = jax.ShapeDtypeStruct((B, len(heads), frame.sequences, frame.padded), jnp.float32)
+  work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
+  body = functools.partial(_kernel, frame=frame, blocks=blocks, work=work, scale=scale)
   out, lse = gpu.kernel(
-    call,
-    out_type=out_type,
-    scratch_types=list(scratch.values()),
+    body,
+    inputs=inputs,
+    outputs=dict(out=out, lse=lse),
+    scratch=_scratch(frame, blocks, Dk, Dv, q.dtype),
+    grid=(work.num_blocks,),
+    grid_names=("core",),
     num_threads=blocks.warpgroups + 1,
     thread_name="wg",
-    **stream.over_grid(frame, blocks, B, -(-frame.length // rows), Hg),
-  )(*inputs.values())
-  return out.reshape(shape), lse
-
-
-def _like(shape, x):
-  return jax.ShapeDtypeStruct(shape, x.dtype)
+  )
+  return frame.unfolded(out), lse
 
 
 def _scratch(frame, blocks, Dk, Dv, dtype):
-  wgs, stages, step = blocks.warpgroups, blocks.stages, blocks.step
+  wgs, step = blocks.warpgroups, blocks.step
   scratch = dict(
-    q_s=gpu.smem(wgs, TILE, Dk, dtype=dtype),
-    k_s=gpu.smem(stages, step, Dk, dtype=dtype),
-    v_s=gpu.smem(stages, step, Dv, dtype=dtype),
+    q_s=gpu.smem(blocks.held, wgs, TILE, Dk, dtype=dtype),
+    out_s=gpu.smem(wgs, TILE, Dv, dtype=dtype),
     lse_s=gpu.vector(wgs, TILE),
-    q_full=gpu.Barrier(num_barriers=wgs),
-    k_full=gpu.Barrier(
-      num_barriers=stages, num_arrivals=frame.pieces(step) + (1 if frame.segments else 0)
-    ),
-    v_full=gpu.Barrier(num_barriers=stages, num_arrivals=frame.pieces(step)),
-    k_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
-    v_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
+    q_full=gpu.Barrier(num_barriers=blocks.held * wgs),
+    q_free=gpu.Barrier(num_barriers=blocks.held * wgs),
+    **ring(frame, blocks, Dk, Dv, dtype),
   )
-  if Dk != Dv:
-    scratch.update(out_s=gpu.smem(wgs, TILE, Dv, dtype=dtype))
-  if frame.segments:
-    scratch.update(ids_s=gpu.vector(stages, step, dtype=jnp.int32))
-  if blocks.turns:
-    scratch.update(turn=gpu.Barrier(num_arrivals=2))
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=dtype))
   return scratch
 
 
-def _kernel(refs, *, frame, blocks, scale, dtype):
+def ring(frame, blocks, Dk, Dv, dtype):
+  """Shared memory and barriers of the key tiles on their way."""
+  wgs, stages, step = blocks.warpgroups, blocks.stages, blocks.step
+  pieces = frame.pieces(step)
+  scratch = dict(
+    k_s=gpu.smem(stages, step, Dk, dtype=dtype),
+    v_s=gpu.smem(stages, step, Dv, dtype=dtype),
+    k_full=gpu.Barrier(num_barriers=stages, num_arrivals=pieces + (1 if frame.segments else 0)),
+    v_full=gpu.Barrier(num_barriers=stages, num_arrivals=pieces),
+    k_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
+    v_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
+  )
+  if frame.segments:
+    scratch.update(ids_s=gpu.vector(stages, step, dtype=jnp.int32))
+  return scratch
+
+
+def _kernel(refs, *, frame, blocks, work, scale):
   """One thread block: the last warpgroup loads, the others compute."""
-  place = tuple(lax.axis_index(name) for name in ("b", "r", "h", "tile"))
   wg = lax.axis_index("wg")
-  b, r, h, tile = place
-  rows = TILE * blocks.warpgroups
-  q0 = (-(-frame.length // rows) - 1 - tile) * rows  # the longest rows are the last ones
-  sweep = Sweep(frame, blocks.step, q0, rows)
 
   @pl.when(wg == blocks.warpgroups)
   def _():
-    gpu.set_max_registers(_registers(blocks)[0], action="decrease")
-    produce(refs, frame, blocks, sweep, b, r, h)
+    gpu.set_max_registers(blocks.registers[0], action="decrease")
+    produce(refs, frame, blocks, work, held=("q",))
 
   @pl.when(wg < blocks.warpgroups)
   def _():
-    gpu.set_max_registers(_registers(blocks)[1], action="increase")
-    _Consumer(refs, frame, blocks, sweep, (b, r, h), q0 + wg * TILE, wg, scale, dtype).run()
-
-
-def _registers(blocks):
-  return {1: (40, 240), 2: (40, 232), 3: (24, 160)}[blocks.warpgroups]
+    gpu.set_max_registers(blocks.registers[1], action="increase")
+    consume = lambda item, n, done: _Consumer(refs, frame, blocks, item, n, done, wg, scale).run()
+    work.each(consume, jnp.int32(0))
+    gpu.wait_to_gmem(0)
 
 
 class Sweep:
-  """The steps of a thread block of queries: tiles of the view, then of the queries' own rows."""
+  """The steps of an item of queries: tiles of the view, then of the queries' own rows."""
 
-  def __init__(self, frame: stream.Frame, step: int, q0, rows: int):
+  def __init__(self, frame: stream.Frame, blocks: stream.BlockSizes, tile):
+    rows, step = blocks.rows, blocks.step
+    # The longest rows are the last ones.
+    self.q0 = (-(-frame.length // rows) - 1 - tile) * rows
     self.frame, self.step = frame, step
-    self.tiles = frame.key_tiles(q0, rows, step)
+    self.tiles = frame.key_tiles(self.q0, rows, step)
     self.num_view = self.num = self.tiles.num
     if frame.schedule.own:
-      self.own_first, count = frame.own_tiles(q0, rows, step)
+      self.own_first, count = frame.own_tiles(self.q0, rows, step)
       self.num = self.num_view + count
     else:
       # A sweep without tiles visits one all the same, whose mask hides every key: no loop, barrier
@@ -166,67 +158,103 @@ class Sweep:
     return self.own_first + (i - self.num_view) * self.step
 
 
-def produce(refs, frame, blocks, sweep, b, r, h):
-  """Loads the tiles of a sweep into the ring, as far ahead as it goes."""
-  step = blocks.step
-  pieces, pairs = frame.pieces(step), []
-  for name in ("k", "v"):
-    pairs.append(tuple(refs[f"{name}{end}"] for end in ("", "_s", "_full", "_free")))
+def produce(refs, frame, blocks, work, held):
+  """Loads the arrays `held` of every item, and its key tiles as far ahead as the ring goes."""
+  step, pieces = blocks.step, frame.pieces(blocks.step)
+  pairs = [tuple(refs[f"{x}{end}"] for end in ("", "_s", "_full", "_free")) for x in "kv"]
+  slot = lambda n: lax.rem(n, jnp.int32(blocks.stages))
 
-  @pl.loop(0, sweep.num)
-  def _(i):
-    s = lax.rem(i, jnp.int32(blocks.stages))
-    for name, (source, ring, full, free) in zip("kv", pairs, strict=True):
-      copy = lambda piece, first, size, ring=ring, full=full: gpu.to_smem(
-        piece, ring.at[s, pl.ds(first, size)], full.at[s]
-      )
+  def load_item(item, n, done):
+    b, r, h = item["b"], item["r"], item["h"]
+    sweep = Sweep(frame, blocks, item["tile"])
+    place = lax.rem(n, jnp.int32(blocks.held))
+    for wg in range(blocks.warpgroups):
+      turn = place * blocks.warpgroups + wg
+      pl.when(n >= blocks.held)(lambda turn=turn: gpu.barrier_wait(refs["q_free"].at[turn]))
+      for name in held:
+        head = frame.head(h) if refs[name].shape[-2] > len(frame.heads) else h
+        source = frame.tile(refs[name], b, r, sweep.q0 + wg * TILE, TILE, head)
+        gpu.to_smem(source, refs[f"{name}_s"].at[place, wg], refs["q_full"].at[turn])
 
-      def load_view(name=name, source=source, copy=copy, full=full):
-        tile = sweep.tiles.tile(i)
-        frame.load_keys(copy, source, b, r, h, tile, step)
-        if frame.segments and name == "k":
-          ids = refs["ids"].at[b, r, pl.ds(tile * step, step)]
-          gpu.to_smem(ids, refs["ids_s"].at[s], full.at[s])
+    def load_step(i, done):
+      s = slot(done)
+      for name, (source, buffer, full, free) in zip("kv", pairs, strict=True):
+        copy = lambda piece, first, size, buffer=buffer, full=full: gpu.to_smem(
+          piece, buffer.at[s, pl.ds(first, size)], full.at[s]
+        )
 
-      def load_own(name=name, copy=copy):
-        size = step // pieces
-        for n in range(pieces):
-          key = sweep.own_key(i) + n * size
-          copy(refs[f"own_{name}"].at[b, pl.ds(key, size), frame.kv_head(h)], n * size, size)
+        def load_view(name=name, source=source, copy=copy, full=full):
+          tile = sweep.tiles.tile(i)
+          frame.load_keys(copy, source, b, r, h, tile, step)
+          if frame.segments and name == "k":
+            ids = refs["ids"].at[b, r, pl.ds(tile * step, step)]
+            gpu.to_smem(ids, refs["ids_s"].at[s], full.at[s])
 
-      pl.when(i >= blocks.stages)(lambda free=free: gpu.barrier_wait(free.at[s]))
-      if frame.schedule.own:
-        pl.when(i < sweep.num_view)(load_view)
-        pl.when(i >= sweep.num_view)(load_own)
-      else:
-        load_view()
+        def load_own(name=name, copy=copy):
+          size = step // pieces
+          for n in range(pieces):
+            key = sweep.own_key(i) + n * size
+            copy(refs[f"own_{name}"].at[b, pl.ds(key, size), frame.kv_head(h)], n * size, size)
 
-  @pl.loop(jnp.maximum(sweep.num - blocks.stages, 0), sweep.num)
+        pl.when(done >= blocks.stages)(lambda free=free: gpu.barrier_wait(free.at[s]))
+        if frame.schedule.own:
+          pl.when(i < sweep.num_view)(load_view)
+          pl.when(i >= sweep.num_view)(load_own)
+        else:
+          load_view()
+      return done + 1
+
+    return lax.fori_loop(0, sweep.num, load_step, done)
+
+  done = work.each(load_item, jnp.int32(0))
+
+  @pl.loop(jnp.maximum(done - blocks.stages, 0), done)
   def _(i):  # every completion of a barrier has to be observed
     for *_, free in pairs:
-      gpu.barrier_wait(free.at[lax.rem(i, jnp.int32(blocks.stages))])
+      gpu.barrier_wait(free.at[slot(i)])
+
+  drain_held(refs, blocks, work)
+
+
+def drain_held(refs, blocks, work):
+  """Observes that the last items were used."""
+  count = work.count()
+
+  @pl.loop(jnp.maximum(count - blocks.held, 0), count)
+  def _(n):
+    for wg in range(blocks.warpgroups):
+      turn = lax.rem(n, jnp.int32(blocks.held)) * blocks.warpgroups + wg
+      gpu.barrier_wait(refs["q_free"].at[turn])
 
 
 class Masks:
   """The pairs of 64 queries and the keys of a step that attend."""
 
-  def __init__(self, refs, frame, sweep, place, base):
+  def __init__(self, refs, frame, sweep, item, base):
     self.refs, self.frame, self.sweep, self.base = refs, frame, sweep, base
-    self.b, self.r, self.h = place
+    self.h = item["h"]
     self.bounds = frame.query_bounds(base, TILE, gpu.ROW)
     if frame.segments:
-      ids = refs["ids"].at[self.b, self.r, pl.ds(base, TILE)]
+      ids = refs["ids"].at[item["b"], item["r"], pl.ds(base, TILE)]
       self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
-  def __call__(self, i, s, own: bool):
-    """Which of [64, step] attend in step i, whose tile lies in slot s."""
-    step = self.sweep.step
-    if own:
-      places = self.sweep.own_key(i) + gpu.iota((step,), layout=gpu.COLUMN)
-      high, low = self.frame.own_bounds(self.base, TILE, gpu.ROW)
-    else:
-      places = self.frame.key_places(self.sweep.tiles.tile(i) * step, step, self.h, gpu.COLUMN)
-      high, low = self.bounds
+  def __call__(self, i, s, kind: str):
+    """Which of [64, step] attend in step i, whose tile lies in slot s.
+
+    `kind` says what the step sweeps: the "view", the queries' "own" rows, or "any" of the two.
+    """
+    frame, step = self.frame, self.sweep.step
+    high, low = self.bounds
+    if kind in ("view", "any"):
+      places = frame.key_places(self.sweep.tiles.tile(i) * step, step, self.h, gpu.COLUMN)
+    if kind in ("own", "any"):
+      own_places = self.sweep.own_key(i) + gpu.iota((step,), layout=gpu.COLUMN)
+      low = frame.row_start(self.base, TILE, gpu.ROW)
+    if kind == "own":
+      places = own_places
+    if kind == "any":  # arithmetic: a scalar does not select between arrays in a kernel
+      own = (i >= self.sweep.num_view).astype(jnp.int32)
+      places, low = own_places * own + places * (1 - own), low * own
     rows, columns = (lambda x: gpu.over_columns(x, step)), (lambda x: gpu.over_rows(x, TILE))
     mask = rows(high) >= columns(places)
     if low is not None:
@@ -239,39 +267,45 @@ class Masks:
 
 
 class _Consumer:
-  """64 queries of a thread block."""
+  """64 queries of an item: item number n of the thread block, which took `done` steps before."""
 
-  def __init__(self, refs, frame, blocks, sweep, place, base, wg, scale, dtype):
-    self.refs, self.frame, self.blocks, self.sweep = refs, frame, blocks, sweep
-    self.place, self.base, self.wg, self.dtype = place, base, wg, dtype
+  def __init__(self, refs, frame, blocks, item, n, done, wg, scale):
+    self.refs, self.frame, self.blocks = refs, frame, blocks
+    self.item, self.done, self.wg = item, done, wg
     self.scale = scale * gpu.LOG2E
-    self.q_s = refs["q_s"].at[wg]
+    self.sweep = Sweep(frame, blocks, item["tile"])
+    self.base = self.sweep.q0 + wg * TILE
+    place = lax.rem(n, jnp.int32(blocks.held))
+    self.turn = place * blocks.warpgroups + wg
+    self.q_s = refs["q_s"].at[place, wg]
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
-    self.Dv = refs["v_s"].shape[-1]
+    self.Dv, self.dtype = refs["v_s"].shape[-1], refs["v_s"].dtype
 
   def run(self):
-    refs, (b, r, h), wg = self.refs, self.place, self.wg
-    q = self.frame.tile(refs["q"], b, r, self.base, TILE, self.frame.head(h))
-    gpu.to_smem(q, self.q_s, refs["q_full"].at[wg])
-    self.masks = Masks(refs, self.frame, self.sweep, self.place, self.base)
-    gpu.barrier_wait(refs["q_full"].at[wg])
+    """Attends, writes out and lse; the steps taken so far."""
+    refs, wg = self.refs, self.wg
+    b, r, h = self.item["b"], self.item["r"], self.item["h"]
+    self.masks = Masks(refs, self.frame, self.sweep, self.item, self.base)
+    gpu.barrier_wait(refs["q_full"].at[self.turn])
     acc, top, total = self.ahead() if self.blocks.ahead else self.in_turn()
+    gpu.barrier_arrive(refs["q_free"].at[self.turn])
     empty = total == 0
     weight = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
-    out_s = refs.get("out_s", refs["q_s"]).at[wg]
-    out_s[...] = (acc * gpu.over_columns(weight, self.Dv)).astype(self.dtype)
     lse = jnp.where(empty, -jnp.inf, top * self.scale + jnp.log2(total))
-    refs["lse_s"].at[wg][...] = lse
+    gpu.wait_to_gmem(0, wait_read_only=True)  # the item before leaves its buffers
+    out_s, lse_s = refs["out_s"].at[wg], refs["lse_s"].at[wg]
+    out_s[...] = (acc * gpu.over_columns(weight, self.Dv)).astype(self.dtype)
+    lse_s[...] = lse
     gpu.commit_smem()
     gpu.to_gmem(out_s, self.frame.tile(refs["out"], b, r, self.base, TILE, h))
-    gpu.to_gmem(refs["lse_s"].at[wg], refs["lse"].at[b, h, r, pl.ds(self.base, TILE)])
-    gpu.wait_to_gmem(0)
+    gpu.to_gmem(lse_s, refs["lse"].at[b, h, r, pl.ds(self.base, TILE)])
+    return self.done + self.sweep.num
 
   def start(self):
     return gpu.zeros((TILE, self.Dv)), gpu.full((TILE,), _NO_MAXIMUM), gpu.full((TILE,), 0.0)
 
   def slot(self, i):
-    return lax.rem(i, jnp.int32(self.blocks.stages))
+    return lax.rem(self.done + i, jnp.int32(self.blocks.stages))
 
   def loops(self, step, first, carry):
     """Runs step(i, carry, kind) over the steps from `first` on, a loop per kind of mask."""
@@ -297,40 +331,24 @@ class _Consumer:
     return p, new_top, total * keep + p.sum(axis=1), keep
 
   def in_turn(self):
-    """Each step: logits, softmax, weighted sum. Two warpgroups fill each other's gaps."""
-    refs, turns, last = self.refs, self.blocks.turns, self.blocks.warpgroups - 1
-
-    def turn():
-      if turns:
-        gpu.barrier_arrive(refs["turn"])
-        gpu.barrier_wait(refs["turn"])
+    """Each step: logits, softmax, weighted sum. The warpgroups fill each other's gaps."""
+    refs = self.refs
 
     def step(i, carry, kind):
       acc, top, total = carry
       s = self.slot(i)
       gpu.barrier_wait(refs["k_full"].at[s])
-      x = gpu.matmul(self.q_s, refs["k_s"].at[s].transpose((1, 0)), turn)
-      mask = None if kind is None else self.masks(i, s, kind == "own")
+      x = gpu.matmul(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+      mask = None if kind is None else self.masks(i, s, kind)
       gpu.barrier_arrive(refs["k_free"].at[s])
       p, top, total, keep = self.weights(x, top, total, mask)
       acc = acc * gpu.over_columns(keep, self.Dv)
-      p = p.astype(self.dtype)
-      if turns:
-        acc, top, total, p = lax.optimization_barrier((acc, top, total, p))
-        gpu.barrier_arrive(refs["turn"])
       gpu.barrier_wait(refs["v_full"].at[s])
-      if turns:
-        gpu.barrier_wait(refs["turn"])
-      acc = gpu.add_matmul(acc, p, refs["v_s"].at[s], self.p_s)
+      acc = gpu.add_matmul(acc, p.astype(self.dtype), refs["v_s"].at[s], self.p_s)
       gpu.barrier_arrive(refs["v_free"].at[s])
       return acc, top, total
 
-    if turns:
-      pl.when(self.wg == last)(turn)
-    carry = self.loops(step, 0, self.start())
-    if turns:
-      pl.when(self.wg == 0)(turn)
-    return carry
+    return self.loops(step, 0, self.start())
 
   def ahead(self):
     """The logits of a step are made while the weighted sum of the step before runs."""
@@ -351,7 +369,7 @@ class _Consumer:
       v = refs["v_s"].at[before]
 
       def softmax(x):
-        mask = None if kind is None else self.masks(i, s, kind == "own")
+        mask = None if kind is None else self.masks(i, s, kind)
         free(i)
         return self.weights(x, top, total, mask)
 
@@ -366,11 +384,7 @@ class _Consumer:
     acc, top, total = self.start()
     first = jnp.int32(0)
     x = gpu.matmul(self.q_s, logits(first))
-    if self.frame.schedule.own:
-      view = self.masks(first, first, False)
-      mask = jnp.where(self.sweep.num_view > 0, view, self.masks(first, first, True))
-    else:
-      mask = self.masks(first, first, False)
+    mask = self.masks(first, self.slot(first), "any" if self.frame.schedule.own else "view")
     free(first)
     p, top, total, _ = self.weights(x, top, total, mask)
     acc, p, top, total = self.loops(step, 1, (acc, p.astype(self.dtype), top, total))
