@@ -139,3 +139,30 @@ def overlapped(a, b, use, acc, p, v, ready, scratch=None):
 
   shapes = (a.shape[0], b.shape[1]), acc.shape
   return pl.run_scoped(body, *(ACC(shape, jnp.float32) for shape in shapes))
+
+
+def two_matmuls(first, use, second):
+  """use(a b) of the pair `first`, while the product of the pair `second` is under way; both."""
+  if simulated():
+    return use(matmul(*first)), matmul(*second)
+
+  def body(one, other):
+    wgmma(one, *first)
+    wgmma(other, *second)
+    return use(finish(one, wait_n=1)), other[...]
+
+  return pl.run_scoped(
+    body, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in (first, second))
+  )
+
+
+def add_matmuls(accs, left, right, scratch=None):
+  """acc + a b for each of the accumulators, all products under way at once."""
+  if scratch is not None:
+    return tuple(add_matmul(acc, a, b, scratch) for acc, a, b in zip(accs, left, right, strict=True))
+
+  def body(refs):
+    for ref, a, b in zip(refs, left, right, strict=True):
+      wgmma(ref, a, b)
+
+  return tuple(pl.run_state(body)(tuple(ACC.init(acc) for acc in accs)))

@@ -189,8 +189,27 @@ class Frame:
       first = start if self.slot <= step else start + lax.rem(tile * step, jnp.int32(self.slot))
       copy(source.at[b, row, pl.ds(first, rows), self.kv_head(h)], n * rows, rows)
 
+  def key_shape(self, batch: int, D: int) -> tuple[int, ...]:
+    """The shape of dk or dv as the kernel stores it: as `keys`; summaries [B, T/l, width, Hg, D]."""
+    spare = lambda n: -n % 8 if n > 8 else 0
+    heads, one = len(self.heads), self.schedule
+    if one.view == "summaries":
+      return (batch, self.num_rows, one.width + spare(one.width), heads, D)
+    length = self.length + self.spare
+    return {
+      "natural": (batch, length, heads, D),
+      "columns": (batch, length, self.sequences, heads, D),
+      "blocks": (batch, self.sequences, length, heads, D),
+    }[one.view]
+
+  def key_grads(self, x):
+    """dk or dv without the rows that only fill tiles: [B, T, Hg, D]; summaries as stored."""
+    if self.schedule.view == "summaries":
+      return lax.slice_in_dim(x, 0, self.schedule.width, axis=2)
+    return self.unfolded(x)
+
   def store_keys(self, copy, target, b, r, h, first, size):
-    """Stores `size` keys from key `first` on; dk and dv of summaries are [B, T/l, width, Hg, D]."""
+    """Stores `size` keys from key `first` on into an array of `key_shape`."""
     if not self.slot:
       copy(0, size, self.tile(target, b, r, first, size, h))
       return

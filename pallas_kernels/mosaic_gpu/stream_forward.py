@@ -121,12 +121,12 @@ def _kernel(refs, *, frame, blocks, work, scale):
   @pl.when(wg == blocks.warpgroups)
   def _():
     gpu.set_max_registers(blocks.registers[0], action="decrease")
-    produce(refs, frame, blocks, work, held=("q",))
+    produce(refs, frame, blocks, work, tiles=("q",))
 
   @pl.when(wg < blocks.warpgroups)
   def _():
     gpu.set_max_registers(blocks.registers[1], action="increase")
-    consume = lambda item, n, done: _Consumer(refs, frame, blocks, item, n, done, wg, scale).run()
+    consume = lambda item, n, done: _Softmax(refs, frame, blocks, item, n, done, wg, scale).run()
     work.each(consume, jnp.int32(0))
     gpu.wait_to_gmem(0)
 
@@ -158,8 +158,13 @@ class Sweep:
     return self.own_first + (i - self.num_view) * self.step
 
 
-def produce(refs, frame, blocks, work, held):
-  """Loads the arrays `held` of every item, and its key tiles as far ahead as the ring goes."""
+def produce(refs, frame, blocks, work, tiles, vectors=()):
+  """Loads the queries of every item, and its key tiles as far ahead as the ring goes.
+
+  Args:
+    tiles: names of the arrays of queries [B, ..., H, D] to load.
+    vectors: names of those of rows [B, Hg, R, Mp].
+  """
   step, pieces = blocks.step, frame.pieces(blocks.step)
   pairs = [tuple(refs[f"{x}{end}"] for end in ("", "_s", "_full", "_free")) for x in "kv"]
   slot = lambda n: lax.rem(n, jnp.int32(blocks.stages))
@@ -171,9 +176,11 @@ def produce(refs, frame, blocks, work, held):
     for wg in range(blocks.warpgroups):
       turn = place * blocks.warpgroups + wg
       pl.when(n >= blocks.held)(lambda turn=turn: gpu.barrier_wait(refs["q_free"].at[turn]))
-      for name in held:
-        head = frame.head(h) if refs[name].shape[-2] > len(frame.heads) else h
-        source = frame.tile(refs[name], b, r, sweep.q0 + wg * TILE, TILE, head)
+      base = sweep.q0 + wg * TILE
+      sources = {x: frame.tile(refs[x], b, r, base, TILE, h) for x in tiles}
+      sources["q"] = frame.tile(refs["q"], b, r, base, TILE, frame.head(h))
+      sources.update({x: refs[x].at[b, h, r, pl.ds(base, TILE)] for x in vectors})
+      for name, source in sources.items():
         gpu.to_smem(source, refs[f"{name}_s"].at[place, wg], refs["q_full"].at[turn])
 
     def load_step(i, done):
@@ -266,20 +273,40 @@ class Masks:
     return mask
 
 
-class _Consumer:
+class Queries:
   """64 queries of an item: item number n of the thread block, which took `done` steps before."""
 
   def __init__(self, refs, frame, blocks, item, n, done, wg, scale):
     self.refs, self.frame, self.blocks = refs, frame, blocks
     self.item, self.done, self.wg = item, done, wg
-    self.scale = scale * gpu.LOG2E
+    self.factor, self.scale = scale, scale * gpu.LOG2E
     self.sweep = Sweep(frame, blocks, item["tile"])
     self.base = self.sweep.q0 + wg * TILE
-    place = lax.rem(n, jnp.int32(blocks.held))
-    self.turn = place * blocks.warpgroups + wg
-    self.q_s = refs["q_s"].at[place, wg]
+    self.place = lax.rem(n, jnp.int32(blocks.held))
+    self.turn = self.place * blocks.warpgroups + wg
+    self.q_s = refs["q_s"].at[self.place, wg]
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
     self.Dv, self.dtype = refs["v_s"].shape[-1], refs["v_s"].dtype
+
+  def slot(self, i):
+    return lax.rem(self.done + i, jnp.int32(self.blocks.stages))
+
+  def loops(self, step, first, carry):
+    """Runs step(i, carry, kind) over the steps from `first` on, a loop per kind of mask."""
+    full, view = self.sweep.num_full, self.sweep.num_view
+    loop = lambda start, stop, kind, carry: lax.fori_loop(
+      start, stop, functools.partial(step, kind=kind), carry
+    )
+    if not self.frame.segments:
+      carry = loop(first, full, None, carry)
+    if not self.frame.schedule.own:
+      return loop(jnp.maximum(full, first), self.sweep.num, "view", carry)
+    carry = loop(jnp.maximum(full, first), view, "view", carry)
+    return loop(jnp.maximum(view, first), self.sweep.num, "own", carry)
+
+
+class _Softmax(Queries):
+  """64 queries of an item, whose output is summed."""
 
   def run(self):
     """Attends, writes out and lse; the steps taken so far."""
@@ -303,22 +330,6 @@ class _Consumer:
 
   def start(self):
     return gpu.zeros((TILE, self.Dv)), gpu.full((TILE,), _NO_MAXIMUM), gpu.full((TILE,), 0.0)
-
-  def slot(self, i):
-    return lax.rem(self.done + i, jnp.int32(self.blocks.stages))
-
-  def loops(self, step, first, carry):
-    """Runs step(i, carry, kind) over the steps from `first` on, a loop per kind of mask."""
-    full, view = self.sweep.num_full, self.sweep.num_view
-    loop = lambda start, stop, kind, carry: lax.fori_loop(
-      start, stop, functools.partial(step, kind=kind), carry
-    )
-    if not self.frame.segments:
-      carry = loop(first, full, None, carry)
-    if not self.frame.schedule.own:
-      return loop(jnp.maximum(full, first), self.sweep.num, "view", carry)
-    carry = loop(jnp.maximum(full, first), view, "view", carry)
-    return loop(jnp.maximum(view, first), self.sweep.num, "own", carry)
 
   def weights(self, x, top, total, mask):
     """exp2 of logits x under the running maximum; new maximum, sum of weights, rescaling."""
