@@ -24,7 +24,6 @@ commit_smem = plgpu.commit_smem
 load = plgpu.load
 set_max_registers = plgpu.set_max_registers
 to_gmem = plgpu.copy_smem_to_gmem
-finish = plgpu.wgmma_accumulator_load
 to_smem = plgpu.copy_gmem_to_smem
 wait_to_gmem = plgpu.wait_smem_to_gmem
 wgmma = plgpu.wgmma
@@ -97,18 +96,11 @@ def over_rows(columns, num_rows: int):
   return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
 
 
-def matmul(a, b, meanwhile=lambda: None):
-  """a b in a fresh float32 accumulator; a in registers (not simulated) or shared memory.
-
-  `meanwhile` is called once the product is under way.
-  """
-
-  def body(acc):
-    wgmma(acc, a, b)
-    meanwhile()
-    return acc[...]
-
-  return pl.run_scoped(body, ACC((a.shape[0], b.shape[1]), jnp.float32))
+def matmul(a, b):
+  """a b in a fresh float32 accumulator; a in registers (not simulated) or shared memory."""
+  return pl.run_scoped(
+    lambda acc: (wgmma(acc, a, b), acc[...])[1], ACC((a.shape[0], b.shape[1]), jnp.float32)
+  )
 
 
 def add_matmul(acc, a, b, scratch=None):
@@ -124,45 +116,50 @@ def add_matmul(acc, a, b, scratch=None):
   return acc + matmul(scratch, b)
 
 
-def overlapped(a, b, use, acc, p, v, ready, scratch=None):
-  """use(a b) while acc + p v is under way, v after `ready()`: (what `use` returns, the sum)."""
-  if scratch is not None:
-    ready()
-    return use(matmul(a, b)), add_matmul(acc, p, v, scratch)
+class Sum:
+  """A float32 accumulator of products, several of which may be under way at once.
 
-  def body(product, total):
-    total[...] = acc
-    wgmma(product, a, b)
-    ready()
-    wgmma(total, p, v)
-    return use(finish(product, wait_n=1)), total[...]
+  In the simulator, which has neither matrix instructions with an operand in registers nor
+  accumulators with a start value, a plain value; such operands go through `scratch` there.
+  """
 
-  shapes = (a.shape[0], b.shape[1]), acc.shape
-  return pl.run_scoped(body, *(ACC(shape, jnp.float32) for shape in shapes))
+  def __init__(self, ref=None, value=None, scratch=None):
+    self.ref, self.value, self.scratch = ref, value, scratch
+
+  def add(self, a, b):
+    """Starts += a b of two tiles in shared memory."""
+    if self.ref is not None:
+      wgmma(self.ref, a, b)
+    else:
+      self.value = matmul(a, b) if self.value is None else self.value + matmul(a, b)
+
+  def add_from_registers(self, a, b):
+    """Starts += a b, a in registers."""
+    if self.ref is None:
+      self.scratch[...] = a
+      commit_smem()
+      a = self.scratch
+    self.add(a, b)
+
+  def get(self, under_way: int = 0):
+    """The value, once no more than so many products are under way."""
+    return self.value if self.ref is None else plgpu.wgmma_accumulator_load(self.ref, wait_n=under_way)
 
 
-def two_matmuls(first, use, second):
-  """use(a b) of the pair `first`, while the product of the pair `second` is under way; both."""
+def sums(body, *starts, scratch=None):
+  """body(Sum, ...): one per start, a value or the shape of a fresh accumulator.
+
+  `scratch` is shared memory for an operand in registers, for the simulator.
+  """
   if simulated():
-    return use(matmul(*first)), matmul(*second)
+    values = (None if isinstance(start, tuple) else start for start in starts)
+    return body(*(Sum(value=value, scratch=scratch) for value in values))
 
-  def body(one, other):
-    wgmma(one, *first)
-    wgmma(other, *second)
-    return use(finish(one, wait_n=1)), other[...]
+  def run(*refs):
+    for ref, start in zip(refs, starts, strict=True):
+      if not isinstance(start, tuple):
+        ref[...] = start
+    return body(*(Sum(ref) for ref in refs))
 
-  return pl.run_scoped(
-    body, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in (first, second))
-  )
-
-
-def add_matmuls(accs, left, right, scratch=None):
-  """acc + a b for each of the accumulators, all products under way at once."""
-  if scratch is not None:
-    return tuple(add_matmul(acc, a, b, scratch) for acc, a, b in zip(accs, left, right, strict=True))
-
-  def body(refs):
-    for ref, a, b in zip(refs, left, right, strict=True):
-      wgmma(ref, a, b)
-
-  return tuple(pl.run_state(body)(tuple(ACC.init(acc) for acc in accs)))
+  shapes = (start if isinstance(start, tuple) else start.shape for start in starts)
+  return pl.run_scoped(run, *(ACC(shape, jnp.float32) for shape in shapes))

@@ -42,18 +42,27 @@ def row_delta(
   out: Float[Array, "B T Hg Dv"],
   lse: Float[Array, "B Hg R Mp"],
   dout: Float[Array, "B T Hg Dv"],
-  dlse: Float[Array, "B Hg R Mp"] | None,
+  dlse: Float[Array, "B Hg R Mp"] | None = None,
 ) -> Float[Array, "B Hg R Mp"]:
   """rowsum(dout out) - dlse per sequence of the view, and 0 for rows without keys."""
   B, T, H, _ = out.shape
-  delta = jnp.einsum("BTHD,BTHD->BHT", dout, out, preferred_element_type=jnp.float32)
   R = lse.shape[2]
+  delta = jnp.einsum("BTHD,BTHD->BHT", dout, out, preferred_element_type=jnp.float32)
   if schedule.view == "columns":
     delta = delta.reshape(B, H, T // R, R).swapaxes(2, 3)
   delta = delta.reshape(B, H, R, T // R)
   delta = jnp.pad(delta, [(0, 0)] * 3 + [(0, lse.shape[3] - T // R)])
   delta = delta if dlse is None else delta - dlse
   return jnp.where(jnp.isfinite(lse), delta, 0.0)
+
+
+def safe_lse(lse: Float[Array, "B Hg R Mp"]) -> Float[Array, "B Hg R Mp"]:
+  """lse under which the kernels compute weights; inf for rows without keys: weights of 0.
+
+  Of logits near 1e10 float32 keeps 2^10: weights are capped at 1, and lse is lowered by about that
+  rounding so that the largest one does not vanish.
+  """
+  return jnp.where(lse == -jnp.inf, jnp.inf, lse - jnp.abs(lse) * 2.0**-22)
 
 
 def dq_kernel(
@@ -76,7 +85,7 @@ def dq_kernel(
   frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
   blocks = blocks or default_dq_blocks(Dk, Dv)
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
-  inputs.update(lse=lse, delta=delta)
+  inputs.update(lse=safe_lse(lse), delta=delta)
   if schedule.own:
     inputs.update(own_k=frame.folded(k), own_v=frame.folded(v))
   if segment_ids is not None:
@@ -136,9 +145,9 @@ class _Queries(stream_forward.Queries):
     gpu.barrier_wait(refs["q_full"].at[self.turn])
     place = self.place
     self.dout_s = refs["dout_s"].at[place, wg]
-    self.lse = shifted(gpu.load(refs["lse_s"].at[place, wg], layout=gpu.ROW, optimized=False))
+    self.lse = gpu.load(refs["lse_s"].at[place, wg], layout=gpu.ROW, optimized=False)
     self.delta = gpu.load(refs["delta_s"].at[place, wg], layout=gpu.ROW, optimized=False)
-    dq = self.loops(self.step, 0, gpu.zeros((TILE, self.q_s.shape[-1])))
+    dq = self.ahead() if self.blocks.ahead else self.in_turn()
     self.q_s[...] = (dq * self.factor).astype(self.dtype)
     gpu.commit_smem()
     gpu.to_gmem(self.q_s, self.frame.tile(refs["dq"], b, r, self.base, TILE, h))
@@ -146,34 +155,73 @@ class _Queries(stream_forward.Queries):
     gpu.barrier_arrive(refs["q_free"].at[self.turn])
     return self.done + self.sweep.num
 
-  def step(self, i, dq, kind):
-    refs, s = self.refs, self.slot(i)
-    k, v = refs["k_s"].at[s], refs["v_s"].at[s]
-    columns = lambda x: gpu.over_columns(x, self.blocks.step)
-    gpu.barrier_wait(refs["k_full"].at[s])
-    gpu.barrier_wait(refs["v_full"].at[s])
-    mask = None if kind is None else self.masks(i, s, kind)
-    weights = lambda x: exp2_of(x * self.scale - columns(self.lse), mask)
-    p, dp = gpu.two_matmuls(
-      (self.q_s, k.transpose((1, 0))), weights, (self.dout_s, v.transpose((1, 0)))
-    )
-    gpu.barrier_arrive(refs["v_free"].at[s])
-    ds = (p * (dp - columns(self.delta))).astype(self.dtype)
-    dq = gpu.add_matmul(dq, ds, k, self.p_s)
-    gpu.barrier_arrive(refs["k_free"].at[s])
+  def in_turn(self):
+    """Each step: logits and dP, dS, its product. The warpgroups fill each other's gaps."""
+    refs = self.refs
+
+    def step(i, dq, kind):
+      s = self.slot(i)
+      self.wait(s)
+      body = lambda logits, dp: self.dlogits(i, kind, logits, dp)
+      tile = TILE, self.blocks.step
+      ds = gpu.sums(body, tile, tile).astype(self.dtype)
+      dq = gpu.add_matmul(dq, ds, refs["k_s"].at[s], self.p_s)
+      gpu.barrier_arrive(refs["k_free"].at[s])
+      return dq
+
+    return self.loops(step, 0, gpu.zeros((TILE, self.q_s.shape[-1])))
+
+  def ahead(self):
+    """The logits and dP of a step are made while the product of the step before runs."""
+    refs, tile = self.refs, (TILE, self.blocks.step)
+
+    def step(i, carry, kind):
+      dq, ds = carry
+      before = self.slot(i - 1)
+      self.wait(self.slot(i))
+
+      def body(logits, dp, dq):
+        add = lambda: dq.add_from_registers(ds, refs["k_s"].at[before])
+        return self.dlogits(i, kind, logits, dp, add), dq.get()
+
+      ds, dq = gpu.sums(body, tile, tile, dq, scratch=self.p_s)
+      gpu.barrier_arrive(refs["k_free"].at[before])
+      # Behind the barrier, so that the registers of the old ds are not overwritten in use.
+      dq, ds = lax.optimization_barrier((dq, ds))
+      return dq, ds.astype(self.dtype)
+
+    first = jnp.int32(0)
+    self.wait(self.slot(0))
+    body = lambda logits, dp: self.dlogits(first, self.any_kind, logits, dp)
+    ds = gpu.sums(body, tile, tile).astype(self.dtype)
+    dq, ds = self.loops(step, 1, (gpu.zeros((TILE, self.q_s.shape[-1])), ds))
+    last = self.slot(self.sweep.num - 1)
+    dq = gpu.add_matmul(dq, ds, refs["k_s"].at[last], self.p_s)
+    gpu.barrier_arrive(refs["k_free"].at[last])
     return dq
 
+  def wait(self, s):
+    gpu.barrier_wait(self.refs["k_full"].at[s])
+    gpu.barrier_wait(self.refs["v_full"].at[s])
 
-def shifted(lse):
-  """lse such that no weight of its row exceeds 1 by more than rounding; rows without keys: inf.
-
-  Of logits near 1e10 float32 keeps 2^10: `exp2_of` must never meet a large positive number, and
-  the largest weight should not vanish either.
-  """
-  return jnp.where(lse == -jnp.inf, jnp.inf, lse - jnp.abs(lse) * 2.0**-22)
+  def dlogits(self, i, kind, logits, dp, meanwhile=None):
+    """dS of step i, in float32; `meanwhile` starts one more product."""
+    s, refs = self.slot(i), self.refs
+    columns = lambda x: gpu.over_columns(x, self.blocks.step)
+    logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+    dp.add(self.dout_s, refs["v_s"].at[s].transpose((1, 0)))
+    if meanwhile is not None:
+      meanwhile()
+    more = 0 if meanwhile is None else 1
+    mask = None if kind is None else self.masks(i, s, kind)
+    p = exp2_of(logits.get(under_way=1 + more) * self.scale - columns(self.lse), mask)
+    dp = dp.get(under_way=more)
+    gpu.barrier_arrive(refs["v_free"].at[s])
+    return p * (dp - columns(self.delta))
 
 
 def exp2_of(x, mask):
+  """Weights of logits under their log-sum-exp (`safe_lse`), which are never above 1."""
   p = jnp.exp2(jnp.minimum(x, 0.0))
   return p if mask is None else jnp.where(mask, p, 0.0)
 
@@ -211,7 +259,7 @@ def dkv_kernel(
     return again(blocks=blocks, parts="k") + again(blocks=blocks, parts="v")
   parts = parts or "kv"
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
-  inputs.update(lse=lse, delta=delta)
+  inputs.update(lse=safe_lse(lse), delta=delta)
   if segment_ids is not None:
     inputs.update(ids=frame.ids(segment_ids))
   shape = dict(k=frame.key_shape(B, Dk), v=frame.key_shape(B, Dv))
@@ -368,32 +416,33 @@ class _Keys:
     return mask
 
   def step(self, i, sums, masked):
-    refs = self.refs
+    refs, parts = self.refs, self.parts
     s = lax.rem(self.done + i, jnp.int32(self.blocks.stages))
     q, dout = refs["q_s"].at[s], refs["dout_s"].at[s]
     rows = lambda name: gpu.over_rows(
       gpu.load(refs[name].at[s], layout=gpu.COLUMN, optimized=False), TILE
     )
-    gpu.barrier_wait(refs["q_full"].at[s])
-    lse = gpu.over_rows(
-      shifted(gpu.load(refs["lse_s"].at[s], layout=gpu.COLUMN, optimized=False)), TILE
-    )
-    mask = self.mask(i, s) if masked else None
-    gpu.barrier_wait(refs["dout_full"].at[s])
-    delta = rows("delta_s")
-    weights = lambda x: exp2_of(x * self.scale - lse, mask)
-    logits = self.k_s, q.transpose((1, 0))
     narrow = lambda x: x.astype(self.dtype)
-    if self.parts == "v":
-      p = weights(gpu.matmul(*logits))
-      sums = (gpu.add_matmul(sums[0], narrow(p), dout, self.p_s),)
-    else:
-      p, dp = gpu.two_matmuls(logits, weights, (self.v_s, dout.transpose((1, 0))))
-      ds = narrow(p * (dp - delta))
-      if self.parts == "k":
-        sums = (gpu.add_matmul(sums[0], ds, q, self.p_s),)
-      else:
-        sums = gpu.add_matmuls(sums, (ds, narrow(p)), (q, dout), self.p_s)
+
+    def body(logits, *others):
+      *dp, dk, dv = others if parts == "kv" else (*others, None) if parts == "k" else (None, *others)
+      gpu.barrier_wait(refs["q_full"].at[s])
+      logits.add(self.k_s, q.transpose((1, 0)))
+      lse = rows("lse_s")
+      mask = self.mask(i, s) if masked else None
+      gpu.barrier_wait(refs["dout_full"].at[s])
+      if dp:
+        dp[0].add(self.v_s, dout.transpose((1, 0)))
+      p = exp2_of(logits.get(under_way=len(dp)) * self.scale - lse, mask)
+      if dv is not None:
+        dv.add_from_registers(narrow(p), dout)
+      if dk is not None:
+        dlogits = p * (dp[0].get(under_way=0 if dv is None else 1) - rows("delta_s"))
+        dk.add_from_registers(narrow(dlogits), q)
+      return tuple(x.get() for x in (dk, dv) if x is not None)
+
+    tiles = [(TILE, self.blocks.step)] * (1 if parts == "v" else 2)
+    sums = gpu.sums(body, *tiles, *sums, scratch=self.p_s)
     gpu.commit_smem()  # lse and delta are read before the next ones may come
     gpu.barrier_arrive(refs["q_free"].at[s])
     return sums

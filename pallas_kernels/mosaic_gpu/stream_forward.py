@@ -19,6 +19,7 @@ from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.gpu import TILE
 
+FUSED = False
 _NO_MAXIMUM = -1e30  # where a running maximum starts: finite, so that exp2(-inf - it) is 0
 
 
@@ -287,6 +288,7 @@ class Queries:
     self.q_s = refs["q_s"].at[self.place, wg]
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
     self.Dv, self.dtype = refs["v_s"].shape[-1], refs["v_s"].dtype
+    self.any_kind = "any" if frame.schedule.own else "view"
 
   def slot(self, i):
     return lax.rem(self.done + i, jnp.int32(self.blocks.stages))
@@ -337,7 +339,14 @@ class _Softmax(Queries):
       x = jnp.where(mask, x, -jnp.inf)
     new_top = jnp.maximum(top, x.max(axis=1))
     # Subtracted before it is scaled: logits of 1e10 would leave a rounding error of 2^9 to exp2.
-    p = jnp.exp2((x - gpu.over_columns(new_top, x.shape[1])) * self.scale)
+    if FUSED:
+      scaled = new_top * self.scale
+      huge = jnp.abs(scaled) > 2.0**20
+      factor = jnp.where(huge, 2.0 ** math.floor(math.log2(self.scale)), self.scale)
+      n = x.shape[1]
+      p = jnp.exp2(x * gpu.over_columns(factor, n) - gpu.over_columns(new_top * factor, n))
+    else:
+      p = jnp.exp2((x - gpu.over_columns(new_top, x.shape[1])) * self.scale)
     keep = jnp.exp2((top - new_top) * self.scale)
     return p, new_top, total * keep + p.sum(axis=1), keep
 
@@ -365,27 +374,23 @@ class _Softmax(Queries):
     """The logits of a step are made while the weighted sum of the step before runs."""
     refs = self.refs
 
-    def logits(i):
-      s = self.slot(i)
-      gpu.barrier_wait(refs["k_full"].at[s])
-      return refs["k_s"].at[s].transpose((1, 0))
-
-    def free(i):
+    def attend(i, top, total, kind, x):
+      mask = None if kind is None else self.masks(i, self.slot(i), kind)
       gpu.barrier_arrive(refs["k_free"].at[self.slot(i)])
+      return self.weights(x, top, total, mask)
 
     def step(i, carry, kind):
       acc, p, top, total = carry
       s, before = self.slot(i), self.slot(i - 1)
-      k_t = logits(i)
-      v = refs["v_s"].at[before]
+      gpu.barrier_wait(refs["k_full"].at[s])
 
-      def softmax(x):
-        mask = None if kind is None else self.masks(i, s, kind)
-        free(i)
-        return self.weights(x, top, total, mask)
+      def body(logits, acc):
+        logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+        gpu.barrier_wait(refs["v_full"].at[before])
+        acc.add_from_registers(p, refs["v_s"].at[before])
+        return attend(i, top, total, kind, logits.get(under_way=1)), acc.get()
 
-      wait = lambda: gpu.barrier_wait(refs["v_full"].at[before])
-      new, acc = gpu.overlapped(self.q_s, k_t, softmax, acc, p, v, wait, self.p_s)
+      new, acc = gpu.sums(body, (TILE, self.blocks.step), acc, scratch=self.p_s)
       gpu.barrier_arrive(refs["v_free"].at[before])
       p, top, total, keep = new
       # Behind the barrier, so that the registers of the old p are not overwritten in use.
@@ -393,11 +398,10 @@ class _Softmax(Queries):
       return acc * gpu.over_columns(keep, self.Dv), p.astype(self.dtype), top, total
 
     acc, top, total = self.start()
-    first = jnp.int32(0)
-    x = gpu.matmul(self.q_s, logits(first))
-    mask = self.masks(first, self.slot(first), "any" if self.frame.schedule.own else "view")
-    free(first)
-    p, top, total, _ = self.weights(x, top, total, mask)
+    first, s = jnp.int32(0), self.slot(0)
+    gpu.barrier_wait(refs["k_full"].at[s])
+    x = gpu.matmul(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+    p, top, total, _ = attend(first, top, total, self.any_kind, x)
     acc, p, top, total = self.loops(step, 1, (acc, p.astype(self.dtype), top, total))
     s = self.slot(self.sweep.num - 1)
     gpu.barrier_wait(refs["v_full"].at[s])
