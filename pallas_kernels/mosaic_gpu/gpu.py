@@ -39,6 +39,14 @@ def simulated() -> bool:
   return platform not in ("gpu", "cuda")
 
 
+def num_multiprocessors() -> int:
+  """Of the device that programs are built for; the simulator does with two."""
+  if simulated():
+    return 2
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.num_cores if device is not None else jax.devices()[0].core_count
+
+
 def kernel(body, **how):
   """`plgpu.kernel` with fast exp2, or its simulation."""
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
