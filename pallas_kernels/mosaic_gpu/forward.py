@@ -21,6 +21,8 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {2: 232, 3: 160}  # of the 512 per four threads
+AT_ONCE = 2  # tiles of logits in registers, 32 each
 NO_MAXIMUM = -1e30  # finite: the maximum of a row before its first key
 
 
@@ -48,7 +50,6 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
     q_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
     k_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
     v_s=gpu.smem(nt, TILE, Dv, dtype=q.dtype),
-    lse_s=gpu.vector(nt, TILE),
     q_full=gpu.Barrier(num_barriers=nt),
     k_full=gpu.Barrier(num_barriers=nt),
     v_full=gpu.Barrier(num_barriers=nt),
@@ -56,11 +57,11 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
   if own_stage:
     scratch |= dict(o_s=gpu.smem(nt, TILE, Dv, dtype=q.dtype))
   if prev is not None:
-    scratch |= dict(prev_full=gpu.Barrier(num_barriers=nt, num_arrivals=2))
+    scratch |= dict(prev_full=gpu.Barrier(num_barriers=nt))
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
 
-  def body(*refs, q_s, k_s, v_s, lse_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None):
+  def body(*refs, q_s, k_s, v_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
     b, r, h, wg = (lax.axis_index(name) for name in ("b", "r", "h", "wg"))
@@ -78,21 +79,21 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
         gpu.to_smem(view.box(v_ref, b, r, kv_head, t * TILE), v_s.at[t], v_full.at[t])
         if prev is not None:
           gpu.to_smem(view.box(more[0], b, r, h, t * TILE), o_s.at[t], prev_full.at[t])
-          lse = more[1].at[b, h, r, gpu.ds(t * TILE, TILE)]
-          gpu.to_smem(lse, lse_s.at[t], prev_full.at[t])
 
     @gpu.loop(wg, nt, step=W)
     def _(own):
       # Tiles that an earlier turn of this warpgroup has waited for.
       new_tiles = jnp.where(own == wg, 0, own - W + 1 - band.first())
+      rows = gpu.ds(own * TILE, TILE)
       gpu.barrier_wait(q_full.at[own])
       q_tile = q_s.at[own]
       ids_q = None if ids is None else _ids(ids_ref, b, r, own, ROW)
       if prev is None:
         state = start(Dv)
       else:
+        lse = gpu.load(more[1].at[b, h, r, rows], layout=ROW, optimized=False)
         gpu.barrier_wait(prev_full.at[own])
-        state = resume(stage.at[own], lse_s.at[own])
+        state = resume(stage.at[own], lse)
 
       def step(t, state, masked):
         @gpu.when(t >= new_tiles)  # each barrier completes, and is waited for, once
@@ -110,10 +111,9 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
         return attend(state, q_tile, k_s.at[t], v_s.at[t], mask, scale, p_s)
 
       state = sweep(own, band, step, state)
-      finish(state, stage.at[own], lse_s.at[own])
+      lse_ref.at[b, h, r, rows][...] = finish(state, stage.at[own])
       gpu.commit_smem()
       gpu.to_gmem(stage.at[own], view.box(o_ref, b, r, h, own * TILE))
-      gpu.to_gmem(lse_s.at[own], lse_ref.at[b, h, r, gpu.ds(own * TILE, TILE)])
 
     gpu.wait_to_gmem(0)
 
@@ -133,117 +133,167 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
   return out.reshape(B, T, len(heads), Dv), lse
 
 
-def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, run: int, stages: int):
-  """Attention to a window of the keys before each query, in one walk along the sequence.
+def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups, stages):
+  """Attention to a window of the keys before each query, in one walk over all sequences.
 
-  A block of threads walks over `run` tiles of queries behind a ring of `stages` tiles of keys and
-  values; all else as in `resident`. The logits of a whole window are in registers at once, which
-  bounds the window (see `MAX_REACH`). A tile of the ring is free once its last query tile has read
-  it, and is then filled with the next.
+  Every multiprocessor walks over its share of the query tiles of all batch rows and heads, one
+  behind the other. A producer fills a ring of `stages` tiles of keys and values ahead of
+  `warpgroups` consumers, which take the query tiles in turn. All else as in `resident`.
   """
-  B, T, H, Dk = q.shape
-  Dv, group = v.shape[3], H // k.shape[2]
+  B, _, H, Dk = q.shape
+  Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
   nt = view.num_tiles
   reach = band.last(nt)
-  S = max(stages, reach + 1)
+  W = min(warpgroups, reach + 1)  # so that whoever frees a tile of the ring has waited for it
+  S, Q = max(stages, reach + W), 2 * W  # tiles of keys, of queries
+  num_tiles = B * Hg * nt
+  share = -(-num_tiles // min(gpu.num_multiprocessors(), num_tiles))
   inputs = [view(x) for x in (q, k, v)]
   inputs += [ids] if ids is not None else []
   inputs += [view(prev[0]), prev[1]] if prev is not None else []
   scratch = dict(
-    q_s=gpu.smem(2, TILE, Dk, dtype=q.dtype),
+    q_s=gpu.smem(Q, TILE, Dk, dtype=q.dtype),
     k_s=gpu.smem(S, TILE, Dk, dtype=q.dtype),
     v_s=gpu.smem(S, TILE, Dv, dtype=q.dtype),
-    o_s=gpu.smem(1, TILE, Dv, dtype=q.dtype),
-    lse_s=gpu.vector(1, TILE),
-    q_full=gpu.Barrier(num_barriers=2),
-    kv_full=gpu.Barrier(num_barriers=S, num_arrivals=2),
+    o_s=gpu.smem(W, TILE, Dv, dtype=q.dtype),
+    q_full=gpu.Barrier(num_barriers=Q),
+    q_free=gpu.Barrier(num_barriers=Q),
+    k_full=gpu.Barrier(num_barriers=S, num_arrivals=2),
+    k_free=gpu.Barrier(num_barriers=S, num_arrivals=W),
   )
   if prev is not None:
-    scratch |= dict(prev_full=gpu.Barrier(num_arrivals=2))
+    scratch |= dict(prev_full=gpu.Barrier(num_barriers=W))
   if gpu.simulated():
-    scratch |= dict(p_s=gpu.smem(TILE, TILE, dtype=q.dtype))
+    scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
 
-  def body(*refs, q_s, k_s, v_s, o_s, lse_s, q_full, kv_full, prev_full=None, p_s=None):
+  def body(*refs, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, prev_full=None, p_s=None):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
-    b, c, r, h = (lax.axis_index(name) for name in ("b", "c", "r", "h"))
-    head = head_of(heads, h)
-    kv_head = head // group
-    begin = c * run
-    end = jnp.minimum(begin + run, nt)
-    stage, lse_row = o_s.at[0], lse_s.at[0]
-    slot_of = lambda tile: lax.rem(tile - begin + reach, jnp.int32(S))
+    wg = lax.axis_index("wg")
+    first = lax.axis_index("share") * share
+    count = jnp.clip(num_tiles - first, 0, share)
+    rem = lambda n, size: lax.rem(n, jnp.int32(size))
 
-    def load_keys(tile):
-      # Tiles before the sequence are never attended, but must hold numbers: tile 0 will do.
-      row, slot = jnp.maximum(tile, 0) * TILE, slot_of(tile)
-      gpu.to_smem(view.box(k_ref, b, r, kv_head, row), k_s.at[slot], kv_full.at[slot])
-      gpu.to_smem(view.box(v_ref, b, r, kv_head, row), v_s.at[slot], kv_full.at[slot])
+    def place(tile):
+      """(b, h, t): the tiles of a head lie together, then the heads of a batch row."""
+      sequence = lax.div(tile, jnp.int32(nt))
+      return lax.div(sequence, jnp.int32(Hg)), rem(sequence, Hg), rem(tile, nt)
 
-    def load_queries(tile):
-      slot = lax.rem(tile - begin, jnp.int32(2))
-      gpu.to_smem(view.box(q_ref, b, r, head, tile * TILE), q_s.at[slot], q_full.at[slot])
+    @gpu.when(wg == W)
+    def _():
+      if W > 1:
+        gpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-    load_queries(begin)
-    gpu.loop(begin - reach, jnp.minimum(begin - reach + S, end))(load_keys)
+      # Keys `reach` tiles ahead of the queries: tiles of an earlier head where a sequence begins.
+      # They are never attended, but must hold numbers.
+      @gpu.loop(0, count + reach)
+      def _(n):
+        slot = rem(n, S)
+        b, h, t = place(jnp.maximum(first - reach + n, 0))
+        kv_head = head_of(heads, h) // group
+        gpu.when(n >= S)(lambda: gpu.barrier_wait(k_free.at[slot]))
+        gpu.to_smem(view.box(k_ref, b, 0, kv_head, t * TILE), k_s.at[slot], k_full.at[slot])
+        gpu.to_smem(view.box(v_ref, b, 0, kv_head, t * TILE), v_s.at[slot], k_full.at[slot])
 
-    @gpu.loop(0, reach)
-    def _(n):
-      gpu.barrier_wait(kv_full.at[n])
+        @gpu.when(n >= reach)
+        def _():
+          m = n - reach
+          slot = rem(m, Q)
+          gpu.when(m >= Q)(lambda: gpu.barrier_wait(q_free.at[slot]))
+          gpu.to_smem(
+            view.box(q_ref, b, 0, head_of(heads, h), t * TILE), q_s.at[slot], q_full.at[slot]
+          )
 
-    @gpu.loop(begin, end)
-    def _(own):
-      gpu.when(own + 1 < end)(lambda: load_queries(own + 1))
-      state = None
-      if prev is not None:
+      # Every completion of a barrier has to be seen by those who wait for it.
+      @gpu.loop(jnp.maximum(count + reach - S, 0), count)
+      def _(n):
+        gpu.barrier_wait(k_free.at[rem(n, S)])
+
+      @gpu.loop(jnp.maximum(count - Q, 0), count)
+      def _(n):
+        gpu.barrier_wait(q_free.at[rem(n, Q)])
+
+    @gpu.when(wg < W)
+    def _():
+      if W > 1:
+        gpu.set_max_registers(CONSUMER_REGISTERS[W], action="increase")
+      stage = o_s.at[wg]
+      scratch = None if p_s is None else p_s.at[wg]
+
+      # Tiles of the ring that only the warpgroups before this one read.
+      @gpu.loop(0, jnp.minimum(wg, count))
+      def _(n):
+        gpu.barrier_wait(k_full.at[n])
+        gpu.barrier_arrive(k_free.at[n])
+
+      @gpu.loop(wg, count, step=W)
+      def _(n):
+        b, h, t = place(first + n)
+        rows = gpu.ds(t * TILE, TILE)
+        state = None
+        if prev is not None:
+          gpu.wait_to_gmem(0, wait_read_only=True)
+          gpu.to_smem(view.box(more[0], b, 0, h, t * TILE), stage, prev_full.at[wg])
+          lse = gpu.load(more[1].at[b, h, 0, rows], layout=ROW, optimized=False)
+          gpu.barrier_wait(prev_full.at[wg])
+          state = resume(stage, lse)
+
+        @gpu.loop(jnp.where(n == wg, wg, n + reach + 1 - W), n + reach + 1)
+        def _(m):
+          gpu.barrier_wait(k_full.at[rem(m, S)])
+
+        q_slot = rem(n, Q)
+        gpu.barrier_wait(q_full.at[q_slot])
+        same = [None] * (reach + 1)
+        if ids is not None:
+          ids_q = _ids(ids_ref, b, 0, t, ROW)
+          tiles = [jnp.maximum(t - distance, 0) for distance in range(reach + 1)]
+          same = [_same(ids_q, _ids(ids_ref, b, 0, tile, COLUMN)) for tile in tiles]
+        slots = [rem(n + reach - distance, S) for distance in range(reach + 1)]
+        tiles = q_s.at[q_slot], [k_s.at[slot] for slot in slots], [v_s.at[slot] for slot in slots]
+
+        def attend(t):
+          return attend_window(state, band, t, *tiles, same, scale, scratch)
+
+        # Only the first tiles of a sequence have to ask which keys exist.
+        if reach == 0:
+          state = attend(None)
+        else:
+          state = lax.cond(t >= reach, lambda: attend(None), lambda: attend(t))
+        gpu.barrier_arrive(q_free.at[q_slot])
+
+        @gpu.loop(n, jnp.minimum(n + W, count))
+        def _(m):
+          gpu.barrier_arrive(k_free.at[rem(m, S)])
+
         gpu.wait_to_gmem(0, wait_read_only=True)
-        gpu.to_smem(view.box(more[0], b, r, h, own * TILE), stage, prev_full)
-        lse = more[1].at[b, h, r, gpu.ds(own * TILE, TILE)]
-        gpu.to_smem(lse, lse_row, prev_full)
-        gpu.barrier_wait(prev_full)
-        state = resume(stage, lse_row)
-      q_slot = lax.rem(own - begin, jnp.int32(2))
-      gpu.barrier_wait(q_full.at[q_slot])
-      gpu.barrier_wait(kv_full.at[slot_of(own)])
-      same = [None] * (reach + 1)
-      if ids is not None:
-        ids_q = _ids(ids_ref, b, r, own, ROW)
-        tiles = [jnp.maximum(own - distance, 0) for distance in range(reach + 1)]
-        same = [_same(ids_q, _ids(ids_ref, b, r, tile, COLUMN)) for tile in tiles]
-      slots = [slot_of(own - distance) for distance in range(reach + 1)]
-      tiles = q_s.at[q_slot], [k_s.at[slot] for slot in slots], [v_s.at[slot] for slot in slots]
+        lse_ref.at[b, h, 0, rows][...] = finish(state, stage)
+        gpu.commit_smem()
+        gpu.to_gmem(stage, view.box(o_ref, b, 0, h, t * TILE))
 
-      def attend(own):
-        return attend_window(state, band, own, *tiles, same, scale, p_s)
+      # What the other warpgroups waited for after this one's last tile.
+      turns = lax.div(count - wg + W - 1, jnp.int32(W))
+      seen = jnp.where(count > wg, (turns - 1) * W + wg + reach + 1, jnp.minimum(wg, count))
 
-      # Only the first tiles of a sequence have to ask which keys exist.
-      if reach == 0:
-        state = attend(None)
-      else:
-        state = lax.cond(own >= reach, lambda: attend(None), lambda: attend(own))
-      gpu.when(own + S - reach < end)(lambda: load_keys(own + S - reach))
-      gpu.wait_to_gmem(0, wait_read_only=True)
-      finish(state, stage, lse_row)
-      gpu.commit_smem()
-      gpu.to_gmem(stage, view.box(o_ref, b, r, h, own * TILE))
-      gpu.to_gmem(lse_row, lse_ref.at[b, h, r, gpu.ds(own * TILE, TILE)])
+      @gpu.loop(seen, count + reach)
+      def _(n):
+        gpu.barrier_wait(k_full.at[rem(n, S)])
 
-    gpu.wait_to_gmem(0)
+      gpu.wait_to_gmem(0)
 
   out_type = (
-    jax.ShapeDtypeStruct((*inputs[0].shape[:-2], len(heads), Dv), q.dtype),
-    jax.ShapeDtypeStruct((B, len(heads), view.R, nt * TILE), jnp.float32),
+    jax.ShapeDtypeStruct((*inputs[0].shape[:-2], Hg, Dv), q.dtype),
+    jax.ShapeDtypeStruct((B, Hg, 1, nt * TILE), jnp.float32),
   )
-  out, lse = gpu.kernel(
+  return gpu.kernel(
     body,
     out_type=out_type,
     scratch_types=scratch,
-    grid=(B, -(-nt // run), view.R, len(heads)),
-    grid_names=("b", "c", "r", "h"),
-    num_threads=1,
+    grid=(-(-num_tiles // share),),
+    grid_names=("share",),
+    num_threads=W + 1,
     thread_name="wg",
   )(*inputs)
-  return out.reshape(B, T, len(heads), Dv), lse
 
 
 # ----------------------------------------------------------------------- one tile of queries
@@ -255,9 +305,8 @@ def start(Dv: int):
 
 
 def resume(out, lse):
-  """The state that ended in `out` and `lse`, of base 2, both in shared memory."""
+  """The state that ended in `out`, in shared memory, and `lse`, of base 2."""
   total = gpu.load(out, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
-  lse = gpu.load(lse, layout=ROW, optimized=False)
   # An empty row goes on from nothing.
   return total, jnp.maximum(lse, NO_MAXIMUM), jnp.where(lse > NO_MAXIMUM, 1.0, 0.0)
 
@@ -282,37 +331,48 @@ def attend(state, q, k, v, mask, scale, scratch):
 
 
 def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch):
-  """The state after a window: the tiles 0, 1, ... before the query's own, all at once.
+  """The state after a window: the tiles 0, 1, ... before the query's own.
 
   Args:
     own: the number of the query's own tile where earlier ones may not exist, else None.
     same: per tile, which pairs share a segment, or None.
   """
-  xs = list(gpu.matmul(*((q, k.transpose((1, 0))) for k in keys)))
   difference = gpu.iota((TILE, TILE), 0) - gpu.iota((TILE, TILE), 1)
-  if own is not None:
-    exists = [jnp.where(own >= n, jnp.float32(0), -jnp.inf) for n in range(1, len(xs))]
-    xs = [xs[0], *(x + here for x, here in zip(xs[1:], exists, strict=True))]
+  last = len(keys) - 1
   # The two edges of such a window complement each other: row i sees j <= i of the near tile and
   # j > i of the far one. Together they are one full tile, with half the exponentials of two.
-  folds = band.folds(len(xs)) and same[0] is None
-  if folds:
-    xs = [jnp.where(difference >= 0, xs[0], xs[-1]), *xs[1:-1]]
-  else:
-    for n, x in enumerate(xs):
-      mask = same[n]
-      if not band.covers(n):
-        inside = band.mask(difference + n * TILE)
-        mask = inside if mask is None else mask & inside
-      xs[n] = x if mask is None else jnp.where(mask, x, -jnp.inf)
-  ps, (total, top, weight) = _softmax(state, xs, scale, values[0].shape[1])
-  if folds:
-    edge = ps[0]
-    near, far = jnp.where(difference >= 0, edge, 0.0), jnp.where(difference >= 0, 0.0, edge)
-    ps = [near, *ps[1:], far]
-  pairs = [(p.astype(q.dtype), v) for p, v in zip(ps, values, strict=True)]
-  (total,) = gpu.add_matmul((total, *pairs), scratch=scratch)
-  return total, top, weight
+  folds = band.folds(len(keys)) and same[0] is None
+  tiles = [(0, last), *((n,) for n in range(1, last))] if folds else [(n,) for n in range(last + 1)]
+
+  def logits(distances):
+    xs = gpu.matmul(*((q, keys[n].transpose((1, 0))) for n in distances))
+    if own is not None:
+      # A scalar selects nothing, but adds to everything.
+      here = lambda n: jnp.where(own >= n, jnp.float32(0), -jnp.inf)
+      xs = [x if n == 0 else x + here(n) for x, n in zip(xs, distances, strict=True)]
+    if len(distances) > 1:
+      return jnp.where(difference >= 0, *xs)
+    (x,), (n,) = xs, distances
+    mask = same[n]
+    if not band.covers(n):
+      inside = band.mask(difference + n * TILE)
+      mask = inside if mask is None else mask & inside
+    return x if mask is None else jnp.where(mask, x, -jnp.inf)
+
+  for n in range(0, len(tiles), AT_ONCE):
+    chosen = tiles[n : n + AT_ONCE]
+    xs = [logits(distances) for distances in chosen]
+    ps, (total, top, weight) = _softmax(state, xs, scale, values[0].shape[1])
+    pairs = []
+    for p, distances in zip(ps, chosen, strict=True):
+      parts = [p]
+      if len(distances) > 1:
+        near = jnp.where(difference >= 0, p, 0.0)
+        parts = [near, p - near]
+      pairs += [(x.astype(q.dtype), values[m]) for x, m in zip(parts, distances, strict=True)]
+    (total,) = gpu.add_matmul((total, *pairs), scratch=scratch)
+    state = total, top, weight
+  return state
 
 
 def _softmax(state, xs, scale, Dv: int | None = None):
@@ -330,12 +390,12 @@ def _softmax(state, xs, scale, Dv: int | None = None):
   return ps, (total, top, old_weight * keep + weight)
 
 
-def finish(state, out, lse):
-  """Writes the result of a state to shared memory."""
+def finish(state, out):
+  """Writes the result of a state to shared memory and returns its lse."""
   total, top, weight = state
   share = jnp.where(weight == 0, 0.0, 1 / weight)
   out[...] = (total * gpu.over_columns(share, total.shape[1])).astype(out.dtype)
-  lse[...] = jnp.where(weight == 0, -jnp.inf, top + jnp.log2(weight))
+  return jnp.where(weight == 0, -jnp.inf, top + jnp.log2(weight))
 
 
 def _ids(ref, b, r, tile, layout):

@@ -39,12 +39,12 @@ def simulated() -> bool:
   return platform not in ("gpu", "cuda")
 
 
-def num_cores() -> int:
-  """Streaming multiprocessors of the GPU that programs are built for."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
+def num_multiprocessors() -> int:
+  """Of the device that programs are built for; the simulator does with two."""
   if simulated():
-    return 2  # few enough that thread blocks have several items of work
-  return jax.devices()[0].core_count if device is None else device.num_cores
+    return 2
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.num_cores if device is not None else jax.devices()[0].core_count
 
 
 def commit_reads():
@@ -54,6 +54,8 @@ def commit_reads():
   """
   if simulated():
     commit_smem()
+
+
 
 
 def kernel(body, **how):

@@ -357,7 +357,7 @@ class Work:
       {"tile": num_tiles, **self.sizes} if blocks.spread else {**self.sizes, "tile": num_tiles}
     )
     self.num = math.prod(self.sizes.values())
-    self.num_blocks = min(self.num, gpu.num_cores())
+    self.num_blocks = min(self.num, gpu.num_multiprocessors())
 
   def item(self, n) -> dict[str, Any]:
     """b, r, h and tile of item n."""
