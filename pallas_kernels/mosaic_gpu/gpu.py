@@ -56,8 +56,6 @@ def commit_reads():
     commit_smem()
 
 
-
-
 def kernel(body, **how):
   """`plgpu.kernel` with fast exp2, or its simulation."""
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
