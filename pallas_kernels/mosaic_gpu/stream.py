@@ -245,12 +245,12 @@ class Frame:
     one, end = self.schedule, jnp.int32(-(-self.length // step))
     last = jnp.minimum(k0 + keys, self.num_keys) - 1
     if self.slot:
-      first = (div(k0, self.slot) + one.finished) * one.stride
+      first = self.first_query(k0)
       full = (div(last, self.slot) + 1) * one.stride
       first = jnp.minimum(div(first, step), end)
       full = jnp.minimum(div(full + step - 1, step), end)
       return Tiles(first, full if self.slot == one.width else end, end, end)
-    first = jnp.minimum(div(k0 + one.distance, step), end)
+    first = jnp.minimum(div(self.first_query(k0), step), end)
     full = jnp.minimum(div(last + one.distance + step - 1, step), end)
     full_end = end
     if one.window is not None:
@@ -261,6 +261,12 @@ class Frame:
     if self.segments:
       full = full_end = first
     return Tiles(first, full, full_end, jnp.maximum(end, first))
+
+  def first_query(self, key):
+    """The first query that can see a key or a later one, or a little before it."""
+    if self.slot:
+      return (div(key, self.slot) + self.schedule.finished) * self.schedule.stride
+    return key + self.schedule.distance
 
   def own_tiles(self, q0, rows: int, step: int):
     """First key and number of tiles of the rows that the queries lie in."""

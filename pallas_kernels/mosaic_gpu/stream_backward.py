@@ -161,9 +161,9 @@ class _Queries(stream_forward.Queries):
 
     def step(i, dq, kind):
       s = self.slot(i)
-      self.wait(s)
       body = lambda logits, dp: self.dlogits(i, kind, logits, dp)
       tile = TILE, self.blocks.step
+      self.wait(s)
       ds = gpu.sums(body, tile, tile).astype(self.dtype)
       dq = gpu.add_matmul(dq, ds, refs["k_s"].at[s], self.p_s)
       gpu.barrier_arrive(refs["k_free"].at[s])
@@ -443,7 +443,7 @@ class _Keys:
 
     tiles = [(TILE, self.blocks.step)] * (1 if parts == "v" else 2)
     sums = gpu.sums(body, *tiles, *sums, scratch=self.p_s)
-    gpu.commit_smem()  # lse and delta are read before the next ones may come
+    gpu.commit_reads()  # of lse and delta
     gpu.barrier_arrive(refs["q_free"].at[s])
     return sums
 
