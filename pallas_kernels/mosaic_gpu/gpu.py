@@ -54,12 +54,17 @@ def commit_reads():
     commit_smem()
 
 
-def kernel(body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
-  """Runs `plgpu.kernel` with fast exp2, or its simulation; body(refs by name), the outputs."""
+def kernel(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
+  """Runs `plgpu.kernel` with fast exp2, or its simulation: body(refs by name); the outputs."""
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
   names = (*inputs, *outputs, *scratch)
+
+  def call(*refs):
+    body(dict(zip(names, refs, strict=True)))
+
+  call.__name__ = name  # what profilers show
   return plgpu.kernel(
-    lambda *refs: body(dict(zip(names, refs, strict=True))),
+    call,
     out_type=list(outputs.values()),
     scratch_types=list(scratch.values()),
     compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -105,6 +105,7 @@ def dq_kernel(
     scratch.update(p_s=gpu.smem(wgs, TILE, blocks.step, dtype=q.dtype))
   work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
   (dq,) = gpu.kernel(
+    "stream_dq",
     functools.partial(_dq, frame=frame, blocks=blocks, work=work, scale=scale),
     inputs=inputs,
     outputs=dict(dq=dq),
@@ -285,6 +286,7 @@ def dkv_kernel(
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=q.dtype))
   work = stream.Work(frame, blocks, B, -(-frame.num_keys // blocks.rows))
   grads = gpu.kernel(
+    "stream_dkv",
     functools.partial(_dkv, frame=frame, blocks=blocks, work=work, scale=scale, parts=parts),
     inputs=inputs,
     outputs=outputs,

@@ -71,6 +71,7 @@ def forward(
   work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
   body = functools.partial(_kernel, frame=frame, blocks=blocks, work=work, scale=scale)
   out, lse = gpu.kernel(
+    "stream_forward",
     body,
     inputs=inputs,
     outputs=dict(out=out, lse=lse),
