@@ -26,7 +26,7 @@ _NO_MAXIMUM = -1e30  # where a running maximum starts: finite, so that exp2(-inf
 def default_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   """Tiles that fit shared memory and registers."""
   if max(Dk, Dv) > 128:
-    return stream.BlockSizes(step=64)
+    return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
     return stream.BlockSizes(ahead=True)
   return stream.BlockSizes(stages=3, warpgroups=3, held=2)
