@@ -63,11 +63,16 @@ def kernel(body, **how):
   return plgpu.kernel(body, compiler_params=params, interpret=interpret, **how)
 
 
-def launch(body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
+def launch(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
   """`kernel` with refs by name, body(refs); the outputs."""
   names = (*inputs, *outputs, *scratch)
+
+  def call(*refs):
+    body(dict(zip(names, refs, strict=True)))
+
+  call.__name__ = name  # what profilers show
   return kernel(
-    lambda *refs: body(dict(zip(names, refs, strict=True))),
+    call,
     out_type=list(outputs.values()),
     scratch_types=list(scratch.values()),
     **how,

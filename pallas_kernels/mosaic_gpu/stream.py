@@ -111,14 +111,15 @@ class Frame:
       "summaries": (1, T),
     }[one.view]
     self.padded = -(-self.length // ROWS) * ROWS
-    # The copy engine wants the axis of a tile in whole groups of 8 rows, or shorter than one.
-    self.spare = -self.length % 8 if self.length > 8 else 0
+    # The copy engine takes rows in groups of 8: whole ones, from the first row of one on.
+    self.spare = -self.length % 8
     # Summary keys of a row, padded so that a tile holds whole rows or lies within one.
     self.slot = 0
     if one.view == "summaries":
+      reach = one.width + max(start % 8 for start in one.starts)
       powers = (8, 16, 32, 64, 128)
-      wide = -(-one.width // 128) * 128
-      self.slot = next((p for p in powers if p >= one.width), wide)
+      self.slot = next((p for p in powers if p >= reach), -(-reach // 128) * 128)
+      self.room = -(-reach // 8) * 8
       self.num_rows = rows
     self.num_keys = self.slot * rows if one.view == "summaries" else self.length
 
@@ -142,7 +143,7 @@ class Frame:
     if self.schedule.view != "summaries":
       return self.folded(x)
     stride = self.schedule.stride
-    return _pad(self._in_rows(x), 2, -stride % 8 if stride > 8 else 0)
+    return _pad(self._in_rows(x), 2, -stride % 8)
 
   def _in_rows(self, x):
     return x.reshape(x.shape[0], -1, self.schedule.stride, *x.shape[2:])
@@ -182,7 +183,7 @@ class Frame:
     if not self.slot:
       copy(self.tile(source, b, r, tile * step, step, self.kv_head(h)), 0, step)
       return
-    start = _pick(lax.rem(self.head(h), jnp.int32(len(self.schedule.starts))), self.schedule.starts)
+    start = self._pick_start(h, lambda start: start - start % 8)
     rows, count = min(step, self.slot), self.pieces(step)
     for n in range(count):
       row = tile * count + n if self.slot <= step else div(tile * step, self.slot)
@@ -190,23 +191,26 @@ class Frame:
       copy(source.at[b, row, pl.ds(first, rows), self.kv_head(h)], n * rows, rows)
 
   def key_shape(self, batch: int, D: int) -> tuple[int, ...]:
-    """The shape of dk or dv as the kernel stores it: as `keys`; summaries [B, T/l, width, Hg, D]."""
-    spare = lambda n: -n % 8 if n > 8 else 0
-    heads, one = len(self.heads), self.schedule
-    if one.view == "summaries":
-      return (batch, self.num_rows, one.width + spare(one.width), heads, D)
+    """The shape of dk or dv as the kernel stores it: as `keys`, of summaries [B, T/l, c, Hg, D]."""
+    heads = len(self.heads)
+    if self.slot:
+      return (batch, self.num_rows, self.room, heads, D)
     length = self.length + self.spare
     return {
       "natural": (batch, length, heads, D),
       "columns": (batch, length, self.sequences, heads, D),
       "blocks": (batch, self.sequences, length, heads, D),
-    }[one.view]
+    }[self.schedule.view]
 
   def key_grads(self, x):
-    """dk or dv without the rows that only fill tiles: [B, T, Hg, D]; summaries as stored."""
-    if self.schedule.view == "summaries":
-      return lax.slice_in_dim(x, 0, self.schedule.width, axis=2)
-    return self.unfolded(x)
+    """dk or dv without the rows that fill tiles: [B, T, Hg, D], or [B, T/l, width, Hg, D]."""
+    if not self.slot:
+      return self.unfolded(x)
+    width, starts = self.schedule.width, self.schedule.starts
+    first = [starts[head % len(starts)] % 8 for head in self.heads]
+    if not any(first):
+      return lax.slice_in_dim(x, 0, width, axis=2)
+    return jnp.stack([x[:, :, n : n + width, h] for h, n in enumerate(first)], axis=3)
 
   def store_keys(self, copy, target, b, r, h, first, size):
     """Stores `size` keys from key `first` on into an array of `key_shape`."""
@@ -228,7 +232,7 @@ class Frame:
     if self.slot:
       row, last_row = div(q0, one.stride), div(last, one.stride)
       end = div((last_row + (0 if one.finished else 1)) * self.slot + step - 1, step)
-      full = div(row * self.slot, step) if self.slot == one.width else 0 * row
+      full = div(row * self.slot, step) if self.whole else 0 * row
       return Tiles(0 * row, 0 * row, full, end)
     end = div(jnp.maximum(last - one.distance + step, 0), step)
     full = div(jnp.maximum(q0 - one.distance + 1, 0), step)
@@ -245,12 +249,12 @@ class Frame:
     one, end = self.schedule, jnp.int32(-(-self.length // step))
     last = jnp.minimum(k0 + keys, self.num_keys) - 1
     if self.slot:
-      first = (div(k0, self.slot) + one.finished) * one.stride
+      first = self.first_query(k0)
       full = (div(last, self.slot) + 1) * one.stride
       first = jnp.minimum(div(first, step), end)
       full = jnp.minimum(div(full + step - 1, step), end)
-      return Tiles(first, full if self.slot == one.width else end, end, end)
-    first = jnp.minimum(div(k0 + one.distance, step), end)
+      return Tiles(first, full if self.whole else end, end, end)
+    first = jnp.minimum(div(self.first_query(k0), step), end)
     full = jnp.minimum(div(last + one.distance + step - 1, step), end)
     full_end = end
     if one.window is not None:
@@ -262,10 +266,26 @@ class Frame:
       full = full_end = first
     return Tiles(first, full, full_end, jnp.maximum(end, first))
 
+  @property
+  def whole(self) -> bool:
+    """Whether tiles of keys hold nothing but keys."""
+    return self.slot in (0, self.schedule.width)
+
+  def _pick_start(self, h, what: Callable[[int], int]):
+    """what(first summary column) of head h of the launch."""
+    starts = self.schedule.starts
+    return _pick(lax.rem(self.head(h), jnp.int32(len(starts))), tuple(map(what, starts)))
+
+  def first_query(self, key):
+    """The first query that can see a key or a later one, or a little before it."""
+    if self.slot:
+      return (div(key, self.slot) + self.schedule.finished) * self.schedule.stride
+    return key + self.schedule.distance
+
   def own_tiles(self, q0, rows: int, step: int):
     """First key and number of tiles of the rows that the queries lie in."""
     last = jnp.minimum(q0 + rows, self.length) - 1
-    first = div(q0, self.schedule.stride) * self.schedule.stride
+    first = div(div(q0, self.schedule.stride) * self.schedule.stride, 8) * 8
     return first, div(last - first + step, step)
 
   # -------------------------------------------------------------------------------------- masks
@@ -295,11 +315,11 @@ class Frame:
     if one.finished:
       place = (row + 1) * one.stride + 0 * column
     else:
-      start = _pick(lax.rem(self.head(h), jnp.int32(len(one.starts))), one.starts)
-      place = row * one.stride + start + column
-    if self.slot == one.width:
+      place = row * one.stride + self._pick_start(h, lambda start: start - start % 8) + column
+    if self.whole:
       return place
-    return jnp.where(column < one.width, place, jnp.full_like(place, _NEVER))
+    column = column - self._pick_start(h, lambda start: start % 8)
+    return jnp.where((column >= 0) & (column < one.width), place, jnp.full_like(place, _NEVER))
 
 
 @dataclasses.dataclass(frozen=True)

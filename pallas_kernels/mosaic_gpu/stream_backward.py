@@ -105,6 +105,7 @@ def dq_kernel(
     scratch.update(p_s=gpu.smem(wgs, TILE, blocks.step, dtype=q.dtype))
   work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
   (dq,) = gpu.launch(
+    "stream_dq",
     functools.partial(_dq, frame=frame, blocks=blocks, work=work, scale=scale),
     inputs=inputs,
     outputs=dict(dq=dq),
@@ -161,9 +162,9 @@ class _Queries(stream_forward.Queries):
 
     def step(i, dq, kind):
       s = self.slot(i)
-      self.wait(s)
       body = lambda logits, dp: self.dlogits(i, kind, logits, dp)
       tile = TILE, self.blocks.step
+      self.wait(s)
       ds = gpu.sums(body, tile, tile).astype(self.dtype)
       (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[s])), scratch=self.p_s)
       gpu.barrier_arrive(refs["k_free"].at[s])
@@ -285,6 +286,7 @@ def dkv_kernel(
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=q.dtype))
   work = stream.Work(frame, blocks, B, -(-frame.num_keys // blocks.rows))
   grads = gpu.launch(
+    "stream_dkv",
     functools.partial(_dkv, frame=frame, blocks=blocks, work=work, scale=scale, parts=parts),
     inputs=inputs,
     outputs=outputs,
@@ -443,7 +445,7 @@ class _Keys:
 
     tiles = [(TILE, self.blocks.step)] * (1 if parts == "v" else 2)
     sums = gpu.sums(body, *tiles, *sums, scratch=self.p_s)
-    gpu.commit_smem()  # lse and delta are read before the next ones may come
+    gpu.commit_reads()  # of lse and delta
     gpu.barrier_arrive(refs["q_free"].at[s])
     return sums
 

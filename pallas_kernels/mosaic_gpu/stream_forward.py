@@ -26,7 +26,7 @@ _NO_MAXIMUM = -1e30  # where a running maximum starts: finite, so that exp2(-inf
 def default_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   """Tiles that fit shared memory and registers."""
   if max(Dk, Dv) > 128:
-    return stream.BlockSizes(step=64)
+    return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
     return stream.BlockSizes(ahead=True)
   return stream.BlockSizes(stages=3, warpgroups=3, held=2)
@@ -71,6 +71,7 @@ def forward(
   work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
   body = functools.partial(_kernel, frame=frame, blocks=blocks, work=work, scale=scale)
   out, lse = gpu.launch(
+    "stream_forward",
     body,
     inputs=inputs,
     outputs=dict(out=out, lse=lse),
@@ -246,6 +247,19 @@ class Masks:
       ids = refs["ids"].at[item["b"], item["r"], pl.ds(base, TILE)]
       self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
+  def hide(self, i, kind: str):
+    """Whether no pair of step i attends: a tile that other warpgroups need."""
+    frame, last = self.frame, self.base + TILE - 1
+    if kind == "own":
+      key = self.sweep.own_key(i)
+      row = stream.div(self.base, frame.schedule.stride) * frame.schedule.stride
+      return (key > last) | (key + self.sweep.step <= row)
+    key = self.sweep.tiles.tile(i) * self.sweep.step
+    hidden = frame.first_query(key) > last
+    if frame.schedule.window is not None:
+      hidden = hidden | (key + self.sweep.step + frame.schedule.window - 1 <= self.base)
+    return hidden
+
   def __call__(self, i, s, kind: str):
     """Which of [64, step] attend in step i, whose tile lies in slot s.
 
@@ -270,7 +284,7 @@ class Masks:
     if self.frame.segments:
       ids = gpu.load(self.refs["ids_s"].at[s], layout=gpu.COLUMN, optimized=False)
       mask = mask & (rows(self.ids) == columns(ids))
-      gpu.commit_smem()  # the next ids come by TMA, which does not wait for plain reads
+      gpu.commit_reads()
     return mask
 
 
@@ -296,15 +310,30 @@ class Queries:
   def loops(self, step, first, carry):
     """Runs step(i, carry, kind) over the steps from `first` on, a loop per kind of mask."""
     full, view = self.sweep.num_full, self.sweep.num_view
-    loop = lambda start, stop, kind, carry: lax.fori_loop(
-      start, stop, functools.partial(step, kind=kind), carry
-    )
+
+    def masked(i, carry, kind):
+      if self.blocks.ahead:
+        return step(i, carry, kind)
+      use = functools.partial(step, i, kind=kind)
+      return lax.cond(self.masks.hide(i, kind), functools.partial(self.skip, i), use, carry)
+
+    def loop(start, stop, kind, carry):
+      one = functools.partial(step if kind is None else masked, kind=kind)
+      return lax.fori_loop(start, stop, one, carry)
+
     if not self.frame.segments:
       carry = loop(first, full, None, carry)
     if not self.frame.schedule.own:
       return loop(jnp.maximum(full, first), self.sweep.num, "view", carry)
     carry = loop(jnp.maximum(full, first), view, "view", carry)
     return loop(jnp.maximum(view, first), self.sweep.num, "own", carry)
+
+  def skip(self, i, carry):
+    """Lets the tile of step i pass."""
+    for x in "kv":
+      gpu.barrier_wait(self.refs[f"{x}_full"].at[self.slot(i)])
+      gpu.barrier_arrive(self.refs[f"{x}_free"].at[self.slot(i)])
+    return carry
 
 
 class _Softmax(Queries):
