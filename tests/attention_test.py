@@ -196,7 +196,7 @@ WRONG = {
   "groups": (lambda q: (q, q[:, :, :3], q[:, :, :3], {}), "Hkv=3 must divide H=4"),
   "dtype": (lambda q: (q, q.astype(jnp.bfloat16), q, {}), "must share one of"),
   "segments": (lambda q: (q, q, q, {"segment_ids": jnp.zeros((2, 5), jnp.int32)}), "shape"),
-  "name": (lambda q: (q, q, q, {"implementation": "cuda"}), "one of reference, xla"),
+  "name": (lambda q: (q, q, q, {"implementation": "cuda"}), "one of reference, xla, mosaic_gpu"),
 }
 NOT_YET = {
   "not causal": (lambda q: (q, q, q, {"pattern": patterns.Dense(causal=False)}), "causal"),

@@ -60,7 +60,7 @@ def forward(
   """Attention over the pairs of `pattern`; the log-sum-exp of each group, as its kernel left it."""
   groups = _groups(pattern, q, v)
   outs, lses = zip(*(one.forward(q, k, v, segment_ids, scale) for one in groups), strict=True)
-  return _join(outs, groups, q.shape[1]), lses
+  return _join(outs, groups), lses
 
 
 def natural_lse(
@@ -68,8 +68,8 @@ def natural_lse(
 ) -> Float[Array, "B T H"]:
   """The natural log-sum-exp, from what `forward` returned."""
   groups = _groups(pattern, q, v)
-  parts = [one.view.restore(x) for one, x in zip(groups, lse, strict=True)]
-  return _join(parts, groups, q.shape[1]) * math.log(2)
+  parts = [one.cut(one.view.restore(x)) for one, x in zip(groups, lse, strict=True)]
+  return _join(parts, groups) * math.log(2)
 
 
 def backward(
@@ -91,7 +91,7 @@ def backward(
   for one, part in zip(groups, lse, strict=True):
     mine, dmine, dlse_mine = (_select(x, one.heads) for x in (out, dout, dlse))
     grads.append(one.backward(q, k, v, segment_ids, mine, part, dmine, dlse_mine, scale))
-  dq, dk, dv = (_join(parts, groups, q.shape[1]) for parts in zip(*grads, strict=True))
+  dq, dk, dv = (_join(parts, groups) for parts in zip(*grads, strict=True))
   return dq, _per_kv_head(dk, k.shape[2]), _per_kv_head(dv, v.shape[2])
 
 
@@ -109,6 +109,8 @@ class _Group:
     heads: the query heads.
     sweeps: of their passes, in the order they run.
     view: in whose rows the log-sum-exp is.
+    length, T: positions, without and with padding.
+    row, stride: positions of a row, without and with padding.
   """
 
   def __init__(self, heads, group: tuple[Pass, ...], q, v):
@@ -116,12 +118,19 @@ class _Group:
     self.heads = heads
     if len(group) == 2 and group[1].view == "summaries" and first.stride >= T:
       group = (first,)  # no block is finished
+    self.row = max(one.stride for one in group)
     # A row is no longer than the sequence, but a summary keeps its place in it.
-    stride = max(one.stride for one in group)
     if all(one.view != "summaries" for one in group):
-      stride = min(stride, T)
-    self.T = -(-T // stride) * stride
-    make = functools.partial(_Sweep, heads=heads, T=self.T, stride=stride, q=q, v=v)
+      self.row = min(self.row, T)
+    # The copy engine wants whole groups of 8 along the axis that is a sequence: what is missing is
+    # added at the end of every row, or as rows.
+    rows, self.stride = -(-T // self.row), self.row
+    if all(one.view in ("blocks", "summaries") for one in group):
+      self.stride = _up(self.row, 8)
+    else:
+      rows = _up(rows, 8)
+    self.T, self.length = rows * self.stride, T
+    make = functools.partial(_Sweep, heads=heads, T=self.T, stride=self.stride, q=q, v=v)
     if len(group) == 2 and group[1].view == "summaries":
       self.sweeps = [_Fixed(make(group[0], merged=True), make(group[1], merged=True))]
     else:
@@ -132,18 +141,19 @@ class _Group:
 
   def forward(self, q, k, v, ids, scale):
     """out [B, T, Hg, Dv] and lse, base 2, in rows of `view`."""
-    q, k, v, ids = (_padded(x, self.T) for x in (q, k, v, ids))
+    q, k, v, ids = (self.padded(x) for x in (q, k, v, ids))
     prev = view = None
     for sweep in self.sweeps:
       prev = None if prev is None else (prev[0], sweep.rows(prev[1], view))
       prev = sweep.forward(q, k, v, ids, prev, scale)
       view = sweep.view
-    return prev
+    out, lse = prev
+    return self.cut(out), lse
 
   def backward(self, q, k, v, ids, out, lse, dout, dlse, scale):
     """dq, dk, dv [B, T, Hg, D], of k and v per query head."""
     arrays = q, k, v, ids, out, dout, dlse
-    q, k, v, ids, out, dout, dlse = (_padded(x, self.T) for x in arrays)
+    q, k, v, ids, out, dout, dlse = (self.padded(x) for x in arrays)
     grads = delta = view = None
     for sweep in self.sweeps:
       # The first one computes delta of out and dlse, for all.
@@ -151,7 +161,23 @@ class _Group:
       *grads, delta = sweep.backward(q, k, v, ids, out, dout, *rows, grads, scale)
       out = dlse = None
       view = sweep.view
-    return grads
+    return tuple(self.cut(x) for x in grads)
+
+  def padded(self, x):
+    """[B, T, ...] with zeros where sequences end; as it is where all sizes fit."""
+    if x is None or self.T == self.length:
+      return x
+    rows = -(-self.length // self.row)
+    x = _padded(x, rows * self.row).reshape(x.shape[0], rows, self.row, *x.shape[2:])
+    x = _padded(x, self.stride, axis=2)
+    return _padded(x.reshape(x.shape[0], -1, *x.shape[3:]), self.T)
+
+  def cut(self, x):
+    """The way back from `padded`."""
+    if self.T == self.length:
+      return x
+    x = x.reshape(x.shape[0], -1, self.stride, *x.shape[2:])[:, :, : self.row]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
 
 
 class _Sweep:
@@ -230,7 +256,7 @@ class _Sweep:
 
   def streamed_rows(self, out, dout, lse, dlse, delta):
     """lse and delta in whole tiles of a streaming kernel."""
-    fill = lambda x: _padded(x, -(-self.view.M // stream.ROWS) * stream.ROWS, axis=3)
+    fill = lambda x: _padded(x, _up(self.view.M, stream.ROWS), axis=3)
     lse, dlse, delta = fill(lse), fill(dlse), fill(delta)
     if delta is None:
       delta = stream_backward.row_delta(self.schedule, out, lse, dout, dlse)
@@ -326,6 +352,10 @@ def _written(x, update, start: tuple[int, ...]):
   return write(x, update)
 
 
+def _up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
+
+
 def _padded(x, length: int, axis: int = 1):
   """x with zeros up to a length of an axis: later than all else in a sequence."""
   if x is None or x.shape[axis] == length:
@@ -343,9 +373,8 @@ def _select(x, heads):
   return jnp.concatenate([x[:, :, h : h + 1] for h in heads], axis=2)
 
 
-def _join(parts, groups, T: int):
-  """The heads of groups, [B, T, Hg, ...] each, in order; positions beyond T cut off."""
-  parts = [x[:, :T] for x in parts]
+def _join(parts, groups):
+  """The heads of groups, [B, T, Hg, ...] each, in order."""
   if len(parts) == 1:
     return parts[0]
   where = {h: (x, n) for x, g in zip(parts, groups, strict=True) for n, h in enumerate(g.heads)}

@@ -279,7 +279,7 @@ class Frame:
   def first_query(self, key):
     """The first query that can see a key or a later one, or a little before it."""
     if self.slot:
-      return (div(key, self.slot) + self.schedule.finished) * self.schedule.stride
+      return (div(key, self.slot) + int(self.schedule.finished)) * self.schedule.stride
     return key + self.schedule.distance
 
   def own_tiles(self, q0, rows: int, step: int):
