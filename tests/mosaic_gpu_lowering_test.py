@@ -92,6 +92,24 @@ def test_two_levels_of_vmap_copy_nothing(name):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
+def test_layers_that_are_computed_again(name):
+  x = array(2, 1024, 4, 64)
+  attend = attend_with(PATTERNS[name](128, 32))
+
+  def layers(policy, q, k, v):
+    layer = jax.checkpoint(lambda x, _: (attend(x, k, v), None), policy=policy)
+    return jax.lax.scan(layer, q, length=3)[0]
+
+  keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+  with mesh():
+    again, kept = (
+      lowered(functools.partial(layers, policy), x, x, x, x).count("custom_call @mosaic_gpu")
+      for policy in (None, keep)
+    )
+  assert 0 < kept < again
+
+
+@pytest.mark.parametrize("name", PATTERNS)
 def test_inside_shard_map(name):
   x = array(8, 1024, 4, 64)
   spec = PartitionSpec("data", None, "model", None)
