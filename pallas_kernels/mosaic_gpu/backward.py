@@ -26,6 +26,8 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
+KEPT_TILES = 2
+
 
 def resident(
   view: View,
@@ -67,6 +69,8 @@ def resident(
   num_groups = -(-nt // own_tiles)
   # Tiles of queries from the own ones on, of keys up to them: the two share one pool of memory.
   num_slots = nt + own_tiles
+  # One block of threads for a whole short sequence keeps dS^T: dq then needs no weights of its own.
+  keeps = num_groups == 1 and nt <= KEPT_TILES
   inputs = dict(q=view(q), k=view(k), v=view(v), dout=view(dout), lse=lse)
   optional = dict(ids=ids, dlse=dlse, delta=delta, out=None if out is None else view(out))
   inputs |= {name: x for name, x in optional.items() if x is not None}
@@ -85,6 +89,10 @@ def resident(
   )
   if Dk != Dv:
     scratch |= dict(stage_s=gpu.smem(W, TILE, Dk, dtype=q.dtype))
+  if keeps:
+    num_pairs = nt * (nt + 1) // 2
+    scratch |= dict(ds_s=gpu.smem(num_pairs, TILE, TILE, dtype=q.dtype, beside=Dk))
+    scratch |= dict(ds_full=gpu.Barrier(num_arrivals=W))
   if prev is not None:
     scratch |= dict(prev_full=gpu.Barrier(num_barriers=3 * W))
   if gpu.simulated():
@@ -184,11 +192,20 @@ def resident(
 
       def step(t, state, inside):
         query = (*tile(q_slot(t)), *rows_of(t, COLUMN))
-        return add_key_gradients(state, k_own, [query], c, mask_of(t, own, 1, inside), p_s)
+        kept = s["ds_s"].at[pair(t, own)] if keeps else None
+        return add_key_gradients(state, k_own, [query], c, mask_of(t, own, 1, inside), p_s, kept)
 
       return _sweep(own, nt - own, 1, band, step, (gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))))
 
+    pair = lambda q_tile, k_tile: lax.div(q_tile * (q_tile + 1), jnp.int32(2)) + k_tile
+
     def query_gradient(own):
+      if keeps:
+
+        def from_kept(t, dq):
+          return dq + gpu.matmul((_turned(s["ds_s"].at[pair(own, t)]), tile(k_slot(t))[0]))[0]
+
+        return lax.fori_loop(0, own + 1 - band.first(), from_kept, gpu.zeros((TILE, Dk)))
       query = (*tile(q_slot(own)), rows_of(own, ROW)[1])
       lse = rows_of(own, ROW)[0]
 
@@ -210,17 +227,32 @@ def resident(
       gpu.commit_smem()
       gpu.to_gmem(stage, view.box(result, b, r, h, t * TILE))
 
-    @gpu.loop(begin + wg, jnp.minimum(end, nt), step=W)
-    def _(own):
-      stage_v = s["out_s"].at[wg]
-      stage_k = stage_v if Dk == Dv else s["stage_s"].at[wg]
+    stage_v = s["out_s"].at[wg]
+    stage_k = stage_v if Dk == Dv else s["stage_s"].at[wg]
+
+    def store_key_gradients(own):
       dk, dv = key_gradients(own)
       store(dv, stage_v, "dv", dv_ref, own)
       store(dk * scale, stage_k, "dk", dk_ref, own)
       if out is not None:
         gpu.to_gmem(s["delta_s"].at[q_slot(own)], rows(delta_ref, own))
-      dq = query_gradient(own)
-      store(dq * scale, stage_k, "dq", dq_ref, own)
+
+    def store_query_gradient(own):
+      store(query_gradient(own) * scale, stage_k, "dq", dq_ref, own)
+
+    own_ones = gpu.loop(begin + wg, jnp.minimum(end, nt), step=W)
+    if keeps:
+      own_ones(store_key_gradients)
+      gpu.commit_smem()
+      gpu.barrier_arrive(s["ds_full"])
+      gpu.barrier_wait(s["ds_full"])
+      own_ones(store_query_gradient)
+    else:
+
+      @own_ones
+      def _(own):
+        store_key_gradients(own)
+        store_query_gradient(own)
 
     gpu.wait_to_gmem(0)
 
@@ -244,11 +276,11 @@ def window(
 ):
   """Gradients of attention to a window of the keys before each query; arguments as in `resident`.
 
-  Every multiprocessor walks over its share of the tiles of all batch rows and heads. A producer
-  fills a ring of `stages` query tiles ahead of the walk and one of key tiles; one warpgroup sums
-  dq of a tile, with the keys before it, another dk and dv, with the queries after it. The first
-  also turns out into delta. A sequence's first keys have tiles of an earlier head before them, its
-  last queries those of a later one after them: these weigh nothing.
+  Every multiprocessor walks along its share of the batch rows for one head, as in the forward
+  kernel. A producer fills a ring of `stages` query tiles ahead of the walk and one of key tiles;
+  one warpgroup sums dq of a tile, with the keys before it, another dk and dv, with the queries
+  after it. The first also turns out into delta. Before the first keys of a sequence are those of
+  an earlier batch row, after its last queries those of a later one: these weigh nothing.
 
   Returns:
     dq, dk, dv [B, T, Hg, D], k's and v's for each query head; and delta.
@@ -258,8 +290,8 @@ def window(
   nt = view.num_tiles
   reach = band.last(nt)
   S = max(stages, reach + 1)
-  num_tiles = B * Hg * nt
-  share = -(-num_tiles // min(gpu.num_multiprocessors(), num_tiles))
+  num_tiles = B * nt
+  share = -(-num_tiles // max(1, gpu.num_multiprocessors() // Hg))
   inputs = dict(q=q, k=k, v=v, dout=dout, out=out, lse=lse)
   inputs |= {name: x for name, x in dict(ids=ids, dlse=dlse).items() if x is not None}
   scratch = dict(
@@ -295,32 +327,31 @@ def window(
     count = jnp.clip(num_tiles - first, 0, share)
     total = count + reach  # tiles of queries from `first` on, of keys from `first - reach` on
     slot = lambda n: lax.rem(n, jnp.int32(S))
+    h = lax.axis_index("h")
+    head = head_of(heads, h)
     box = lambda name, b, h, t: view.box(ref[name], b, 0, h, t * TILE)
-    rows = lambda x, b, h, t: x.at[b, h, 0, gpu.ds(t * TILE, TILE)]
+    rows = lambda x, b, t: x.at[b, h, 0, gpu.ds(t * TILE, TILE)]
     c = scale * gpu.LOG2E
 
     def place(tile):
-      """(b, h, t): the tiles of a head lie together, then the heads of a batch row."""
+      """b and t."""
       tile = jnp.clip(tile, 0, num_tiles - 1)
-      sequence = lax.div(tile, jnp.int32(nt))
-      h = lax.rem(sequence, jnp.int32(Hg))
-      return lax.div(sequence, jnp.int32(Hg)), h, lax.rem(tile, jnp.int32(nt))
+      return lax.div(tile, jnp.int32(nt)), lax.rem(tile, jnp.int32(nt))
 
     def load_queries(n):
-      b, h, t = place(first + n)
+      b, t = place(first + n)
       full = s["q_full"].at[slot(n)]
       gpu.to_smem(box("dout", b, h, t), s["dout_s"].at[slot(n)], full)
-      gpu.to_smem(box("q", b, head_of(heads, h), t), s["q_s"].at[slot(n)], full)
-      gpu.to_smem(rows(ref["lse"], b, h, t), s["lse_s"].at[slot(n)], full)
+      gpu.to_smem(box("q", b, head, t), s["q_s"].at[slot(n)], full)
+      gpu.to_smem(rows(ref["lse"], b, t), s["lse_s"].at[slot(n)], full)
       gpu.when(n >= 1)(lambda: gpu.barrier_wait(s["out_free"]))
       gpu.to_smem(box("out", b, h, t), s["out_s"].at[0], s["out_full"])
 
     def load_keys(n):
-      b, h, t = place(first - reach + n)
-      kv_head = head_of(heads, h) // group
+      b, t = place(first - reach + n)
       full = s["k_full"].at[slot(n)]
-      gpu.to_smem(box("k", b, kv_head, t), s["k_s"].at[slot(n)], full)
-      gpu.to_smem(box("v", b, kv_head, t), s["v_s"].at[slot(n)], full)
+      gpu.to_smem(box("k", b, head // group, t), s["k_s"].at[slot(n)], full)
+      gpu.to_smem(box("v", b, head // group, t), s["v_s"].at[slot(n)], full)
 
     @gpu.when(wg == 2)
     def _():
@@ -357,14 +388,14 @@ def window(
       p_s = s["p_s"].at[0] if gpu.simulated() else None
 
       def make_delta(n):
-        b, h, t = place(first + n)
+        b, t = place(first + n)
         gpu.barrier_wait(s["q_full"].at[slot(n)])
         gpu.barrier_wait(s["out_full"])
         row = (_load(s["dout_s"].at[slot(n)]) * _load(s["out_s"].at[0])).sum(axis=1)
         gpu.commit_smem()  # what was read here may be overwritten
         gpu.barrier_arrive(s["out_free"])
         if dlse is not None:
-          row = row - gpu.load(rows(ref["dlse"], b, h, t), layout=ROW, optimized=False)
+          row = row - gpu.load(rows(ref["dlse"], b, t), layout=ROW, optimized=False)
         lse = gpu.load(s["lse_s"].at[slot(n)], layout=ROW, optimized=False)
         row = jnp.where(lse > NO_MAXIMUM, row, 0.0)
         s["delta_s"].at[slot(n)][...] = row
@@ -372,7 +403,7 @@ def window(
 
         @gpu.when(n < count)
         def _():
-          rows(delta_ref, b, h, t)[...] = row
+          rows(delta_ref, b, t)[...] = row
 
       @gpu.loop(0, jnp.where(count > 0, reach, 0))
       def _(n):
@@ -383,7 +414,7 @@ def window(
       def _(n):
         make_delta(n + reach)
         gpu.barrier_wait(s["k_full"].at[slot(n + reach)])
-        b, h, t = place(first + n)
+        b, t = place(first + n)
         lse, delta = (
           gpu.load(s[name].at[slot(n)], layout=ROW, optimized=False)
           for name in ("lse_s", "delta_s")
@@ -435,7 +466,7 @@ def window(
         wait_for_queries(n + reach)
         own = slot(n + reach)
         gpu.barrier_wait(s["k_full"].at[own])
-        b, h, t = place(first + n)
+        b, t = place(first + n)
         key = s["k_s"].at[own], s["v_s"].at[own]
 
         def query(distance):
@@ -477,8 +508,8 @@ def window(
       jax.ShapeDtypeStruct((B, Hg, 1, nt * TILE), jnp.float32),
     ),
     scratch_types=scratch,
-    grid=(-(-num_tiles // share),),
-    grid_names=("share",),
+    grid=(-(-num_tiles // share), Hg),
+    grid_names=("share", "h"),
     num_threads=3,
     thread_name="wg",
   )(*inputs.values())
@@ -487,7 +518,7 @@ def window(
 # ---------------------------------------------------------------------------- pairs of tiles
 
 
-def add_key_gradients(state, own, queries, c, mask, scratch):
+def add_key_gradients(state, own, queries, c, mask, scratch, kept=None):
   """(dk / scale, dv) of a key tile, with what a query tile adds: S^T has keys as rows.
 
   Args:
@@ -496,17 +527,20 @@ def add_key_gradients(state, own, queries, c, mask, scratch):
       farthest of a window whose edges complement each other: one full tile.
     c: of the logits, base 2.
     mask: which pairs attend, or None.
+    kept: where to keep dS^T, or None.
   """
-  (k, v), (dk, dv) = own, state
+  dk, dv = state
   lower = _difference(1) >= 0
   either = lambda xs: xs[0] if len(xs) == 1 else jnp.where(lower, *xs)
   rows = lambda n: either([gpu.over_rows(query[n], TILE) for query in queries])
-  x = either(gpu.matmul(*((k, _turned(query[0])) for query in queries)))
+  to_x, to_dp = ([(own[n], _turned(query[n])) for query in queries] for n in (0, 1))
+  x, dp = _products(to_x, to_dp, either)
   p = jnp.exp2(x * c - rows(2))
   p = p if mask is None else jnp.where(mask, p, 0.0)
-  dp = either(gpu.matmul(*((v, _turned(query[1])) for query in queries)))
   ds = p * (dp - rows(3))
-  halves = lambda x: _halves(x, lower, len(queries), k.dtype)
+  if kept is not None:
+    kept[...] = ds.astype(own[0].dtype)
+  halves = lambda x: _halves(x, lower, len(queries), own[0].dtype)
   to_dk = [(x, query[0]) for x, query in zip(halves(ds), queries, strict=True)]
   to_dv = [(x, query[1]) for x, query in zip(halves(p), queries, strict=True)]
   return gpu.add_matmul((dk, *to_dk), (dv, *to_dv), scratch=scratch)
@@ -524,15 +558,22 @@ def add_query_gradient(dq, own, keys, c, mask, scratch):
   lower = _difference(0) >= 0
   either = lambda xs: xs[0] if len(xs) == 1 else jnp.where(lower, *xs)
   lse = either([gpu.over_columns(key[2], TILE) for key in keys])
-  x = either(gpu.matmul(*((q, _turned(key[0])) for key in keys)))
+  to_x, to_dp = ([(x, _turned(key[n])) for key in keys] for n, x in ((0, q), (1, dout)))
+  x, dp = _products(to_x, to_dp, either)
   p = jnp.exp2(x * c - lse)
   p = p if mask is None else jnp.where(mask, p, 0.0)
-  dp = either(gpu.matmul(*((dout, _turned(key[1])) for key in keys)))
   ds = p * (dp - gpu.over_columns(delta, TILE))
   parts = _halves(ds, lower, len(keys), q.dtype)
   return gpu.add_matmul(
     (dq, *((x, key[0]) for x, key in zip(parts, keys, strict=True))), scratch=scratch
   )[0]
+
+
+def _products(to_x, to_dp, either):
+  """S and dP: both in flight together where that leaves enough registers."""
+  if len(to_x) == 1 and to_x[0][0].shape[1] <= 64:
+    return gpu.matmul(*to_x, *to_dp)
+  return either(gpu.matmul(*to_x)), either(gpu.matmul(*to_dp))
 
 
 def weightless(lse):
