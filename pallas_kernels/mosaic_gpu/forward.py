@@ -136,9 +136,10 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
 def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups, stages):
   """Attention to a window of the keys before each query, in one walk over all sequences.
 
-  Every multiprocessor walks over its share of the query tiles of all batch rows and heads, one
-  behind the other. A producer fills a ring of `stages` tiles of keys and values ahead of
-  `warpgroups` consumers, which take the query tiles in turn. All else as in `resident`.
+  Every multiprocessor walks along its share of the batch rows, one behind the other, for one head;
+  all heads of a share walk side by side, for they are neighbours in memory. A producer fills a ring
+  of `stages` tiles of keys and values ahead of `warpgroups` consumers, which take the query tiles
+  in turn. All else as in `resident`.
   """
   B, _, H, Dk = q.shape
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
@@ -146,8 +147,8 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
   reach = band.last(nt)
   W = min(warpgroups, reach + 1)  # so that whoever frees a tile of the ring has waited for it
   S, Q = max(stages, reach + W), 2 * W  # tiles of keys, of queries
-  num_tiles = B * Hg * nt
-  share = -(-num_tiles // min(gpu.num_multiprocessors(), num_tiles))
+  num_tiles = B * nt
+  share = -(-num_tiles // max(1, gpu.num_multiprocessors() // Hg))
   inputs = [view(x) for x in (q, k, v)]
   inputs += [ids] if ids is not None else []
   inputs += [view(prev[0]), prev[1]] if prev is not None else []
@@ -174,35 +175,31 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
     count = jnp.clip(num_tiles - first, 0, share)
     rem = lambda n, size: lax.rem(n, jnp.int32(size))
 
-    def place(tile):
-      """(b, h, t): the tiles of a head lie together, then the heads of a batch row."""
-      sequence = lax.div(tile, jnp.int32(nt))
-      return lax.div(sequence, jnp.int32(Hg)), rem(sequence, Hg), rem(tile, nt)
+    h = lax.axis_index("h")
+    head = head_of(heads, h)
+    place = lambda tile: (lax.div(tile, jnp.int32(nt)), rem(tile, nt))  # b and t
 
     @gpu.when(wg == W)
     def _():
       if W > 1:
         gpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-      # Keys `reach` tiles ahead of the queries: tiles of an earlier head where a sequence begins.
+      # Keys `reach` tiles ahead of the queries: of an earlier batch row where a sequence begins.
       # They are never attended, but must hold numbers.
       @gpu.loop(0, count + reach)
       def _(n):
         slot = rem(n, S)
-        b, h, t = place(jnp.maximum(first - reach + n, 0))
-        kv_head = head_of(heads, h) // group
+        b, t = place(jnp.maximum(first - reach + n, 0))
         gpu.when(n >= S)(lambda: gpu.barrier_wait(k_free.at[slot]))
-        gpu.to_smem(view.box(k_ref, b, 0, kv_head, t * TILE), k_s.at[slot], k_full.at[slot])
-        gpu.to_smem(view.box(v_ref, b, 0, kv_head, t * TILE), v_s.at[slot], k_full.at[slot])
+        gpu.to_smem(view.box(k_ref, b, 0, head // group, t * TILE), k_s.at[slot], k_full.at[slot])
+        gpu.to_smem(view.box(v_ref, b, 0, head // group, t * TILE), v_s.at[slot], k_full.at[slot])
 
         @gpu.when(n >= reach)
         def _():
           m = n - reach
           slot = rem(m, Q)
           gpu.when(m >= Q)(lambda: gpu.barrier_wait(q_free.at[slot]))
-          gpu.to_smem(
-            view.box(q_ref, b, 0, head_of(heads, h), t * TILE), q_s.at[slot], q_full.at[slot]
-          )
+          gpu.to_smem(view.box(q_ref, b, 0, head, t * TILE), q_s.at[slot], q_full.at[slot])
 
       # Every completion of a barrier has to be seen by those who wait for it.
       @gpu.loop(jnp.maximum(count + reach - S, 0), count)
@@ -228,7 +225,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
 
       @gpu.loop(wg, count, step=W)
       def _(n):
-        b, h, t = place(first + n)
+        b, t = place(first + n)
         rows = gpu.ds(t * TILE, TILE)
         state = None
         if prev is not None:
@@ -289,8 +286,8 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
     body,
     out_type=out_type,
     scratch_types=scratch,
-    grid=(-(-num_tiles // share),),
-    grid_names=("share",),
+    grid=(-(-num_tiles // share), Hg),
+    grid_names=("share", "h"),
     num_threads=W + 1,
     thread_name="wg",
   )(*inputs)

@@ -59,7 +59,8 @@ def commit_reads():
 def kernel(body, **how):
   """`plgpu.kernel` with fast exp2, or its simulation."""
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
-  params = plgpu.CompilerParams(approx_math=True)
+  # No sum of ours crosses warps.
+  params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
   return plgpu.kernel(body, compiler_params=params, interpret=interpret, **how)
 
 
@@ -79,11 +80,14 @@ def launch(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how
   )(*inputs.values())
 
 
-def smem(*shape: int, dtype: jax.typing.DTypeLike):
-  """Shared memory for tiles [..., rows, columns], laid out for the matrix units."""
+def smem(*shape: int, dtype: jax.typing.DTypeLike, beside: int | None = None):
+  """Shared memory for tiles [..., rows, columns], laid out for the matrix units.
+
+  A tile that is multiplied with one of `beside` columns, both in shared memory, is laid out alike.
+  """
   size = jnp.dtype(dtype).itemsize
   # The widest swizzle whose span divides a row: 32 and 96 columns of 2 bytes take 64 bytes.
-  span = next(s for s in (128, 64, 32) if shape[-1] * size % s == 0)
+  span = next(s for s in (128, 64, 32) if (beside or shape[-1]) * size % s == 0)
   transforms = (plgpu.TilingTransform((8, span // size)), plgpu.SwizzleTransform(span))
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
