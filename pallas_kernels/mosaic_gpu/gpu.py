@@ -1,6 +1,5 @@
 """All that the kernels use of Pallas Mosaic GPU, in one place: its names move between releases."""
 
-import functools
 import math
 
 import jax
@@ -157,7 +156,9 @@ class Sum:
 
   def get(self, under_way: int = 0):
     """The value, once no more than so many products are under way."""
-    return self.value if self.ref is None else plgpu.wgmma_accumulator_load(self.ref, wait_n=under_way)
+    return (
+      self.value if self.ref is None else plgpu.wgmma_accumulator_load(self.ref, wait_n=under_way)
+    )
 
 
 def sums(body, *starts, scratch=None):

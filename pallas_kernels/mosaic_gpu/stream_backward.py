@@ -1,8 +1,8 @@
 """Streaming attention backward: a kernel for dq, which sweeps keys, and one for dk, dv.
 
-Both compute the weights P = exp2(logits - lse) again, from the log-sum-exp of the whole softmax, and
-dS = P (dP - delta). The second works on transposed tiles: P^T and dS^T come out of the matrix units
-as the operands that dv += P^T dout and dk += dS^T q want.
+Both compute the weights P = exp2(logits - lse) again, from the log-sum-exp of the whole softmax,
+and dS = P (dP - delta). The second works on transposed tiles: P^T and dS^T come out of the matrix
+units as the operands that dv += P^T dout and dk += dS^T q want.
 """
 
 import functools
@@ -26,15 +26,15 @@ def default_dq_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
-    return stream.BlockSizes(step=64, stages=3)
-  return stream.BlockSizes(stages=3)
+    return stream.BlockSizes(step=64, stages=3, ahead=True)
+  return stream.BlockSizes(stages=3, ahead=True)
 
 
 def default_dkv_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   """Tiles that fit shared memory and registers."""
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
-  return stream.BlockSizes(step=64, stages=3)
+  return stream.BlockSizes(step=64, stages=3, warpgroups=2 if max(Dk, Dv) > 64 else 3)
 
 
 def row_delta(
@@ -396,9 +396,7 @@ class _Keys:
       buffers[x][...] = (total * self.factor if x == "k" else total).astype(self.dtype)
     gpu.commit_smem()
     for x in self.parts:
-      copy = lambda first, size, target, x=x: gpu.to_gmem(
-        buffers[x].at[pl.ds(first, size)], target
-      )
+      copy = lambda first, size, target, x=x: gpu.to_gmem(buffers[x].at[pl.ds(first, size)], target)
       frame.store_keys(copy, refs[f"d{x}"], b, r, h, self.base, TILE)
     gpu.wait_to_gmem(0, wait_read_only=True)
     gpu.barrier_arrive(refs["k_free"].at[wg])
@@ -427,7 +425,9 @@ class _Keys:
     narrow = lambda x: x.astype(self.dtype)
 
     def body(logits, *others):
-      *dp, dk, dv = others if parts == "kv" else (*others, None) if parts == "k" else (None, *others)
+      *dp, dk, dv = (
+        others if parts == "kv" else (*others, None) if parts == "k" else (None, *others)
+      )
       gpu.barrier_wait(refs["q_full"].at[s])
       logits.add(self.k_s, q.transpose((1, 0)))
       lse = rows("lse_s")
