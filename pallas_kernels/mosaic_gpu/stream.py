@@ -137,7 +137,8 @@ class Frame:
   def unfolded(self, x: Num[Array, "B *T H D"]) -> Num[Array, "B T H D"]:
     """The way back from `folded`."""
     axis = 2 if self.schedule.view == "blocks" else 1
-    x = lax.slice_in_dim(x, 0, self.length, axis=axis)
+    if self.spare:
+      x = lax.slice_in_dim(x, 0, self.length, axis=axis)
     return x.reshape(x.shape[0], self.T, *x.shape[-2:])
 
   def keys(self, x: Num[Array, "B T H D"]) -> Num[Array, "B *T H D"]:
@@ -211,7 +212,7 @@ class Frame:
     width, starts = self.schedule.width, self.schedule.starts
     first = [starts[head % len(starts)] % 8 for head in self.heads]
     if not any(first):
-      return lax.slice_in_dim(x, 0, width, axis=2)
+      return x if width == self.room else lax.slice_in_dim(x, 0, width, axis=2)
     return jnp.stack([x[:, :, n : n + width, h] for h, n in enumerate(first)], axis=3)
 
   def store_keys(self, copy, target, b, r, h, first, size):
@@ -281,7 +282,7 @@ class Frame:
   def first_query(self, key):
     """The first query that can see a key or a later one, or a little before it."""
     if self.slot:
-      return (div(key, self.slot) + self.schedule.finished) * self.schedule.stride
+      return (div(key, self.slot) + int(self.schedule.finished)) * self.schedule.stride
     return key + self.schedule.distance
 
   def own_tiles(self, q0, rows: int, step: int):

@@ -48,7 +48,7 @@ def forward(
     schedule: the pairs.
     q, k, v: bfloat16 or float16, all heads; T a multiple of the stride of a strided view.
     segment_ids: int32; queries see keys of equal ids ("natural" and "blocks" views).
-    scale: factor of the logits.
+    scale: factor of the logits, positive.
     heads: query heads to work on.
     blocks: tile sizes; by default what suits the head dimensions.
 
@@ -56,6 +56,8 @@ def forward(
     The output, and the log-sum-exp of the logits in base 2, float32 per sequence of the view
     (Mp rows: the sequence rounded up to 128). Rows without keys get 0 and -inf.
   """
+  if scale <= 0:
+    raise NotImplementedError(f"{scale=}: must be positive, the running maximum is that of q k")
   B, T, H, Dk = q.shape
   Dv = v.shape[-1]
   frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
