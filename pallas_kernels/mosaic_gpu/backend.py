@@ -107,7 +107,7 @@ class _Group:
 
   Attributes:
     heads: the query heads.
-    sweeps: of their passes, in the order they run.
+    sweeps: of their passes, in the order they run forward.
     view: in whose rows the log-sum-exp is.
     length, T: positions, without and with padding.
     row, stride: positions of a row, without and with padding.
@@ -155,7 +155,7 @@ class _Group:
     arrays = q, k, v, ids, out, dout, dlse
     q, k, v, ids, out, dout, dlse = (self.padded(x) for x in arrays)
     grads = delta = view = None
-    for sweep in self.sweeps:
+    for sweep in sorted(self.sweeps, key=lambda sweep: sweep.turn_backward):
       # The first one computes delta of out and dlse, for all.
       rows = sweep.rows(lse, self.view), sweep.rows(dlse), sweep.rows(delta, view)
       *grads, delta = sweep.backward(q, k, v, ids, out, dout, *rows, grads, scale)
@@ -186,6 +186,7 @@ class _Sweep:
   Attributes:
     view: its sequences, in whose rows lse and delta are.
     resumes: whether its forward kernel takes up where another pass ended.
+    turn_backward: smaller for those that come earlier.
   """
 
   def __init__(self, one: Pass, heads, T, stride, q, v, *, merged: bool):
@@ -208,12 +209,15 @@ class _Sweep:
     kind = of_view.get(one.view, "dense" if window is None else "local")
     problem = sizes.Problem(kind, self.view, self.band, q.shape[-1], v.shape[-1], q.dtype)
     self.streamed = sizes.streamed(problem)
-    self.resident = self.window = self.banded = None
+    self.resident = self.window = self.resident_backward = self.window_backward = None
     if not summaries:
       self.resident = sizes.resident(problem, merged)
       self.window = sizes.window(problem)
-      self.banded = sizes.banded(problem)
+      self.resident_backward = sizes.resident_backward(problem)
+      self.window_backward = sizes.window_backward(problem)
     self.resumes = bool(self.resident or self.window)
+    # A window is the first, and computes delta; what adds to gradients of others is the last.
+    self.turn_backward = 0 if self.window_backward else 2 if self.resident_backward else 1
 
   def rows(self, x, view: View | None = None):
     """[B, T, Hg], or rows of a view, in rows of this sweep: small arrays, copied."""
@@ -233,10 +237,14 @@ class _Sweep:
 
   def backward(self, q, k, v, ids, out, dout, lse, dlse, delta, prev, scale):
     how = dict(scale=scale, heads=self.heads)
-    if self.banded:
-      how |= self.banded
+    if self.window_backward:
+      how |= self.window_backward
+      rows = self.ids(ids), out, lse, dout, dlse
+      return backward_kernels.window(self.view, self.band, q, k, v, *rows, **how)
+    if self.resident_backward:
+      how |= self.resident_backward
       rows = self.ids(ids), out, lse, dout, dlse, delta
-      return backward_kernels.banded(self.view, self.band, q, k, v, *rows, prev, **how)
+      return backward_kernels.resident(self.view, self.band, q, k, v, *rows, prev, **how)
     lse, delta = self.streamed_rows(out, dout, lse, dlse, delta)
     rest = q, k, v, ids, lse, delta, dout
     dq = stream_backward.dq_kernel(self.schedule, *rest, blocks=self.streamed.dq, **how)
@@ -272,7 +280,7 @@ class _Fixed:
   Only the gradients of keys are computed apart.
   """
 
-  resumes = False
+  turn_backward = 0
 
   def __init__(self, block: _Sweep, summary: _Sweep):
     self.block, self.summary = block, summary

@@ -62,7 +62,8 @@ class BlockSizes:
     stages: steps that the ring holds.
     ahead: whether the first product of a step is issued before the last one of the step before.
     spread: whether all heads work on their longest rows first, or one head after the other.
-    held: tiles of the owned side in shared memory; with 2, the next one loads ahead of time.
+    held: tiles of queries in shared memory (forward, dq); with 2, the next one loads early.
+    fused: whether logits are scaled and shifted in one operation (forward).
   """
 
   step: int = 128
@@ -71,6 +72,7 @@ class BlockSizes:
   ahead: bool = False
   spread: bool = True
   held: int = 1
+  fused: bool = False
 
   @property
   def rows(self) -> int:
@@ -135,7 +137,8 @@ class Frame:
   def unfolded(self, x: Num[Array, "B *T H D"]) -> Num[Array, "B T H D"]:
     """The way back from `folded`."""
     axis = 2 if self.schedule.view == "blocks" else 1
-    x = lax.slice_in_dim(x, 0, self.length, axis=axis)
+    if self.spare:
+      x = lax.slice_in_dim(x, 0, self.length, axis=axis)
     return x.reshape(x.shape[0], self.T, *x.shape[-2:])
 
   def keys(self, x: Num[Array, "B T H D"]) -> Num[Array, "B *T H D"]:
@@ -209,7 +212,7 @@ class Frame:
     width, starts = self.schedule.width, self.schedule.starts
     first = [starts[head % len(starts)] % 8 for head in self.heads]
     if not any(first):
-      return lax.slice_in_dim(x, 0, width, axis=2)
+      return x if width == self.room else lax.slice_in_dim(x, 0, width, axis=2)
     return jnp.stack([x[:, :, n : n + width, h] for h, n in enumerate(first)], axis=3)
 
   def store_keys(self, copy, target, b, r, h, first, size):
@@ -247,7 +250,7 @@ class Frame:
   def query_tiles(self, k0, keys: int, step: int) -> "Tiles":
     """The tiles of queries that see any of the keys k0 ... k0 + keys - 1."""
     one, end = self.schedule, jnp.int32(-(-self.length // step))
-    last = jnp.minimum(k0 + keys, self.num_keys) - 1
+    last = jnp.minimum(k0 + keys, max(self.num_keys, 2)) - 1
     if self.slot:
       first = self.first_query(k0)
       full = (div(last, self.slot) + 1) * one.stride
@@ -367,32 +370,39 @@ def _pick(n, table: tuple[int, ...]):
 class Work:
   """The items of a launch, a tile of rows of one sequence and head each, dealt to thread blocks.
 
-  The kernels are persistent: one thread block per core, so that the loads of an item run while the
-  one before ends.
+  The kernels are persistent, one thread block per core, so that the loads of an item run while the
+  one before ends. Items come in order of falling length and are dealt to and fro: every block gets
+  about the same work.
   """
 
   def __init__(self, frame: Frame, blocks: BlockSizes, batch: int, num_tiles: int):
-    self.sizes = dict(b=batch, r=frame.sequences, h=len(frame.heads))
-    self.sizes = (
-      {"tile": num_tiles, **self.sizes} if blocks.spread else {**self.sizes, "tile": num_tiles}
-    )
+    sizes = dict(b=batch, r=frame.sequences, h=len(frame.heads))
+    tiles = dict(tile=num_tiles)
+    self.sizes = tiles | sizes if blocks.spread else sizes | tiles
     self.num = math.prod(self.sizes.values())
     self.num_blocks = min(self.num, gpu.num_multiprocessors())
 
-  def item(self, n) -> dict[str, Any]:
-    """b, r, h and tile of item n."""
-    place = {}
-    for name, size in reversed(self.sizes.items()):
-      place[name] = lax.rem(n, jnp.int32(size))
-      n = div(n, size)
-    return place
-
   def count(self):
     """Items dealt to this thread block."""
-    return div(self.num - lax.axis_index("core") + self.num_blocks - 1, self.num_blocks)
+    rounds, rest = divmod(self.num, self.num_blocks)
+    return rounds + (self._place(jnp.int32(rounds)) < rest).astype(jnp.int32)
 
   def each(self, body: Callable, carry):
-    """carry = body(item, its number in this thread block, carry) for the items dealt to it."""
-    mine = lax.axis_index("core")
-    step = lambda n, carry: body(self.item(mine + n * self.num_blocks), n, carry)
+    """carry = body(item, its number in this thread block, carry) for the items dealt to it.
+
+    An item is a dict of b, r, h and tile.
+    """
+
+    def step(n, carry):
+      number, item = n * self.num_blocks + self._place(n), {}
+      for name, size in reversed(self.sizes.items()):
+        item[name] = lax.rem(number, jnp.int32(size))
+        number = div(number, size)
+      return body(item, n, carry)
+
     return lax.fori_loop(0, self.count(), step, carry)
+
+  def _place(self, n):
+    """Which item of round n is ours."""
+    mine = lax.axis_index("core")
+    return jnp.where(lax.rem(n, jnp.int32(2)) == 0, mine, self.num_blocks - 1 - mine)

@@ -1,8 +1,8 @@
 """Streaming attention backward: a kernel for dq, which sweeps keys, and one for dk, dv.
 
-Both compute the weights P = exp2(logits - lse) again, from the log-sum-exp of the whole softmax, and
-dS = P (dP - delta). The second works on transposed tiles: P^T and dS^T come out of the matrix units
-as the operands that dv += P^T dout and dk += dS^T q want.
+Both compute the weights P = exp2(logits - lse) again, from the log-sum-exp of the whole softmax,
+and dS = P (dP - delta). The second works on transposed tiles: P^T and dS^T come out of the matrix
+units as the operands that dv += P^T dout and dk += dS^T q want.
 """
 
 import functools
@@ -26,15 +26,15 @@ def default_dq_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
-    return stream.BlockSizes(step=64, stages=3)
-  return stream.BlockSizes(stages=3)
+    return stream.BlockSizes(step=64, stages=3, ahead=True)
+  return stream.BlockSizes(stages=3, ahead=True)
 
 
 def default_dkv_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   """Tiles that fit shared memory and registers."""
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
-  return stream.BlockSizes(step=64, stages=3)
+  return stream.BlockSizes(step=64, stages=3, warpgroups=2 if max(Dk, Dv) > 64 else 3)
 
 
 def row_delta(

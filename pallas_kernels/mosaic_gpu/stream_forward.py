@@ -1,4 +1,4 @@
-"""Streaming attention forward: a producer warpgroup feeds a ring of key tiles to compute warpgroups.
+"""Streaming attention forward: one warpgroup loads key tiles into a ring, the others compute.
 
 A thread block owns 64 queries per compute warpgroup, of one head of one sequence, and walks the key
 tiles of its schedule: an online softmax in base 2, tiles that need no mask first.
@@ -19,7 +19,6 @@ from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.gpu import TILE
 
-FUSED = False
 _NO_MAXIMUM = -1e30  # where a running maximum starts: finite, so that exp2(-inf - it) is 0
 
 
@@ -49,7 +48,7 @@ def forward(
     schedule: the pairs.
     q, k, v: bfloat16 or float16, all heads; T a multiple of the stride of a strided view.
     segment_ids: int32; queries see keys of equal ids ("natural" and "blocks" views).
-    scale: factor of the logits.
+    scale: factor of the logits, positive.
     heads: query heads to work on.
     blocks: tile sizes; by default what suits the head dimensions.
 
@@ -57,6 +56,8 @@ def forward(
     The output, and the log-sum-exp of the logits in base 2, float32 per sequence of the view
     (Mp rows: the sequence rounded up to 128). Rows without keys get 0 and -inf.
   """
+  if scale <= 0:
+    raise NotImplementedError(f"{scale=}: must be positive, the running maximum is that of q k")
   B, T, H, Dk = q.shape
   Dv = v.shape[-1]
   frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
@@ -366,17 +367,18 @@ class _Softmax(Queries):
     """exp2 of logits x under the running maximum; new maximum, sum of weights, rescaling."""
     if mask is not None:
       x = jnp.where(mask, x, -jnp.inf)
-    new_top = jnp.maximum(top, x.max(axis=1))
-    # Subtracted before it is scaled: logits of 1e10 would leave a rounding error of 2^9 to exp2.
-    if FUSED:
-      scaled = new_top * self.scale
-      huge = jnp.abs(scaled) > 2.0**20
-      factor = jnp.where(huge, 2.0 ** math.floor(math.log2(self.scale)), self.scale)
-      n = x.shape[1]
-      p = jnp.exp2(x * gpu.over_columns(factor, n) - gpu.over_columns(new_top * factor, n))
+    new_top, n = jnp.maximum(top, x.max(axis=1)), x.shape[1]
+    factor = self.scale
+    if self.blocks.fused:
+      # x * factor - top * factor rounds once, top * factor before: an error of 2^9 for logits of
+      # 1e10, which exp2 must not meet. Such rows take a power of two, which rounds nothing: their
+      # weights are 0 and 1 all the same.
+      huge = jnp.abs(new_top * factor) > 2.0**20
+      factor = jnp.where(huge, 2.0 ** math.floor(math.log2(factor)), factor)
+      p = x * gpu.over_columns(factor, n) - gpu.over_columns(new_top * factor, n)
     else:
-      p = jnp.exp2((x - gpu.over_columns(new_top, x.shape[1])) * self.scale)
-    keep = jnp.exp2((top - new_top) * self.scale)
+      p = (x - gpu.over_columns(new_top, n)) * factor
+    p, keep = jnp.exp2(p), jnp.exp2((top - new_top) * factor)
     return p, new_top, total * keep + p.sum(axis=1), keep
 
   def in_turn(self):
