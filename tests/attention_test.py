@@ -82,7 +82,7 @@ KERNEL_CASES = [
   _narrow(patterns.Dense(), T=1, dtype="float16"),
   _narrow(
     patterns.PerHead((patterns.Local(20), patterns.Column(7), patterns.Fixed(32, 4, 2))),
-    T=50, H=6, Hkv=3,
+    T=50, H=3, Hkv=3,
   ),
 ]  # fmt: skip
 # The models of the paper, and a head of today: stride, summary width and what `Case` needs.
@@ -183,7 +183,7 @@ def test_huge_values_give_numbers(pattern):
 
 @pytest.mark.parametrize("pattern", [patterns.Local(16), patterns.Fixed(16, 4)], ids=repr)
 def test_kernels_under_transformations(pattern):
-  case = _narrow(pattern, T=32, B=4)
+  case = _narrow(pattern, T=32, B=2, H=1)
   q, k, v, _, dout, _ = case.arrays()
   run = functools.partial(sparse_attention, pattern=pattern, implementation="mosaic_gpu")
 
@@ -193,7 +193,7 @@ def test_kernels_under_transformations(pattern):
     return out, *vjp(dout)
 
   expected = gradients(run, q, k, v, dout)
-  split = [x.reshape(2, 2, 1, *x.shape[1:]) for x in (q, k, v, dout)]
+  split = [x.reshape(2, 1, 1, *x.shape[1:]) for x in (q, k, v, dout)]
   for got, want in zip(gradients(jax.vmap(jax.vmap(run)), *split), expected, strict=True):
     np.testing.assert_array_equal(got.reshape(want.shape), want)
 
