@@ -47,12 +47,37 @@ def num_multiprocessors() -> int:
   return device.num_cores if device is not None else jax.devices()[0].core_count
 
 
+def commit_reads():
+  """Before shared memory that was read goes back to the copy engine.
+
+  The barrier that gives it back is enough on the card; the simulator wants what a write needs.
+  """
+  if simulated():
+    commit_smem()
+
+
 def kernel(body, **how):
   """`plgpu.kernel` with fast exp2, or its simulation."""
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
   # No sum of ours crosses warps.
   params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
   return plgpu.kernel(body, compiler_params=params, interpret=interpret, **how)
+
+
+def launch(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
+  """`kernel` with refs by name, body(refs); the outputs."""
+  names = (*inputs, *outputs, *scratch)
+
+  def call(*refs):
+    body(dict(zip(names, refs, strict=True)))
+
+  call.__name__ = name  # what profilers show
+  return kernel(
+    call,
+    out_type=list(outputs.values()),
+    scratch_types=list(scratch.values()),
+    **how,
+  )(*inputs.values())
 
 
 def smem(*shape: int, dtype: jax.typing.DTypeLike, beside: int | None = None):
@@ -67,9 +92,9 @@ def smem(*shape: int, dtype: jax.typing.DTypeLike, beside: int | None = None):
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def vector(*shape: int):
-  """Shared memory for float32 rows."""
-  return plgpu.SMEM(shape, jnp.float32)
+def vector(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32):
+  """Shared memory for rows of single values."""
+  return plgpu.SMEM(shape, dtype)
 
 
 def iota(shape: tuple[int, ...], axis: int = 0, layout=WGMMA):
@@ -132,3 +157,55 @@ def add_matmul(*terms, scratch=None):
       acc = acc + matmul((scratch, b))[0]
     sums.append(acc)
   return tuple(sums)
+
+
+class Sum:
+  """A float32 accumulator of products, several of which may be under way at once.
+
+  In the simulator, which has neither matrix instructions with an operand in registers nor
+  accumulators with a start value, a plain value; such operands go through `scratch` there.
+  """
+
+  def __init__(self, ref=None, value=None, scratch=None):
+    self.ref, self.value, self.scratch = ref, value, scratch
+
+  def add(self, a, b):
+    """Starts += a b of two tiles in shared memory."""
+    if self.ref is not None:
+      wgmma(self.ref, a, b)
+    else:
+      (product,) = matmul((a, b))
+      self.value = product if self.value is None else self.value + product
+
+  def add_from_registers(self, a, b):
+    """Starts += a b, a in registers."""
+    if self.ref is None:
+      self.scratch[...] = a
+      commit_smem()
+      a = self.scratch
+    self.add(a, b)
+
+  def get(self, under_way: int = 0):
+    """The value, once no more than so many products are under way."""
+    return (
+      self.value if self.ref is None else plgpu.wgmma_accumulator_load(self.ref, wait_n=under_way)
+    )
+
+
+def sums(body, *starts, scratch=None):
+  """body(Sum, ...): one per start, a value or the shape of a fresh accumulator.
+
+  `scratch` is shared memory for an operand in registers, for the simulator.
+  """
+  if simulated():
+    values = (None if isinstance(start, tuple) else start for start in starts)
+    return body(*(Sum(value=value, scratch=scratch) for value in values))
+
+  def run(*refs):
+    for ref, start in zip(refs, starts, strict=True):
+      if not isinstance(start, tuple):
+        ref[...] = start
+    return body(*(Sum(ref) for ref in refs))
+
+  shapes = (start if isinstance(start, tuple) else start.shape for start in starts)
+  return pl.run_scoped(run, *(ACC(shape, jnp.float32) for shape in shapes))

@@ -1,0 +1,488 @@
+"""Streaming attention backward: a kernel for dq, which sweeps keys, and one for dk, dv.
+
+Both compute the weights P = exp2(logits - lse) again, from the log-sum-exp of the whole softmax,
+and dS = P (dP - delta). The second works on transposed tiles: P^T and dS^T come out of the matrix
+units as the operands that dv += P^T dout and dk += dS^T q want.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import stream
+from pallas_kernels.mosaic_gpu import stream_forward
+from pallas_kernels.mosaic_gpu.gpu import TILE
+
+
+def default_dq_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
+  """Tiles that fit shared memory and registers."""
+  if max(Dk, Dv) > 128:
+    return stream.BlockSizes(step=64, warpgroups=1)
+  if max(Dk, Dv) > 64:
+    return stream.BlockSizes(step=64, stages=3, ahead=True)
+  return stream.BlockSizes(stages=3, ahead=True)
+
+
+def default_dkv_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
+  """Tiles that fit shared memory and registers."""
+  if max(Dk, Dv) > 128:
+    return stream.BlockSizes(step=64, warpgroups=1)
+  return stream.BlockSizes(step=64, stages=3, warpgroups=2 if max(Dk, Dv) > 64 else 3)
+
+
+def row_delta(
+  schedule: stream.Schedule,
+  out: Float[Array, "B T Hg Dv"],
+  lse: Float[Array, "B Hg R Mp"],
+  dout: Float[Array, "B T Hg Dv"],
+  dlse: Float[Array, "B Hg R Mp"] | None = None,
+) -> Float[Array, "B Hg R Mp"]:
+  """rowsum(dout out) - dlse per sequence of the view, and 0 for rows without keys."""
+  B, T, H, _ = out.shape
+  R = lse.shape[2]
+  delta = jnp.einsum("BTHD,BTHD->BHT", dout, out, preferred_element_type=jnp.float32)
+  if schedule.view == "columns":
+    delta = delta.reshape(B, H, T // R, R).swapaxes(2, 3)
+  delta = delta.reshape(B, H, R, T // R)
+  delta = jnp.pad(delta, [(0, 0)] * 3 + [(0, lse.shape[3] - T // R)])
+  delta = delta if dlse is None else delta - dlse
+  return jnp.where(jnp.isfinite(lse), delta, 0.0)
+
+
+def safe_lse(lse: Float[Array, "B Hg R Mp"]) -> Float[Array, "B Hg R Mp"]:
+  """lse under which the kernels compute weights; inf for rows without keys: weights of 0.
+
+  Of logits near 1e10 float32 keeps 2^10: weights are capped at 1, and lse is lowered by about that
+  rounding so that the largest one does not vanish.
+  """
+  return jnp.where(lse == -jnp.inf, jnp.inf, lse - jnp.abs(lse) * 2.0**-22)
+
+
+def dq_kernel(
+  schedule: stream.Schedule,
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B T Hkv Dk"],
+  v: Float[Array, "B T Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  lse: Float[Array, "B Hg R Mp"],
+  delta: Float[Array, "B Hg R Mp"],
+  dout: Float[Array, "B T Hg Dv"],
+  *,
+  scale: float,
+  heads: range | tuple[int, ...],
+  blocks: stream.BlockSizes | None = None,
+) -> Float[Array, "B T Hg Dk"]:
+  """dq over the pairs of a schedule; arguments as for `backward`."""
+  B, T, H, Dk = q.shape
+  Dv = v.shape[-1]
+  frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
+  blocks = blocks or default_dq_blocks(Dk, Dv)
+  inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
+  inputs.update(lse=safe_lse(lse), delta=delta)
+  if schedule.own:
+    inputs.update(own_k=frame.folded(k), own_v=frame.folded(v))
+  if segment_ids is not None:
+    inputs.update(ids=frame.ids(segment_ids))
+  dq = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], len(heads), Dk), q.dtype)
+  wgs, turns = blocks.warpgroups, blocks.held * blocks.warpgroups
+  scratch = dict(
+    q_s=gpu.smem(blocks.held, wgs, TILE, Dk, dtype=q.dtype),
+    dout_s=gpu.smem(blocks.held, wgs, TILE, Dv, dtype=q.dtype),
+    lse_s=gpu.vector(blocks.held, wgs, TILE),
+    delta_s=gpu.vector(blocks.held, wgs, TILE),
+    q_full=gpu.Barrier(num_barriers=turns, num_arrivals=4),
+    q_free=gpu.Barrier(num_barriers=turns),
+    **stream_forward.ring(frame, blocks, Dk, Dv, q.dtype),
+  )
+  if gpu.simulated():
+    scratch.update(p_s=gpu.smem(wgs, TILE, blocks.step, dtype=q.dtype))
+  work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
+  (dq,) = gpu.launch(
+    "stream_dq",
+    functools.partial(_dq, frame=frame, blocks=blocks, work=work, scale=scale),
+    inputs=inputs,
+    outputs=dict(dq=dq),
+    scratch=scratch,
+    grid=(work.num_blocks,),
+    grid_names=("core",),
+    num_threads=wgs + 1,
+    thread_name="wg",
+  )
+  return frame.unfolded(dq)
+
+
+def _dq(refs, *, frame, blocks, work, scale):
+  wg = lax.axis_index("wg")
+
+  @pl.when(wg == blocks.warpgroups)
+  def _():
+    gpu.set_max_registers(blocks.registers[0], action="decrease")
+    held = ("q", "dout"), ("lse", "delta")
+    stream_forward.produce(refs, frame, blocks, work, *held)
+
+  @pl.when(wg < blocks.warpgroups)
+  def _():
+    gpu.set_max_registers(blocks.registers[1], action="increase")
+    consume = lambda item, n, done: _Queries(refs, frame, blocks, item, n, done, wg, scale).run()
+    work.each(consume, jnp.int32(0))
+    gpu.wait_to_gmem(0)
+
+
+class _Queries(stream_forward.Queries):
+  """64 queries of an item, whose dq is summed."""
+
+  def run(self):
+    """Sums and writes dq; the steps taken so far."""
+    refs, wg = self.refs, self.wg
+    b, r, h = self.item["b"], self.item["r"], self.item["h"]
+    self.masks = stream_forward.Masks(refs, self.frame, self.sweep, self.item, self.base)
+    gpu.barrier_wait(refs["q_full"].at[self.turn])
+    place = self.place
+    self.dout_s = refs["dout_s"].at[place, wg]
+    self.lse = gpu.load(refs["lse_s"].at[place, wg], layout=gpu.ROW, optimized=False)
+    self.delta = gpu.load(refs["delta_s"].at[place, wg], layout=gpu.ROW, optimized=False)
+    dq = self.ahead() if self.blocks.ahead else self.in_turn()
+    self.q_s[...] = (dq * self.factor).astype(self.dtype)
+    gpu.commit_smem()
+    gpu.to_gmem(self.q_s, self.frame.tile(refs["dq"], b, r, self.base, TILE, h))
+    gpu.wait_to_gmem(0, wait_read_only=True)
+    gpu.barrier_arrive(refs["q_free"].at[self.turn])
+    return self.done + self.sweep.num
+
+  def in_turn(self):
+    """Each step: logits and dP, dS, its product. The warpgroups fill each other's gaps."""
+    refs = self.refs
+
+    def step(i, dq, kind):
+      s = self.slot(i)
+      body = lambda logits, dp: self.dlogits(i, kind, logits, dp)
+      tile = TILE, self.blocks.step
+      self.wait(s)
+      ds = gpu.sums(body, tile, tile).astype(self.dtype)
+      (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[s])), scratch=self.p_s)
+      gpu.barrier_arrive(refs["k_free"].at[s])
+      return dq
+
+    return self.loops(step, 0, gpu.zeros((TILE, self.q_s.shape[-1])))
+
+  def ahead(self):
+    """The logits and dP of a step are made while the product of the step before runs."""
+    refs, tile = self.refs, (TILE, self.blocks.step)
+
+    def step(i, carry, kind):
+      dq, ds = carry
+      before = self.slot(i - 1)
+      self.wait(self.slot(i))
+
+      def body(logits, dp, dq):
+        add = lambda: dq.add_from_registers(ds, refs["k_s"].at[before])
+        return self.dlogits(i, kind, logits, dp, add), dq.get()
+
+      ds, dq = gpu.sums(body, tile, tile, dq, scratch=self.p_s)
+      gpu.barrier_arrive(refs["k_free"].at[before])
+      # Behind the barrier, so that the registers of the old ds are not overwritten in use.
+      dq, ds = lax.optimization_barrier((dq, ds))
+      return dq, ds.astype(self.dtype)
+
+    first = jnp.int32(0)
+    self.wait(self.slot(0))
+    body = lambda logits, dp: self.dlogits(first, self.any_kind, logits, dp)
+    ds = gpu.sums(body, tile, tile).astype(self.dtype)
+    dq, ds = self.loops(step, 1, (gpu.zeros((TILE, self.q_s.shape[-1])), ds))
+    last = self.slot(self.sweep.num - 1)
+    (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[last])), scratch=self.p_s)
+    gpu.barrier_arrive(refs["k_free"].at[last])
+    return dq
+
+  def wait(self, s):
+    gpu.barrier_wait(self.refs["k_full"].at[s])
+    gpu.barrier_wait(self.refs["v_full"].at[s])
+
+  def dlogits(self, i, kind, logits, dp, meanwhile=None):
+    """dS of step i, in float32; `meanwhile` starts one more product."""
+    s, refs = self.slot(i), self.refs
+    columns = lambda x: gpu.over_columns(x, self.blocks.step)
+    logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+    dp.add(self.dout_s, refs["v_s"].at[s].transpose((1, 0)))
+    if meanwhile is not None:
+      meanwhile()
+    more = 0 if meanwhile is None else 1
+    mask = None if kind is None else self.masks(i, s, kind)
+    p = exp2_of(logits.get(under_way=1 + more) * self.scale - columns(self.lse), mask)
+    dp = dp.get(under_way=more)
+    gpu.barrier_arrive(refs["v_free"].at[s])
+    return p * (dp - columns(self.delta))
+
+
+def exp2_of(x, mask):
+  """Weights of logits under their log-sum-exp (`safe_lse`), which are never above 1."""
+  p = jnp.exp2(jnp.minimum(x, 0.0))
+  return p if mask is None else jnp.where(mask, p, 0.0)
+
+
+def dkv_kernel(
+  schedule: stream.Schedule,
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B T Hkv Dk"],
+  v: Float[Array, "B T Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  lse: Float[Array, "B Hg R Mp"],
+  delta: Float[Array, "B Hg R Mp"],
+  dout: Float[Array, "B T Hg Dv"],
+  *,
+  scale: float,
+  heads: range | tuple[int, ...],
+  blocks: stream.BlockSizes | None = None,
+  parts: str | None = None,
+) -> tuple[jax.Array, ...]:
+  """dk, dv per query head over the pairs of a schedule; arguments as for `backward`.
+
+  Keys of the queries' own rows do not count (`Schedule.own`): they are another schedule's.
+
+  Args:
+    parts: which of "k", "v" to compute in a launch; by default "kv", where registers hold both.
+  """
+  B, T, H, Dk = q.shape
+  Dv = v.shape[-1]
+  frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
+  blocks = blocks or default_dkv_blocks(Dk, Dv)
+  if parts is None and Dk + Dv > 256:
+    again = functools.partial(
+      dkv_kernel, schedule, q, k, v, segment_ids, lse, delta, dout, scale=scale, heads=heads
+    )
+    return again(blocks=blocks, parts="k") + again(blocks=blocks, parts="v")
+  parts = parts or "kv"
+  inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
+  inputs.update(lse=safe_lse(lse), delta=delta)
+  if segment_ids is not None:
+    inputs.update(ids=frame.ids(segment_ids))
+  shape = dict(k=frame.key_shape(B, Dk), v=frame.key_shape(B, Dv))
+  outputs = {f"d{x}": jax.ShapeDtypeStruct(shape[x], q.dtype) for x in parts}
+  wgs, stages, step = blocks.warpgroups, blocks.stages, blocks.step
+  pieces = frame.pieces(TILE)
+  scratch = dict(
+    k_s=gpu.smem(wgs, TILE, Dk, dtype=q.dtype),
+    v_s=gpu.smem(wgs, TILE, Dv, dtype=q.dtype),
+    q_s=gpu.smem(stages, step, Dk, dtype=q.dtype),
+    dout_s=gpu.smem(stages, step, Dv, dtype=q.dtype),
+    lse_s=gpu.vector(stages, step),
+    delta_s=gpu.vector(stages, step),
+    k_full=gpu.Barrier(num_barriers=wgs, num_arrivals=2 * pieces),
+    k_free=gpu.Barrier(num_barriers=wgs),
+    q_full=gpu.Barrier(num_barriers=stages, num_arrivals=3 if frame.segments else 2),
+    dout_full=gpu.Barrier(num_barriers=stages, num_arrivals=2),
+    q_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
+  )
+  if frame.segments:
+    scratch.update(ids_s=gpu.vector(stages, step, dtype=jnp.int32))
+  if gpu.simulated():
+    scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=q.dtype))
+  work = stream.Work(frame, blocks, B, -(-frame.num_keys // blocks.rows))
+  grads = gpu.launch(
+    "stream_dkv",
+    functools.partial(_dkv, frame=frame, blocks=blocks, work=work, scale=scale, parts=parts),
+    inputs=inputs,
+    outputs=outputs,
+    scratch=scratch,
+    grid=(work.num_blocks,),
+    grid_names=("core",),
+    num_threads=wgs + 1,
+    thread_name="wg",
+  )
+  return tuple(frame.key_grads(x) for x in grads)
+
+
+def _dkv(refs, *, frame, blocks, work, scale, parts):
+  wg = lax.axis_index("wg")
+
+  @pl.when(wg == blocks.warpgroups)
+  def _():
+    gpu.set_max_registers(blocks.registers[0], action="decrease")
+    _produce_queries(refs, frame, blocks, work)
+
+  @pl.when(wg < blocks.warpgroups)
+  def _():
+    gpu.set_max_registers(blocks.registers[1], action="increase")
+    work.each(
+      lambda item, n, done: _Keys(refs, frame, blocks, item, done, wg, scale, parts).run(),
+      jnp.int32(0),
+    )
+    gpu.wait_to_gmem(0)
+
+
+def _produce_queries(refs, frame, blocks, work):
+  """Loads the keys of every item, and the tiles of queries that see them into the ring."""
+  step = blocks.step
+  slot = lambda n: lax.rem(n, jnp.int32(blocks.stages))
+
+  def load_item(item, n, done):
+    b, r, h = item["b"], item["r"], item["h"]
+    k0 = item["tile"] * blocks.rows
+    for wg in range(blocks.warpgroups):
+      pl.when(n > 0)(lambda wg=wg: gpu.barrier_wait(refs["k_free"].at[wg]))
+      for x in "kv":
+        copy = lambda piece, first, size, x=x, wg=wg: gpu.to_smem(
+          piece, refs[f"{x}_s"].at[wg, pl.ds(first, size)], refs["k_full"].at[wg]
+        )
+        frame.load_keys(copy, refs[x], b, r, h, item["tile"] * blocks.warpgroups + wg, TILE)
+    tiles = frame.query_tiles(k0, blocks.rows, step)
+
+    def load_step(i, done):
+      s = slot(done)
+      q0 = tiles.tile(i) * step
+      rows = lambda name: refs[name].at[b, h, r, pl.ds(q0, step)]
+      pl.when(done >= blocks.stages)(lambda: gpu.barrier_wait(refs["q_free"].at[s]))
+      q_full, dout_full = refs["q_full"].at[s], refs["dout_full"].at[s]
+      q = frame.tile(refs["q"], b, r, q0, step, frame.head(h))
+      gpu.to_smem(q, refs["q_s"].at[s], q_full)
+      gpu.to_smem(rows("lse"), refs["lse_s"].at[s], q_full)
+      if frame.segments:
+        gpu.to_smem(refs["ids"].at[b, r, pl.ds(q0, step)], refs["ids_s"].at[s], q_full)
+      gpu.to_smem(frame.tile(refs["dout"], b, r, q0, step, h), refs["dout_s"].at[s], dout_full)
+      gpu.to_smem(rows("delta"), refs["delta_s"].at[s], dout_full)
+      return done + 1
+
+    return lax.fori_loop(0, tiles.num, load_step, done)
+
+  done = work.each(load_item, jnp.int32(0))
+
+  @pl.loop(jnp.maximum(done - blocks.stages, 0), done)
+  def _(i):  # every completion of a barrier has to be observed
+    gpu.barrier_wait(refs["q_free"].at[slot(i)])
+
+  for wg in range(blocks.warpgroups):
+    gpu.barrier_wait(refs["k_free"].at[wg])
+
+
+class _Keys:
+  """64 keys of an item, whose dk and dv are summed."""
+
+  def __init__(self, refs, frame, blocks, item, done, wg, scale, parts):
+    self.refs, self.frame, self.blocks, self.parts = refs, frame, blocks, parts
+    self.item, self.done, self.wg = item, done, wg
+    self.factor, self.scale = scale, scale * gpu.LOG2E
+    self.k0 = item["tile"] * blocks.rows
+    self.base = self.k0 + wg * TILE
+    self.tiles = frame.query_tiles(self.k0, blocks.rows, blocks.step)
+    self.k_s, self.v_s = refs["k_s"].at[wg], refs["v_s"].at[wg]
+    self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
+    self.dtype = refs["q_s"].dtype
+
+  def run(self):
+    """Sums and writes dk and dv; the steps taken so far."""
+    refs, frame, wg = self.refs, self.frame, self.wg
+    b, r, h = self.item["b"], self.item["r"], self.item["h"]
+    self.places = frame.key_places(self.base, TILE, h, gpu.ROW)
+    if frame.segments:
+      ids = refs["ids"].at[b, r, pl.ds(self.base, TILE)]
+      self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
+    gpu.barrier_wait(refs["k_full"].at[wg])
+    buffers = dict(k=self.k_s, v=self.v_s)
+    sums = tuple(gpu.zeros((TILE, buffers[x].shape[-1])) for x in self.parts)
+    loop = lambda start, stop, masked, sums: lax.fori_loop(
+      start, stop, functools.partial(self.step, masked=masked), sums
+    )
+    if not frame.segments:
+      sums = loop(0, self.tiles.num_full, False, sums)
+    sums = loop(self.tiles.num_full, self.tiles.num, True, sums)
+    for x, total in zip(self.parts, sums, strict=True):
+      buffers[x][...] = (total * self.factor if x == "k" else total).astype(self.dtype)
+    gpu.commit_smem()
+    for x in self.parts:
+      copy = lambda first, size, target, x=x: gpu.to_gmem(buffers[x].at[pl.ds(first, size)], target)
+      frame.store_keys(copy, refs[f"d{x}"], b, r, h, self.base, TILE)
+    gpu.wait_to_gmem(0, wait_read_only=True)
+    gpu.barrier_arrive(refs["k_free"].at[wg])
+    return self.done + self.tiles.num
+
+  def mask(self, i, s):
+    """Which of [64 keys, step queries] attend in step i."""
+    step = self.blocks.step
+    high, low = self.frame.query_bounds(self.tiles.tile(i) * step, step, gpu.COLUMN)
+    queries, keys = (lambda x: gpu.over_rows(x, TILE)), (lambda x: gpu.over_columns(x, step))
+    mask = queries(high) >= keys(self.places)
+    if low is not None:
+      mask = mask & (queries(low) <= keys(self.places))
+    if self.frame.segments:
+      ids = gpu.load(self.refs["ids_s"].at[s], layout=gpu.COLUMN, optimized=False)
+      mask = mask & (queries(ids) == keys(self.ids))
+    return mask
+
+  def step(self, i, sums, masked):
+    refs, parts = self.refs, self.parts
+    s = lax.rem(self.done + i, jnp.int32(self.blocks.stages))
+    q, dout = refs["q_s"].at[s], refs["dout_s"].at[s]
+    rows = lambda name: gpu.over_rows(
+      gpu.load(refs[name].at[s], layout=gpu.COLUMN, optimized=False), TILE
+    )
+    narrow = lambda x: x.astype(self.dtype)
+
+    def body(logits, *others):
+      *dp, dk, dv = (
+        others if parts == "kv" else (*others, None) if parts == "k" else (None, *others)
+      )
+      gpu.barrier_wait(refs["q_full"].at[s])
+      logits.add(self.k_s, q.transpose((1, 0)))
+      lse = rows("lse_s")
+      mask = self.mask(i, s) if masked else None
+      gpu.barrier_wait(refs["dout_full"].at[s])
+      if dp:
+        dp[0].add(self.v_s, dout.transpose((1, 0)))
+      p = exp2_of(logits.get(under_way=len(dp)) * self.scale - lse, mask)
+      if dv is not None:
+        dv.add_from_registers(narrow(p), dout)
+      if dk is not None:
+        dlogits = p * (dp[0].get(under_way=0 if dv is None else 1) - rows("delta_s"))
+        dk.add_from_registers(narrow(dlogits), q)
+      return tuple(x.get() for x in (dk, dv) if x is not None)
+
+    tiles = [(TILE, self.blocks.step)] * (1 if parts == "v" else 2)
+    sums = gpu.sums(body, *tiles, *sums, scratch=self.p_s)
+    gpu.commit_reads()  # of lse and delta
+    gpu.barrier_arrive(refs["q_free"].at[s])
+    return sums
+
+
+def backward(
+  schedule: stream.Schedule,
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B T Hkv Dk"],
+  v: Float[Array, "B T Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  out: Float[Array, "B T Hg Dv"],
+  lse: Float[Array, "B Hg R Mp"],
+  dout: Float[Array, "B T Hg Dv"],
+  dlse: Float[Array, "B Hg R Mp"] | None = None,
+  *,
+  scale: float,
+  heads: range | tuple[int, ...],
+  dq_blocks: stream.BlockSizes | None = None,
+  dkv_blocks: stream.BlockSizes | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Gradients of the heads `heads` over the pairs of a schedule.
+
+  Args:
+    schedule: the pairs.
+    q, k, v, segment_ids, scale, heads: as for `forward`.
+    out, dout: the result and its cotangent, of these heads.
+    lse, dlse: the log-sum-exp in base 2 of the whole softmax, and the cotangent of the natural
+      one, per sequence of the view. lse may be that of a union with other schedules' keys, in which
+      case out is the union's as well and the gradients are this schedule's summands.
+    dq_blocks, dkv_blocks: tile sizes of the two kernels.
+
+  Returns:
+    dq [B, T, Hg, Dk]; dk and dv per query head, [B, T, Hg, D], of summaries [B, T/l, width, Hg, D];
+    delta, as lse.
+  """
+  delta = row_delta(schedule, out, lse, dout, dlse)
+  rest = q, k, v, segment_ids, lse, delta, dout
+  dq = dq_kernel(schedule, *rest, scale=scale, heads=heads, blocks=dq_blocks)
+  dk, dv = dkv_kernel(schedule, *rest, scale=scale, heads=heads, blocks=dkv_blocks)
+  return dq, dk, dv, delta
