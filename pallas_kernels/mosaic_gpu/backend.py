@@ -165,7 +165,7 @@ class _Group:
 
   def padded(self, x):
     """[B, T, ...] with zeros where sequences end; as it is where all sizes fit."""
-    if x is None or self.T == self.length:
+    if x is None or self.length == self.T:
       return x
     rows = -(-self.length // self.row)
     x = _padded(x, rows * self.row).reshape(x.shape[0], rows, self.row, *x.shape[2:])
@@ -174,7 +174,7 @@ class _Group:
 
   def cut(self, x):
     """The way back from `padded`."""
-    if self.T == self.length:
+    if self.length == self.T:
       return x
     x = x.reshape(x.shape[0], -1, self.stride, *x.shape[2:])[:, :, : self.row]
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]

@@ -27,8 +27,10 @@ def default_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
-    return stream.BlockSizes(ahead=True)
-  return stream.BlockSizes(stages=3, warpgroups=3, held=2)
+    return stream.BlockSizes(ahead=True, fused=True)
+  if max(Dk, Dv) > 32:
+    return stream.BlockSizes(stages=3, warpgroups=3, held=2, fused=True)
+  return stream.BlockSizes(step=64, stages=6, warpgroups=3, held=2, fused=True)
 
 
 def forward(
@@ -357,7 +359,12 @@ class _Softmax(Queries):
     lse_s[...] = lse
     gpu.commit_smem()
     gpu.to_gmem(out_s, self.frame.tile(refs["out"], b, r, self.base, TILE, h))
-    gpu.to_gmem(lse_s, refs["lse"].at[b, h, r, pl.ds(self.base, TILE)])
+
+    # Unlike tiles, rows of single values are not clipped where an axis ends.
+    @pl.when(self.base < self.frame.padded)
+    def _():
+      gpu.to_gmem(lse_s, refs["lse"].at[b, h, r, pl.ds(self.base, TILE)])
+
     return self.done + self.sweep.num
 
   def start(self):
