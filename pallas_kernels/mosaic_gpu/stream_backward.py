@@ -27,7 +27,7 @@ def default_dq_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
     return stream.BlockSizes(step=64, stages=3, ahead=True)
-  return stream.BlockSizes(stages=3, ahead=True)
+  return stream.BlockSizes(stages=3, ahead=True, held=2)
 
 
 def default_dkv_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
@@ -119,6 +119,7 @@ def dq_kernel(
 
 
 def _dq(refs, *, frame, blocks, work, scale):
+  refs = stream_forward.open_boxes(refs, frame, blocks)
   wg = lax.axis_index("wg")
 
   @pl.when(wg == blocks.warpgroups)
