@@ -1,4 +1,4 @@
-# Every target makes .venv by itself: nothing but make, a Python >= 3.12 and a package index is needed.
+# Every target but test-gpu makes .venv by itself: nothing but make, a Python >= 3.12 and a package index is needed.
 
 # The first of these that is a Python >= 3.12 builds the environment; `make PYTHON=...` overrides.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -9,7 +9,15 @@ RUN = .venv/bin/python -m
 # Two cores: one worker each. Compilation, most of the time, uses one core.
 WORKERS ?= 2
 
-.PHONY: quickstart test test-long bench lint
+# What the GPU's own tests need, with whatever else that machine has: its Python, no .venv.
+GPU_PYTHON = $(or $(PYTHON),python3)
+GPU_TESTS = $(wildcard tests/attention_test.py tests/mosaic_gpu_*_test.py)
+# The type checks of the other targets need beartype, and their warnings are errors: neither is
+# asked of a machine that is not ours. Float32 products stay float32; GPUs round them to TF32.
+GPU_PYTEST = -q -m "not slow" -W default \
+  -o addopts="--strict-markers --import-mode=importlib"
+
+.PHONY: quickstart test test-long test-gpu bench lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples and attention
@@ -20,6 +28,11 @@ test: .venv lint  ## the test suite
 
 test-long: .venv lint  ## everything that does not fit there, in full
 	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"
+
+test-gpu:  ## the attention suites on this machine's GPU, with the running interpreter
+	@$(GPU_PYTHON) -c "import jax, sys; sys.exit(jax.default_backend() != 'gpu')" || \
+	  { echo "JAX ($(GPU_PYTHON)) finds no GPU here" >&2; exit 1; }
+	JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTHON) -m pytest $(GPU_PYTEST) $(GPU_TESTS)
 
 bench: .venv  ## every benchmark this machine can run, into benchmarks/*.json
 	$(RUN) experiments.benchmark

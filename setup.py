@@ -41,7 +41,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.12",
   packages=setuptools.find_packages(include=["sparse_flax*", "pallas_kernels*"]),
-  package_data={"sparse_flax.data": ["samples/*"]},
+  package_data={"sparse_flax.data": ["samples/*"], "pallas_kernels": ["tuning.json"]},
   install_requires=CORE + DATA + LAUNCH,
   extras_require={
     "cuda13": ["jax[cuda13]"],

@@ -1,6 +1,7 @@
 """The door: `sparse_attention` checks its arguments, chooses an implementation and runs it."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,10 +18,13 @@ from pallas_kernels.patterns import Dense
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.reference import reference_attention
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla")
-_BACKENDS = {"xla": xla}  # those with a backward pass of their own
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "mosaic_gpu")
+# Mosaic GPU's interface moves between releases of JAX: its kernels run with those that were tested.
+TESTED_JAX = ("0.11.2",)
+
+logger = logging.getLogger(__name__)
 
 
 def sparse_attention(
@@ -42,7 +46,13 @@ def sparse_attention(
   """softmax(scale q k^T over the keys that `pattern` allows) v  (arXiv:1904.10509, Eq. 2-3).
 
   No implementation but `reference` builds a T x T array. Gradients of q, k and v are exact, also
-  from the cotangent of the log-sum-exp; `xla` has no second derivatives, `reference` has.
+  from the cotangent of the log-sum-exp; only `reference` has second derivatives.
+
+  `mosaic_gpu` runs on NVIDIA Hopper GPUs, and by name on a CPU in a simulator, which is for tests:
+  bfloat16 and float16, head sizes 32, 64, 96, 128 and 256, the paper's patterns and `PerHead` of
+  them, segment ids for `Dense`, `Local` and `Block`. It calls cuDNN for `Dense` without
+  `return_lse` where cuDNN can do it; that alone gives equal bits only with
+  XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
   Args:
     q: queries, float32, bfloat16 or float16.
@@ -55,8 +65,9 @@ def sparse_attention(
     scale: factor of the logits, Dk ** -0.5 by default.
     segment_ids: attention stays inside equal ids (packed sequences).
     logits_soft_cap: not yet supported.
-    implementation: None for the best that works here, or the name of the one to use.
-    deterministic: whether equal inputs must give equal bits; all implementations here do.
+    implementation: None for the best that works here, or the name of the one to use. On a GPU
+      None is `mosaic_gpu`, and `xla`, with one line in the log, for what that does not support.
+    deterministic: whether equal inputs must give equal bits; all our own kernels do.
     return_lse: whether to return the log-sum-exp too.
 
   Returns:
@@ -65,7 +76,7 @@ def sparse_attention(
 
   Raises:
     ValueError: for shapes, dtypes or names that do not fit; the message says which.
-    NotImplementedError: for what no implementation can do yet.
+    NotImplementedError: for what no implementation, or not the one named, can do.
   """
   _check_arrays(q, k, v, segment_ids)
   if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -75,30 +86,87 @@ def sparse_attention(
   if implementation == "reference":
     how = dict(pattern=pattern, scale=scale, segment_ids=segment_ids)
     out, lse = _named(*reference_attention(q, k, v, **how))
-  else:
-    out, lse = _attend(choose(implementation), pattern, scale, q, k, v, segment_ids)
-  return (out, lse) if return_lse else out
+    return (out, lse) if return_lse else out
+  name = choose(implementation)
+  if name == "mosaic_gpu":
+    if reason := _backend(name).unsupported(q, v, segment_ids, pattern):
+      name = _instead(implementation, reason)
+    elif not return_lse and _backend(name).cudnn_serves(q, v, segment_ids, pattern):
+      return checkpoint_name(_backend(name).cudnn_attention(q, k, v, scale=scale), "attention_out")
+  return _attend(name, pattern, scale, return_lse, q, k, v, segment_ids)
 
 
 def choose(implementation: Implementation | None) -> Implementation:
-  """The implementation that a call will use: the one named, or the best that works here."""
-  return implementation or "xla"
+  """The implementation that a call will use: the one named, or the best that works here.
+
+  Of `mosaic_gpu` it says what device and version allow; `xla` serves what that does not support.
+  """
+  on_gpu = _platform() == "gpu"
+  if implementation != "mosaic_gpu" and (implementation is not None or not on_gpu):
+    return implementation or "xla"
+  if jax.__version__ not in TESTED_JAX:
+    tested = ", ".join(TESTED_JAX)
+    return _instead(implementation, f"mosaic_gpu: tested with JAX {tested}, not {jax.__version__}")
+  if on_gpu and (capability := _compute_capability()).partition(".")[0] != "9":
+    reason = f"mosaic_gpu: made for compute capability 9.x (Hopper), not {capability}"
+    return _instead(implementation, reason)
+  return "mosaic_gpu"
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(name, pattern, scale, q, k, v, segment_ids):
-  return _BACKENDS[name].forward(q, k, v, segment_ids, pattern=pattern, scale=scale)
+def _instead(implementation: Implementation | None, reason: str) -> Implementation:
+  """`xla` where the choice was ours, said once; else an error."""
+  if implementation is not None:
+    raise NotImplementedError(reason)
+  _say_once(reason)
+  return "xla"
 
 
-def _attend_forward(name, pattern, scale, q, k, v, segment_ids):
-  # The residuals carry the names, so that a policy which keeps them saves the forward pass.
-  out, lse = _named(*_BACKENDS[name].forward(q, k, v, segment_ids, pattern=pattern, scale=scale))
-  return (out, lse), (q, k, v, segment_ids, out, lse)
+@functools.cache
+def _say_once(reason: str) -> None:
+  logger.warning("%s; xla computes it", reason)
 
 
-def _attend_backward(name, pattern, scale, residuals, cotangents):
-  grads = _BACKENDS[name].backward(*residuals, *cotangents, pattern=pattern, scale=scale)
+def _platform() -> str:
+  """Of the device that programs are built for, which need not be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  platform = jax.default_backend() if device is None else device.platform
+  return "gpu" if platform == "cuda" else platform
+
+
+def _compute_capability() -> str:
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.devices()[0].compute_capability
+  return "9.0" if "H100" in device.device_kind or "H200" in device.device_kind else "unknown"
+
+
+def _backend(name: Implementation):
+  """Those with a backward pass of their own."""
+  if name == "mosaic_gpu":
+    from pallas_kernels import mosaic_gpu  # only now: not every version of JAX can import it
+
+    return mosaic_gpu
+  return xla
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _attend(name, pattern, scale, return_lse, q, k, v, segment_ids):
+  return _attend_forward(name, pattern, scale, return_lse, q, k, v, segment_ids)[0]
+
+
+def _attend_forward(name, pattern, scale, return_lse, q, k, v, segment_ids):
+  backend = _backend(name)
+  # The residuals carry the names, so that a policy which keeps them saves the forward pass. The
+  # lse among them is as the backend wants it: the public one is made for who asks.
+  out, lse = _named(*backend.forward(q, k, v, segment_ids, pattern=pattern, scale=scale))
+  result = (out, backend.natural_lse(lse, q, v, pattern=pattern)) if return_lse else out
+  return result, (q, k, v, segment_ids, out, lse)
+
+
+def _attend_backward(name, pattern, scale, return_lse, residuals, cotangents):
+  dout, dlse = cotangents if return_lse else (cotangents, None)
+  grads = _backend(name).backward(*residuals, dout, dlse, pattern=pattern, scale=scale)
   return (*grads, None)
 
 

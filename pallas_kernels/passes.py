@@ -27,6 +27,8 @@ class Pass:
     allowed: (i, j) -> whether the pair attends, for pairs of one sequence, in original positions.
     stride: tokens per row of the view; unused by "natural".
     window: keys a query can see at most, itself included, where that bounds the sweep.
+    distance: the pairs are all those of a sequence with `distance <= i - j` (and i - j < window);
+      None where only `allowed` knows.
     layout: boolean table [nq, nk] of blocks of `block_size` that may hold pairs; None for all.
     starts: first summary column; head h of the pass uses starts[h % len(starts)].
     width: summary columns.
@@ -36,6 +38,7 @@ class Pass:
   allowed: Callable[[Any, Any], Any]
   stride: int = 1
   window: int | None = None
+  distance: int | None = None
   layout: np.ndarray | None = None
   block_size: int = 0
   starts: tuple[int, ...] = ()
@@ -72,10 +75,12 @@ def lower(pattern: patterns.Pattern, num_heads: int) -> tuple[tuple[range | tupl
 def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
   """The passes of a pattern that all its heads share (or of `Fixed`, whose heads shift)."""
   match pattern:
+    case patterns.Dense():
+      return (_band("natural", 0),)
     case patterns.Local(window=window):
-      return (Pass(view="natural", allowed=pattern.allowed, window=window),)
+      return (Pass(view="natural", allowed=pattern.allowed, window=window, distance=0),)
     case patterns.Column(stride=stride):
-      return (Pass(view="columns", allowed=_at_least(0), stride=stride),)
+      return (_band("columns", 0, stride),)
     case patterns.Strided(stride=stride):
       return _strided(stride, stride)
     case patterns.Union(patterns=(patterns.Local(window=window), patterns.Column(stride=stride))):
@@ -83,9 +88,9 @@ def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
     case patterns.Union(patterns=(patterns.Column(stride=stride), patterns.Local(window=window))):
       return _strided(window, stride)
     case patterns.Block(stride=stride):
-      return (Pass(view="blocks", allowed=_at_least(0), stride=stride),)
+      return (_band("blocks", 0, stride),)
     case patterns.Summary(stride=stride, width=width, start=start):
-      return (_summaries(stride, width, (start,), _at_least(0)),)
+      return (_summaries(stride, width, (start,), lambda i, j: j <= i),)
     case patterns.Fixed(stride=stride, summary=width, num_subblocks=num):
       return _fixed(stride, width, tuple(stride - (1 + n) * width for n in range(num)))
     case patterns.Union(
@@ -133,14 +138,15 @@ def tile_lists(
   return np.where(np.arange(idx.shape[1]) < length[:, None], idx, 0).astype(np.int32), length
 
 
-def _at_least(distance: int) -> Callable[[Any, Any], Any]:
-  return lambda i, j: i - j >= distance
+def _band(view: str, distance: int, stride: int = 1) -> Pass:
+  at_least = lambda i, j: i - j >= distance
+  return Pass(view=view, allowed=at_least, stride=stride, distance=distance)
 
 
 def _strided(window: int, stride: int) -> tuple[Pass, Pass]:
   """`Local(window) | Column(stride)`: the column leaves to the window what is in both."""
   local = passes_of(patterns.Local(window))
-  return (*local, Pass(view="columns", allowed=_at_least(window), stride=stride))
+  return (*local, _band("columns", window, stride))
 
 
 def _fixed(stride: int, width: int, starts: tuple[int, ...]) -> tuple[Pass, Pass]:

@@ -63,17 +63,18 @@ def backward(
   out: Float[Array, "B T H Dv"],
   lse: Float[Array, "B T H"],
   dout: Float[Array, "B T H Dv"],
-  dlse: Float[Array, "B T H"],
+  dlse: Float[Array, "B T H"] | None,
   *,
   pattern: Pattern,
   scale: float,
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
-  """Gradients of q, k and v, given those of the result and of its log-sum-exp.
+  """Gradients of q, k and v, given those of the result and of its log-sum-exp, if it has any.
 
   With P = exp(S - lse) of the merged lse, dS = P (dP - delta), delta = rowsum(dout out) - dlse:
   every pass of a merged pattern uses the same two rows, and the merge is never differentiated.
   """
-  delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
+  delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+  delta = delta if dlse is None else delta - dlse
   # A row without keys has no pair to use these, and its cotangent of lse = -inf may be anything.
   has_keys = jnp.isfinite(lse)
   lse, delta = jnp.where(has_keys, lse, 0.0), jnp.where(has_keys, delta, 0.0)
@@ -88,6 +89,12 @@ def backward(
       parts = tuple(part.astype(x.dtype) for part, x in zip(parts, (qs, ks, vs), strict=True))
       grads = tuple(a + b.astype(jnp.float32) for a, b in zip(grads, pull(parts), strict=True))
   return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+
+
+def natural_lse(lse: Float[Array, "B T H"], q, v, *, pattern: Pattern) -> Float[Array, "B T H"]:
+  """The public log-sum-exp: of this backend, what `forward` returned."""
+  del q, v, pattern
+  return lse
 
 
 def _merge(out_a, lse_a, out_b, lse_b):

@@ -1,12 +1,16 @@
 """Every implementation on every pattern against `reference`, and `reference` against numpy."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
+from helpers import assert_near
 from helpers import Case
 from helpers import EVERY_PATTERN
 from helpers import jitted_vjp
@@ -16,7 +20,8 @@ from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import xla
 
-OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
+# What the GPU's kernels take; on a CPU they run in a simulator, which is slow.
+SIZES = {"mosaic_gpu": dict(B=1, H=2, Hkv=2, Dk=32, Dv=32, dtype="bfloat16")}
 # Relative to the largest value: float32 sums in another order; bfloat16 and float16 round the
 # inputs of every product (8 and 11 bits).
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -46,17 +51,88 @@ CASES = [
   Case(patterns.BlockLayout(np.eye(2, dtype=bool), 90), name="layout", T=40, B=1),
 ]
 
+# Small enough for the simulator.
+_kernel = functools.partial(Case, B=1, H=2, Hkv=1, dtype="bfloat16")
+_narrow = functools.partial(_kernel, Dk=32, Dv=32)
+_single = functools.partial(_narrow, H=1)
+KERNEL_CASES = [
+  _narrow(patterns.Local(64), T=130, segments=3),
+  _kernel(patterns.Local(64), T=150, Dk=64, Dv=64, H=1),  # its two edges fold into one tile
+  _narrow(patterns.Local(100), T=1),
+  _single(patterns.Local(300), T=400, name="wide"),
+  _kernel(patterns.Column(2), T=48, Dk=64, Dv=128),  # 24, 63, 64, 65, 96 rows of a column
+  _narrow(patterns.Column(2), T=126, dtype="float16"),
+  _single(patterns.Column(2), T=128),
+  _single(patterns.Column(2), T=130),
+  _kernel(patterns.Column(2), T=192, Dk=96, Dv=96, H=1),
+  _kernel(patterns.Column(2), T=400, Dk=256, Dv=256, H=1, name="long_column"),
+  _narrow(patterns.Column(5), T=3),
+  _narrow(patterns.Block(64), T=128, segments=3),
+  _kernel(patterns.Block(65), T=130, Dk=128, Dv=64),
+  _narrow(patterns.Block(24), T=50),
+  _narrow(patterns.Summary(16, 4, 4), T=70),
+  _narrow(patterns.Strided(4), T=71),
+  _narrow(patterns.Strided(4), T=1),
+  _kernel(patterns.Strided(2), T=132, Dk=256, Dv=256, H=1),  # the column first, by streaming
+  _narrow(patterns.Local(70) | patterns.Column(3), T=100, H=1, name="union"),
+  _narrow(patterns.Fixed(24, 4, 2), T=70, H=4, Hkv=2),
+  _narrow(patterns.Fixed(24, 4, 2), T=48, H=3),
+  _narrow(patterns.Fixed(64, 8), T=50),
+  _narrow(patterns.Dense(), T=65, segments=2),
+  _narrow(patterns.Dense(), T=1, dtype="float16"),
+  _narrow(
+    patterns.PerHead((patterns.Local(20), patterns.Column(7), patterns.Fixed(32, 4, 2))),
+    T=50, H=6, Hkv=3,
+  ),
+]  # fmt: skip
+# The models of the paper, and a head of today: stride, summary width and what `Case` needs.
+_PAPER = {
+  "enwik8": (128, 32, dict(T=12_288, H=4, Hkv=4, Dk=64, Dv=64)),
+  "imagenet64": (128, 8, dict(T=12_288, H=4, Hkv=4, Dk=32, Dv=32)),
+  "cifar10": (128, 8, dict(T=3_072, H=2, Hkv=2, Dk=128, Dv=128)),
+  "cifar10_narrow": (128, 8, dict(T=3_072, H=2, Hkv=2, Dk=64, Dv=128)),
+  "audio64k": (256, 32, dict(T=8_192, H=2, Hkv=2, Dk=64, Dv=64)),
+  "modern32k": (128, 32, dict(T=4_096, H=4, Hkv=2, Dk=128, Dv=128)),
+  "wide": (64, 16, dict(T=2_048, H=2, Hkv=1, Dk=256, Dv=256)),
+  "odd": (96, 24, dict(T=3_001, H=3, Hkv=1, Dk=96, Dv=96, dtype="float16")),
+  "uneven": (100, 12, dict(T=1_999, H=2, Hkv=2, Dk=128, Dv=64)),
+}
+
+
+def _of_the_paper(stride, width):
+  yield patterns.Dense()
+  yield patterns.Local(stride)
+  yield patterns.Local(5 * stride + 1)
+  yield patterns.Column(stride)
+  yield patterns.Block(stride)
+  yield patterns.Summary(stride, width)
+  yield patterns.Strided(stride)
+  yield patterns.Fixed(stride, width)
+  yield patterns.Fixed(stride, width, 2)
+  yield patterns.PerHead((patterns.Local(stride), patterns.Column(stride)))
+
+
+GPU_CASES = [
+  _kernel(pattern, name=f"{shape}-{type(pattern).__name__.lower()}", **how)
+  for shape, (stride, width, how) in _PAPER.items()
+  for pattern in _of_the_paper(stride, width)
+]
+GPU_CASES += [
+  _kernel(pattern, T=T, segments=5, Dk=64, Dv=64)
+  for pattern in (patterns.Dense(), patterns.Local(128), patterns.Local(600), patterns.Block(128))
+  for T in (1_024, 1_111)
+]
+
 
 def attend(case, implementation, ids):
   how = dict(pattern=case.pattern, segment_ids=ids, return_lse=True)
   return functools.partial(sparse_attention, implementation=implementation, **how)
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_out_lse_and_gradients_match_the_reference(case, implementation):
+def test_out_lse_and_gradients_match_the_reference(case):
   q, k, v, ids, dout, dlse = case.arrays()
-  got = jitted_vjp(attend(case, implementation, ids), q, k, v, dout, dlse)
+  got = jitted_vjp(attend(case, "xla", ids), q, k, v, dout, dlse)
   # The truth is computed from the same rounded inputs, in float32.
   q32, k32, v32, dout32 = (x.astype(jnp.float32) for x in (q, k, v, dout))
   truth = jitted_vjp(attend(case, "reference", ids), q32, k32, v32, dout32, dlse)
@@ -64,6 +140,89 @@ def test_out_lse_and_gradients_match_the_reference(case, implementation):
   for what, a, b, dtype in zip(("out", "lse", "dq", "dk", "dv"), got, truth, dtypes, strict=True):
     assert a.dtype == dtype, f"{what} is {a.dtype}"
     assert_close(a, b, tolerance=TOLERANCE[case.dtype], what=what)
+
+
+def check_kernels(case):
+  q, k, v, ids, dout, dlse = case.arrays()
+  got = jitted_vjp(attend(case, "mosaic_gpu", ids), q, k, v, dout, dlse)
+  wide = (x.astype(jnp.float32) for x in (q, k, v, dout))
+  truth = jitted_vjp(attend(case, "reference", ids), *wide, dlse)
+  assert_close(got[1], truth[1], tolerance=1e-4, what="lse")
+  for what, n, bound in (("out", 0, 5e-3), ("dq", 2, 1e-2), ("dk", 3, 1e-2), ("dv", 4, 1e-2)):
+    assert got[n].dtype == q.dtype
+    assert_near(got[n], truth[n], cotangent=dout, tolerance=bound, what=what)
+  return got
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_kernels_match_the_reference(case):
+  check_kernels(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_kernels_match_the_reference_on_a_gpu_and_repeat_bit_by_bit(case):
+  q, k, v, ids, dout, dlse = case.arrays()
+  again = jitted_vjp(attend(case, "mosaic_gpu", ids), q, k, v, dout, dlse)
+  for first, second in zip(check_kernels(case), again, strict=True):
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+  "pattern", [patterns.Strided(8), patterns.Fixed(16, 4), patterns.Local(64)], ids=repr
+)
+def test_huge_values_give_numbers(pattern):
+  case = _narrow(pattern, T=40, H=1)
+  q, k, v, _, dout, dlse = case.arrays()
+  q, k, v = (jnp.where(x > 0, 3e4, -3e4).astype(x.dtype) for x in (q, k, v))
+  out, lse, *grads = jitted_vjp(attend(case, "mosaic_gpu", None), q, k, v, dout, dlse)
+  assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, lse, *grads))
+  # Weights that tie may be lost to rounding where passes meet; what is left is a mean of values.
+  assert np.abs(np.asarray(out, np.float32)).max() <= 3.01e4
+
+
+@pytest.mark.parametrize("pattern", [patterns.Local(16), patterns.Fixed(16, 4)], ids=repr)
+def test_kernels_under_transformations(pattern):
+  case = _narrow(pattern, T=32, B=4)
+  q, k, v, _, dout, _ = case.arrays()
+  run = functools.partial(sparse_attention, pattern=pattern, implementation="mosaic_gpu")
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradients(run, q, k, v, dout):
+    out, vjp = jax.vjp(run, q, k, v)
+    return out, *vjp(dout)
+
+  expected = gradients(run, q, k, v, dout)
+  split = [x.reshape(2, 2, 1, *x.shape[1:]) for x in (q, k, v, dout)]
+  for got, want in zip(gradients(jax.vmap(jax.vmap(run)), *split), expected, strict=True):
+    np.testing.assert_array_equal(got.reshape(want.shape), want)
+
+  def layers(q, k, v):
+    step = lambda x, _: (run(x, k, v), None)
+    if jax.default_backend() == "gpu":  # the simulator has effects, which checkpoint does not take
+      step = jax.checkpoint(step)
+    return jax.lax.scan(step, q, length=1)[0]
+
+  for got, want in zip(gradients(layers, q, k, v, dout), expected, strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.gpu
+def test_dense_by_cudnn_repeats_bit_by_bit_with_deterministic_ops():
+  program = """if True:
+    import jax, jax.numpy as jnp
+    from pallas_kernels import patterns, sparse_attention
+    q, k, v, dout = jax.random.normal(jax.random.key(0), (4, 2, 2048, 4, 64), jnp.bfloat16)
+    dense = lambda *qkv: sparse_attention(*qkv, implementation="mosaic_gpu")
+    assert "cudnn" in jax.jit(dense).lower(q, k, v).as_text()
+    run = jax.jit(lambda *qkv: jax.vjp(dense, *qkv)[1](dout))
+    first = run(q, k, v)
+    for _ in range(5):
+      assert all(bool((a == b).all()) for a, b in zip(first, run(q, k, v)))
+  """
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+  environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+  subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("name", EVERY_PATTERN)
@@ -106,7 +265,7 @@ def test_reference_matches_plain_numpy(name):
   assert_close(lse, expected_lse, tolerance=1e-5, what="lse")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_the_support_of_the_gradient_is_the_mask(name, implementation):
   pattern = EVERY_PATTERN[name]
@@ -121,7 +280,7 @@ def test_the_support_of_the_gradient_is_the_mask(name, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_without_keys_give_zeros_and_send_no_gradient(implementation):
-  case = Case(patterns.Summary(8, 2), T=12)
+  case = Case(patterns.Summary(8, 2), T=12, **SIZES.get(implementation, {}))
   q, k, v, _, dout, dlse = case.arrays()
   # Even huge logits must not turn a masked pair into NaN.
   out, lse, dq, dk, dv = jitted_vjp(attend(case, implementation, None), 1e4 * q, k, v, dout, dlse)
@@ -129,25 +288,25 @@ def test_rows_without_keys_give_zeros_and_send_no_gradient(implementation):
   assert np.all(np.asarray(dq[:, :6]) == 0)
   unread = [t for t in range(12) if t not in (6, 7)]
   assert np.all(np.asarray(dk)[:, unread] == 0) and np.all(np.asarray(dv)[:, unread] == 0)
-  assert all(np.isfinite(x).all() for x in (out, dq, dk, dv))
+  assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, dq, dk, dv))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_cotangent_of_an_empty_row_does_harm(implementation):
   """Whoever merges results through lse meets -inf, and sends back what is no number."""
-  case = Case(patterns.Summary(8, 2), T=12)
+  case = Case(patterns.Summary(8, 2), T=12, **SIZES.get(implementation, {}))
   q, k, v, _, dout, dlse = case.arrays()
-  wild = dlse.at[:, :6].set(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 0.0]))
+  wild = dlse.at[:, :6].set(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 0.0])[: case.H])
   tame = dlse.at[:, :6].set(0.0)
   for got, expected in zip(
     jitted_vjp(attend(case, implementation, None), q, k, v, dout, wild)[2:],
     jitted_vjp(attend(case, "reference", None), q, k, v, dout, tame)[2:],
     strict=True,
   ):
-    assert_close(got, expected, tolerance=1e-5, what="gradient")
+    assert_close(got, expected, tolerance=TOLERANCE[case.dtype], what="gradient")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_scale_and_transformations(implementation):
   q, k, v, *_ = Case(patterns.Strided(4), T=12).arrays()
   run = functools.partial(
@@ -196,7 +355,7 @@ WRONG = {
   "groups": (lambda q: (q, q[:, :, :3], q[:, :, :3], {}), "Hkv=3 must divide H=4"),
   "dtype": (lambda q: (q, q.astype(jnp.bfloat16), q, {}), "must share one of"),
   "segments": (lambda q: (q, q, q, {"segment_ids": jnp.zeros((2, 5), jnp.int32)}), "shape"),
-  "name": (lambda q: (q, q, q, {"implementation": "cuda"}), "one of reference, xla"),
+  "name": (lambda q: (q, q, q, {"implementation": "cuda"}), "one of reference, xla, mosaic_gpu"),
 }
 NOT_YET = {
   "not causal": (lambda q: (q, q, q, {"pattern": patterns.Dense(causal=False)}), "causal"),
@@ -208,6 +367,25 @@ NOT_YET = {
     "block_mask",
   ),
 }
+
+
+NOT_ON_GPUS = {
+  "float32": (Case(patterns.Local(4), Dk=32, Dv=32), "bfloat16 and float16"),
+  "head size": (Case(patterns.Local(4), dtype="bfloat16"), r"32, 64, 96, 128, 256"),
+  "layout": (_narrow(EVERY_PATTERN["layout"]), "PerHead of these"),
+  "where": (_narrow(EVERY_PATTERN["where"]), "PerHead of these"),
+  "union": (_narrow(EVERY_PATTERN["union_of_any"]), "PerHead of these"),
+  "intersection": (_narrow(EVERY_PATTERN["intersection"]), "PerHead of these"),
+  "segments": (_narrow(patterns.Column(4), segments=2), "Dense, Local and Block"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_ON_GPUS)
+def test_what_kernels_cannot_do_is_named(what):
+  case, words = NOT_ON_GPUS[what]
+  q, k, v, ids, *_ = case.arrays()
+  with pytest.raises(NotImplementedError, match=words):
+    attend(case, "mosaic_gpu", ids)(q, k, v)
 
 
 @pytest.mark.parametrize("what", [*WRONG, *NOT_YET])

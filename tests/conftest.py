@@ -1,10 +1,15 @@
 """Strict switches for every test: simulated devices, no silent promotion of dtypes or ranks."""
 
+import faulthandler
+
 import jax
 import jaxtyping
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)  # sharding is tested on any laptop
+# Sharding is tested on any laptop; and each simulated warpgroup needs a thread, of which XLA has
+# one per device.
+jax.config.update("jax_num_cpu_devices", 8)
+TIMEOUT = 600  # seconds of one test: a kernel whose barriers do not match waits forever
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +17,13 @@ def nothing_is_promoted_in_silence(request):
   dtypes = "standard" if request.node.get_closest_marker("promotes") else "strict"
   with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion("raise"):
     yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs():
+  faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+  yield
+  faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ class Case:
   def __str__(self):
     parts = [self.name or type(self.pattern).__name__.lower(), f"T{self.T}", self.dtype]
     parts += [f"Hkv{self.Hkv}"] if self.Hkv != self.H else []
+    parts += [f"D{self.Dk}"] if self.Dk != 8 else []
     parts += [f"Dv{self.Dv}"] if self.Dv != self.Dk else []
     return "-".join(parts + ["segments"] * bool(self.segments))
 
@@ -75,6 +76,15 @@ def assert_close(got, expected, *, tolerance: float, what: str) -> None:
   assert np.isfinite(got[finite]).all(), f"{what}: not finite"
   size = np.abs(expected[finite]).max(initial=1e-3)
   error = np.abs(got[finite] - expected[finite]).max(initial=0.0) / size
+  assert error <= tolerance, f"{what}: relative error {error:.2e} exceeds {tolerance:.0e}"
+
+
+def assert_near(got, expected, *, cotangent, tolerance: float, what: str) -> None:
+  """Compares in the Euclidean norm, relative to `expected` or, where that vanishes, `cotangent`."""
+  got, expected, cotangent = (np.asarray(x, np.float64) for x in (got, expected, cotangent))
+  assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+  size = max(np.linalg.norm(expected), 1e-3 * np.linalg.norm(cotangent))
+  error = np.linalg.norm(got - expected) / size
   assert error <= tolerance, f"{what}: relative error {error:.2e} exceeds {tolerance:.0e}"
 
 

@@ -1,29 +1,57 @@
 """python -m experiments.benchmark [NAME ...]: runs the named benchmarks, all by default."""
 
 import argparse
+import importlib
 import pathlib
 
-from experiments.benchmark import memory
-from experiments.benchmark import xla
+import jax
 
-BENCHMARKS = {"memory": memory, "xla": xla}
+# Imported when they are run: not every machine has what each of them needs.
+BENCHMARKS = {
+  "attention": "attention on a GPU beside cuDNN and the roofline",
+  "memory": "the published memory table, and what XLA needs",
+  "step": "training steps of the paper's models on a GPU: none, sparse and dense attention",
+  "tune": "measures tile sizes into pallas_kernels/tuning.json, on a GPU; only when named",
+  "xla": "time and memory of the xla backend up to T = 65,536",
+}
+ON_GPU = ("attention", "step", "tune")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit status: 1 where a measurement failed."""
   parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
-  known = "; ".join(
-    f"{name}: {module.__doc__.splitlines()[0]}" for name, module in BENCHMARKS.items()
-  )
+  known = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
   parser.add_argument("names", nargs="*", metavar="NAME", help=known)
   parser.add_argument(
     "--out", type=pathlib.Path, default=pathlib.Path("benchmarks"), help="folder of the JSON files"
   )
+  parser.add_argument(
+    "--only",
+    type=lambda text: tuple(text.split(",")),
+    default=(),
+    metavar="PART[,PART]",
+    help="on a GPU: these shapes, patterns or models instead of all",
+  )
   args = parser.parse_args(argv)
   if unknown := sorted(set(args.names) - set(BENCHMARKS)):
     parser.error(f"NAME={unknown[0]!r}: must be one of {', '.join(BENCHMARKS)}")
-  for name in args.names or BENCHMARKS:
-    BENCHMARKS[name].run(args.out)
+  backend = jax.default_backend()
+  missing = f"needs an NVIDIA GPU, and JAX finds none here (its backend is {backend!r})"
+  if backend != "gpu" and (asked := [name for name in args.names if name in ON_GPU]):
+    parser.exit(2, f"{asked[0]}: {missing}\n")
+  complete = True
+  for name in args.names or [name for name in BENCHMARKS if name != "tune"]:
+    if name in ON_GPU and backend != "gpu":
+      print(f"{name}: skipped, {missing}", flush=True)
+      continue
+    module = importlib.import_module(f"experiments.benchmark.{name}")
+    parts = getattr(module, "PARTS", ())
+    if unknown := sorted(set(args.only) - set(parts)):
+      parser.error(f"--only={unknown[0]}: {name} has {', '.join(parts) or 'no parts'}")
+    # Those for a GPU say whether every row has its figures.
+    complete &= module.run(args.out, args.only) if parts else module.run(args.out) is None
+  return 0 if complete else 1
 
 
 if __name__ == "__main__":
-  main()
+  raise SystemExit(main())

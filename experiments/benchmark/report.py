@@ -3,8 +3,10 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +16,9 @@ import jax
 
 def write(path: pathlib.Path, rows: Sequence[dict[str, Any]], **more: Any) -> None:
   """Writes the rows with device, versions, date and commit, and prints where they are."""
-  packages = ("jax", "jaxlib", "flax")
   result = {
     "device": _device(),
-    "versions": {name: importlib.metadata.version(name) for name in packages},
+    "versions": _versions(),
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     "commit": _commit(),
     **more,
@@ -51,6 +52,39 @@ def num_bytes(compiled: jax.stages.Compiled) -> int:
   )
 
 
+def short_device() -> str:
+  """The device in a file name: h100 for an NVIDIA H100 80GB HBM3."""
+  kind = jax.devices()[0].device_kind.removeprefix("NVIDIA ")
+  model = re.search(r"\b[A-Za-z]+\d+[A-Za-z]*\b", kind)
+  return re.sub(r"\W+", "_", model[0] if model else kind).lower()
+
+
+def gpu_state() -> dict[str, str]:
+  """Power cap and clocks of the first GPU as they are now, by nvidia-smi; empty without it."""
+  fields = ("power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem")
+  return _nvidia_smi(*fields)
+
+
+def _nvidia_smi(*fields: str) -> dict[str, str]:
+  command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0")
+  try:
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    return dict(zip(fields, (value.strip() for value in output.split(",")), strict=True))
+  except (OSError, subprocess.SubprocessError, ValueError):
+    return {}
+
+
+def _versions() -> dict[str, str]:
+  """Of JAX, and of CUDA's parts and the driver where there are any."""
+  wanted = r"jax|jaxlib|flax|jax-cuda\d+-plugin|nvidia-(cudnn|cuda-runtime|cuda-nvcc).*"
+  installed = {}
+  for package in importlib.metadata.distributions():
+    name = (package.name or "").lower().replace("_", "-")
+    if re.fullmatch(wanted, name):
+      installed[name] = package.version
+  return dict(sorted(installed.items())) | _nvidia_smi("driver_version")
+
+
 def _device() -> str:
   device = jax.devices()[0]
   if device.platform != "cpu":
@@ -66,7 +100,12 @@ def _device() -> str:
 
 
 def _commit() -> str:
-  """The commit of the working tree, marked where files differ from it."""
+  """The commit of the working tree, marked where files differ from it.
+
+  A copy of the tree without its history is told by SPARSE_FLAX_COMMIT.
+  """
+  if told := os.environ.get("SPARSE_FLAX_COMMIT"):
+    return told
   run = lambda *args: subprocess.run(args, capture_output=True, text=True, check=True).stdout
   try:
     commit = run("git", "rev-parse", "--short=12", "HEAD").strip()

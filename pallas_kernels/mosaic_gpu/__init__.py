@@ -1,1 +1,17 @@
-"""Kernels for NVIDIA Hopper GPUs, in Pallas Mosaic GPU."""
+"""Kernels for NVIDIA Hopper GPUs, in Pallas Mosaic GPU, as a backend of `sparse_attention`."""
+
+from pallas_kernels.mosaic_gpu.backend import backward
+from pallas_kernels.mosaic_gpu.backend import forward
+from pallas_kernels.mosaic_gpu.backend import natural_lse
+from pallas_kernels.mosaic_gpu.backend import unsupported
+from pallas_kernels.mosaic_gpu.cudnn import cudnn_attention
+from pallas_kernels.mosaic_gpu.cudnn import cudnn_serves
+
+__all__ = [
+  "backward",
+  "cudnn_attention",
+  "cudnn_serves",
+  "forward",
+  "natural_lse",
+  "unsupported",
+]

@@ -17,6 +17,9 @@ COLUMN = WGMMA.reduce(0)
 
 ACC = plgpu.ACC
 Barrier = plgpu.Barrier
+ds = pl.ds
+loop = pl.loop
+when = pl.when
 barrier_arrive = plgpu.barrier_arrive
 barrier_wait = plgpu.barrier_wait
 commit_smem = plgpu.commit_smem
@@ -36,12 +39,12 @@ def simulated() -> bool:
   return platform not in ("gpu", "cuda")
 
 
-def num_cores() -> int:
-  """Streaming multiprocessors of the GPU that programs are built for."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
+def num_multiprocessors() -> int:
+  """Of the device that programs are built for; the simulator does with two."""
   if simulated():
-    return 2  # few enough that thread blocks have several items of work
-  return jax.devices()[0].core_count if device is None else device.num_cores
+    return 2
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.num_cores if device is not None else jax.devices()[0].core_count
 
 
 def commit_reads():
@@ -53,30 +56,38 @@ def commit_reads():
     commit_smem()
 
 
-def kernel(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
-  """Runs `plgpu.kernel` with fast exp2, or its simulation: body(refs by name); the outputs."""
+def kernel(body, **how):
+  """`plgpu.kernel` with fast exp2, or its simulation."""
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
+  # No sum of ours crosses warps.
+  params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
+  return plgpu.kernel(body, compiler_params=params, interpret=interpret, **how)
+
+
+def launch(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
+  """`kernel` with refs by name, body(refs); the outputs."""
   names = (*inputs, *outputs, *scratch)
 
   def call(*refs):
     body(dict(zip(names, refs, strict=True)))
 
   call.__name__ = name  # what profilers show
-  return plgpu.kernel(
+  return kernel(
     call,
     out_type=list(outputs.values()),
     scratch_types=list(scratch.values()),
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-    interpret=interpret,
     **how,
   )(*inputs.values())
 
 
-def smem(*shape: int, dtype: jax.typing.DTypeLike):
-  """Shared memory for tiles [..., rows, columns], laid out for the matrix units."""
+def smem(*shape: int, dtype: jax.typing.DTypeLike, beside: int | None = None):
+  """Shared memory for tiles [..., rows, columns], laid out for the matrix units.
+
+  A tile that is multiplied with one of `beside` columns, both in shared memory, is laid out alike.
+  """
   size = jnp.dtype(dtype).itemsize
   # The widest swizzle whose span divides a row: 32 and 96 columns of 2 bytes take 64 bytes.
-  span = next(s for s in (128, 64, 32) if shape[-1] * size % s == 0)
+  span = next(s for s in (128, 64, 32) if (beside or shape[-1]) * size % s == 0)
   transforms = (plgpu.TilingTransform((8, span // size)), plgpu.SwizzleTransform(span))
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -124,24 +135,43 @@ def over_rows(columns, num_rows: int):
   return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
 
 
-def matmul(a, b):
-  """a b in a fresh float32 accumulator; a in registers (not simulated) or shared memory."""
-  return pl.run_scoped(
-    lambda acc: (wgmma(acc, a, b), acc[...])[1], ACC((a.shape[0], b.shape[1]), jnp.float32)
-  )
+def matmul(*pairs):
+  """a b for each pair (a, b), in fresh float32 accumulators: all products are in flight together.
+
+  a is in registers (not simulated) or in shared memory, b in shared memory.
+  """
+
+  def run(*accs):
+    for acc, (a, b) in zip(accs, pairs, strict=True):
+      wgmma(acc, a, b)
+    return tuple(acc[...] for acc in accs)
+
+  return pl.run_scoped(run, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
-def add_matmul(acc, a, b, scratch=None):
-  """acc + a b, a in registers.
+def add_matmul(*terms, scratch=None):
+  """acc + the sum of a b over pairs, for each of the terms (acc, (a, b), ...), a in registers.
 
-  The simulator has neither matrix instructions with a in registers nor accumulators with a start
-  value; there a goes through `scratch`, shared memory of a's shape.
+  All products are in flight together. The simulator has neither matrix instructions with a in
+  registers nor accumulators with a start value; there a goes through `scratch`, shared memory of
+  a's shape.
   """
   if scratch is None:
-    return pl.run_state(lambda ref: wgmma(ref, a, b))(ACC.init(acc))
-  scratch[...] = a
-  commit_smem()
-  return acc + matmul(scratch, b)
+
+    def run(refs):
+      for ref, (_, *pairs) in zip(refs, terms, strict=True):
+        for a, b in pairs:
+          wgmma(ref, a, b)
+
+    return pl.run_state(run)(tuple(ACC.init(acc) for acc, *_ in terms))
+  sums = []
+  for acc, *pairs in terms:
+    for a, b in pairs:
+      scratch[...] = a
+      commit_smem()
+      acc = acc + matmul((scratch, b))[0]
+    sums.append(acc)
+  return tuple(sums)
 
 
 class Sum:
@@ -159,7 +189,8 @@ class Sum:
     if self.ref is not None:
       wgmma(self.ref, a, b)
     else:
-      self.value = matmul(a, b) if self.value is None else self.value + matmul(a, b)
+      (product,) = matmul((a, b))
+      self.value = product if self.value is None else self.value + product
 
   def add_from_registers(self, a, b):
     """Starts += a b, a in registers."""

@@ -152,9 +152,9 @@ class Frame:
     return x.reshape(x.shape[0], -1, self.schedule.stride, *x.shape[2:])
 
   def ids(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B R Mp"]:
-    """Segment ids of every sequence, padded to whole tiles."""
+    """Segment ids of every sequence, padded to whole tiles, also of three warpgroups."""
     x = segment_ids.reshape(segment_ids.shape[0], self.sequences, self.length)
-    return jnp.pad(x, [(0, 0), (0, 0), (0, self.padded - self.length)])
+    return jnp.pad(x, [(0, 0), (0, 0), (0, self.padded + 2 * gpu.TILE - self.length)])
 
   # -------------------------------------------------------------------------- places in memory
 
@@ -390,7 +390,7 @@ class Work:
     tiles = dict(tile=num_tiles)
     self.sizes = tiles | sizes if blocks.spread else sizes | tiles
     self.num = math.prod(self.sizes.values())
-    self.num_blocks = min(self.num, gpu.num_cores())
+    self.num_blocks = min(self.num, gpu.num_multiprocessors())
 
   def count(self):
     """Items dealt to this thread block."""

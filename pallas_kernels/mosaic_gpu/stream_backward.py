@@ -27,14 +27,16 @@ def default_dq_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
     return stream.BlockSizes(step=64, stages=3, ahead=True)
-  return stream.BlockSizes(stages=3, ahead=True, held=2)
+  return stream.BlockSizes(step=64, stages=4, warpgroups=3)
 
 
 def default_dkv_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   """Tiles that fit shared memory and registers."""
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
-  return stream.BlockSizes(step=64, stages=3, warpgroups=2 if max(Dk, Dv) > 64 else 3)
+  if max(Dk, Dv) > 64:
+    return stream.BlockSizes(step=64, stages=3)
+  return stream.BlockSizes(step=64, stages=4, warpgroups=3)
 
 
 def row_delta(
@@ -104,7 +106,7 @@ def dq_kernel(
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, blocks.step, dtype=q.dtype))
   work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
-  (dq,) = gpu.kernel(
+  (dq,) = gpu.launch(
     "stream_dq",
     functools.partial(_dq, frame=frame, blocks=blocks, work=work, scale=scale),
     inputs=inputs,
@@ -167,7 +169,7 @@ class _Queries(stream_forward.Queries):
       tile = TILE, self.blocks.step
       self.wait(s)
       ds = gpu.sums(body, tile, tile).astype(self.dtype)
-      dq = gpu.add_matmul(dq, ds, refs["k_s"].at[s], self.p_s)
+      (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[s])), scratch=self.p_s)
       gpu.barrier_arrive(refs["k_free"].at[s])
       return dq
 
@@ -198,7 +200,7 @@ class _Queries(stream_forward.Queries):
     ds = gpu.sums(body, tile, tile).astype(self.dtype)
     dq, ds = self.loops(step, 1, (gpu.zeros((TILE, self.q_s.shape[-1])), ds))
     last = self.slot(self.sweep.num - 1)
-    dq = gpu.add_matmul(dq, ds, refs["k_s"].at[last], self.p_s)
+    (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[last])), scratch=self.p_s)
     gpu.barrier_arrive(refs["k_free"].at[last])
     return dq
 
@@ -286,7 +288,7 @@ def dkv_kernel(
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=q.dtype))
   work = stream.Work(frame, blocks, B, -(-frame.num_keys // blocks.rows))
-  grads = gpu.kernel(
+  grads = gpu.launch(
     "stream_dkv",
     functools.partial(_dkv, frame=frame, blocks=blocks, work=work, scale=scale, parts=parts),
     inputs=inputs,

@@ -27,8 +27,10 @@ def default_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
-    return stream.BlockSizes(ahead=True)
-  return stream.BlockSizes(stages=3, warpgroups=3, held=2)
+    return stream.BlockSizes(ahead=True, fused=True)
+  if max(Dk, Dv) > 32:
+    return stream.BlockSizes(stages=3, warpgroups=3, held=2, fused=True)
+  return stream.BlockSizes(step=64, stages=6, warpgroups=3, held=2, fused=True)
 
 
 def forward(
@@ -71,7 +73,7 @@ def forward(
   lse = jax.ShapeDtypeStruct((B, len(heads), frame.sequences, frame.padded), jnp.float32)
   work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
   body = functools.partial(_kernel, frame=frame, blocks=blocks, work=work, scale=scale)
-  out, lse = gpu.kernel(
+  out, lse = gpu.launch(
     "stream_forward",
     body,
     inputs=inputs,
@@ -375,7 +377,12 @@ class _Softmax(Queries):
     lse_s[...] = lse
     gpu.commit_smem()
     gpu.to_gmem(out_s, self.frame.tile(refs["out"], b, r, self.base, TILE, h))
-    gpu.to_gmem(lse_s, refs["lse"].at[b, h, r, pl.ds(self.base, TILE)])
+
+    # Unlike tiles, rows of single values are not clipped where an axis ends.
+    @pl.when(self.base < self.frame.padded)
+    def _():
+      gpu.to_gmem(lse_s, refs["lse"].at[b, h, r, pl.ds(self.base, TILE)])
+
     return self.done + self.sweep.num
 
   def start(self):
@@ -407,13 +414,13 @@ class _Softmax(Queries):
       acc, top, total = carry
       s = self.slot(i)
       gpu.barrier_wait(refs["k_full"].at[s])
-      x = gpu.matmul(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+      (x,) = gpu.matmul((self.q_s, refs["k_s"].at[s].transpose((1, 0))))
       mask = None if kind is None else self.masks(i, s, kind)
       gpu.barrier_arrive(refs["k_free"].at[s])
       p, top, total, keep = self.weights(x, top, total, mask)
       acc = acc * gpu.over_columns(keep, self.Dv)
       gpu.barrier_wait(refs["v_full"].at[s])
-      acc = gpu.add_matmul(acc, p.astype(self.dtype), refs["v_s"].at[s], self.p_s)
+      (acc,) = gpu.add_matmul((acc, (p.astype(self.dtype), refs["v_s"].at[s])), scratch=self.p_s)
       gpu.barrier_arrive(refs["v_free"].at[s])
       return acc, top, total
 
@@ -449,11 +456,11 @@ class _Softmax(Queries):
     acc, top, total = self.start()
     first, s = jnp.int32(0), self.slot(0)
     gpu.barrier_wait(refs["k_full"].at[s])
-    x = gpu.matmul(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+    (x,) = gpu.matmul((self.q_s, refs["k_s"].at[s].transpose((1, 0))))
     p, top, total, _ = attend(first, top, total, self.any_kind, x)
     acc, p, top, total = self.loops(step, 1, (acc, p.astype(self.dtype), top, total))
     s = self.slot(self.sweep.num - 1)
     gpu.barrier_wait(refs["v_full"].at[s])
-    acc = gpu.add_matmul(acc, p, refs["v_s"].at[s], self.p_s)
+    (acc,) = gpu.add_matmul((acc, (p, refs["v_s"].at[s])), scratch=self.p_s)
     gpu.barrier_arrive(refs["v_free"].at[s])
     return acc, top, total

@@ -1,0 +1,230 @@
+"""One training step of the paper's models on a GPU: no attention, sparse attention, cuDNN's dense.
+
+Forward, backward and AdamW with clipping, bfloat16 with float32 parameters, donated. Without
+attention a layer has a = v + 0.001 (q + k) in its place, so that every matmul stays. remat: full
+keeps the input of each layer only, dots also its matmuls' outputs and attention's out and lse.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.benchmark import gpu
+from experiments.benchmark import report
+from pallas_kernels import patterns
+from pallas_kernels import sparse_attention
+
+OURS = "mosaic_gpu"
+STEPS = 8
+SECONDS = 3.0  # of measuring per program, but at least 3 steps
+POLICIES = {
+  "full": None,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+  """The residual blocks of one of the paper's models, without its embeddings' details."""
+
+  layers: int
+  width: int
+  heads: int
+  ff_mult: int
+  batch: int
+  T: int
+  pattern: patterns.Pattern
+  remat: tuple[str, ...] = ("full",)
+
+  def modes(self) -> list[tuple[str, str]]:
+    """(attention, remat), first the step without attention; dense is measured with full only."""
+    modes = [(attention, remat) for remat in self.remat for attention in ("none", "sparse")]
+    return [*modes, ("dense", "full")]
+
+
+BODIES = {
+  "enwik8": Body(30, 512, 8, 4, 4, 12_288, patterns.Fixed(128, 32), remat=("full", "dots")),
+  "cifar10": Body(128, 256, 2, 2, 16, 3_072, patterns.Strided(96)),
+  "imagenet64": Body(48, 512, 16, 4, 4, 12_288, patterns.Strided(128)),
+  "audio64k": Body(48, 512, 8, 4, 1, 65_536, patterns.Strided(256)),
+}
+PARTS = tuple(BODIES)
+
+
+def parameters(body: Body, key: jax.Array) -> dict:
+  N, d, f = body.layers, body.width, body.ff_mult * body.width
+  keys = iter(jax.random.split(key, 5))
+  normal = lambda *shape, scale: scale * jax.random.normal(next(keys), shape)
+  into, back = (0.125 / d) ** 0.5, (0.125 / d / (2 * N)) ** 0.5
+  layers = {
+    "qkv": normal(N, d, 3 * d, scale=into),
+    "out": normal(N, d, d, scale=back),
+    "up": normal(N, d, f, scale=into),
+    "down": normal(N, f, d, scale=back),
+    "norm1": jnp.ones((N, d)),
+    "norm2": jnp.ones((N, d)),
+  }
+  # The head starts at zero, as in the paper.
+  return {
+    "layers": layers,
+    "embedding": normal(256, d, scale=0.01),
+    "head": jnp.zeros((d, 256)),
+  }
+
+
+def attend(attention: str, body: Body, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  if attention == "none":
+    return v + 0.001 * (q + k)
+  if attention == "dense":
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+  return sparse_attention(q, k, v, pattern=body.pattern, implementation=OURS)
+
+
+def layer(x: jax.Array, weights: dict, *, body: Body, attention: str) -> tuple[jax.Array, None]:
+  """A pre-norm block with the paper's GELU, x sigmoid(1.702 x)."""
+  w = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights)
+  normed = _norm(x, w["norm1"])
+  # Three products with three slices of the weight: slices of one product's activation would have to
+  # be copied before any kernel can read them, and their gradients joined after it.
+  q, k, v = (
+    (normed @ part).reshape(body.batch, body.T, body.heads, -1)
+    for part in jnp.split(w["qkv"], 3, axis=1)
+  )
+  x = x + attend(attention, body, q, k, v).reshape(x.shape) @ w["out"]
+  hidden = _norm(x, w["norm2"]) @ w["up"]
+  return x + (hidden * jax.nn.sigmoid(1.702 * hidden)) @ w["down"], None
+
+
+def loss(params: dict, tokens: jax.Array, *, body: Body, attention: str, remat: str) -> jax.Array:
+  x = params["embedding"].astype(jnp.bfloat16)[tokens]
+  x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]  # each token is predicted from those before it
+  block = functools.partial(layer, body=body, attention=attention)
+  block = jax.checkpoint(block, prevent_cse=False, policy=POLICIES[remat])
+  x, _ = jax.lax.scan(block, x, params["layers"])
+  logits = _norm(x, jnp.ones(body.width)) @ params["head"].astype(jnp.bfloat16)
+  logits = logits.astype(jnp.float32)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+
+def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+  x32 = x.astype(jnp.float32)
+  x32 = x32 - x32.mean(-1, keepdims=True)
+  scaled = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-5)
+  return (scaled * gain.astype(jnp.float32)[None, None]).astype(x.dtype)
+
+
+optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4))
+
+
+def start(body: Body, key: jax.Array) -> tuple:
+  """Parameters, the optimizer's state and a batch of tokens."""
+  first, second = jax.random.split(key)
+  params = parameters(body, first)
+  return params, optimizer.init(params), jax.random.randint(second, (body.batch, body.T), 0, 256)
+
+
+def step(params: dict, state, tokens: jax.Array, *, body: Body, attention: str, remat: str):
+  grads = jax.grad(loss)(params, tokens, body=body, attention=attention, remat=remat)
+  updates, state = optimizer.update(grads, state, params)
+  return optax.apply_updates(params, updates), state
+
+
+def compiler(body: Body, attention: str, remat: str):
+  """The job of compiling the step of one mode."""
+
+  def job():
+    arguments = jax.eval_shape(functools.partial(start, body), jax.random.key(0))
+    one = functools.partial(step, body=body, attention=attention, remat=remat)
+    return jax.jit(one, donate_argnums=(0, 1)).lower(*arguments).compile()
+
+  return job
+
+
+def step_ms(start: jax.stages.Compiled, step: jax.stages.Compiled) -> float:
+  """Median time of a step, the host's part included."""
+  params, state, tokens = start(jax.random.key(0))
+  params, state = jax.block_until_ready(step(params, state, tokens))
+  seconds = []
+  while len(seconds) < 3 or (sum(seconds) < SECONDS and len(seconds) < STEPS):
+    begin = time.perf_counter()
+    params, state = jax.block_until_ready(step(params, state, tokens))
+    seconds.append(time.perf_counter() - begin)
+  return 1e3 * statistics.median(seconds)
+
+
+def measure(names: list[str]) -> list[dict]:
+  cases = [(name, *mode) for name in names for mode in BODIES[name].modes()]
+  key = jax.random.key(0)
+  begin = lambda name: gpu.compiler(functools.partial(start, BODIES[name]), key)
+  starts = gpu.compile_all({name: begin(name) for name in names})
+  job = lambda case: compiler(BODIES[case[0]], *case[1:])
+  # The steps without attention first: the others then find their matmuls tuned, all alike.
+  floors = [case for case in cases if case[1:] == ("none", "full")]
+  compiled = gpu.compile_all({case: job(case) for case in floors})
+  compiled |= gpu.compile_all({case: job(case) for case in cases if case not in floors})
+  rows = []
+  for case in cases:
+    name, attention, remat = case
+    body = BODIES[name]
+    pattern = {"none": None, "sparse": repr(body.pattern), "dense": "Dense()"}[attention]
+    implementation = {"none": None, "sparse": OURS, "dense": "cudnn"}[attention]
+    row = dict(body=name, attention=attention, pattern=pattern, implementation=implementation)
+    row |= dict(remat=remat)
+    try:
+      program = gpu.working(compiled.pop(case))
+      row["ms"] = round(step_ms(gpu.working(starts[name]), program), 3)
+      row["temp_bytes"] = program.memory_analysis().temp_size_in_bytes
+      row["tokens_per_second"] = round(1e3 * body.batch * body.T / row["ms"])
+    except Exception as error:  # one that does not fit must not take the others with it
+      row |= dict(ms=None, error=gpu.text(error))
+    rows.append(row)
+    print(*row.values(), file=sys.stderr, flush=True)
+  return rows
+
+
+def compare(rows: list[dict]) -> None:
+  """Adds what attention costs over the step without it, and how much faster than dense it is."""
+  ms = {(row["body"], row["attention"], row["remat"]): row["ms"] for row in rows}
+  for row in rows:
+    floor = ms.get((row["body"], "none", row["remat"]))
+    dense = ms.get((row["body"], "dense", "full"))
+    if row["ms"] and floor:
+      row["added_percent"] = round(100 * (row["ms"] / floor - 1), 1)
+    if row["ms"] and dense:
+      row["dense_ratio"] = round(dense / row["ms"], 3)
+
+
+def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
+  """Measures, prints and writes step_<device>.json; whether all rows have figures."""
+  print(__doc__, flush=True)
+  rows = measure(gpu.chosen(BODIES, only))
+  compare(rows)
+  show = lambda value, form: "" if value is None else form.format(value)
+  table = [
+    (row["body"], row["attention"], row["remat"], show(row["ms"], "{:,.1f}") or "failed",
+     show(row.get("added_percent"), "{:+.1f} %"), show(row.get("dense_ratio"), "{:.2f}"),
+     show(row.get("temp_bytes") and row["temp_bytes"] / 1e9, "{:.2f}"))
+    for row in rows
+  ]  # fmt: skip
+  header = ("body", "attention", "remat", "ms", "over none", "dense / it", "temporaries, GB")
+  report.print_table(header, table)
+  for row in rows:
+    if "error" in row:
+      print("FAILED", row["body"], row["attention"], row["remat"])
+      print(f"  {row['error']}")
+  bodies = {name: dataclasses.asdict(body) for name, body in BODIES.items()}
+  for name, body in BODIES.items():
+    bodies[name]["pattern"] = repr(body.pattern)
+  path = out / f"step_{report.short_device()}.json"
+  report.write(path, rows, gpu=report.gpu_state(), bodies=bodies)
+  return not any("error" in row for row in rows)

@@ -1,0 +1,399 @@
+"""The backend protocol on Hopper GPUs: passes in an order, each by the kernel that suits it.
+
+Sequences that fit in shared memory and windows have kernels that the memory system bounds
+(forward.py, backward.py), all else streams (stream_forward.py, stream_backward.py). The passes of a
+union are one softmax: each takes up where the one before ended, and adds to its gradients.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+
+from pallas_kernels import passes
+from pallas_kernels.mosaic_gpu import backward as backward_kernels
+from pallas_kernels.mosaic_gpu import forward as forward_kernels
+from pallas_kernels.mosaic_gpu import sizes
+from pallas_kernels.mosaic_gpu import stream
+from pallas_kernels.mosaic_gpu import stream_backward
+from pallas_kernels.mosaic_gpu import stream_forward
+from pallas_kernels.mosaic_gpu.views import Band
+from pallas_kernels.mosaic_gpu.views import View
+from pallas_kernels.passes import Pass
+from pallas_kernels.patterns import Pattern
+
+HEAD_SIZES = (32, 64, 96, 128, 256)
+DTYPES = ("bfloat16", "float16")
+PATTERNS = "Dense, Local, Column, Block, Summary, Strided, Fixed and PerHead of these"
+
+
+def unsupported(q: Array, v: Array, segment_ids: Array | None, pattern: Pattern) -> str | None:
+  """Why these kernels cannot compute this, and what they can; None where they can."""
+  Dk, Dv = q.shape[-1], v.shape[-1]
+  if q.dtype.name not in DTYPES:
+    return f"mosaic_gpu: {q.dtype.name} is not supported, {' and '.join(DTYPES)} are"
+  if not {Dk, Dv} <= set(HEAD_SIZES):
+    return f"mosaic_gpu: head sizes {Dk} of k and {Dv} of v are not both in {HEAD_SIZES}"
+  every = [one for _, group in passes.lower(pattern, q.shape[2]) for one in group]
+  if any(one.distance is None and one.view != "summaries" for one in every):
+    return f"mosaic_gpu: this {type(pattern).__name__} is not supported; {PATTERNS} are"
+  if segment_ids is not None and any(one.view in ("columns", "summaries") for one in every):
+    return "mosaic_gpu: segment ids are supported for Dense, Local and Block only"
+  return None
+
+
+def forward(
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B T Hkv Dk"],
+  v: Float[Array, "B T Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  *,
+  pattern: Pattern,
+  scale: float,
+) -> tuple[Float[Array, "B T H Dv"], tuple[Array, ...]]:
+  """Attention over the pairs of `pattern`; the log-sum-exp of each group, as its kernel left it."""
+  groups = _groups(pattern, q, v)
+  outs, lses = zip(*(one.forward(q, k, v, segment_ids, scale) for one in groups), strict=True)
+  return _join(outs, groups), lses
+
+
+def natural_lse(
+  lse: tuple[Array, ...], q: Float[Array, "B T H Dk"], v: Array, *, pattern: Pattern
+) -> Float[Array, "B T H"]:
+  """The natural log-sum-exp, from what `forward` returned."""
+  groups = _groups(pattern, q, v)
+  parts = [one.cut(one.view.restore(x)) for one, x in zip(groups, lse, strict=True)]
+  return _join(parts, groups) * math.log(2)
+
+
+def backward(
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B T Hkv Dk"],
+  v: Float[Array, "B T Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  out: Float[Array, "B T H Dv"],
+  lse: tuple[Array, ...],
+  dout: Float[Array, "B T H Dv"],
+  dlse: Float[Array, "B T H"] | None,
+  *,
+  pattern: Pattern,
+  scale: float,
+) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B T Hkv Dk"], Float[Array, "B T Hkv Dv"]]:
+  """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
+  groups = _groups(pattern, q, v)
+  grads = []
+  for one, part in zip(groups, lse, strict=True):
+    mine, dmine, dlse_mine = (_select(x, one.heads) for x in (out, dout, dlse))
+    grads.append(one.backward(q, k, v, segment_ids, mine, part, dmine, dlse_mine, scale))
+  dq, dk, dv = (_join(parts, groups) for parts in zip(*grads, strict=True))
+  return dq, _per_kv_head(dk, k.shape[2]), _per_kv_head(dv, v.shape[2])
+
+
+def _groups(pattern: Pattern, q, v) -> "list[_Group]":
+  return [_Group(heads, group, q, v) for heads, group in passes.lower(pattern, q.shape[2])]
+
+
+# --------------------------------------------------------------------------- heads and passes
+
+
+class _Group:
+  """Heads that share passes.
+
+  Attributes:
+    heads: the query heads.
+    sweeps: of their passes, in the order they run forward.
+    view: in whose rows the log-sum-exp is.
+    length, T: positions, without and with padding.
+    row, stride: positions of a row, without and with padding.
+  """
+
+  def __init__(self, heads, group: tuple[Pass, ...], q, v):
+    T, first = q.shape[1], group[0]
+    self.heads = heads
+    if len(group) == 2 and group[1].view == "summaries" and first.stride >= T:
+      group = (first,)  # no block is finished
+    self.row = max(one.stride for one in group)
+    # A row is no longer than the sequence, but a summary keeps its place in it.
+    if all(one.view != "summaries" for one in group):
+      self.row = min(self.row, T)
+    # The copy engine wants whole groups of 8 along the axis that is a sequence: what is missing is
+    # added at the end of every row, or as rows.
+    rows, self.stride = -(-T // self.row), self.row
+    if all(one.view in ("blocks", "summaries") for one in group):
+      self.stride = _up(self.row, 8)
+    else:
+      rows = _up(rows, 8)
+    self.T, self.length = rows * self.stride, T
+    make = functools.partial(_Sweep, heads=heads, T=self.T, stride=self.stride, q=q, v=v)
+    if len(group) == 2 and group[1].view == "summaries":
+      self.sweeps = [_Fixed(make(group[0], merged=True), make(group[1], merged=True))]
+    else:
+      # Those that cannot take up where others ended come first.
+      sweeps = [make(one, merged=len(group) > 1) for one in group]
+      self.sweeps = sorted(sweeps, key=lambda sweep: sweep.resumes)
+    self.view = self.sweeps[-1].view
+
+  def forward(self, q, k, v, ids, scale):
+    """out [B, T, Hg, Dv] and lse, base 2, in rows of `view`."""
+    q, k, v, ids = (self.padded(x) for x in (q, k, v, ids))
+    prev = view = None
+    for sweep in self.sweeps:
+      prev = None if prev is None else (prev[0], sweep.rows(prev[1], view))
+      prev = sweep.forward(q, k, v, ids, prev, scale)
+      view = sweep.view
+    out, lse = prev
+    return self.cut(out), lse
+
+  def backward(self, q, k, v, ids, out, lse, dout, dlse, scale):
+    """dq, dk, dv [B, T, Hg, D], of k and v per query head."""
+    arrays = q, k, v, ids, out, dout, dlse
+    q, k, v, ids, out, dout, dlse = (self.padded(x) for x in arrays)
+    grads = delta = view = None
+    for sweep in sorted(self.sweeps, key=lambda sweep: sweep.turn_backward):
+      # The first one computes delta of out and dlse, for all.
+      rows = sweep.rows(lse, self.view), sweep.rows(dlse), sweep.rows(delta, view)
+      *grads, delta = sweep.backward(q, k, v, ids, out, dout, *rows, grads, scale)
+      out = dlse = None
+      view = sweep.view
+    return tuple(self.cut(x) for x in grads)
+
+  def padded(self, x):
+    """[B, T, ...] with zeros where sequences end; as it is where all sizes fit."""
+    if x is None or self.length == self.T:
+      return x
+    rows = -(-self.length // self.row)
+    x = _padded(x, rows * self.row).reshape(x.shape[0], rows, self.row, *x.shape[2:])
+    x = _padded(x, self.stride, axis=2)
+    return _padded(x.reshape(x.shape[0], -1, *x.shape[3:]), self.T)
+
+  def cut(self, x):
+    """The way back from `padded`."""
+    if self.length == self.T:
+      return x
+    x = x.reshape(x.shape[0], -1, self.stride, *x.shape[2:])[:, :, : self.row]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
+
+
+class _Sweep:
+  """One pass over the heads of a group.
+
+  Attributes:
+    view: its sequences, in whose rows lse and delta are.
+    resumes: whether its forward kernel takes up where another pass ended.
+    turn_backward: smaller for those that come earlier.
+  """
+
+  def __init__(self, one: Pass, heads, T, stride, q, v, *, merged: bool):
+    summaries = one.view == "summaries"
+    stride = 1 if one.view == "natural" else stride
+    window = one.window if one.window is not None and one.window < T else None
+    self.heads = heads
+    self.view = View("natural" if summaries else one.view, T, 1 if summaries else stride)
+    self.band = Band(-(-(one.distance or 0) // stride), window)
+    self.schedule = stream.Schedule(
+      view=one.view,
+      stride=stride,
+      distance=self.band.near,
+      window=window,
+      width=one.width,
+      starts=one.starts or (0,),
+      finished=summaries and merged,
+    )
+    of_view = dict(columns="column", blocks="block", summaries="summary")
+    kind = of_view.get(one.view, "dense" if window is None else "local")
+    problem = sizes.Problem(kind, self.view, self.band, q.shape[-1], v.shape[-1], q.dtype)
+    self.streamed = sizes.streamed(problem)
+    self.resident = self.window = self.resident_backward = self.window_backward = None
+    if not summaries:
+      self.resident = sizes.resident(problem, merged)
+      self.window = sizes.window(problem)
+      self.resident_backward = sizes.resident_backward(problem)
+      self.window_backward = sizes.window_backward(problem)
+    self.resumes = bool(self.resident or self.window)
+    # A window is the first, and computes delta; what adds to gradients of others is the last.
+    self.turn_backward = 0 if self.window_backward else 2 if self.resident_backward else 1
+
+  def rows(self, x, view: View | None = None):
+    """[B, T, Hg], or rows of a view, in rows of this sweep: small arrays, copied."""
+    if x is None or view == self.view:
+      return x
+    return self.view.rows(x if view is None else view.restore(x))
+
+  def forward(self, q, k, v, ids, prev, scale):
+    how = dict(scale=scale, heads=self.heads)
+    if self.resumes:
+      kernel = forward_kernels.resident if self.resident else forward_kernels.window
+      how |= self.resident or self.window
+      return kernel(self.view, self.band, q, k, v, self.ids(ids), prev, **how)
+    blocks = self.streamed.forward
+    new = stream_forward.forward(self.schedule, q, k, v, ids, blocks=blocks, **how)
+    return new if prev is None else _merge(self.view, prev, new)
+
+  def backward(self, q, k, v, ids, out, dout, lse, dlse, delta, prev, scale):
+    how = dict(scale=scale, heads=self.heads)
+    if self.window_backward:
+      how |= self.window_backward
+      rows = self.ids(ids), out, lse, dout, dlse
+      return backward_kernels.window(self.view, self.band, q, k, v, *rows, **how)
+    if self.resident_backward:
+      how |= self.resident_backward
+      rows = self.ids(ids), out, lse, dout, dlse, delta
+      return backward_kernels.resident(self.view, self.band, q, k, v, *rows, prev, **how)
+    lse, delta = self.streamed_rows(out, dout, lse, dlse, delta)
+    rest = q, k, v, ids, lse, delta, dout
+    dq = stream_backward.dq_kernel(self.schedule, *rest, blocks=self.streamed.dq, **how)
+    dk, dv = self.key_gradients(*rest, scale)
+    if self.schedule.view == "summaries":
+      dk, dv = (_unfolded(x, self.schedule, q.shape[1]) for x in (dk, dv))
+    grads = dq, dk, dv
+    if prev is not None:
+      add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
+      grads = tuple(add(a, b) for a, b in zip(prev, grads, strict=True))
+    return *grads, delta
+
+  def key_gradients(self, q, k, v, ids, lse, delta, dout, scale):
+    """dk and dv by streaming; of summaries [B, rows, width, Hg, D]."""
+    how = dict(scale=scale, heads=self.heads, blocks=self.streamed.dkv)
+    return stream_backward.dkv_kernel(self.schedule, q, k, v, ids, lse, delta, dout, **how)
+
+  def streamed_rows(self, out, dout, lse, dlse, delta):
+    """lse and delta in whole tiles of a streaming kernel."""
+    fill = lambda x: _padded(x, _up(self.view.M, stream.ROWS), axis=3)
+    lse, dlse, delta = fill(lse), fill(dlse), fill(delta)
+    if delta is None:
+      delta = stream_backward.row_delta(self.schedule, out, lse, dout, dlse)
+    return lse, delta
+
+  def ids(self, segment_ids):
+    return None if segment_ids is None else self.view.rows(segment_ids, -1)
+
+
+class _Fixed:
+  """A block and the summaries of the blocks before it, in one sweep of streaming kernels.
+
+  Only the gradients of keys are computed apart.
+  """
+
+  turn_backward = 0
+
+  def __init__(self, block: _Sweep, summary: _Sweep):
+    self.block, self.summary = block, summary
+    self.view, self.rows, self.heads = summary.view, summary.rows, summary.heads
+    self.schedule = dataclasses.replace(summary.schedule, own=True)
+
+  def forward(self, q, k, v, ids, prev, scale):
+    del prev  # there is no other sweep
+    how = dict(scale=scale, heads=self.heads, blocks=self.summary.streamed.forward)
+    return stream_forward.forward(self.schedule, q, k, v, ids, **how)
+
+  def backward(self, q, k, v, ids, out, dout, lse, dlse, delta, prev, scale):
+    del prev
+    lse, delta = self.summary.streamed_rows(out, dout, lse, dlse, delta)
+    how = dict(scale=scale, heads=self.heads, blocks=self.summary.streamed.dq)
+    dq = stream_backward.dq_kernel(self.schedule, q, k, v, ids, lse, delta, dout, **how)
+    of_summaries = self.summary.key_gradients(q, k, v, ids, lse, delta, dout, scale)
+    lse_b, delta_b = (self.block.rows(x, self.view) for x in (lse, delta))
+    in_blocks = self.block.streamed_rows(None, None, lse_b, None, delta_b)
+    of_blocks = self.block.key_gradients(q, k, v, ids, *in_blocks, dout, scale)
+    dk, dv = (
+      _add_summaries(x, y, self.schedule) for x, y in zip(of_blocks, of_summaries, strict=True)
+    )
+    return dq, dk, dv, delta
+
+
+# --------------------------------------------------------------------------------- arrays
+
+
+def _merge(view: View, a, b):
+  """One softmax over two disjoint key sets, each one's (out, lse) in rows of a view."""
+  (out_a, lse_a), (out_b, lse_b) = ((out, view.restore(lse)) for out, lse in (a, b))
+  top = jnp.maximum(lse_a, lse_b)
+  top = jnp.where(top == -jnp.inf, 0.0, top)  # both empty
+  weight_a, weight_b = jnp.exp2(lse_a - top), jnp.exp2(lse_b - top)
+  total = weight_a + weight_b
+  share = lambda weight: jnp.where(total == 0, 0.0, weight / total)[..., None]
+  out = share(weight_a) * out_a.astype(jnp.float32) + share(weight_b) * out_b.astype(jnp.float32)
+  return out.astype(out_a.dtype), view.rows(top + jnp.log2(total))
+
+
+def _unfolded(x, schedule: stream.Schedule, T: int):
+  """Gradients of summaries `[B, rows, width, Hg, D]` among zeros: `[B, T, Hg, D]`."""
+  (start,) = schedule.starts  # a pass of its own has one
+  after = schedule.stride - start - schedule.width
+  x = jnp.pad(x, [(0, 0), (0, 0), (start, after), (0, 0), (0, 0)])
+  return x.reshape(x.shape[0], T, *x.shape[3:])
+
+
+def _add_summaries(x: Float[Array, "B T Hg D"], summaries: Array, schedule: stream.Schedule):
+  """x with the gradients of summaries `[B, rows, width, Hg, D]` added where their keys are."""
+  (B, T, H, D), starts = x.shape, schedule.starts
+  # Head h has starts[h % n]: heads [.., n] lie beside each other, one write for each start.
+  starts = starts if H % len(starts) == 0 else tuple(starts[h % len(starts)] for h in range(H))
+  split = lambda x: x.reshape(*x.shape[:-2], H // len(starts), len(starts), D)
+  x, summaries = split(x.reshape(B, -1, schedule.stride, H, D)), split(summaries)
+  for n, start in enumerate(starts):
+    old = x[:, :, start : start + schedule.width, :, n : n + 1]
+    new = old.astype(jnp.float32) + summaries[..., n : n + 1, :].astype(jnp.float32)
+    x = _written(x, new.astype(x.dtype), (0, 0, start, 0, n, 0))
+  return x.reshape(B, T, H, D)
+
+
+def _written(x, update, start: tuple[int, ...]):
+  """`lax.dynamic_update_slice`, which XLA does in place; vmap would make it a scatter."""
+
+  @custom_vmap
+  def write(x, update):
+    return lax.dynamic_update_slice(x, update, start)
+
+  @write.def_vmap
+  def batched(size, is_batched, *arrays):
+    whole = zip(arrays, is_batched, strict=True)
+    arrays = (x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in whole)
+    return _written(*arrays, (0, *start)), True
+
+  return write(x, update)
+
+
+def _up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
+
+
+def _padded(x, length: int, axis: int = 1):
+  """x with zeros up to a length of an axis: later than all else in a sequence."""
+  if x is None or x.shape[axis] == length:
+    return x
+  return jnp.pad(x, [(0, length - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
+
+
+def _select(x, heads):
+  """The heads [B, T, Hg, ...] of x: slices, not a gather."""
+  if x is None or len(heads) == x.shape[2]:
+    return x
+  step = heads[1] - heads[0] if len(heads) > 1 else 1
+  if tuple(heads) == tuple(range(heads[0], heads[-1] + 1, step)):
+    return x[:, :, heads[0] : heads[-1] + 1 : step]
+  return jnp.concatenate([x[:, :, h : h + 1] for h in heads], axis=2)
+
+
+def _join(parts, groups):
+  """The heads of groups, [B, T, Hg, ...] each, in order."""
+  if len(parts) == 1:
+    return parts[0]
+  where = {h: (x, n) for x, g in zip(parts, groups, strict=True) for n, h in enumerate(g.heads)}
+  slices = [x[:, :, n : n + 1] for _, (x, n) in sorted(where.items(), key=lambda item: item[0])]
+  return jnp.concatenate(slices, axis=2)
+
+
+def _per_kv_head(grad: Float[Array, "B T H D"], num_kv_heads: int) -> Float[Array, "B T Hkv D"]:
+  """The sum over the query heads that read one key head."""
+  B, T, H, D = grad.shape
+  if num_kv_heads == H:
+    return grad
+  grad = grad.reshape(B, T, num_kv_heads, H // num_kv_heads, D)
+  return grad.sum(axis=3, dtype=jnp.float32).astype(grad.dtype)

@@ -1,0 +1,29 @@
+"""Dense causal attention by cuDNN, wherever it can do the job: there is no faster way."""
+
+import jax
+from jaxtyping import Array
+from jaxtyping import Float
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.patterns import Dense
+from pallas_kernels.patterns import Pattern
+
+
+def cudnn_serves(q: Array, v: Array, segment_ids: Array | None, pattern: Pattern) -> bool:
+  """Whether cuDNN computes this: dense, without segments, of equal head sizes, on a GPU."""
+  is_dense = pattern.period == 1 and isinstance(pattern.of_head(0), Dense)
+  equal = q.shape[-1] == v.shape[-1]
+  # Programs for a GPU that is not here cannot ask for its version of cuDNN.
+  here = jax.default_backend() == "gpu" and not gpu.simulated()
+  return is_dense and equal and segment_ids is None and here
+
+
+def cudnn_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B T Hkv D"],
+  v: Float[Array, "B T Hkv D"],
+  *,
+  scale: float,
+) -> Float[Array, "B T H D"]:
+  """Dense causal attention. Equal bits only with XLA's --xla_gpu_deterministic_ops=true."""
+  return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")

@@ -1,0 +1,404 @@
+"""Forward kernels of the heads that the memory system bounds: short sequences and windows.
+
+`resident`: a block of threads holds all keys and values of a sequence (a column, a block).
+`window`: it walks along a sequence behind a ring of the tiles that a window still needs.
+
+Both take up where `prev`, the result over other keys, ended: a softmax state is (sum, maximum, sum
+of weights), and (out, lse, 1) is one. That merges the passes of a union into one softmax.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.gpu import COLUMN
+from pallas_kernels.mosaic_gpu.gpu import ROW
+from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.views import Band
+from pallas_kernels.mosaic_gpu.views import head_of
+from pallas_kernels.mosaic_gpu.views import View
+
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {2: 232, 3: 160}  # of the 512 per four threads
+AT_ONCE = 2  # tiles of logits in registers, 32 each
+NO_MAXIMUM = -1e30  # finite: the maximum of a row before its first key
+
+
+def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups: int):
+  """Attention inside each sequence of a view, all its keys and values in shared memory.
+
+  Args:
+    q: [B, T, H, Dk]; k [B, T, Hkv, Dk]; v [B, T, Hkv, Dv].
+    ids: segment ids in rows, int32 [B, R, Mp], or None.
+    prev: out [B, T, Hg, Dv] and lse [B, Hg, R, Mp] over other keys, or None.
+    heads: the query heads to work on.
+    warpgroups: of a block of threads, which share keys and values.
+
+  Returns:
+    out [B, T, Hg, Dv] and lse, base 2, float32 [B, Hg, R, Mp].
+  """
+  B, T, H, Dk = q.shape
+  Dv, group = v.shape[3], H // k.shape[2]
+  nt, W = view.num_tiles, warpgroups
+  own_stage = prev is not None or Dk != Dv  # the result is staged where q was, if it fits there
+  inputs = [view(x) for x in (q, k, v)]
+  inputs += [ids] if ids is not None else []
+  inputs += [view(prev[0]), prev[1]] if prev is not None else []
+  scratch = dict(
+    q_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
+    k_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
+    v_s=gpu.smem(nt, TILE, Dv, dtype=q.dtype),
+    q_full=gpu.Barrier(num_barriers=nt),
+    k_full=gpu.Barrier(num_barriers=nt),
+    v_full=gpu.Barrier(num_barriers=nt),
+  )
+  if own_stage:
+    scratch |= dict(o_s=gpu.smem(nt, TILE, Dv, dtype=q.dtype))
+  if prev is not None:
+    scratch |= dict(prev_full=gpu.Barrier(num_barriers=nt))
+  if gpu.simulated():
+    scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
+
+  def body(*refs, q_s, k_s, v_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None):
+    q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
+    ids_ref = more.pop(0) if ids is not None else None
+    b, r, h, wg = (lax.axis_index(name) for name in ("b", "r", "h", "wg"))
+    head = head_of(heads, h)
+    kv_head = head // group
+    p_s = None if p_s is None else p_s.at[wg]
+    stage = o_s if own_stage else q_s
+
+    @gpu.when(wg == 0)
+    def _():
+      @gpu.loop(0, nt)
+      def _(t):
+        gpu.to_smem(view.box(q_ref, b, r, head, t * TILE), q_s.at[t], q_full.at[t])
+        gpu.to_smem(view.box(k_ref, b, r, kv_head, t * TILE), k_s.at[t], k_full.at[t])
+        gpu.to_smem(view.box(v_ref, b, r, kv_head, t * TILE), v_s.at[t], v_full.at[t])
+        if prev is not None:
+          gpu.to_smem(view.box(more[0], b, r, h, t * TILE), o_s.at[t], prev_full.at[t])
+
+    @gpu.loop(wg, nt, step=W)
+    def _(own):
+      # Tiles that an earlier turn of this warpgroup has waited for.
+      new_tiles = jnp.where(own == wg, 0, own - W + 1 - band.first())
+      rows = gpu.ds(own * TILE, TILE)
+      gpu.barrier_wait(q_full.at[own])
+      q_tile = q_s.at[own]
+      ids_q = None if ids is None else _ids(ids_ref, b, r, own, ROW)
+      if prev is None:
+        state = start(Dv)
+      else:
+        lse = gpu.load(more[1].at[b, h, r, rows], layout=ROW, optimized=False)
+        gpu.barrier_wait(prev_full.at[own])
+        state = resume(stage.at[own], lse)
+
+      def step(t, state, masked):
+        @gpu.when(t >= new_tiles)  # each barrier completes, and is waited for, once
+        def _():
+          gpu.barrier_wait(k_full.at[t])
+          gpu.barrier_wait(v_full.at[t])
+
+        mask = None
+        if masked:
+          difference = gpu.iota((TILE, TILE), 0) - gpu.iota((TILE, TILE), 1)
+          mask = band.mask(difference + (own - t) * TILE)
+        if ids is not None:
+          same = _same(ids_q, _ids(ids_ref, b, r, t, COLUMN))
+          mask = same if mask is None else mask & same
+        return attend(state, q_tile, k_s.at[t], v_s.at[t], mask, scale, p_s)
+
+      state = sweep(own, band, step, state)
+      lse_ref.at[b, h, r, rows][...] = finish(state, stage.at[own])
+      gpu.commit_smem()
+      gpu.to_gmem(stage.at[own], view.box(o_ref, b, r, h, own * TILE))
+
+    gpu.wait_to_gmem(0)
+
+  out_type = (
+    jax.ShapeDtypeStruct((*inputs[0].shape[:-2], len(heads), Dv), q.dtype),
+    jax.ShapeDtypeStruct((B, len(heads), view.R, nt * TILE), jnp.float32),
+  )
+  out, lse = gpu.kernel(
+    body,
+    out_type=out_type,
+    scratch_types=scratch,
+    grid=(B, view.R, len(heads)),
+    grid_names=("b", "r", "h"),
+    num_threads=W,
+    thread_name="wg",
+  )(*inputs)
+  return out.reshape(B, T, len(heads), Dv), lse
+
+
+def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups, stages):
+  """Attention to a window of the keys before each query, in one walk over all sequences.
+
+  Every multiprocessor walks along its share of the batch rows, one behind the other, for one head;
+  all heads of a share walk side by side, for they are neighbours in memory. A producer fills a ring
+  of `stages` tiles of keys and values ahead of `warpgroups` consumers, which take the query tiles
+  in turn. All else as in `resident`.
+  """
+  B, _, H, Dk = q.shape
+  Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
+  nt = view.num_tiles
+  reach = band.last(nt)
+  W = min(warpgroups, reach + 1)  # so that whoever frees a tile of the ring has waited for it
+  S, Q = max(stages, reach + W), 2 * W  # tiles of keys, of queries
+  num_tiles = B * nt
+  share = -(-num_tiles // max(1, gpu.num_multiprocessors() // Hg))
+  inputs = [view(x) for x in (q, k, v)]
+  inputs += [ids] if ids is not None else []
+  inputs += [view(prev[0]), prev[1]] if prev is not None else []
+  scratch = dict(
+    q_s=gpu.smem(Q, TILE, Dk, dtype=q.dtype),
+    k_s=gpu.smem(S, TILE, Dk, dtype=q.dtype),
+    v_s=gpu.smem(S, TILE, Dv, dtype=q.dtype),
+    o_s=gpu.smem(W, TILE, Dv, dtype=q.dtype),
+    q_full=gpu.Barrier(num_barriers=Q),
+    q_free=gpu.Barrier(num_barriers=Q),
+    k_full=gpu.Barrier(num_barriers=S, num_arrivals=2),
+    k_free=gpu.Barrier(num_barriers=S, num_arrivals=W),
+  )
+  if prev is not None:
+    scratch |= dict(prev_full=gpu.Barrier(num_barriers=W))
+  if gpu.simulated():
+    scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
+
+  def body(*refs, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, prev_full=None, p_s=None):
+    q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
+    ids_ref = more.pop(0) if ids is not None else None
+    wg = lax.axis_index("wg")
+    first = lax.axis_index("share") * share
+    count = jnp.clip(num_tiles - first, 0, share)
+    rem = lambda n, size: lax.rem(n, jnp.int32(size))
+
+    h = lax.axis_index("h")
+    head = head_of(heads, h)
+    place = lambda tile: (lax.div(tile, jnp.int32(nt)), rem(tile, nt))  # b and t
+
+    @gpu.when(wg == W)
+    def _():
+      if W > 1:
+        gpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+      # Keys `reach` tiles ahead of the queries: of an earlier batch row where a sequence begins.
+      # They are never attended, but must hold numbers.
+      @gpu.loop(0, count + reach)
+      def _(n):
+        slot = rem(n, S)
+        b, t = place(jnp.maximum(first - reach + n, 0))
+        gpu.when(n >= S)(lambda: gpu.barrier_wait(k_free.at[slot]))
+        gpu.to_smem(view.box(k_ref, b, 0, head // group, t * TILE), k_s.at[slot], k_full.at[slot])
+        gpu.to_smem(view.box(v_ref, b, 0, head // group, t * TILE), v_s.at[slot], k_full.at[slot])
+
+        @gpu.when(n >= reach)
+        def _():
+          m = n - reach
+          slot = rem(m, Q)
+          gpu.when(m >= Q)(lambda: gpu.barrier_wait(q_free.at[slot]))
+          gpu.to_smem(view.box(q_ref, b, 0, head, t * TILE), q_s.at[slot], q_full.at[slot])
+
+      # Every completion of a barrier has to be seen by those who wait for it.
+      @gpu.loop(jnp.maximum(count + reach - S, 0), count)
+      def _(n):
+        gpu.barrier_wait(k_free.at[rem(n, S)])
+
+      @gpu.loop(jnp.maximum(count - Q, 0), count)
+      def _(n):
+        gpu.barrier_wait(q_free.at[rem(n, Q)])
+
+    @gpu.when(wg < W)
+    def _():
+      if W > 1:
+        gpu.set_max_registers(CONSUMER_REGISTERS[W], action="increase")
+      stage = o_s.at[wg]
+      scratch = None if p_s is None else p_s.at[wg]
+
+      # Tiles of the ring that only the warpgroups before this one read.
+      @gpu.loop(0, jnp.minimum(wg, count))
+      def _(n):
+        gpu.barrier_wait(k_full.at[n])
+        gpu.barrier_arrive(k_free.at[n])
+
+      @gpu.loop(wg, count, step=W)
+      def _(n):
+        b, t = place(first + n)
+        rows = gpu.ds(t * TILE, TILE)
+        state = None
+        if prev is not None:
+          gpu.wait_to_gmem(0, wait_read_only=True)
+          gpu.to_smem(view.box(more[0], b, 0, h, t * TILE), stage, prev_full.at[wg])
+          lse = gpu.load(more[1].at[b, h, 0, rows], layout=ROW, optimized=False)
+          gpu.barrier_wait(prev_full.at[wg])
+          state = resume(stage, lse)
+
+        @gpu.loop(jnp.where(n == wg, wg, n + reach + 1 - W), n + reach + 1)
+        def _(m):
+          gpu.barrier_wait(k_full.at[rem(m, S)])
+
+        q_slot = rem(n, Q)
+        gpu.barrier_wait(q_full.at[q_slot])
+        same = [None] * (reach + 1)
+        if ids is not None:
+          ids_q = _ids(ids_ref, b, 0, t, ROW)
+          tiles = [jnp.maximum(t - distance, 0) for distance in range(reach + 1)]
+          same = [_same(ids_q, _ids(ids_ref, b, 0, tile, COLUMN)) for tile in tiles]
+        slots = [rem(n + reach - distance, S) for distance in range(reach + 1)]
+        tiles = q_s.at[q_slot], [k_s.at[slot] for slot in slots], [v_s.at[slot] for slot in slots]
+
+        def attend(t):
+          return attend_window(state, band, t, *tiles, same, scale, scratch)
+
+        # Only the first tiles of a sequence have to ask which keys exist.
+        if reach == 0:
+          state = attend(None)
+        else:
+          state = lax.cond(t >= reach, lambda: attend(None), lambda: attend(t))
+        gpu.barrier_arrive(q_free.at[q_slot])
+
+        @gpu.loop(n, jnp.minimum(n + W, count))
+        def _(m):
+          gpu.barrier_arrive(k_free.at[rem(m, S)])
+
+        gpu.wait_to_gmem(0, wait_read_only=True)
+        lse_ref.at[b, h, 0, rows][...] = finish(state, stage)
+        gpu.commit_smem()
+        gpu.to_gmem(stage, view.box(o_ref, b, 0, h, t * TILE))
+
+      # What the other warpgroups waited for after this one's last tile.
+      turns = lax.div(count - wg + W - 1, jnp.int32(W))
+      seen = jnp.where(count > wg, (turns - 1) * W + wg + reach + 1, jnp.minimum(wg, count))
+
+      @gpu.loop(seen, count + reach)
+      def _(n):
+        gpu.barrier_wait(k_full.at[rem(n, S)])
+
+      gpu.wait_to_gmem(0)
+
+  out_type = (
+    jax.ShapeDtypeStruct((*inputs[0].shape[:-2], Hg, Dv), q.dtype),
+    jax.ShapeDtypeStruct((B, Hg, 1, nt * TILE), jnp.float32),
+  )
+  return gpu.kernel(
+    body,
+    out_type=out_type,
+    scratch_types=scratch,
+    grid=(-(-num_tiles // share), Hg),
+    grid_names=("share", "h"),
+    num_threads=W + 1,
+    thread_name="wg",
+  )(*inputs)
+
+
+# ----------------------------------------------------------------------- one tile of queries
+
+
+def start(Dv: int):
+  """The state of an online softmax before any key."""
+  return gpu.zeros((TILE, Dv)), gpu.full((TILE,), NO_MAXIMUM), gpu.full((TILE,), 0.0)
+
+
+def resume(out, lse):
+  """The state that ended in `out`, in shared memory, and `lse`, of base 2."""
+  total = gpu.load(out, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
+  # An empty row goes on from nothing.
+  return total, jnp.maximum(lse, NO_MAXIMUM), jnp.where(lse > NO_MAXIMUM, 1.0, 0.0)
+
+
+def sweep(own, band: Band, step, state):
+  """All key tiles of query tile `own` of a causal band; masks only where they are needed."""
+  first, first_full = band.first(), band.first_full()
+  full = jnp.maximum(own - first_full + 1, 0)
+  state = lax.fori_loop(0, full, lambda t, state: step(t, state, False), state)
+  masked = lambda t, state: step(t, state, True)
+  return lax.fori_loop(full, jnp.maximum(own - first + 1, 0), masked, state)
+
+
+def attend(state, q, k, v, mask, scale, scratch):
+  """The state after the keys and values of one tile."""
+  (x,) = gpu.matmul((q, k.transpose((1, 0))))
+  if mask is not None:
+    x = jnp.where(mask, x, -jnp.inf)
+  (p,), (total, top, weight) = _softmax(state, [x], scale)
+  (total,) = gpu.add_matmul((total, (p.astype(q.dtype), v)), scratch=scratch)
+  return total, top, weight
+
+
+def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch):
+  """The state after a window: the tiles 0, 1, ... before the query's own.
+
+  Args:
+    own: the number of the query's own tile where earlier ones may not exist, else None.
+    same: per tile, which pairs share a segment, or None.
+  """
+  difference = gpu.iota((TILE, TILE), 0) - gpu.iota((TILE, TILE), 1)
+  last = len(keys) - 1
+  # The two edges of such a window complement each other: row i sees j <= i of the near tile and
+  # j > i of the far one. Together they are one full tile, with half the exponentials of two.
+  folds = band.folds(len(keys)) and same[0] is None
+  tiles = [(0, last), *((n,) for n in range(1, last))] if folds else [(n,) for n in range(last + 1)]
+
+  def logits(distances):
+    xs = gpu.matmul(*((q, keys[n].transpose((1, 0))) for n in distances))
+    if own is not None:
+      # A scalar selects nothing, but adds to everything.
+      here = lambda n: jnp.where(own >= n, jnp.float32(0), -jnp.inf)
+      xs = [x if n == 0 else x + here(n) for x, n in zip(xs, distances, strict=True)]
+    if len(distances) > 1:
+      return jnp.where(difference >= 0, *xs)
+    (x,), (n,) = xs, distances
+    mask = same[n]
+    if not band.covers(n):
+      inside = band.mask(difference + n * TILE)
+      mask = inside if mask is None else mask & inside
+    return x if mask is None else jnp.where(mask, x, -jnp.inf)
+
+  for n in range(0, len(tiles), AT_ONCE):
+    chosen = tiles[n : n + AT_ONCE]
+    xs = [logits(distances) for distances in chosen]
+    ps, (total, top, weight) = _softmax(state, xs, scale, values[0].shape[1])
+    pairs = []
+    for p, distances in zip(ps, chosen, strict=True):
+      parts = [p]
+      if len(distances) > 1:
+        near = jnp.where(difference >= 0, p, 0.0)
+        parts = [near, p - near]
+      pairs += [(x.astype(q.dtype), values[m]) for x, m in zip(parts, distances, strict=True)]
+    (total,) = gpu.add_matmul((total, *pairs), scratch=scratch)
+    state = total, top, weight
+  return state
+
+
+def _softmax(state, xs, scale, Dv: int | None = None):
+  """Weights of the logits in xs, and the state with its sum of values rescaled, none added."""
+  c = scale * gpu.LOG2E
+  top = functools.reduce(jnp.maximum, xs).max(axis=1) * c
+  top = jnp.maximum(top, NO_MAXIMUM if state is None else state[1])
+  ps = [jnp.exp2(x * c - gpu.over_columns(top, TILE)) for x in xs]
+  weight = functools.reduce(jnp.add, ps).sum(axis=1)
+  if state is None:
+    return ps, (gpu.zeros((TILE, Dv)), top, weight)
+  total, old_top, old_weight = state
+  keep = jnp.exp2(old_top - top)
+  total = total * gpu.over_columns(keep, total.shape[1])
+  return ps, (total, top, old_weight * keep + weight)
+
+
+def finish(state, out):
+  """Writes the result of a state to shared memory and returns its lse."""
+  total, top, weight = state
+  share = jnp.where(weight == 0, 0.0, 1 / weight)
+  out[...] = (total * gpu.over_columns(share, total.shape[1])).astype(out.dtype)
+  return jnp.where(weight == 0, -jnp.inf, top + jnp.log2(weight))
+
+
+def _ids(ref, b, r, tile, layout):
+  return gpu.load(ref.at[b, r, gpu.ds(tile * TILE, TILE)], layout=layout, optimized=False)
+
+
+def _same(ids_q, ids_k):
+  """Which pairs share a segment."""
+  return gpu.over_columns(ids_q, TILE) == gpu.over_rows(ids_k, TILE)

@@ -1,0 +1,141 @@
+"""Which kernel sweeps a pass, and how it is cut: what fits a multiprocessor, then what is fastest.
+
+`pallas_kernels.tuning` has measured sizes; these are the defaults for what is not in its table.
+"""
+
+import dataclasses
+from typing import Any
+from typing import NamedTuple
+
+from pallas_kernels import tuning
+from pallas_kernels.mosaic_gpu import stream
+from pallas_kernels.mosaic_gpu import stream_backward
+from pallas_kernels.mosaic_gpu import stream_forward
+from pallas_kernels.mosaic_gpu.backward import KEPT_TILES
+from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.views import Band
+from pallas_kernels.mosaic_gpu.views import View
+
+SHARED_BYTES = 226 * 1024  # of 227 that a block of threads can have; the rest is for barriers
+MAX_REACH = 4  # tiles before a query's own in a window whose steps are unrolled
+
+
+class Problem(NamedTuple):
+  """What the choice depends on.
+
+  Attributes:
+    kind: of the kernel, as in the tuning table.
+    view: its sequences.
+    band: the pairs of a sequence; means nothing for summaries.
+    Dk, Dv: head sizes.
+    dtype: of q, k and v.
+  """
+
+  kind: str
+  view: View
+  band: Band
+  Dk: int
+  Dv: int
+  dtype: Any
+
+  def tuned(self, direction: tuning.Direction) -> tuning.BlockSizes | None:
+    return tuning.block_sizes(self.kind, direction, self.view.M, self.Dk, self.dtype)
+
+  def tiles(self, of_k: int, of_v: int) -> int:
+    """Bytes of so many tiles of the head size of k and of v."""
+    return TILE * 2 * (of_k * self.Dk + of_v * self.Dv)
+
+
+def resident(problem: Problem, merged: bool) -> dict[str, int] | None:
+  """For `forward.resident`; None where its sequences do not fit."""
+  view, nt = problem.view, problem.view.num_tiles
+  own_stage = merged or problem.Dk != problem.Dv
+  fits = problem.tiles(2 * nt, nt * (2 if own_stage else 1)) <= SHARED_BYTES
+  if view.kind == "natural" or not fits:
+    return None
+  if tuned := problem.tuned("fwd"):
+    return dict(warpgroups=min(tuned.warpgroups, nt))
+  return dict(warpgroups=2 if nt >= 4 and problem.Dk >= 64 else 1)
+
+
+def window(problem: Problem) -> dict[str, int] | None:
+  """For `forward.window`; None where the window is too wide for it."""
+  reach, tuned = _reach(problem), problem.tuned("fwd")
+  if reach is None:
+    return None
+  wide = max(problem.Dk, problem.Dv) > 64
+  most = tuned.warpgroups if tuned else (1 if wide else 3)
+  for W in range(min(most, reach + 1), 0, -1):
+    best = tuned.stages if tuned else reach + W + 1
+    for stages in range(max(best, reach + W), reach + W - 1, -1):
+      if problem.tiles(2 * W + stages, W + stages) <= SHARED_BYTES:
+        return dict(warpgroups=W, stages=stages)
+  return None
+
+
+def resident_backward(problem: Problem) -> dict[str, int] | None:
+  """For `backward.resident`; None where its sequences do not fit in shared memory or registers."""
+  view, nt, (Dk, Dv) = problem.view, problem.view.num_tiles, (problem.Dk, problem.Dv)
+  if view.kind == "natural" or Dk + Dv > 256:
+    return None
+  if tuned := problem.tuned("bwd"):
+    own_tiles, warpgroups = tuned.block_q // TILE, tuned.warpgroups
+  elif nt >= 4 and Dk == 64:
+    own_tiles, warpgroups = 4, 2
+  else:
+    own_tiles, warpgroups = 2, 2 if Dk >= 128 else 1
+  for own in range(min(own_tiles, nt), 0, -1):
+    W = min(warpgroups, own)
+    kept = nt * (nt + 1) // 2 if own >= nt and nt <= KEPT_TILES else 0
+    shared = problem.tiles(nt + own + (W if Dk != Dv else 0), nt + own + W)
+    if shared + 2 * TILE * TILE * kept + 2 * 4 * TILE * nt <= SHARED_BYTES:
+      return dict(own_tiles=own, warpgroups=W)
+  return None
+
+
+def window_backward(problem: Problem) -> dict[str, int] | None:
+  """For `backward.window`; None where the window is too wide for it."""
+  reach, tuned, (Dk, Dv) = _reach(problem), problem.tuned("bwd"), (problem.Dk, problem.Dv)
+  if reach is None or Dk + Dv > 256:
+    return None
+  best = tuned.stages if tuned else reach + (3 if max(Dk, Dv) <= 32 else 2)
+  for stages in range(max(best, reach + 1), reach, -1):
+    staged = 1 if reach else 2, 1 if Dk == Dv else 2
+    shared = problem.tiles(2 * stages + staged[0], 2 * stages + staged[1])
+    if shared + 2 * 4 * TILE * stages <= SHARED_BYTES:
+      return dict(stages=stages)
+  return None
+
+
+def _reach(problem: Problem) -> int | None:
+  """Tiles before a query's own in a window that is swept at once; None for all else."""
+  view, band = problem.view, problem.band
+  if view.kind != "natural" or band.far is None or band.last(view.num_tiles) > MAX_REACH:
+    return None
+  return band.last(view.num_tiles)
+
+
+class Streamed(NamedTuple):
+  """Of the streaming kernels."""
+
+  forward: stream.BlockSizes
+  dq: stream.BlockSizes
+  dkv: stream.BlockSizes
+
+
+def streamed(problem: Problem) -> Streamed:
+  """For the streaming kernels, which take everything."""
+
+  def of(direction, default):
+    tuned = problem.tuned(direction)
+    if tuned is None:
+      return default
+    sizes = dict(step=tuned.block_k, stages=tuned.stages, warpgroups=tuned.warpgroups)
+    return dataclasses.replace(default, **sizes)
+
+  D = problem.Dk, problem.Dv
+  return Streamed(
+    forward=of("fwd", stream_forward.default_blocks(*D)),
+    dq=of("bwd", stream_backward.default_dq_blocks(*D)),
+    dkv=of("bwd", stream_backward.default_dkv_blocks(*D)),
+  )

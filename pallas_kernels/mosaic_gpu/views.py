@@ -1,0 +1,119 @@
+"""Free reshapes of [B, T, H, D] in which the keys of a query lie together, and boxes of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
+
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.passes import Pass
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """R sequences of M rows each, of the positions 0 ... T - 1.
+
+  Attributes:
+    kind: "natural": R = 1, M = T. "columns": row m of sequence r is position m * stride + r.
+      "blocks": row m of sequence r is position r * stride + m.
+    T: positions; a multiple of `stride`.
+    stride: 1 in the natural view.
+  """
+
+  kind: Literal["natural", "columns", "blocks"]
+  T: int
+  stride: int = 1
+
+  @classmethod
+  def of(cls, one: Pass, T: int) -> "View":
+    return cls(one.view, T, 1 if one.view == "natural" else one.stride)
+
+  @property
+  def R(self) -> int:
+    return {"natural": 1, "columns": self.stride, "blocks": self.T // self.stride}[self.kind]
+
+  @property
+  def M(self) -> int:
+    return self.T // self.R
+
+  @property
+  def num_tiles(self) -> int:
+    return -(-self.M // TILE)
+
+  def __call__(self, x):
+    """The view of an array [B, T, ...]; no copy."""
+    if self.kind == "natural":
+      return x
+    return x.reshape(x.shape[0], self.T // self.stride, self.stride, *x.shape[2:])
+
+  def box(self, ref, b, r, h, start, rows: int = TILE):
+    """Rows start ... start + rows - 1 of sequence r, head h: strided in memory, dense in a copy."""
+    span = gpu.ds(start, rows)
+    if self.kind == "natural":
+      return ref.at[b, span, h]
+    return ref.at[b, span, r, h] if self.kind == "columns" else ref.at[b, r, span, h]
+
+  def rows(self, x, fill=0):
+    """[B, T, ...] -> [B, ..., R, Mp], Mp = M rounded up to a tile: small arrays, copied."""
+    x = jnp.moveaxis(self(x), 1, -1) if self.kind == "natural" else self(x)
+    if self.kind == "natural":
+      x = x[..., None, :]
+    else:
+      x = jnp.moveaxis(x, (1, 2), (-2, -1) if self.kind == "blocks" else (-1, -2))
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, self.num_tiles * TILE - self.M)]
+    return jnp.pad(x, padding, constant_values=fill)
+
+  def restore(self, x):
+    """[B, ..., R, Mp] -> [B, T, ...]."""
+    x = x[..., : self.M]
+    x = jnp.moveaxis(x, (-2, -1), (1, 2) if self.kind != "columns" else (2, 1))
+    return x.reshape(x.shape[0], self.T, *x.shape[3:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+  """The keys m - j of a query's sequence with near <= m - j < far; far None: no end."""
+
+  near: int = 0
+  far: int | None = None
+
+  def first(self) -> int:
+    """The nearest tile that may hold pairs, counted in tiles before the query's own."""
+    return max(0, -(-(self.near - TILE + 1) // TILE))
+
+  def first_full(self) -> int:
+    return -(-(self.near + TILE - 1) // TILE)
+
+  def last(self, num_tiles: int) -> int:
+    """The farthest tile that may hold pairs."""
+    last = num_tiles if self.far is None else (self.far + TILE - 2) // TILE
+    return min(last, num_tiles - 1)
+
+  def covers(self, distance: int) -> bool:
+    """Whether all pairs of two tiles, this many tiles apart, attend."""
+    end = (distance + 1) * TILE
+    return distance >= self.first_full() and (self.far is None or end <= self.far)
+
+  def folds(self, num_tiles: int) -> bool:
+    """Whether the nearest and the farthest tile complement each other to one full tile."""
+    reach = self.last(num_tiles)
+    return self.near == 0 and reach > 0 and self.far == reach * TILE
+
+  def mask(self, distance):
+    """Which of the pairs at these distances attend."""
+    mask = distance >= self.near
+    return mask if self.far is None else mask & (distance < self.far)
+
+
+def head_of(heads: Sequence[int], n: Any) -> Any:
+  """heads[n] of a traced n: by arithmetic, or by comparing where the heads are irregular."""
+  step = heads[1] - heads[0] if len(heads) > 1 else 1
+  if all(head == heads[0] + i * step for i, head in enumerate(heads)):
+    return n * step + heads[0]
+  found = jnp.int32(heads[0])
+  for i, head in enumerate(heads):
+    found = jnp.where(n == i, jnp.int32(head), found)
+  return found

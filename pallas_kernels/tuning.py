@@ -1,0 +1,98 @@
+"""Tile sizes of the kernels: measured ones from tuning.json, and a way to try others.
+
+`python -m experiments.benchmark tune` measures candidates and writes the file. What is not in it
+runs with the default of its kernel.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+from typing import Literal
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PATH = pathlib.Path(__file__).with_name("tuning.json")
+Direction = Literal["fwd", "bwd"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+  """How one kernel cuts its work.
+
+  Attributes:
+    block_q: query rows of a CTA, all its warpgroups together.
+    block_k: keys of a step.
+    stages: steps whose keys and values are in flight.
+    warpgroups: those that compute.
+  """
+
+  block_q: int
+  block_k: int
+  stages: int
+  warpgroups: int
+
+
+class Key(NamedTuple):
+  """What the best sizes depend on.
+
+  Attributes:
+    device: its kind as JAX names it, "NVIDIA H100 80GB HBM3".
+    kind: of the kernel: "local", "column", "block", "summary" or "dense".
+    direction: "fwd" or "bwd".
+    rows: length of a sequence of the kernel's view: of a column, of a block, else T.
+    head_dim: of q and k.
+    dtype: of q, k and v.
+  """
+
+  device: str
+  kind: str
+  direction: Direction
+  rows: int
+  head_dim: int
+  dtype: str
+
+
+def read(path: pathlib.Path = PATH) -> dict[Key, BlockSizes]:
+  """The table in a file: a list of rows with the fields of `Key` and `BlockSizes`."""
+  pick = lambda row, names: {name: row[name] for name in names}
+  sizes = [field.name for field in dataclasses.fields(BlockSizes)]
+  rows = json.loads(path.read_text())
+  return {Key(**pick(row, Key._fields)): BlockSizes(**pick(row, sizes)) for row in rows}
+
+
+def write(table: dict[Key, BlockSizes], path: pathlib.Path = PATH) -> None:
+  """Writes a table, one row a line."""
+  rows = [json.dumps({**key._asdict(), **vars(sizes)}) for key, sizes in sorted(table.items())]
+  path.write_text("[\n " + ",\n ".join(rows) + "\n]\n" if rows else "[]\n")
+
+
+TABLE = read()
+# A context of JAX, so that programs traced under other sizes are not found again.
+_forced = jax.make_user_context(None)
+
+
+def block_sizes(
+  kind: str, direction: Direction, rows: int, head_dim: int, dtype: Any
+) -> BlockSizes | None:
+  """The sizes to use on the device that is traced for; None for the kernel's own default."""
+  if _forced.value is not None and _forced.value[:2] == (kind, direction):
+    return _forced.value[2]
+  return TABLE.get(Key(device_kind(), kind, direction, rows, head_dim, jnp.dtype(dtype).name))
+
+
+@contextlib.contextmanager
+def override(kind: str, direction: Direction, sizes: BlockSizes | None) -> Iterator[None]:
+  """Within it, in this thread, one kernel has these sizes (None: its default), table or not."""
+  with _forced((kind, direction, sizes)):
+    yield
+
+
+def device_kind() -> str:
+  """The device that programs are traced for, which need not be here, or else the one that is."""
+  abstract = jax.sharding.get_abstract_mesh().abstract_device
+  return abstract.device_kind if abstract else jax.devices()[0].device_kind
