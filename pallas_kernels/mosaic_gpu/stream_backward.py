@@ -121,6 +121,7 @@ def dq_kernel(
 
 
 def _dq(refs, *, frame, blocks, work, scale):
+  refs = stream_forward.open_boxes(refs, frame, blocks)
   wg = lax.axis_index("wg")
 
   @pl.when(wg == blocks.warpgroups)
