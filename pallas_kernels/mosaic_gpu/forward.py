@@ -249,14 +249,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
         slots = [rem(n + reach - distance, S) for distance in range(reach + 1)]
         tiles = q_s.at[q_slot], [k_s.at[slot] for slot in slots], [v_s.at[slot] for slot in slots]
 
-        def attend(t):
-          return attend_window(state, band, t, *tiles, same, scale, scratch)
-
-        # Only the first tiles of a sequence have to ask which keys exist.
-        if reach == 0:
-          state = attend(None)
-        else:
-          state = lax.cond(t >= reach, lambda: attend(None), lambda: attend(t))
+        state = attend_window(state, band, t, *tiles, same, scale, scratch)
         gpu.barrier_arrive(q_free.at[q_slot])
 
         @gpu.loop(n, jnp.minimum(n + W, count))
@@ -331,7 +324,7 @@ def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch)
   """The state after a window: the tiles 0, 1, ... before the query's own.
 
   Args:
-    own: the number of the query's own tile where earlier ones may not exist, else None.
+    own: the number of the query's own tile in its sequence.
     same: per tile, which pairs share a segment, or None.
   """
   difference = gpu.iota((TILE, TILE), 0) - gpu.iota((TILE, TILE), 1)
@@ -343,10 +336,9 @@ def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch)
 
   def logits(distances):
     xs = gpu.matmul(*((q, keys[n].transpose((1, 0))) for n in distances))
-    if own is not None:
-      # A scalar selects nothing, but adds to everything.
-      here = lambda n: jnp.where(own >= n, jnp.float32(0), -jnp.inf)
-      xs = [x if n == 0 else x + here(n) for x, n in zip(xs, distances, strict=True)]
+    # Tiles before the sequence do not exist. A condition would make ptxas wait after every product.
+    exists = lambda n: jnp.where(own >= n, jnp.float32(0), -jnp.inf)
+    xs = [x if n == 0 else x + exists(n) for x, n in zip(xs, distances, strict=True)]
     if len(distances) > 1:
       return jnp.where(difference >= 0, *xs)
     (x,), (n,) = xs, distances

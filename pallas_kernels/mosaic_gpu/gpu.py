@@ -92,6 +92,21 @@ def smem(*shape: int, dtype: jax.typing.DTypeLike, beside: int | None = None):
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def one_span(D: int, dtype: jax.typing.DTypeLike) -> bool:
+  """Whether rows of D columns are no wider than a swizzle's span."""
+  return D * jnp.dtype(dtype).itemsize in (128, 64, 32)
+
+
+def smem_in_boxes(stages: int, rows: int, box: int, D: int, dtype: jax.typing.DTypeLike):
+  """The same memory as tiles [stages, rows, D] and as [stages, rows / box, box, D].
+
+  Rows lie in memory in the same order either way (D of `one_span`), but one copy fills several
+  boxes from rows that are apart. On a GPU only: the simulator keeps the two apart.
+  """
+  boxes = smem(stages, rows // box, box, D, dtype=dtype)
+  return plgpu.RefUnion(smem(stages, rows, D, dtype=dtype), boxes)
+
+
 def vector(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32):
   """Shared memory for rows of single values."""
   return plgpu.SMEM(shape, dtype)

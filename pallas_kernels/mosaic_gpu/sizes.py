@@ -83,7 +83,7 @@ def resident_backward(problem: Problem) -> dict[str, int] | None:
   elif nt >= 4 and Dk == 64:
     own_tiles, warpgroups = 4, 2
   else:
-    own_tiles, warpgroups = 2, 2 if Dk >= 128 and view.kind == "blocks" else 1
+    own_tiles, warpgroups = 2, 2 if Dk >= 128 else 1
   for own in range(min(own_tiles, nt), 0, -1):
     W = min(warpgroups, own)
     kept = nt * (nt + 1) // 2 if own >= nt and nt <= KEPT_TILES else 0

@@ -178,8 +178,12 @@ class Frame:
     return ref.at[b, pl.ds(start, size), h]
 
   def pieces(self, step: int) -> int:
-    """Copies that fill a key tile."""
+    """Copies that fill a key tile piece by piece."""
     return max(1, step // self.slot) if self.slot else 1
+
+  def in_boxes(self, step: int, D: int, dtype) -> bool:
+    """Whether one copy fills a key tile with the summaries of several rows."""
+    return self.pieces(step) > 1 and gpu.one_span(D, dtype) and not gpu.simulated()
 
   def load_keys(self, copy, source, b, r, h, tile, step):
     """Copies key tile `tile`; `copy(piece of the source, first row, rows)`."""
@@ -192,6 +196,12 @@ class Frame:
       row = tile * count + n if self.slot <= step else div(tile * step, self.slot)
       first = start if self.slot <= step else start + lax.rem(tile * step, jnp.int32(self.slot))
       copy(source.at[b, row, pl.ds(first, rows), self.kv_head(h)], n * rows, rows)
+
+  def boxes(self, source, b, h, tile, step):
+    """Key tile `tile` of summaries as one piece of the source, [rows of the view, slot, D]."""
+    start, count = self._pick_start(h, lambda start: start - start % 8), self.pieces(step)
+    rows, columns = pl.ds(tile * count, count), pl.ds(start, self.slot)
+    return source.at[b, rows, columns, self.kv_head(h)]
 
   def key_shape(self, batch: int, D: int) -> tuple[int, ...]:
     """The shape of dk or dv as the kernel stores it: as `keys`, of summaries [B, T/l, c, Hg, D]."""

@@ -27,14 +27,16 @@ def default_dq_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
     return stream.BlockSizes(step=64, stages=3, ahead=True)
-  return stream.BlockSizes(stages=3, ahead=True)
+  return stream.BlockSizes(step=64, stages=4, warpgroups=3)
 
 
 def default_dkv_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   """Tiles that fit shared memory and registers."""
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
-  return stream.BlockSizes(step=64, stages=3, warpgroups=2 if max(Dk, Dv) > 64 else 3)
+  if max(Dk, Dv) > 64:
+    return stream.BlockSizes(step=64, stages=3)
+  return stream.BlockSizes(step=64, stages=4, warpgroups=3)
 
 
 def row_delta(
@@ -119,6 +121,7 @@ def dq_kernel(
 
 
 def _dq(refs, *, frame, blocks, work, scale):
+  refs = stream_forward.open_boxes(refs, frame, blocks)
   wg = lax.axis_index("wg")
 
   @pl.when(wg == blocks.warpgroups)

@@ -27,8 +27,10 @@ def default_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
-    return stream.BlockSizes(ahead=True)
-  return stream.BlockSizes(stages=3, warpgroups=3, held=2)
+    return stream.BlockSizes(ahead=True, fused=True)
+  if max(Dk, Dv) > 32:
+    return stream.BlockSizes(stages=3, warpgroups=3, held=2, fused=True)
+  return stream.BlockSizes(step=64, stages=6, warpgroups=3, held=2, fused=True)
 
 
 def forward(
@@ -103,22 +105,35 @@ def _scratch(frame, blocks, Dk, Dv, dtype):
 def ring(frame, blocks, Dk, Dv, dtype):
   """Shared memory and barriers of the key tiles on their way."""
   wgs, stages, step = blocks.warpgroups, blocks.stages, blocks.step
-  pieces = frame.pieces(step)
-  scratch = dict(
-    k_s=gpu.smem(stages, step, Dk, dtype=dtype),
-    v_s=gpu.smem(stages, step, Dv, dtype=dtype),
-    k_full=gpu.Barrier(num_barriers=stages, num_arrivals=pieces + (1 if frame.segments else 0)),
-    v_full=gpu.Barrier(num_barriers=stages, num_arrivals=pieces),
-    k_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
-    v_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
-  )
+  scratch = {}
+  for x, D in dict(k=Dk, v=Dv).items():
+    ids = 1 if frame.segments and x == "k" else 0
+    boxes = frame.in_boxes(step, D, dtype)
+    scratch[f"{x}_s"] = (
+      gpu.smem_in_boxes(stages, step, frame.slot, D, dtype)
+      if boxes
+      else gpu.smem(stages, step, D, dtype=dtype)
+    )
+    arrivals = (1 if boxes else frame.pieces(step)) + ids
+    scratch[f"{x}_full"] = gpu.Barrier(num_barriers=stages, num_arrivals=arrivals)
+    scratch[f"{x}_free"] = gpu.Barrier(num_barriers=stages, num_arrivals=wgs)
   if frame.segments:
     scratch.update(ids_s=gpu.vector(stages, step, dtype=jnp.int32))
   return scratch
 
 
+def open_boxes(refs, frame, blocks):
+  """`refs` with the rings as tiles, and as boxes (`k_box`, `v_box`) where they are that too."""
+  refs = dict(refs)
+  for x in "kv":
+    if frame.in_boxes(blocks.step, refs[x].shape[-1], refs[x].dtype):
+      refs[f"{x}_s"], refs[f"{x}_box"] = refs[f"{x}_s"]
+  return refs
+
+
 def _kernel(refs, *, frame, blocks, work, scale):
   """One thread block: the last warpgroup loads, the others compute."""
+  refs = open_boxes(refs, frame, blocks)
   wg = lax.axis_index("wg")
 
   @pl.when(wg == blocks.warpgroups)
@@ -168,7 +183,7 @@ def produce(refs, frame, blocks, work, tiles, vectors=()):
     tiles: names of the arrays of queries [B, ..., H, D] to load.
     vectors: names of those of rows [B, Hg, R, Mp].
   """
-  step, pieces = blocks.step, frame.pieces(blocks.step)
+  step = blocks.step
   pairs = [tuple(refs[f"{x}{end}"] for end in ("", "_s", "_full", "_free")) for x in "kv"]
   slot = lambda n: lax.rem(n, jnp.int32(blocks.stages))
 
@@ -195,12 +210,17 @@ def produce(refs, frame, blocks, work, tiles, vectors=()):
 
         def load_view(name=name, source=source, copy=copy, full=full):
           tile = sweep.tiles.tile(i)
-          frame.load_keys(copy, source, b, r, h, tile, step)
+          if f"{name}_box" in refs:
+            box = frame.boxes(source, b, h, tile, step)
+            gpu.to_smem(box, refs[f"{name}_box"].at[s], full.at[s])
+          else:
+            frame.load_keys(copy, source, b, r, h, tile, step)
           if frame.segments and name == "k":
             ids = refs["ids"].at[b, r, pl.ds(tile * step, step)]
             gpu.to_smem(ids, refs["ids_s"].at[s], full.at[s])
 
         def load_own(name=name, copy=copy):
+          pieces = 1 if f"{name}_box" in refs else frame.pieces(step)
           size = step // pieces
           for n in range(pieces):
             key = sweep.own_key(i) + n * size
@@ -357,7 +377,12 @@ class _Softmax(Queries):
     lse_s[...] = lse
     gpu.commit_smem()
     gpu.to_gmem(out_s, self.frame.tile(refs["out"], b, r, self.base, TILE, h))
-    gpu.to_gmem(lse_s, refs["lse"].at[b, h, r, pl.ds(self.base, TILE)])
+
+    # Unlike tiles, rows of single values are not clipped where an axis ends.
+    @pl.when(self.base < self.frame.padded)
+    def _():
+      gpu.to_gmem(lse_s, refs["lse"].at[b, h, r, pl.ds(self.base, TILE)])
+
     return self.done + self.sweep.num
 
   def start(self):
