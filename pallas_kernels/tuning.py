@@ -22,12 +22,12 @@ Direction = Literal["fwd", "bwd"]
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-  """How one kernel cuts its work.
+  """How one kernel cuts its work; not every kernel reads every field.
 
   Attributes:
-    block_q: query rows of a CTA, all its warpgroups together.
-    block_k: keys of a step.
-    stages: steps whose keys and values are in flight.
+    block_q: rows that a CTA owns: queries, backward keys too.
+    block_k: keys of a step, where they stream.
+    stages: steps in flight, where a CTA walks along a sequence.
     warpgroups: those that compute.
   """
 

@@ -14,6 +14,7 @@ from helpers import assert_near
 from helpers import Case
 from helpers import EVERY_PATTERN
 from helpers import jitted_vjp
+from helpers import vjp_program
 
 from pallas_kernels import IMPLEMENTATIONS
 from pallas_kernels import patterns
@@ -82,7 +83,7 @@ KERNEL_CASES = [
   _narrow(patterns.Dense(), T=1, dtype="float16"),
   _narrow(
     patterns.PerHead((patterns.Local(20), patterns.Column(7), patterns.Fixed(32, 4, 2))),
-    T=50, H=6, Hkv=3,
+    T=50, H=3, Hkv=3,
   ),
 ]  # fmt: skip
 # The models of the paper, and a head of today: stride, summary width and what `Case` needs.
@@ -142,16 +143,19 @@ def test_out_lse_and_gradients_match_the_reference(case):
     assert_close(a, b, tolerance=TOLERANCE[case.dtype], what=what)
 
 
-def check_kernels(case):
+def check_kernels(case, runs: int = 1):
   q, k, v, ids, dout, dlse = case.arrays()
-  got = jitted_vjp(attend(case, "mosaic_gpu", ids), q, k, v, dout, dlse)
+  program = vjp_program(attend(case, "mosaic_gpu", ids))
+  got = program(q, k, v, dout, dlse)
+  for _ in range(runs - 1):
+    for first, again in zip(got, program(q, k, v, dout, dlse), strict=True):
+      np.testing.assert_array_equal(first, again)
   wide = (x.astype(jnp.float32) for x in (q, k, v, dout))
   truth = jitted_vjp(attend(case, "reference", ids), *wide, dlse)
   assert_close(got[1], truth[1], tolerance=1e-4, what="lse")
   for what, n, bound in (("out", 0, 5e-3), ("dq", 2, 1e-2), ("dk", 3, 1e-2), ("dv", 4, 1e-2)):
     assert got[n].dtype == q.dtype
     assert_near(got[n], truth[n], cotangent=dout, tolerance=bound, what=what)
-  return got
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
@@ -162,10 +166,7 @@ def test_kernels_match_the_reference(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_kernels_match_the_reference_on_a_gpu_and_repeat_bit_by_bit(case):
-  q, k, v, ids, dout, dlse = case.arrays()
-  again = jitted_vjp(attend(case, "mosaic_gpu", ids), q, k, v, dout, dlse)
-  for first, second in zip(check_kernels(case), again, strict=True):
-    np.testing.assert_array_equal(first, second)
+  check_kernels(case, runs=3)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_huge_values_give_numbers(pattern):
 
 @pytest.mark.parametrize("pattern", [patterns.Local(16), patterns.Fixed(16, 4)], ids=repr)
 def test_kernels_under_transformations(pattern):
-  case = _narrow(pattern, T=32, B=4)
+  case = _narrow(pattern, T=32, B=2, H=1)
   q, k, v, _, dout, _ = case.arrays()
   run = functools.partial(sparse_attention, pattern=pattern, implementation="mosaic_gpu")
 
@@ -193,7 +194,7 @@ def test_kernels_under_transformations(pattern):
     return out, *vjp(dout)
 
   expected = gradients(run, q, k, v, dout)
-  split = [x.reshape(2, 2, 1, *x.shape[1:]) for x in (q, k, v, dout)]
+  split = [x.reshape(2, 1, 1, *x.shape[1:]) for x in (q, k, v, dout)]
   for got, want in zip(gradients(jax.vmap(jax.vmap(run)), *split), expected, strict=True):
     np.testing.assert_array_equal(got.reshape(want.shape), want)
 

@@ -88,12 +88,17 @@ def assert_near(got, expected, *, cotangent, tolerance: float, what: str) -> Non
   assert error <= tolerance, f"{what}: relative error {error:.2e} exceeds {tolerance:.0e}"
 
 
-def jitted_vjp(attend, q, k, v, dout, dlse):
-  """(out, lse, dq, dk, dv) of `attend`, compiled as one program."""
+def vjp_program(attend):
+  """(q, k, v, dout, dlse) -> (out, lse, dq, dk, dv) of `attend`, compiled as one program."""
 
   @jax.jit
   def run(q, k, v, dout, dlse):
     (out, lse), vjp = jax.vjp(attend, q, k, v)
     return out, lse, *vjp((dout, dlse))
 
-  return run(q, k, v, dout, dlse)
+  return run
+
+
+def jitted_vjp(attend, *arrays):
+  """(out, lse, dq, dk, dv) of `attend`."""
+  return vjp_program(attend)(*arrays)

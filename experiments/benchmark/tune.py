@@ -28,27 +28,32 @@ ROWS = {
   "dense": lambda shape: shape.T,
 }
 PARTS = (*gpu.SHAPES, *ROWS)
-WARPGROUPS, BLOCK_K, STAGES = (1, 2, 3, 4), (64, 128), (2, 3)
-ROWS_PER_WARPGROUP = 64
 SHARED_BYTES = 227 * 1024  # of one SM, of Hopper
+TILE = 64  # rows of a warpgroup's matrix instruction
 ERROR = 2e-2  # of bfloat16 results that are summed in another order
 
 
 def candidates(
   kind: str, direction: tuning.Direction, rows: int, head_dim: int
 ) -> list[tuning.BlockSizes]:
-  """Sizes whose q, k and v tiles fit in shared memory and are no longer than the sequence.
+  """Sizes worth a try; those that a kernel cannot have, it makes smaller, or fails to compile.
 
-  So far all kernels have the same ones; those that one of them cannot have fail to compile.
+  What a kernel does not read of `BlockSizes` does not vary.
   """
-  del kind, direction
-  longest = ROWS_PER_WARPGROUP * math.ceil(rows / ROWS_PER_WARPGROUP)
-  found = []
-  for warpgroups, block_k, stages in itertools.product(WARPGROUPS, BLOCK_K, STAGES):
-    block_q = ROWS_PER_WARPGROUP * warpgroups
-    shared = 2 * head_dim * (block_q + 2 * stages * block_k)
-    if shared <= SHARED_BYTES and max(block_q, block_k) <= longest:
-      found.append(tuning.BlockSizes(block_q, block_k, stages, warpgroups))
+  tiles, found = math.ceil(rows / TILE), []
+  if kind == "local":
+    for warpgroups, stages in itertools.product((1, 2, 3), range(2, 10)):
+      if 2 * head_dim * TILE * (warpgroups + 2 * stages) <= SHARED_BYTES:
+        found.append(tuning.BlockSizes(TILE, TILE, stages, warpgroups))
+    return found if direction == "fwd" else [size for size in found if size.warpgroups == 1]
+  if kind in ("column", "block"):  # forward, all tiles of a sequence are a block's own
+    for own, warpgroups in itertools.product((1, 2, 4), (1, 2)):
+      if warpgroups <= own <= tiles and (direction == "bwd" or own == min(4, tiles)):
+        found.append(tuning.BlockSizes(TILE * own, TILE, 1, warpgroups))
+    return found
+  for warpgroups, block_k, stages in itertools.product((1, 2, 3), (64, 128), (2, 3, 4, 6)):
+    if 2 * head_dim * (TILE * warpgroups + 2 * stages * block_k) <= SHARED_BYTES:
+      found.append(tuning.BlockSizes(TILE * warpgroups, block_k, stages, warpgroups))
   return found
 
 

@@ -63,8 +63,8 @@ def window(problem: Problem) -> dict[str, int] | None:
   reach, tuned = _reach(problem), problem.tuned("fwd")
   if reach is None:
     return None
-  wide = max(problem.Dk, problem.Dv) > 64
-  most = tuned.warpgroups if tuned else (1 if wide else 3)
+  D = max(problem.Dk, problem.Dv)
+  most = tuned.warpgroups if tuned else 1 if D > 64 else 2 if D > 32 and reach <= 2 else 3
   for W in range(min(most, reach + 1), 0, -1):
     best = tuned.stages if tuned else reach + W + 1
     for stages in range(max(best, reach + W), reach + W - 1, -1):
@@ -80,7 +80,7 @@ def resident_backward(problem: Problem) -> dict[str, int] | None:
     return None
   if tuned := problem.tuned("bwd"):
     own_tiles, warpgroups = tuned.block_q // TILE, tuned.warpgroups
-  elif nt >= 4 and Dk == 64:
+  elif nt >= 4 and Dk <= 64:
     own_tiles, warpgroups = 4, 2
   else:
     own_tiles, warpgroups = 2, 2 if Dk >= 128 else 1
@@ -98,7 +98,7 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
   reach, tuned, (Dk, Dv) = _reach(problem), problem.tuned("bwd"), (problem.Dk, problem.Dv)
   if reach is None or Dk + Dv > 256:
     return None
-  best = tuned.stages if tuned else reach + (3 if max(Dk, Dv) <= 32 else 2)
+  best = tuned.stages if tuned else reach + 2
   for stages in range(max(best, reach + 1), reach, -1):
     staged = 1 if reach else 2, 1 if Dk == Dv else 2
     shared = problem.tiles(2 * stages + staged[0], 2 * stages + staged[1])
