@@ -64,13 +64,15 @@ def resident(
   """
   B, T, H, Dk = q.shape
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
-  nt, W = view.num_tiles, warpgroups
-  own_tiles = min(own_tiles, nt)
+  nt = view.num_tiles
+  # Equal parts for each: bounds that ptxas knows save registers.
+  own_tiles = next(n for n in range(min(own_tiles, nt), 0, -1) if nt % n == 0)
+  W = next(n for n in range(warpgroups, 0, -1) if own_tiles % n == 0)
   num_groups = -(-nt // own_tiles)
   # Tiles of queries from the own ones on, of keys up to them: the two share one pool of memory.
   num_slots = nt + own_tiles
   # One block of threads for a whole short sequence keeps dS^T: dq then needs no weights of its own.
-  keeps = num_groups == 1 and nt <= KEPT_TILES
+  keeps = num_groups == 1 and nt <= KEPT_TILES and Dk >= 64  # or it costs a resident block
   inputs = dict(q=view(q), k=view(k), v=view(v), dout=view(dout), lse=lse)
   optional = dict(ids=ids, dlse=dlse, delta=delta, out=None if out is None else view(out))
   inputs |= {name: x for name, x in optional.items() if x is not None}
@@ -195,7 +197,9 @@ def resident(
         kept = s["ds_s"].at[pair(t, own)] if keeps else None
         return add_key_gradients(state, k_own, [query], c, mask_of(t, own, 1, inside), p_s, kept)
 
-      return _sweep(own, nt - own, 1, band, step, (gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))))
+      return _sweep(
+        own, nt - own, 1, nt, band, step, (gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv)))
+      )
 
     pair = lambda q_tile, k_tile: lax.div(q_tile * (q_tile + 1), jnp.int32(2)) + k_tile
 
@@ -213,7 +217,7 @@ def resident(
         key = (*tile(k_slot(t)), lse)
         return add_query_gradient(dq, query, [key], c, mask_of(own, t, 0, inside), p_s)
 
-      return _sweep(own, own + 1, -1, band, step, gpu.zeros((TILE, Dk)))
+      return _sweep(own, own + 1, -1, nt, band, step, gpu.zeros((TILE, Dk)))
 
     def store(value, stage, name, result, t):
       """Stores a tile of a gradient, with what `prev` has of it added."""
@@ -240,7 +244,11 @@ def resident(
     def store_query_gradient(own):
       store(query_gradient(own) * scale, stage_k, "dq", dq_ref, own)
 
-    own_ones = gpu.loop(begin + wg, jnp.minimum(end, nt), step=W)
+    turns = own_tiles // W
+
+    def own_ones(body):
+      gpu.loop(0, turns)(lambda turn: body(begin + turn * W + wg))
+
     if keeps:
       own_ones(store_key_gradients)
       gpu.commit_smem()
@@ -590,7 +598,7 @@ def _halves(x, lower, num: int, dtype):
   return [below.astype(dtype), (x - below).astype(dtype)]
 
 
-def _sweep(own, room, direction: int, band: Band, step, state):
+def _sweep(own, room, direction: int, num_tiles: int, band: Band, step, state):
   """Steps over the `room` tiles from `own` on, in a direction; (tile, state, no mask) -> state.
 
   The masked tiles last. That is one tile without a loop where possible: after a second loop ptxas
@@ -598,7 +606,8 @@ def _sweep(own, room, direction: int, band: Band, step, state):
   """
   at = lambda distance: own + direction * distance
   first, first_full = band.first(), band.first_full()
-  state = lax.fori_loop(first_full, room, lambda n, state: step(at(n), state, True), state)
+  if num_tiles > first_full:
+    state = lax.fori_loop(first_full, room, lambda n, state: step(at(n), state, True), state)
   if (first, first_full) == (0, 1):
     return step(own, state, False)
   upper = jnp.minimum(first_full, room)

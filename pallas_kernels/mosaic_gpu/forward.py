@@ -41,7 +41,9 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
   """
   B, T, H, Dk = q.shape
   Dv, group = v.shape[3], H // k.shape[2]
-  nt, W = view.num_tiles, warpgroups
+  nt = view.num_tiles
+  # As many turns for each: a bound that ptxas knows saves registers.
+  W = next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
   own_stage = prev is not None or Dk != Dv  # the result is staged where q was, if it fits there
   inputs = [view(x) for x in (q, k, v)]
   inputs += [ids] if ids is not None else []
@@ -50,6 +52,7 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
     q_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
     k_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
     v_s=gpu.smem(nt, TILE, Dv, dtype=q.dtype),
+    lse_s=gpu.vector(W, TILE),
     q_full=gpu.Barrier(num_barriers=nt),
     k_full=gpu.Barrier(num_barriers=nt),
     v_full=gpu.Barrier(num_barriers=nt),
@@ -61,7 +64,7 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
 
-  def body(*refs, q_s, k_s, v_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None):
+  def body(*refs, q_s, k_s, v_s, lse_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
     b, r, h, wg = (lax.axis_index(name) for name in ("b", "r", "h", "wg"))
@@ -80,10 +83,11 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
         if prev is not None:
           gpu.to_smem(view.box(more[0], b, r, h, t * TILE), o_s.at[t], prev_full.at[t])
 
-    @gpu.loop(wg, nt, step=W)
-    def _(own):
+    @gpu.loop(0, nt // W)
+    def _(turn):
+      own = turn * W + wg
       # Tiles that an earlier turn of this warpgroup has waited for.
-      new_tiles = jnp.where(own == wg, 0, own - W + 1 - band.first())
+      new_tiles = jnp.where(turn == 0, 0, own - W + 1 - band.first())
       rows = gpu.ds(own * TILE, TILE)
       gpu.barrier_wait(q_full.at[own])
       q_tile = q_s.at[own]
@@ -110,10 +114,12 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
           mask = same if mask is None else mask & same
         return attend(state, q_tile, k_s.at[t], v_s.at[t], mask, scale, p_s)
 
-      state = sweep(own, band, step, state)
-      lse_ref.at[b, h, r, rows][...] = finish(state, stage.at[own])
+      state = sweep(own, nt, band, step, state)
+      gpu.wait_to_gmem(0, wait_read_only=True)  # of the lse before
+      lse_s.at[wg][...] = finish(state, stage.at[own])
       gpu.commit_smem()
       gpu.to_gmem(stage.at[own], view.box(o_ref, b, r, h, own * TILE))
+      gpu.to_gmem(lse_s.at[wg], lse_ref.at[b, h, r, rows])
 
     gpu.wait_to_gmem(0)
 
@@ -301,11 +307,12 @@ def resume(out, lse):
   return total, jnp.maximum(lse, NO_MAXIMUM), jnp.where(lse > NO_MAXIMUM, 1.0, 0.0)
 
 
-def sweep(own, band: Band, step, state):
+def sweep(own, num_tiles: int, band: Band, step, state):
   """All key tiles of query tile `own` of a causal band; masks only where they are needed."""
   first, first_full = band.first(), band.first_full()
   full = jnp.maximum(own - first_full + 1, 0)
-  state = lax.fori_loop(0, full, lambda t, state: step(t, state, False), state)
+  if num_tiles > first_full:
+    state = lax.fori_loop(0, full, lambda t, state: step(t, state, False), state)
   masked = lambda t, state: step(t, state, True)
   return lax.fori_loop(full, jnp.maximum(own - first + 1, 0), masked, state)
 
