@@ -244,10 +244,11 @@ def resident(
     def store_query_gradient(own):
       store(query_gradient(own) * scale, stage_k, "dq", dq_ref, own)
 
-    turns = own_tiles // W
-
     def own_ones(body):
-      gpu.loop(0, turns)(lambda turn: body(begin + turn * W + wg))
+      if keeps:  # a bound that ptxas knows
+        gpu.loop(0, own_tiles // W)(lambda turn: body(begin + turn * W + wg))
+      else:
+        gpu.loop(begin + wg, end, step=W)(body)
 
     if keeps:
       own_ones(store_key_gradients)
