@@ -244,6 +244,7 @@ def dkv_kernel(
   heads: range | tuple[int, ...],
   blocks: stream.BlockSizes | None = None,
   parts: str | None = None,
+  shares: int | None = None,
 ) -> tuple[jax.Array, ...]:
   """dk, dv per query head over the pairs of a schedule; arguments as for `backward`.
 
@@ -251,6 +252,8 @@ def dkv_kernel(
 
   Args:
     parts: which of "k", "v" to compute in a launch; by default "kv", where registers hold both.
+    shares: of the queries, whose gradients are summed afterwards; by default as many as give every
+      core work where there are few summaries.
   """
   B, T, H, Dk = q.shape
   Dv = v.shape[-1]
@@ -258,7 +261,18 @@ def dkv_kernel(
   blocks = blocks or default_dkv_blocks(Dk, Dv)
   if parts is None and Dk + Dv > 256:
     again = functools.partial(
-      dkv_kernel, schedule, q, k, v, segment_ids, lse, delta, dout, scale=scale, heads=heads
+      dkv_kernel,
+      schedule,
+      q,
+      k,
+      v,
+      segment_ids,
+      lse,
+      delta,
+      dout,
+      scale=scale,
+      heads=heads,
+      shares=shares,
     )
     return again(blocks=blocks, parts="k") + again(blocks=blocks, parts="v")
   parts = parts or "kv"
@@ -266,7 +280,12 @@ def dkv_kernel(
   inputs.update(lse=safe_lse(lse), delta=delta)
   if segment_ids is not None:
     inputs.update(ids=frame.ids(segment_ids))
-  shape = dict(k=frame.key_shape(B, Dk), v=frame.key_shape(B, Dv))
+  num_tiles = -(-frame.num_keys // blocks.rows)
+  if shares is None:
+    items = B * len(heads) * frame.sequences * num_tiles
+    few = schedule.view == "summaries" and items < gpu.num_multiprocessors()
+    shares = min(8, -(-2 * gpu.num_multiprocessors() // items)) if few else 1
+  shape = dict(k=frame.key_shape(shares * B, Dk), v=frame.key_shape(shares * B, Dv))
   outputs = {f"d{x}": jax.ShapeDtypeStruct(shape[x], q.dtype) for x in parts}
   wgs, stages, step = blocks.warpgroups, blocks.stages, blocks.step
   pieces = frame.pieces(TILE)
@@ -287,10 +306,11 @@ def dkv_kernel(
     scratch.update(ids_s=gpu.vector(stages, step, dtype=jnp.int32))
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=q.dtype))
-  work = stream.Work(frame, blocks, B, -(-frame.num_keys // blocks.rows))
+  work = stream.Work(frame, blocks, shares * B, num_tiles)
+  how = dict(frame=frame, blocks=blocks, work=work, scale=scale, parts=parts, shares=shares)
   grads = gpu.launch(
     "stream_dkv",
-    functools.partial(_dkv, frame=frame, blocks=blocks, work=work, scale=scale, parts=parts),
+    functools.partial(_dkv, **how),
     inputs=inputs,
     outputs=outputs,
     scratch=scratch,
@@ -299,35 +319,49 @@ def dkv_kernel(
     num_threads=wgs + 1,
     thread_name="wg",
   )
-  return tuple(frame.key_grads(x) for x in grads)
+  grads = (frame.key_grads(x) for x in grads)
+  if shares == 1:
+    return tuple(grads)
+  grads = (x.reshape(shares, B, *x.shape[1:]) for x in grads)
+  return tuple(x.sum(axis=0, dtype=jnp.float32).astype(q.dtype) for x in grads)
 
 
-def _dkv(refs, *, frame, blocks, work, scale, parts):
+def _dkv(refs, *, frame, blocks, work, scale, parts, shares):
   wg = lax.axis_index("wg")
 
   @pl.when(wg == blocks.warpgroups)
   def _():
     gpu.set_max_registers(blocks.registers[0], action="decrease")
-    _produce_queries(refs, frame, blocks, work)
+    _produce_queries(refs, frame, blocks, work, shares)
 
   @pl.when(wg < blocks.warpgroups)
   def _():
     gpu.set_max_registers(blocks.registers[1], action="increase")
     work.each(
-      lambda item, n, done: _Keys(refs, frame, blocks, item, done, wg, scale, parts).run(),
+      lambda item, n, done: _Keys(refs, frame, blocks, item, done, wg, scale, parts, shares).run(),
       jnp.int32(0),
     )
     gpu.wait_to_gmem(0)
 
 
-def _produce_queries(refs, frame, blocks, work):
+def _share(tiles: stream.Tiles, item, shares: int, batch: int):
+  """The steps [first, end) of an item's share of the queries, and its batch row."""
+  b, share = lax.rem(item["b"], jnp.int32(batch)), stream.div(item["b"], batch)
+  if shares == 1:
+    return 0 * tiles.num, tiles.num, b
+  return stream.div(tiles.num * share, shares), stream.div(tiles.num * (share + 1), shares), b
+
+
+def _produce_queries(refs, frame, blocks, work, shares):
   """Loads the keys of every item, and the tiles of queries that see them into the ring."""
   step = blocks.step
   slot = lambda n: lax.rem(n, jnp.int32(blocks.stages))
 
   def load_item(item, n, done):
-    b, r, h = item["b"], item["r"], item["h"]
+    r, h = item["r"], item["h"]
     k0 = item["tile"] * blocks.rows
+    tiles = frame.query_tiles(k0, blocks.rows, step)
+    first, end, b = _share(tiles, item, shares, refs["q"].shape[0])
     for wg in range(blocks.warpgroups):
       pl.when(n > 0)(lambda wg=wg: gpu.barrier_wait(refs["k_free"].at[wg]))
       for x in "kv":
@@ -335,7 +369,6 @@ def _produce_queries(refs, frame, blocks, work):
           piece, refs[f"{x}_s"].at[wg, pl.ds(first, size)], refs["k_full"].at[wg]
         )
         frame.load_keys(copy, refs[x], b, r, h, item["tile"] * blocks.warpgroups + wg, TILE)
-    tiles = frame.query_tiles(k0, blocks.rows, step)
 
     def load_step(i, done):
       s = slot(done)
@@ -352,7 +385,7 @@ def _produce_queries(refs, frame, blocks, work):
       gpu.to_smem(rows("delta"), refs["delta_s"].at[s], dout_full)
       return done + 1
 
-    return lax.fori_loop(0, tiles.num, load_step, done)
+    return lax.fori_loop(first, end, load_step, done)
 
   done = work.each(load_item, jnp.int32(0))
 
@@ -367,13 +400,14 @@ def _produce_queries(refs, frame, blocks, work):
 class _Keys:
   """64 keys of an item, whose dk and dv are summed."""
 
-  def __init__(self, refs, frame, blocks, item, done, wg, scale, parts):
+  def __init__(self, refs, frame, blocks, item, done, wg, scale, parts, shares):
     self.refs, self.frame, self.blocks, self.parts = refs, frame, blocks, parts
     self.item, self.done, self.wg = item, done, wg
     self.factor, self.scale = scale, scale * gpu.LOG2E
     self.k0 = item["tile"] * blocks.rows
     self.base = self.k0 + wg * TILE
     self.tiles = frame.query_tiles(self.k0, blocks.rows, blocks.step)
+    self.first, self.end, self.b = _share(self.tiles, item, shares, refs["q"].shape[0])
     self.k_s, self.v_s = refs["k_s"].at[wg], refs["v_s"].at[wg]
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
     self.dtype = refs["q_s"].dtype
@@ -381,7 +415,7 @@ class _Keys:
   def run(self):
     """Sums and writes dk and dv; the steps taken so far."""
     refs, frame, wg = self.refs, self.frame, self.wg
-    b, r, h = self.item["b"], self.item["r"], self.item["h"]
+    b, r, h = self.b, self.item["r"], self.item["h"]
     self.places = frame.key_places(self.base, TILE, h, gpu.ROW)
     if frame.segments:
       ids = refs["ids"].at[b, r, pl.ds(self.base, TILE)]
@@ -392,18 +426,19 @@ class _Keys:
     loop = lambda start, stop, masked, sums: lax.fori_loop(
       start, stop, functools.partial(self.step, masked=masked), sums
     )
+    first_masked = jnp.clip(self.tiles.num_full, self.first, self.end)
     if not frame.segments:
-      sums = loop(0, self.tiles.num_full, False, sums)
-    sums = loop(self.tiles.num_full, self.tiles.num, True, sums)
+      sums = loop(self.first, first_masked, False, sums)
+    sums = loop(first_masked, self.end, True, sums)
     for x, total in zip(self.parts, sums, strict=True):
       buffers[x][...] = (total * self.factor if x == "k" else total).astype(self.dtype)
     gpu.commit_smem()
     for x in self.parts:
       copy = lambda first, size, target, x=x: gpu.to_gmem(buffers[x].at[pl.ds(first, size)], target)
-      frame.store_keys(copy, refs[f"d{x}"], b, r, h, self.base, TILE)
+      frame.store_keys(copy, refs[f"d{x}"], self.item["b"], r, h, self.base, TILE)
     gpu.wait_to_gmem(0, wait_read_only=True)
     gpu.barrier_arrive(refs["k_free"].at[wg])
-    return self.done + self.tiles.num
+    return self.done + self.end - self.first
 
   def mask(self, i, s):
     """Which of [64 keys, step queries] attend in step i."""
@@ -420,7 +455,7 @@ class _Keys:
 
   def step(self, i, sums, masked):
     refs, parts = self.refs, self.parts
-    s = lax.rem(self.done + i, jnp.int32(self.blocks.stages))
+    s = lax.rem(self.done + i - self.first, jnp.int32(self.blocks.stages))
     q, dout = refs["q_s"].at[s], refs["dout_s"].at[s]
     rows = lambda name: gpu.over_rows(
       gpu.load(refs[name].at[s], layout=gpu.COLUMN, optimized=False), TILE
