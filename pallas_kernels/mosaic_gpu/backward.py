@@ -193,7 +193,7 @@ def resident(
       k_own = tile(k_slot(own))
 
       def step(t, state, inside):
-        query = (*tile(q_slot(t)), *rows_of(t, COLUMN))
+        query = (*tile(q_slot(t)), lambda: rows_of(t, COLUMN))
         kept = s["ds_s"].at[pair(t, own)] if keeps else None
         return add_key_gradients(state, k_own, [query], c, mask_of(t, own, 1, inside), p_s, kept)
 
@@ -480,11 +480,16 @@ def window(
 
         def query(distance):
           m = slot(n + distance)
-          lse, delta = (
-            gpu.load(s[name].at[m], layout=COLUMN, optimized=False) for name in ("lse_s", "delta_s")
-          )
-          exists = jnp.where(t + distance < nt, jnp.float32(0), jnp.inf)
-          return s["q_s"].at[m], s["dout_s"].at[m], weightless(lse) + exists, delta
+
+          def rows():
+            lse, delta = (
+              gpu.load(s[name].at[m], layout=COLUMN, optimized=False)
+              for name in ("lse_s", "delta_s")
+            )
+            exists = jnp.where(t + distance < nt, jnp.float32(0), jnp.inf)
+            return weightless(lse) + exists, delta
+
+          return s["q_s"].at[m], s["dout_s"].at[m], rows
 
         state = gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))
         if folds:
@@ -532,8 +537,8 @@ def add_key_gradients(state, own, queries, c, mask, scratch, kept=None):
 
   Args:
     own: k and v.
-    queries: (q, dout, lse, delta), the last two by column; or two of them, the nearest tile and the
-      farthest of a window whose edges complement each other: one full tile.
+    queries: (q, dout, function that loads lse and delta by column); or two of them, the nearest
+      tile and the farthest of a window whose edges complement each other: one full tile.
     c: of the logits, base 2.
     mask: which pairs attend, or None.
     kept: where to keep dS^T, or None.
@@ -541,12 +546,14 @@ def add_key_gradients(state, own, queries, c, mask, scratch, kept=None):
   dk, dv = state
   lower = _difference(1) >= 0
   either = lambda xs: xs[0] if len(xs) == 1 else jnp.where(lower, *xs)
-  rows = lambda n: either([gpu.over_rows(query[n], TILE) for query in queries])
   to_x, to_dp = ([(own[n], _turned(query[n])) for query in queries] for n in (0, 1))
   x, dp = _products(to_x, to_dp, either)
-  p = jnp.exp2(x * c - rows(2))
+  # Only now, for 32 registers that the products can use.
+  lse, delta = zip(*(query[2]() for query in queries), strict=True)
+  rows = lambda columns: either([gpu.over_rows(x, TILE) for x in columns])
+  p = jnp.exp2(x * c - rows(lse))
   p = p if mask is None else jnp.where(mask, p, 0.0)
-  ds = p * (dp - rows(3))
+  ds = p * (dp - rows(delta))
   if kept is not None:
     kept[...] = ds.astype(own[0].dtype)
   halves = lambda x: _halves(x, lower, len(queries), own[0].dtype)
