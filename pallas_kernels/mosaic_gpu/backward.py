@@ -72,7 +72,7 @@ def resident(
   # Tiles of queries from the own ones on, of keys up to them: the two share one pool of memory.
   num_slots = nt + own_tiles
   # One block of threads for a whole short sequence keeps dS^T: dq then needs no weights of its own.
-  keeps = num_groups == 1 and nt <= KEPT_TILES and Dk >= 64  # or it costs a resident block
+  keeps = num_groups == 1 and nt <= KEPT_TILES
   inputs = dict(q=view(q), k=view(k), v=view(v), dout=view(dout), lse=lse)
   optional = dict(ids=ids, dlse=dlse, delta=delta, out=None if out is None else view(out))
   inputs |= {name: x for name, x in optional.items() if x is not None}
