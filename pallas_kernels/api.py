@@ -89,7 +89,7 @@ def sparse_attention(
     return (out, lse) if return_lse else out
   name = choose(implementation)
   if name == "mosaic_gpu":
-    if reason := _backend(name).unsupported(q, v, segment_ids, pattern):
+    if reason := _backend(name).unsupported(q, v, segment_ids, pattern, scale):
       name = _instead(implementation, reason)
     elif not return_lse and _backend(name).cudnn_serves(q, v, segment_ids, pattern):
       return checkpoint_name(_backend(name).cudnn_attention(q, k, v, scale=scale), "attention_out")

@@ -33,8 +33,12 @@ DTYPES = ("bfloat16", "float16")
 PATTERNS = "Dense, Local, Column, Block, Summary, Strided, Fixed and PerHead of these"
 
 
-def unsupported(q: Array, v: Array, segment_ids: Array | None, pattern: Pattern) -> str | None:
+def unsupported(
+  q: Array, v: Array, segment_ids: Array | None, pattern: Pattern, scale: float
+) -> str | None:
   """Why these kernels cannot compute this, and what they can; None where they can."""
+  if scale <= 0:
+    return f"mosaic_gpu: {scale=} is not supported, positive ones are"
   Dk, Dv = q.shape[-1], v.shape[-1]
   if q.dtype.name not in DTYPES:
     return f"mosaic_gpu: {q.dtype.name} is not supported, {' and '.join(DTYPES)} are"

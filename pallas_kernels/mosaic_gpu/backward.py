@@ -19,6 +19,7 @@ from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.forward import CONSUMER_REGISTERS
 from pallas_kernels.mosaic_gpu.forward import NO_MAXIMUM
 from pallas_kernels.mosaic_gpu.forward import PRODUCER_REGISTERS
+from pallas_kernels.mosaic_gpu.forward import share_of
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
@@ -285,11 +286,10 @@ def window(
 ):
   """Gradients of attention to a window of the keys before each query; arguments as in `resident`.
 
-  Every multiprocessor walks along its share of the batch rows for one head, as in the forward
-  kernel. A producer fills a ring of `stages` query tiles ahead of the walk and one of key tiles;
-  one warpgroup sums dq of a tile, with the keys before it, another dk and dv, with the queries
-  after it. The first also turns out into delta. Before the first keys of a sequence are those of
-  an earlier batch row, after its last queries those of a later one: these weigh nothing.
+  Every multiprocessor walks along its share of a sequence for one head, as in the forward kernel.
+  A producer fills a ring of `stages` query tiles ahead of the walk and one of key tiles; one
+  warpgroup sums dq of a tile, with the keys before it, another dk and dv, with the queries after
+  it. The first also turns out into delta. Tiles before and after the sequence weigh nothing.
 
   Returns:
     dq, dk, dv [B, T, Hg, D], k's and v's for each query head; and delta.
@@ -299,8 +299,7 @@ def window(
   nt = view.num_tiles
   reach = band.last(nt)
   S = max(stages, reach + 1)
-  num_tiles = B * nt
-  share = -(-num_tiles // max(1, gpu.num_multiprocessors() // Hg))
+  share = share_of(nt, B * Hg)
   inputs = dict(q=q, k=k, v=v, dout=dout, out=out, lse=lse)
   inputs |= {name: x for name, x in dict(ids=ids, dlse=dlse).items() if x is not None}
   scratch = dict(
@@ -333,34 +332,30 @@ def window(
     dq_ref, dk_ref, dv_ref, delta_ref = refs[len(inputs) :]
     wg = lax.axis_index("wg")
     first = lax.axis_index("share") * share
-    count = jnp.clip(num_tiles - first, 0, share)
+    count = jnp.minimum(nt - first, share)
     total = count + reach  # tiles of queries from `first` on, of keys from `first - reach` on
     slot = lambda n: lax.rem(n, jnp.int32(S))
-    h = lax.axis_index("h")
+    b, h = lax.axis_index("b"), lax.axis_index("h")
     head = head_of(heads, h)
-    box = lambda name, b, h, t: view.box(ref[name], b, 0, h, t * TILE)
-    rows = lambda x, b, t: x.at[b, h, 0, gpu.ds(t * TILE, TILE)]
+    box = lambda name, h, t: view.box(ref[name], b, 0, h, t * TILE)
+    rows = lambda x, t: x.at[b, h, 0, gpu.ds(t * TILE, TILE)]
+    inside = lambda t: jnp.clip(t, 0, nt - 1)  # what is not must hold numbers all the same
     c = scale * gpu.LOG2E
 
-    def place(tile):
-      """b and t."""
-      tile = jnp.clip(tile, 0, num_tiles - 1)
-      return lax.div(tile, jnp.int32(nt)), lax.rem(tile, jnp.int32(nt))
-
     def load_queries(n):
-      b, t = place(first + n)
+      t = inside(first + n)
       full = s["q_full"].at[slot(n)]
-      gpu.to_smem(box("dout", b, h, t), s["dout_s"].at[slot(n)], full)
-      gpu.to_smem(box("q", b, head, t), s["q_s"].at[slot(n)], full)
-      gpu.to_smem(rows(ref["lse"], b, t), s["lse_s"].at[slot(n)], full)
+      gpu.to_smem(box("dout", h, t), s["dout_s"].at[slot(n)], full)
+      gpu.to_smem(box("q", head, t), s["q_s"].at[slot(n)], full)
+      gpu.to_smem(rows(ref["lse"], t), s["lse_s"].at[slot(n)], full)
       gpu.when(n >= 1)(lambda: gpu.barrier_wait(s["out_free"]))
-      gpu.to_smem(box("out", b, h, t), s["out_s"].at[0], s["out_full"])
+      gpu.to_smem(box("out", h, t), s["out_s"].at[0], s["out_full"])
 
     def load_keys(n):
-      b, t = place(first - reach + n)
+      t = inside(first - reach + n)
       full = s["k_full"].at[slot(n)]
-      gpu.to_smem(box("k", b, head // group, t), s["k_s"].at[slot(n)], full)
-      gpu.to_smem(box("v", b, head // group, t), s["v_s"].at[slot(n)], full)
+      gpu.to_smem(box("k", head // group, t), s["k_s"].at[slot(n)], full)
+      gpu.to_smem(box("v", head // group, t), s["v_s"].at[slot(n)], full)
 
     @gpu.when(wg == 2)
     def _():
@@ -381,13 +376,12 @@ def window(
 
       gpu.when(count > 0)(lambda: gpu.barrier_wait(s["out_free"]))
 
-    def mask_of(b, q_tile, k_tile, distance, query_axis):
+    def mask_of(q_tile, k_tile, distance, query_axis):
       mask = None
       if not band.covers(distance):
         mask = band.mask(_difference(query_axis) + distance * TILE)
       if ids is not None:
-        tiles = jnp.minimum(q_tile, nt - 1), jnp.maximum(k_tile, 0)
-        same = _same_segment(ref["ids"], b, 0, *tiles, query_axis)
+        same = _same_segment(ref["ids"], b, 0, inside(q_tile), inside(k_tile), query_axis)
         mask = same if mask is None else mask & same
       return mask
 
@@ -397,14 +391,14 @@ def window(
       p_s = s["p_s"].at[0] if gpu.simulated() else None
 
       def make_delta(n):
-        b, t = place(first + n)
+        t = inside(first + n)
         gpu.barrier_wait(s["q_full"].at[slot(n)])
         gpu.barrier_wait(s["out_full"])
         row = (_load(s["dout_s"].at[slot(n)]) * _load(s["out_s"].at[0])).sum(axis=1)
         gpu.commit_smem()  # what was read here may be overwritten
         gpu.barrier_arrive(s["out_free"])
         if dlse is not None:
-          row = row - gpu.load(rows(ref["dlse"], b, t), layout=ROW, optimized=False)
+          row = row - gpu.load(rows(ref["dlse"], t), layout=ROW, optimized=False)
         lse = gpu.load(s["lse_s"].at[slot(n)], layout=ROW, optimized=False)
         row = jnp.where(lse > NO_MAXIMUM, row, 0.0)
         s["delta_s"].at[slot(n)][...] = row
@@ -412,7 +406,7 @@ def window(
 
         @gpu.when(n < count)
         def _():
-          rows(delta_ref, b, t)[...] = row
+          rows(delta_ref, t)[...] = row
 
       @gpu.loop(0, jnp.where(count > 0, reach, 0))
       def _(n):
@@ -423,7 +417,7 @@ def window(
       def _(n):
         make_delta(n + reach)
         gpu.barrier_wait(s["k_full"].at[slot(n + reach)])
-        b, t = place(first + n)
+        t = first + n
         lse, delta = (
           gpu.load(s[name].at[slot(n)], layout=ROW, optimized=False)
           for name in ("lse_s", "delta_s")
@@ -440,7 +434,7 @@ def window(
         if folds:
           dq = add_query_gradient(dq, query, [key(0), key(reach)], c, None, p_s)
         for distance in middle:
-          mask = mask_of(b, t, t - distance, distance, 0)
+          mask = mask_of(t, t - distance, distance, 0)
           dq = add_query_gradient(dq, query, [key(distance)], c, mask, p_s)
         gpu.barrier_arrive(s["q_free"].at[slot(n)])
         # The farthest keys are read by no one after this: dq leaves from their memory.
@@ -475,7 +469,7 @@ def window(
         wait_for_queries(n + reach)
         own = slot(n + reach)
         gpu.barrier_wait(s["k_full"].at[own])
-        b, t = place(first + n)
+        t = first + n
         key = s["k_s"].at[own], s["v_s"].at[own]
 
         def query(distance):
@@ -495,7 +489,7 @@ def window(
         if folds:
           state = add_key_gradients(state, key, [query(0), query(reach)], c, None, p_s)
         for distance in middle:
-          mask = mask_of(b, t + distance, t, distance, 1)
+          mask = mask_of(t + distance, t, distance, 1)
           state = add_key_gradients(state, key, [query(distance)], c, mask, p_s)
         dk, dv = state
         gpu.barrier_arrive(s["q_free"].at[slot(n)])
@@ -522,8 +516,8 @@ def window(
       jax.ShapeDtypeStruct((B, Hg, 1, nt * TILE), jnp.float32),
     ),
     scratch_types=scratch,
-    grid=(-(-num_tiles // share), Hg),
-    grid_names=("share", "h"),
+    grid=(B, -(-nt // share), Hg),
+    grid_names=("b", "share", "h"),
     num_threads=3,
     thread_name="wg",
   )(*inputs.values())

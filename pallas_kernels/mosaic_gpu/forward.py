@@ -140,12 +140,12 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
 
 
 def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups, stages):
-  """Attention to a window of the keys before each query, in one walk over all sequences.
+  """Attention to a window of the keys before each query, in walks along the sequences.
 
-  Every multiprocessor walks along its share of the batch rows, one behind the other, for one head;
-  all heads of a share walk side by side, for they are neighbours in memory. A producer fills a ring
-  of `stages` tiles of keys and values ahead of `warpgroups` consumers, which take the query tiles
-  in turn. All else as in `resident`.
+  Every multiprocessor walks along its share of a sequence for one head; all heads of a share walk
+  side by side, for they are neighbours in memory. A producer fills a ring of `stages` tiles of keys
+  and values ahead of `warpgroups` consumers, which take the query tiles in turn. All else as in
+  `resident`.
   """
   B, _, H, Dk = q.shape
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
@@ -153,8 +153,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
   reach = band.last(nt)
   W = min(warpgroups, reach + 1)  # so that whoever frees a tile of the ring has waited for it
   S, Q = max(stages, reach + W), 2 * W  # tiles of keys, of queries
-  num_tiles = B * nt
-  share = -(-num_tiles // max(1, gpu.num_multiprocessors() // Hg))
+  share = share_of(nt, B * Hg)
   inputs = [view(x) for x in (q, k, v)]
   inputs += [ids] if ids is not None else []
   inputs += [view(prev[0]), prev[1]] if prev is not None else []
@@ -177,25 +176,23 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
     wg = lax.axis_index("wg")
-    first = lax.axis_index("share") * share
-    count = jnp.clip(num_tiles - first, 0, share)
-    rem = lambda n, size: lax.rem(n, jnp.int32(size))
-
-    h = lax.axis_index("h")
+    b, h = lax.axis_index("b"), lax.axis_index("h")
     head = head_of(heads, h)
-    place = lambda tile: (lax.div(tile, jnp.int32(nt)), rem(tile, nt))  # b and t
+    first = lax.axis_index("share") * share
+    count = jnp.minimum(nt - first, share)
+    rem = lambda n, size: lax.rem(n, jnp.int32(size))
 
     @gpu.when(wg == W)
     def _():
       if W > 1:
         gpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-      # Keys `reach` tiles ahead of the queries: of an earlier batch row where a sequence begins.
-      # They are never attended, but must hold numbers.
+      # Keys begin `reach` tiles before the queries. Those before the sequence are never attended,
+      # but must hold numbers: tile 0 will do.
       @gpu.loop(0, count + reach)
       def _(n):
         slot = rem(n, S)
-        b, t = place(jnp.maximum(first - reach + n, 0))
+        t = jnp.maximum(first - reach + n, 0)
         gpu.when(n >= S)(lambda: gpu.barrier_wait(k_free.at[slot]))
         gpu.to_smem(view.box(k_ref, b, 0, head // group, t * TILE), k_s.at[slot], k_full.at[slot])
         gpu.to_smem(view.box(v_ref, b, 0, head // group, t * TILE), v_s.at[slot], k_full.at[slot])
@@ -231,7 +228,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
 
       @gpu.loop(wg, count, step=W)
       def _(n):
-        b, t = place(first + n)
+        t = first + n
         rows = gpu.ds(t * TILE, TILE)
         state = None
         if prev is not None:
@@ -285,11 +282,16 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
     body,
     out_type=out_type,
     scratch_types=scratch,
-    grid=(-(-num_tiles // share), Hg),
-    grid_names=("share", "h"),
+    grid=(B, -(-nt // share), Hg),
+    grid_names=("b", "share", "h"),
     num_threads=W + 1,
     thread_name="wg",
   )(*inputs)
+
+
+def share_of(num_tiles: int, num_sequences: int) -> int:
+  """Tiles of a sequence that a multiprocessor walks along, so that all of them have work."""
+  return -(-num_tiles // max(1, gpu.num_multiprocessors() // num_sequences))
 
 
 # ----------------------------------------------------------------------- one tile of queries
