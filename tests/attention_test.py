@@ -349,6 +349,17 @@ def test_a_policy_keeps_out_and_lse_by_name():
   assert count(kept) < count(recomputed)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_number_of_a_batch_row_reaches_another(implementation):
+  case = Case(patterns.Local(70), T=150, H=1, Hkv=1, Dk=32, Dv=32, dtype="bfloat16")
+  q, k, v, _, dout, dlse = case.arrays()
+  clean = jitted_vjp(attend(case, implementation, None), q, k, v, dout, dlse)
+  q, k, v = (x.at[0].set(jnp.nan) for x in (q, k, v))
+  spoilt = jitted_vjp(attend(case, implementation, None), q, k, v, dout, dlse)
+  for a, b in zip(clean, spoilt, strict=True):
+    np.testing.assert_array_equal(np.asarray(a[1], np.float32), np.asarray(b[1], np.float32))
+
+
 WRONG = {
   "axes": (lambda q: (q[0], q, q, {}), "4 axes"),
   "batch": (lambda q: (q, q[:1], q[:1], {}), "agree in B"),
@@ -379,6 +390,12 @@ NOT_ON_GPUS = {
   "intersection": (_narrow(EVERY_PATTERN["intersection"]), "PerHead of these"),
   "segments": (_narrow(patterns.Column(4), segments=2), "Dense, Local and Block"),
 }
+
+
+def test_kernels_want_a_positive_scale():
+  q, k, v, *_ = Case(patterns.Local(4), Dk=32, Dv=32, dtype="bfloat16").arrays()
+  with pytest.raises(NotImplementedError, match="scale=-1"):
+    sparse_attention(q, k, v, scale=-1.0, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("what", NOT_ON_GPUS)
