@@ -249,10 +249,11 @@ class _Sweep:
       how |= self.resident_backward
       rows = self.ids(ids), out, lse, dout, dlse, delta
       return backward_kernels.resident(self.view, self.band, q, k, v, *rows, prev, **how)
-    lse, delta = self.streamed_rows(out, dout, lse, dlse, delta)
-    rest = q, k, v, ids, lse, delta, dout
-    dq = stream_backward.dq_kernel(self.schedule, *rest, blocks=self.streamed.dq, **how)
-    dk, dv = self.key_gradients(*rest, scale)
+    lse, dlse, delta = (self.streamed_rows(x) for x in (lse, dlse, delta))
+    rest = q, k, v, ids, lse
+    how |= dict(out=out, dlse=dlse, blocks=self.streamed.dq)
+    dq, delta = stream_backward.dq_kernel(self.schedule, *rest, delta, dout, **how)
+    dk, dv = self.key_gradients(*rest, delta, dout, scale)
     if self.schedule.view == "summaries":
       dk, dv = (_unfolded(x, self.schedule, q.shape[1]) for x in (dk, dv))
     grads = dq, dk, dv
@@ -266,13 +267,9 @@ class _Sweep:
     how = dict(scale=scale, heads=self.heads, blocks=self.streamed.dkv)
     return stream_backward.dkv_kernel(self.schedule, q, k, v, ids, lse, delta, dout, **how)
 
-  def streamed_rows(self, out, dout, lse, dlse, delta):
-    """lse and delta in whole tiles of a streaming kernel."""
-    fill = lambda x: _padded(x, _up(self.view.M, stream.ROWS), axis=3)
-    lse, dlse, delta = fill(lse), fill(dlse), fill(delta)
-    if delta is None:
-      delta = stream_backward.row_delta(self.schedule, out, lse, dout, dlse)
-    return lse, delta
+  def streamed_rows(self, x):
+    """lse, its cotangent or delta in whole tiles of a streaming kernel."""
+    return _padded(x, _up(self.view.M, stream.ROWS), axis=3)
 
   def ids(self, segment_ids):
     return None if segment_ids is None else self.view.rows(segment_ids, -1)
@@ -298,12 +295,11 @@ class _Fixed:
 
   def backward(self, q, k, v, ids, out, dout, lse, dlse, delta, prev, scale):
     del prev
-    lse, delta = self.summary.streamed_rows(out, dout, lse, dlse, delta)
-    how = dict(scale=scale, heads=self.heads, blocks=self.summary.streamed.dq)
-    dq = stream_backward.dq_kernel(self.schedule, q, k, v, ids, lse, delta, dout, **how)
+    lse, dlse, delta = (self.summary.streamed_rows(x) for x in (lse, dlse, delta))
+    how = dict(scale=scale, heads=self.heads, blocks=self.summary.streamed.dq, out=out, dlse=dlse)
+    dq, delta = stream_backward.dq_kernel(self.schedule, q, k, v, ids, lse, delta, dout, **how)
     of_summaries = self.summary.key_gradients(q, k, v, ids, lse, delta, dout, scale)
-    lse_b, delta_b = (self.block.rows(x, self.view) for x in (lse, delta))
-    in_blocks = self.block.streamed_rows(None, None, lse_b, None, delta_b)
+    in_blocks = (self.block.streamed_rows(self.block.rows(x, self.view)) for x in (lse, delta))
     of_blocks = self.block.key_gradients(q, k, v, ids, *in_blocks, dout, scale)
     dk, dv = (
       _add_summaries(x, y, self.schedule) for x, y in zip(of_blocks, of_summaries, strict=True)

@@ -20,6 +20,8 @@ from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.gpu import TILE
 
+TILES, VECTORS = ("q", "dout", "out"), ("lse", "delta", "dlse")  # what dq loads for each query
+
 
 def default_dq_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   """Tiles that fit shared memory and registers."""
@@ -39,25 +41,6 @@ def default_dkv_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   return stream.BlockSizes(step=64, stages=4, warpgroups=3)
 
 
-def row_delta(
-  schedule: stream.Schedule,
-  out: Float[Array, "B T Hg Dv"],
-  lse: Float[Array, "B Hg R Mp"],
-  dout: Float[Array, "B T Hg Dv"],
-  dlse: Float[Array, "B Hg R Mp"] | None = None,
-) -> Float[Array, "B Hg R Mp"]:
-  """rowsum(dout out) - dlse per sequence of the view, and 0 for rows without keys."""
-  B, T, H, _ = out.shape
-  R = lse.shape[2]
-  delta = jnp.einsum("BTHD,BTHD->BHT", dout, out, preferred_element_type=jnp.float32)
-  if schedule.view == "columns":
-    delta = delta.reshape(B, H, T // R, R).swapaxes(2, 3)
-  delta = delta.reshape(B, H, R, T // R)
-  delta = jnp.pad(delta, [(0, 0)] * 3 + [(0, lse.shape[3] - T // R)])
-  delta = delta if dlse is None else delta - dlse
-  return jnp.where(jnp.isfinite(lse), delta, 0.0)
-
-
 def safe_lse(lse: Float[Array, "B Hg R Mp"]) -> Float[Array, "B Hg R Mp"]:
   """lse under which the kernels compute weights; inf for rows without keys: weights of 0.
 
@@ -74,20 +57,30 @@ def dq_kernel(
   v: Float[Array, "B T Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
   lse: Float[Array, "B Hg R Mp"],
-  delta: Float[Array, "B Hg R Mp"],
+  delta: Float[Array, "B Hg R Mp"] | None,
   dout: Float[Array, "B T Hg Dv"],
   *,
+  out: Float[Array, "B T Hg Dv"] | None = None,
+  dlse: Float[Array, "B Hg R Mp"] | None = None,
   scale: float,
   heads: range | tuple[int, ...],
   blocks: stream.BlockSizes | None = None,
-) -> Float[Array, "B T Hg Dk"]:
-  """dq over the pairs of a schedule; arguments as for `backward`."""
+) -> tuple[Float[Array, "B T Hg Dk"], Float[Array, "B Hg R Mp"]]:
+  """dq over the pairs of a schedule, and delta; arguments as for `backward`.
+
+  Args:
+    delta: rowsum(dout out) - dlse, 0 for rows without keys; None to make it of `out` and `dlse`.
+  """
   B, T, H, Dk = q.shape
   Dv = v.shape[-1]
   frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
   blocks = blocks or default_dq_blocks(Dk, Dv)
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
-  inputs.update(lse=safe_lse(lse), delta=delta)
+  inputs.update(lse=safe_lse(lse))
+  made = delta is None
+  more = dict(delta=delta, dlse=dlse, out=frame.folded(out) if made else None)
+  inputs.update({name: x for name, x in more.items() if x is not None})
+  num_loads = sum(name in inputs for name in (*TILES, *VECTORS))
   if schedule.own:
     inputs.update(own_k=frame.folded(k), own_v=frame.folded(v))
   if segment_ids is not None:
@@ -98,26 +91,33 @@ def dq_kernel(
     q_s=gpu.smem(blocks.held, wgs, TILE, Dk, dtype=q.dtype),
     dout_s=gpu.smem(blocks.held, wgs, TILE, Dv, dtype=q.dtype),
     lse_s=gpu.vector(blocks.held, wgs, TILE),
-    delta_s=gpu.vector(blocks.held, wgs, TILE),
-    q_full=gpu.Barrier(num_barriers=turns, num_arrivals=4),
+    q_full=gpu.Barrier(num_barriers=turns, num_arrivals=num_loads),
     q_free=gpu.Barrier(num_barriers=turns),
     **stream_forward.ring(frame, blocks, Dk, Dv, q.dtype),
   )
+  if made:
+    scratch.update(out_s=gpu.smem(blocks.held, wgs, TILE, Dv, dtype=q.dtype))
+  for name in ("delta", "dlse"):
+    if more[name] is not None:
+      scratch.update({f"{name}_s": gpu.vector(blocks.held, wgs, TILE)})
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, blocks.step, dtype=q.dtype))
   work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
-  (dq,) = gpu.launch(
+  outputs = dict(dq=dq)
+  if made:
+    outputs.update(new_delta=jax.ShapeDtypeStruct(lse.shape, jnp.float32))
+  grads = gpu.launch(
     "stream_dq",
     functools.partial(_dq, frame=frame, blocks=blocks, work=work, scale=scale),
     inputs=inputs,
-    outputs=dict(dq=dq),
+    outputs=outputs,
     scratch=scratch,
     grid=(work.num_blocks,),
     grid_names=("core",),
     num_threads=wgs + 1,
     thread_name="wg",
   )
-  return frame.unfolded(dq)
+  return frame.unfolded(grads[0]), grads[1] if made else delta
 
 
 def _dq(refs, *, frame, blocks, work, scale):
@@ -127,7 +127,7 @@ def _dq(refs, *, frame, blocks, work, scale):
   @pl.when(wg == blocks.warpgroups)
   def _():
     gpu.set_max_registers(blocks.registers[0], action="decrease")
-    held = ("q", "dout"), ("lse", "delta")
+    held = [[x for x in names if x in refs] for names in (TILES, VECTORS)]
     stream_forward.produce(refs, frame, blocks, work, *held)
 
   @pl.when(wg < blocks.warpgroups)
@@ -149,15 +149,37 @@ class _Queries(stream_forward.Queries):
     gpu.barrier_wait(refs["q_full"].at[self.turn])
     place = self.place
     self.dout_s = refs["dout_s"].at[place, wg]
-    self.lse = gpu.load(refs["lse_s"].at[place, wg], layout=gpu.ROW, optimized=False)
-    self.delta = gpu.load(refs["delta_s"].at[place, wg], layout=gpu.ROW, optimized=False)
+    self.lse = self.row("lse")
+    self.delta = self.make_delta() if "out" in refs else self.row("delta")
     dq = self.ahead() if self.blocks.ahead else self.in_turn()
     self.q_s[...] = (dq * self.factor).astype(self.dtype)
     gpu.commit_smem()
     gpu.to_gmem(self.q_s, self.frame.tile(refs["dq"], b, r, self.base, TILE, h))
     gpu.wait_to_gmem(0, wait_read_only=True)
+    gpu.commit_reads()  # of dout and out
     gpu.barrier_arrive(refs["q_free"].at[self.turn])
     return self.done + self.sweep.num
+
+  def row(self, name):
+    place = self.refs[f"{name}_s"].at[self.place, self.wg]
+    return gpu.load(place, layout=gpu.ROW, optimized=False)
+
+  def make_delta(self):
+    """Sums and writes delta."""
+    refs, item = self.refs, self.item
+    dout, out = (
+      gpu.load(x, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
+      for x in (self.dout_s, refs["out_s"].at[self.place, self.wg])
+    )
+    delta = (dout * out).sum(axis=1)
+    delta = delta - self.row("dlse") if "dlse" in refs else delta
+    delta = jnp.where(self.lse == jnp.inf, 0.0, delta)  # no keys
+
+    @pl.when(self.base < self.frame.padded)
+    def _():
+      refs["new_delta"].at[item["b"], item["h"], item["r"], pl.ds(self.base, TILE)][...] = delta
+
+    return delta
 
   def in_turn(self):
     """Each step: logits and dP, dS, its product. The warpgroups fill each other's gaps."""
@@ -519,8 +541,8 @@ def backward(
     dq [B, T, Hg, Dk]; dk and dv per query head, [B, T, Hg, D], of summaries [B, T/l, width, Hg, D];
     delta, as lse.
   """
-  delta = row_delta(schedule, out, lse, dout, dlse)
-  rest = q, k, v, segment_ids, lse, delta, dout
-  dq = dq_kernel(schedule, *rest, scale=scale, heads=heads, blocks=dq_blocks)
-  dk, dv = dkv_kernel(schedule, *rest, scale=scale, heads=heads, blocks=dkv_blocks)
+  rest, how = (q, k, v, segment_ids, lse), dict(scale=scale, heads=heads)
+  made_of = dict(out=out, dlse=dlse)
+  dq, delta = dq_kernel(schedule, *rest, None, dout, **made_of, **how, blocks=dq_blocks)
+  dk, dv = dkv_kernel(schedule, *rest, delta, dout, **how, blocks=dkv_blocks)
   return dq, dk, dv, delta

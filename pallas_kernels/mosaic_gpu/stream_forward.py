@@ -197,7 +197,9 @@ def produce(refs, frame, blocks, work, tiles, vectors=()):
       base = sweep.q0 + wg * TILE
       sources = {x: frame.tile(refs[x], b, r, base, TILE, h) for x in tiles}
       sources["q"] = frame.tile(refs["q"], b, r, base, TILE, frame.head(h))
-      sources.update({x: refs[x].at[b, h, r, pl.ds(base, TILE)] for x in vectors})
+      # Unlike tiles, rows of single values are not clipped: those past the end are not used.
+      rows = pl.ds(jnp.minimum(base, frame.padded - TILE), TILE)
+      sources.update({x: refs[x].at[b, h, r, rows] for x in vectors})
       for name, source in sources.items():
         gpu.to_smem(source, refs[f"{name}_s"].at[place, wg], refs["q_full"].at[turn])
 
