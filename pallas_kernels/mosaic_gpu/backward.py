@@ -101,7 +101,7 @@ def resident(
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
 
-  def body(*refs, **s):
+  def resident_backward(*refs, **s):
     ref = dict(zip(inputs, refs, strict=False))
     dq_ref, dk_ref, dv_ref, delta_ref = refs[len(inputs) :]
     b, g, r, h, wg = (lax.axis_index(name) for name in ("b", "g", "r", "h", "wg"))
@@ -157,7 +157,7 @@ def resident(
         n = q_slot(t)
         gpu.barrier_wait(s["out_full"].at[n])
         row = (_load(s["dout_v_s"].at[n]) * _load(s["out_s"].at[wg])).sum(axis=1)
-        gpu.commit_smem()  # what was read here may be overwritten
+        gpu.commit_reads()
         gpu.when(n + W < num_q)(lambda: load_out(t + W))
         if dlse is not None:
           row = row - gpu.load(rows(ref["dlse"], t), layout=ROW, optimized=False)
@@ -269,7 +269,7 @@ def resident(
   like = lambda D: jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], Hg, D), q.dtype)
   row_type = jax.ShapeDtypeStruct((B, Hg, view.R, nt * TILE), jnp.float32)
   dq, dk, dv, new_delta = gpu.kernel(
-    body,
+    resident_backward,
     out_type=(like(Dk), like(Dk), like(Dv), row_type),
     scratch_types=scratch,
     grid=(B, num_groups, view.R, Hg),
@@ -327,7 +327,7 @@ def window(
   folds = band.folds(nt) and ids is None
   middle = range(1, reach) if folds else range(band.first(), reach + 1)
 
-  def body(*refs, **s):
+  def window_backward(*refs, **s):
     ref = dict(zip(inputs, refs, strict=False))
     dq_ref, dk_ref, dv_ref, delta_ref = refs[len(inputs) :]
     wg = lax.axis_index("wg")
@@ -395,7 +395,7 @@ def window(
         gpu.barrier_wait(s["q_full"].at[slot(n)])
         gpu.barrier_wait(s["out_full"])
         row = (_load(s["dout_s"].at[slot(n)]) * _load(s["out_s"].at[0])).sum(axis=1)
-        gpu.commit_smem()  # what was read here may be overwritten
+        gpu.commit_reads()
         gpu.barrier_arrive(s["out_free"])
         if dlse is not None:
           row = row - gpu.load(rows(ref["dlse"], t), layout=ROW, optimized=False)
@@ -508,7 +508,7 @@ def window(
 
   like = lambda x, D: jax.ShapeDtypeStruct((*x.shape[:2], Hg, D), q.dtype)
   return gpu.kernel(
-    body,
+    window_backward,
     out_type=(
       like(q, Dk),
       like(k, Dk),

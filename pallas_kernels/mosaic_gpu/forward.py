@@ -64,7 +64,9 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
 
-  def body(*refs, q_s, k_s, v_s, lse_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None):
+  def resident_forward(
+    *refs, q_s, k_s, v_s, lse_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None
+  ):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
     b, r, h, wg = (lax.axis_index(name) for name in ("b", "r", "h", "wg"))
@@ -128,7 +130,7 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
     jax.ShapeDtypeStruct((B, len(heads), view.R, nt * TILE), jnp.float32),
   )
   out, lse = gpu.kernel(
-    body,
+    resident_forward,
     out_type=out_type,
     scratch_types=scratch,
     grid=(B, view.R, len(heads)),
@@ -172,7 +174,9 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
 
-  def body(*refs, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, prev_full=None, p_s=None):
+  def window_forward(
+    *refs, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, prev_full=None, p_s=None
+  ):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
     wg = lax.axis_index("wg")
@@ -260,9 +264,10 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
           gpu.barrier_arrive(k_free.at[rem(m, S)])
 
         gpu.wait_to_gmem(0, wait_read_only=True)
-        lse_ref.at[b, h, 0, rows][...] = finish(state, stage)
+        lse = finish(state, stage)
         gpu.commit_smem()
         gpu.to_gmem(stage, view.box(o_ref, b, 0, h, t * TILE))
+        lse_ref.at[b, h, 0, rows][...] = lse  # last: the fence above would wait for it
 
       # What the other warpgroups waited for after this one's last tile.
       turns = lax.div(count - wg + W - 1, jnp.int32(W))
@@ -279,7 +284,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
     jax.ShapeDtypeStruct((B, Hg, 1, nt * TILE), jnp.float32),
   )
   return gpu.kernel(
-    body,
+    window_forward,
     out_type=out_type,
     scratch_types=scratch,
     grid=(B, -(-nt // share), Hg),
