@@ -28,6 +28,7 @@ from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
 KEPT_TILES = 2
+NARROW = 64  # head size up to which dk and dv of a window leave from memory of their own
 
 
 def resident(
@@ -308,7 +309,7 @@ def window(
     k_s=gpu.smem(S, TILE, Dk, dtype=q.dtype),
     v_s=gpu.smem(S, TILE, Dv, dtype=q.dtype),
     out_s=gpu.smem(1, TILE, Dv, dtype=q.dtype),
-    stage_s=gpu.smem(1 if reach else 2, TILE, Dk, dtype=q.dtype),
+    stage_s=gpu.smem(window_stages(reach, Dk), TILE, Dk, dtype=q.dtype),  # dv, dk; dq if no reach
     lse_s=gpu.vector(S, TILE),
     delta_s=gpu.vector(S, TILE),
     q_full=gpu.Barrier(num_barriers=S, num_arrivals=3),
@@ -413,9 +414,19 @@ def window(
         make_delta(n)
         gpu.barrier_wait(s["k_full"].at[slot(n)])
 
+      def release_keys(n):
+        """Gives the memory that dq of tile n leaves from back."""
+        gpu.wait_to_gmem(0, wait_read_only=True)
+        gpu.barrier_arrive(s["k_free"].at[slot(n)])
+
+      # With room in the ring not before the next tile: by then dq has left.
+      late = reach + 1 < S
+
       @gpu.loop(0, count)
       def _(n):
         make_delta(n + reach)
+        if late:
+          gpu.when(n > 0)(lambda: release_keys(n - 1))
         gpu.barrier_wait(s["k_full"].at[slot(n + reach)])
         t = first + n
         lse, delta = (
@@ -439,13 +450,15 @@ def window(
         gpu.barrier_arrive(s["q_free"].at[slot(n)])
         # The farthest keys are read by no one after this: dq leaves from their memory.
         gpu.barrier_wait(s["k_done"].at[slot(n)])
-        stage = s["k_s"].at[slot(n)] if reach else s["stage_s"].at[1]
+        stage = s["k_s"].at[slot(n)] if reach else s["stage_s"].at[window_stages(reach, Dk) - 1]
         stage[...] = (dq * scale).astype(q.dtype)
         gpu.commit_smem()
         gpu.to_gmem(stage, view.box(dq_ref, b, 0, h, t * TILE))
-        gpu.wait_to_gmem(0, wait_read_only=True)
-        gpu.barrier_arrive(s["k_free"].at[slot(n)])
+        if not late:
+          release_keys(n)
 
+      if late:
+        release_keys(count - 1)
       gpu.wait_to_gmem(0)
 
     @gpu.when(wg == 1)  # dk, dv
@@ -494,12 +507,12 @@ def window(
         dk, dv = state
         gpu.barrier_arrive(s["q_free"].at[slot(n)])
         gpu.when(n + reach < count)(lambda: gpu.barrier_arrive(s["k_done"].at[own]))
-        stage = s["stage_s"].at[0]
-        for value, to, at in (
-          (dv, dv_ref, stage if Dk == Dv else s["stage_dv_s"].at[0]),
-          (dk * scale, dk_ref, stage),
-        ):
-          gpu.wait_to_gmem(0, wait_read_only=True)
+        gpu.wait_to_gmem(0, wait_read_only=True)  # of the tile before
+        stage_k = s["stage_s"].at[1 if Dk <= NARROW else 0]
+        stage_v = s["stage_s"].at[0] if Dk == Dv else s["stage_dv_s"].at[0]
+        for value, to, at in ((dv, dv_ref, stage_v), (dk * scale, dk_ref, stage_k)):
+          if to is dk_ref and Dk == Dv > NARROW:  # both from one place
+            gpu.wait_to_gmem(0, wait_read_only=True)
           at[...] = value.astype(q.dtype)
           gpu.commit_smem()
           gpu.to_gmem(at, view.box(to, b, 0, h, t * TILE))
@@ -521,6 +534,11 @@ def window(
     num_threads=3,
     thread_name="wg",
   )(*inputs.values())
+
+
+def window_stages(reach: int, Dk: int) -> int:
+  """Tiles of Dk columns that the results of `window` leave from."""
+  return (2 if Dk <= NARROW else 1) + (0 if reach else 1)
 
 
 # ---------------------------------------------------------------------------- pairs of tiles

@@ -12,6 +12,7 @@ from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_backward
 from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.backward import KEPT_TILES
+from pallas_kernels.mosaic_gpu.backward import window_stages
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
@@ -100,7 +101,7 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
     return None
   best = tuned.stages if tuned else reach + 2
   for stages in range(max(best, reach + 1), reach, -1):
-    staged = 1 if reach else 2, 1 if Dk == Dv else 2
+    staged = window_stages(reach, Dk), 1 if Dk == Dv else 2
     shared = problem.tiles(2 * stages + staged[0], 2 * stages + staged[1])
     if shared + 2 * 4 * TILE * stages <= SHARED_BYTES:
       return dict(stages=stages)
