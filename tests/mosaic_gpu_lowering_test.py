@@ -42,6 +42,12 @@ PATTERNS = {
 MOVES = re.compile(r"stablehlo\.(transpose|gather|scatter)\b.*?->\s*tensor<([\dx]+)x\w+>", re.S)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu_here(monkeypatch):
+  """The same programs wherever the tests run: where there is a GPU, cuDNN would serve Dense."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+
 def mesh(shape=(1,), names=("x",)):
   how = dict(axis_types=(AxisType.Auto,) * len(shape), abstract_device=H100)
   return jax.sharding.use_abstract_mesh(AbstractMesh(shape, names, **how))
@@ -143,6 +149,20 @@ def test_odd_lengths(name):
   x = array(2, 777, 4, 64)
   with mesh():
     lowered(attend_with(PATTERNS[name](96, 8)), x, x, x, x)
+
+
+@pytest.mark.parametrize(
+  "pattern",
+  [patterns.Dense(), patterns.Local(128), patterns.Local(600), patterns.Block(128)],
+  ids=repr,
+)
+def test_segment_ids(pattern):
+  x, kv, ids = array(2, 777, 4, 64), array(2, 777, 2, 64), array(2, 777, dtype=jnp.int32)
+  with mesh():
+    attend = lambda ids, *qkv: attend_with(pattern)(*qkv, segment_ids=ids)
+    run = lambda ids, q, k, v: jax.vjp(functools.partial(attend, ids), q, k, v)[1](q)
+    program = jax.jit(run).trace(ids, x, kv, kv).lower(lowering_platforms=("cuda",)).as_text()
+  assert program.count("mosaic_gpu") >= 2
 
 
 def test_what_is_not_supported_falls_to_xla_with_one_line(caplog):

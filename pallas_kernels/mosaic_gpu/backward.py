@@ -76,7 +76,9 @@ def resident(
   # One block of threads for a whole short sequence keeps dS^T: dq then needs no weights of its own.
   keeps = num_groups == 1 and nt <= KEPT_TILES
   inputs = dict(q=view(q), k=view(k), v=view(v), dout=view(dout), lse=lse)
-  optional = dict(ids=ids, dlse=dlse, delta=delta, out=None if out is None else view(out))
+  # Twice: one load of a tile would have to serve rows and columns, in layouts that differ.
+  optional = dict(row_ids=ids, column_ids=ids, dlse=dlse, delta=delta)
+  optional |= dict(out=None if out is None else view(out))
   inputs |= {name: x for name, x in optional.items() if x is not None}
   if prev is not None:
     inputs |= {name: view(x) for name, x in zip(("dq", "dk", "dv"), prev, strict=True)}
@@ -185,7 +187,7 @@ def resident(
       if not inside:
         mask = band.mask(_difference(query_axis) + (q_tile - k_tile) * TILE)
       if ids is not None:
-        same = _same_segment(ref["ids"], b, r, q_tile, k_tile, query_axis)
+        same = _same_segment(ref, b, r, q_tile, k_tile, query_axis)
         mask = same if mask is None else mask & same
       return mask
 
@@ -302,7 +304,8 @@ def window(
   S = max(stages, reach + 1)
   share = share_of(nt, B * Hg)
   inputs = dict(q=q, k=k, v=v, dout=dout, out=out, lse=lse)
-  inputs |= {name: x for name, x in dict(ids=ids, dlse=dlse).items() if x is not None}
+  optional = dict(row_ids=ids, column_ids=ids, dlse=dlse)  # as in `resident`
+  inputs |= {name: x for name, x in optional.items() if x is not None}
   scratch = dict(
     q_s=gpu.smem(S, TILE, Dk, dtype=q.dtype),
     dout_s=gpu.smem(S, TILE, Dv, dtype=q.dtype),
@@ -382,7 +385,7 @@ def window(
       if not band.covers(distance):
         mask = band.mask(_difference(query_axis) + distance * TILE)
       if ids is not None:
-        same = _same_segment(ref["ids"], b, 0, inside(q_tile), inside(k_tile), query_axis)
+        same = _same_segment(ref, b, 0, inside(q_tile), inside(k_tile), query_axis)
         mask = same if mask is None else mask & same
       return mask
 
@@ -638,8 +641,8 @@ def _same_segment(ref, b, r, q_tile, k_tile, query_axis: int):
   """Which pairs of two tiles share a segment."""
   tiles = (q_tile, k_tile) if query_axis == 0 else (k_tile, q_tile)
   of_rows, of_columns = (
-    gpu.load(ref.at[b, r, gpu.ds(tile * TILE, TILE)], layout=layout, optimized=False)
-    for tile, layout in zip(tiles, (ROW, COLUMN), strict=True)
+    gpu.load(ref[name].at[b, r, gpu.ds(tile * TILE, TILE)], layout=layout, optimized=False)
+    for name, tile, layout in zip(("row_ids", "column_ids"), tiles, (ROW, COLUMN), strict=True)
   )
   return gpu.over_columns(of_rows, TILE) == gpu.over_rows(of_columns, TILE)
 
