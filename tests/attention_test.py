@@ -118,6 +118,18 @@ GPU_CASES = [
   for shape, (stride, width, how) in _PAPER.items()
   for pattern in _of_the_paper(stride, width)
 ]
+# Places past the last row of a sequence, in memory the next sequence's; keys that stream.
+GPU_CASES += [
+  _kernel(pattern, T=T, B=3, Dk=64, Dv=64, name=f"rows-{type(pattern).__name__.lower()}")
+  for pattern, T in (
+    (patterns.Summary(64, 16, offset=48), 384),
+    (patterns.Fixed(64, 16, 2), 384),
+    (patterns.Summary(128, 8), 3_072),
+    (patterns.Column(4), 4_096),
+    (patterns.Block(1_024), 4_000),
+    (patterns.Strided(96), 3_072),
+  )
+]
 GPU_CASES += [
   _kernel(pattern, T=T, segments=5, Dk=64, Dv=64)
   for pattern in (patterns.Dense(), patterns.Local(128), patterns.Local(600), patterns.Block(128))

@@ -164,8 +164,9 @@ def resident(
         gpu.when(n + W < num_q)(lambda: load_out(t + W))
         if dlse is not None:
           row = row - gpu.load(rows(ref["dlse"], t), layout=ROW, optimized=False)
-        has_keys = gpu.load(s["lse_s"].at[n], layout=ROW, optimized=False) > NO_MAXIMUM
-        s["delta_s"].at[n][...] = jnp.where(has_keys, row, 0.0)
+        lse = gpu.load(s["lse_s"].at[n], layout=ROW, optimized=False)
+        s["delta_s"].at[n][...] = jnp.where(lse > NO_MAXIMUM, row, 0.0)
+        s["lse_s"].at[n][...] = weightless(lse)
 
       gpu.barrier_arrive(s["delta_full"])
       gpu.barrier_wait(s["delta_full"])
@@ -179,7 +180,7 @@ def resident(
         gpu.load(s[name].at[q_slot(t)], layout=layout, optimized=False)
         for name in ("lse_s", "delta_s")
       )
-      return weightless(lse), delta
+      return lse if out is not None else weightless(lse), delta
 
     def mask_of(q_tile, k_tile, query_axis, inside):
       """Which pairs of two tiles attend, or None for all; the queries along an axis."""
@@ -292,7 +293,8 @@ def window(
   Every multiprocessor walks along its share of a sequence for one head, as in the forward kernel.
   A producer fills a ring of `stages` query tiles ahead of the walk and one of key tiles; one
   warpgroup sums dq of a tile, with the keys before it, another dk and dv, with the queries after
-  it. The first also turns out into delta. Tiles before and after the sequence weigh nothing.
+  it. The first also turns out into delta, and lse of rows that weigh nothing into infinity: rows
+  without keys, tiles past the end. Tiles before the sequence weigh nothing either.
 
   Returns:
     dq, dk, dv [B, T, Hg, D], k's and v's for each query head; and delta.
@@ -406,6 +408,8 @@ def window(
         lse = gpu.load(s["lse_s"].at[slot(n)], layout=ROW, optimized=False)
         row = jnp.where(lse > NO_MAXIMUM, row, 0.0)
         s["delta_s"].at[slot(n)][...] = row
+        exists = jnp.where(first + n < nt, jnp.float32(0), jnp.inf)
+        s["lse_s"].at[slot(n)][...] = weightless(lse) + exists
         gpu.barrier_arrive(s["delta_full"].at[slot(n)])
 
         @gpu.when(n < count)
@@ -416,6 +420,9 @@ def window(
       def _(n):
         make_delta(n)
         gpu.barrier_wait(s["k_full"].at[slot(n)])
+
+      # Before the copy engine may write again where lse was changed; later, storing dq does it.
+      gpu.commit_smem()
 
       def release_keys(n):
         """Gives the memory that dq of tile n leaves from back."""
@@ -428,6 +435,8 @@ def window(
       @gpu.loop(0, count)
       def _(n):
         make_delta(n + reach)
+        if not reach:
+          gpu.commit_smem()
         if late:
           gpu.when(n > 0)(lambda: release_keys(n - 1))
         gpu.barrier_wait(s["k_full"].at[slot(n + reach)])
@@ -436,7 +445,6 @@ def window(
           gpu.load(s[name].at[slot(n)], layout=ROW, optimized=False)
           for name in ("lse_s", "delta_s")
         )
-        lse = weightless(lse)
         query = (s["q_s"].at[slot(n)], s["dout_s"].at[slot(n)], delta)
 
         def key(distance):
@@ -490,15 +498,9 @@ def window(
 
         def query(distance):
           m = slot(n + distance)
-
-          def rows():
-            lse, delta = (
-              gpu.load(s[name].at[m], layout=COLUMN, optimized=False)
-              for name in ("lse_s", "delta_s")
-            )
-            exists = jnp.where(t + distance < nt, jnp.float32(0), jnp.inf)
-            return weightless(lse) + exists, delta
-
+          rows = lambda: tuple(
+            gpu.load(s[name].at[m], layout=COLUMN, optimized=False) for name in ("lse_s", "delta_s")
+          )
           return s["q_s"].at[m], s["dout_s"].at[m], rows
 
         state = gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))

@@ -194,6 +194,7 @@ class Frame:
     rows, count = min(step, self.slot), self.pieces(step)
     for n in range(count):
       row = tile * count + n if self.slot <= step else div(tile * step, self.slot)
+      row = jnp.minimum(row, self.num_rows - 1)  # not the next sequence's; masked
       first = start if self.slot <= step else start + lax.rem(tile * step, jnp.int32(self.slot))
       copy(source.at[b, row, pl.ds(first, rows), self.kv_head(h)], n * rows, rows)
 
@@ -234,7 +235,10 @@ class Frame:
     for n in range(count):
       row = div(first, self.slot) + n
       column = lax.rem(first, jnp.int32(self.slot)) if self.slot > size else 0
-      copy(n * rows, rows, target.at[b, row, pl.ds(column, rows), h])
+      # The copy engine clips spans, but takes single places as they are: into the next sequence.
+      pl.when(row < self.num_rows)(
+        lambda n=n, row=row: copy(n * rows, rows, target.at[b, row, pl.ds(column, rows), h])
+      )
 
   # -------------------------------------------------------------------------------------- tiles
 
