@@ -44,14 +44,16 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
   nt = view.num_tiles
   # As many turns for each: a bound that ptxas knows saves registers.
   W = next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
+  size = view.even_rows  # of a tile; matrix instructions have 64, the rest of which is not stored
+  rest = nt * (TILE - size)
   own_stage = prev is not None or Dk != Dv  # the result is staged where q was, if it fits there
   inputs = [view(x) for x in (q, k, v)]
   inputs += [ids] if ids is not None else []
   inputs += [view(prev[0]), prev[1]] if prev is not None else []
   scratch = dict(
     q_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
-    k_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
-    v_s=gpu.smem(nt, TILE, Dv, dtype=q.dtype),
+    k_s=gpu.smem(nt, size, Dk, dtype=q.dtype),
+    v_s=gpu.smem(nt, size, Dv, dtype=q.dtype, beside=None if size == TILE else 16),
     lse_s=gpu.vector(W, TILE),
     q_full=gpu.Barrier(num_barriers=nt),
     k_full=gpu.Barrier(num_barriers=nt),
@@ -62,7 +64,7 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
   if prev is not None:
     scratch |= dict(prev_full=gpu.Barrier(num_barriers=nt))
   if gpu.simulated():
-    scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
+    scratch |= dict(p_s=gpu.smem(W, TILE, size, dtype=q.dtype))
 
   def resident_forward(
     *refs, q_s, k_s, v_s, lse_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None
@@ -74,26 +76,28 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
     kv_head = head // group
     p_s = None if p_s is None else p_s.at[wg]
     stage = o_s if own_stage else q_s
+    box = lambda ref, head, t: view.box(ref, b, r, head, t * size, size)
+    valid = gpu.ds(0, size)
 
     @gpu.when(wg == 0)
     def _():
       @gpu.loop(0, nt)
       def _(t):
-        gpu.to_smem(view.box(q_ref, b, r, head, t * TILE), q_s.at[t], q_full.at[t])
-        gpu.to_smem(view.box(k_ref, b, r, kv_head, t * TILE), k_s.at[t], k_full.at[t])
-        gpu.to_smem(view.box(v_ref, b, r, kv_head, t * TILE), v_s.at[t], v_full.at[t])
+        gpu.to_smem(box(q_ref, head, t), q_s.at[t, valid], q_full.at[t])
+        gpu.to_smem(box(k_ref, kv_head, t), k_s.at[t], k_full.at[t])
+        gpu.to_smem(box(v_ref, kv_head, t), v_s.at[t], v_full.at[t])
         if prev is not None:
-          gpu.to_smem(view.box(more[0], b, r, h, t * TILE), o_s.at[t], prev_full.at[t])
+          gpu.to_smem(box(more[0], h, t), o_s.at[t, valid], prev_full.at[t])
 
     @gpu.loop(0, nt // W)
     def _(turn):
       own = turn * W + wg
       # Tiles that an earlier turn of this warpgroup has waited for.
-      new_tiles = jnp.where(turn == 0, 0, own - W + 1 - band.first())
-      rows = gpu.ds(own * TILE, TILE)
+      new_tiles = jnp.where(turn == 0, 0, own - W + 1 - band.first(size))
+      rows = gpu.ds(own * size, TILE)
       gpu.barrier_wait(q_full.at[own])
       q_tile = q_s.at[own]
-      ids_q = None if ids is None else _ids(ids_ref, b, r, own, ROW)
+      ids_q = None if ids is None else _ids(ids_ref, b, r, own * size, TILE, ROW)
       if prev is None:
         state = start(Dv)
       else:
@@ -109,19 +113,24 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
 
         mask = None
         if masked:
-          difference = gpu.iota((TILE, TILE), 0) - gpu.iota((TILE, TILE), 1)
-          mask = band.mask(difference + (own - t) * TILE)
+          difference = gpu.iota((TILE, size), 0) - gpu.iota((TILE, size), 1)
+          mask = band.mask(difference + (own - t) * size)
         if ids is not None:
-          same = _same(ids_q, _ids(ids_ref, b, r, t, COLUMN))
+          same = _same(ids_q, _ids(ids_ref, b, r, t * size, size, COLUMN))
           mask = same if mask is None else mask & same
         return attend(state, q_tile, k_s.at[t], v_s.at[t], mask, scale, p_s)
 
-      state = sweep(own, nt, band, step, state)
+      state = sweep(own, nt, band, size, step, state)
       gpu.wait_to_gmem(0, wait_read_only=True)  # of the lse before
       lse_s.at[wg][...] = finish(state, stage.at[own])
       gpu.commit_smem()
-      gpu.to_gmem(stage.at[own], view.box(o_ref, b, r, h, own * TILE))
-      gpu.to_gmem(lse_s.at[wg], lse_ref.at[b, h, r, rows])
+      gpu.to_gmem(stage.at[own, valid], box(o_ref, h, own))
+      gpu.to_gmem(lse_s.at[wg, valid], lse_ref.at[b, h, r, gpu.ds(own * size, size)])
+
+      if rest:  # the backward pass wants numbers there: any will do
+        last = gpu.ds(nt * size, rest)
+        copy = lambda: gpu.to_gmem(lse_s.at[wg, gpu.ds(0, rest)], lse_ref.at[b, h, r, last])
+        gpu.when(own == nt - 1)(copy)
 
     gpu.wait_to_gmem(0)
 
@@ -250,9 +259,9 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
         gpu.barrier_wait(q_full.at[q_slot])
         same = [None] * (reach + 1)
         if ids is not None:
-          ids_q = _ids(ids_ref, b, 0, t, ROW)
+          ids_q = _ids(ids_ref, b, 0, t * TILE, TILE, ROW)
           tiles = [jnp.maximum(t - distance, 0) for distance in range(reach + 1)]
-          same = [_same(ids_q, _ids(ids_ref, b, 0, tile, COLUMN)) for tile in tiles]
+          same = [_same(ids_q, _ids(ids_ref, b, 0, tile * TILE, TILE, COLUMN)) for tile in tiles]
         slots = [rem(n + reach - distance, S) for distance in range(reach + 1)]
         tiles = q_s.at[q_slot], [k_s.at[slot] for slot in slots], [v_s.at[slot] for slot in slots]
 
@@ -314,9 +323,9 @@ def resume(out, lse):
   return total, jnp.maximum(lse, NO_MAXIMUM), jnp.where(lse > NO_MAXIMUM, 1.0, 0.0)
 
 
-def sweep(own, num_tiles: int, band: Band, step, state):
+def sweep(own, num_tiles: int, band: Band, size: int, step, state):
   """All key tiles of query tile `own` of a causal band; masks only where they are needed."""
-  first, first_full = band.first(), band.first_full()
+  first, first_full = band.first(size), band.first_full(size)
   full = jnp.maximum(own - first_full + 1, 0)
   if num_tiles > first_full:
     state = lax.fori_loop(0, full, lambda t, state: step(t, state, False), state)
@@ -383,7 +392,7 @@ def _softmax(state, xs, scale, Dv: int | None = None):
   c = scale * gpu.LOG2E
   top = functools.reduce(jnp.maximum, xs).max(axis=1) * c
   top = jnp.maximum(top, NO_MAXIMUM if state is None else state[1])
-  ps = [jnp.exp2(x * c - gpu.over_columns(top, TILE)) for x in xs]
+  ps = [jnp.exp2(x * c - gpu.over_columns(top, x.shape[1])) for x in xs]
   weight = functools.reduce(jnp.add, ps).sum(axis=1)
   if state is None:
     return ps, (gpu.zeros((TILE, Dv)), top, weight)
@@ -401,10 +410,10 @@ def finish(state, out):
   return jnp.where(weight == 0, -jnp.inf, top + jnp.log2(weight))
 
 
-def _ids(ref, b, r, tile, layout):
-  return gpu.load(ref.at[b, r, gpu.ds(tile * TILE, TILE)], layout=layout, optimized=False)
+def _ids(ref, b, r, start, size, layout):
+  return gpu.load(ref.at[b, r, gpu.ds(start, size)], layout=layout, optimized=False)
 
 
 def _same(ids_q, ids_k):
   """Which pairs share a segment."""
-  return gpu.over_columns(ids_q, TILE) == gpu.over_rows(ids_k, TILE)
+  return gpu.over_columns(ids_q, ids_k.shape[0]) == gpu.over_rows(ids_k, TILE)

@@ -43,6 +43,17 @@ class View:
   def num_tiles(self) -> int:
     return -(-self.M // TILE)
 
+  @property
+  def even_rows(self) -> int:
+    """Rows of a tile when those of a short sequence are even: 48 for M = 96, 32 for M = 24.
+
+    Matrix instructions want multiples of 16. What is missing to whole tiles is copied in one piece:
+    a multiple of 128 bytes of lse, and no more than a tile has.
+    """
+    missing = lambda rows: self.num_tiles * (TILE - rows)
+    fits = lambda rows: rows * self.num_tiles >= self.M and missing(rows) <= rows
+    return next(n for n in (32, 48, TILE) if fits(n) and missing(n) % 32 == 0)
+
   def __call__(self, x):
     """The view of an array [B, T, ...]; no copy."""
     if self.kind == "natural":
@@ -80,12 +91,13 @@ class Band:
   near: int = 0
   far: int | None = None
 
-  def first(self) -> int:
-    """The nearest tile that may hold pairs, counted in tiles before the query's own."""
-    return max(0, -(-(self.near - TILE + 1) // TILE))
+  def first(self, size: int = TILE) -> int:
+    """The nearest tile of `size` rows that may hold pairs, counted before the query's own."""
+    return max(0, -(-(self.near - size + 1) // size))
 
-  def first_full(self) -> int:
-    return -(-(self.near + TILE - 1) // TILE)
+  def first_full(self, size: int = TILE) -> int:
+    """The nearest tile of causal pairs alone."""
+    return -(-(self.near + size - 1) // size)
 
   def last(self, num_tiles: int) -> int:
     """The farthest tile that may hold pairs."""
