@@ -195,7 +195,8 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(no_gpu, monkeypatch, 
 
 @pytest.fixture
 def tiny_body(no_gpu, monkeypatch):
-  body = step.Body(2, 16, 2, 2, 2, 24, patterns.Fixed(4, 2), remat=("full", "dots"))
+  cycles = dict(merged=(patterns.Fixed(4, 2),), interleaved=(patterns.Local(4), patterns.Column(4)))
+  body = step.Body(2, 16, 2, 2, 2, 24, cycles, remat=("full", "dots"))
   monkeypatch.setattr(step, "BODIES", {"tiny": body})
   monkeypatch.setattr(step, "SECONDS", 0.0)
   return body
@@ -207,21 +208,22 @@ def test_step_measures_every_mode_and_reports_the_one_that_fails(tiny_body, tmp_
   result = json.loads(path.read_text())
   modes = [(row["attention"], row["remat"]) for row in result["rows"]]
   assert modes == [
-    ("none", "full"), ("sparse", "full"), ("none", "dots"), ("sparse", "dots"), ("dense", "full")
-  ]  # fmt: skip
+    *((name, remat) for remat in ("full", "dots") for name in ("none", "merged", "interleaved")),
+    ("dense", "full"),
+  ]
   *rows, dense = result["rows"]
   for row in rows:
-    assert {"ms", "temp_bytes", "added_percent", "pattern"} <= set(row)
+    assert {"ms", "temp_bytes", "added_percent", "patterns"} <= set(row)
     assert row["added_percent"] == 0 or row["attention"] != "none"
   assert dense["ms"] is None and "cudnn" in dense["error"].lower()
   assert "FAILED tiny dense full" in capsys.readouterr().out
-  assert result["bodies"]["tiny"]["pattern"] == "Fixed(stride=4, summary=2, num_subblocks=1)"
+  assert result["bodies"]["tiny"]["cycles"]["merged"] == [repr(patterns.Fixed(4, 2))]
 
 
 def test_steps_are_compared_with_none_and_dense():
   row = lambda attention, remat, ms: dict(body="b", attention=attention, remat=remat, ms=ms)
-  rows = [row("none", "full", 100.0), row("sparse", "full", 115.0), row("none", "dots", 80.0)]
-  rows += [row("sparse", "dots", 100.0), row("dense", "full", 460.0), row("dense", "dots", None)]
+  rows = [row("none", "full", 100.0), row("merged", "full", 115.0), row("none", "dots", 80.0)]
+  rows += [row("merged", "dots", 100.0), row("dense", "full", 460.0), row("dense", "dots", None)]
   step.compare(rows)
   assert [row.get("added_percent") for row in rows] == [0.0, 15.0, 0.0, 25.0, 360.0, None]
   assert [row.get("dense_ratio") for row in rows] == [4.6, 4.0, 5.75, 4.6, 1.0, None]
@@ -231,7 +233,7 @@ def test_a_step_learns_the_same_under_every_policy(tiny_body):
   params, _, tokens = step.start(tiny_body, jax.random.key(0))
   params["head"] = 0.1 * jnp.ones_like(params["head"])
   grads = [
-    jax.grad(step.loss)(params, tokens, body=tiny_body, attention="sparse", remat=remat)
+    jax.grad(step.loss)(params, tokens, body=tiny_body, attention="interleaved", remat=remat)
     for remat in step.POLICIES
   ]
   for a, b in zip(*(jax.tree.leaves(g) for g in grads), strict=True):
@@ -242,7 +244,7 @@ def test_dots_keeps_the_result_of_attention(tiny_body):
   params, _, tokens = step.start(tiny_body, jax.random.key(0))
 
   def exponentials(remat):
-    how = dict(body=tiny_body, attention="sparse", remat=remat)
+    how = dict(body=tiny_body, attention="interleaved", remat=remat)
     return str(jax.make_jaxpr(lambda p: jax.grad(step.loss)(p, tokens, **how))(params)).count(
       "= exp "
     )

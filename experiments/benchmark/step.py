@@ -3,6 +3,8 @@
 Forward, backward and AdamW with clipping, bfloat16 with float32 parameters, donated. Without
 attention a layer has a = v + 0.001 (q + k) in its place, so that every matmul stays. remat: full
 keeps the input of each layer only, dots also its matmuls' outputs and attention's out and lse.
+Strided attention is measured in both of the paper's ways: a cycle of one pattern per layer, as the
+recipes have it (interleaved), and one softmax over the union in every layer (merged).
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,20 +46,30 @@ class Body:
   ff_mult: int
   batch: int
   T: int
-  pattern: patterns.Pattern
+  cycles: dict[str, tuple[patterns.Pattern, ...]]  # patterns of the layers, in turn
   remat: tuple[str, ...] = ("full",)
 
   def modes(self) -> list[tuple[str, str]]:
     """(attention, remat), first the step without attention; dense is measured with full only."""
-    modes = [(attention, remat) for remat in self.remat for attention in ("none", "sparse")]
+    modes = [(attention, remat) for remat in self.remat for attention in ("none", *self.cycles)]
     return [*modes, ("dense", "full")]
 
 
+def strided(stride: int, cycle: str) -> dict[str, tuple[patterns.Pattern, ...]]:
+  """Interleaved by a cycle of layers, l and c, and merged."""
+  kinds = {"l": patterns.Local(stride), "c": patterns.Column(stride)}
+  return dict(
+    interleaved=tuple(kinds[letter] for letter in cycle), merged=(patterns.Strided(stride),)
+  )
+
+
 BODIES = {
-  "enwik8": Body(30, 512, 8, 4, 4, 12_288, patterns.Fixed(128, 32), remat=("full", "dots")),
-  "cifar10": Body(128, 256, 2, 2, 16, 3_072, patterns.Strided(96)),
-  "imagenet64": Body(48, 512, 16, 4, 4, 12_288, patterns.Strided(128)),
-  "audio64k": Body(48, 512, 8, 4, 1, 65_536, patterns.Strided(256)),
+  "enwik8": Body(
+    30, 512, 8, 4, 4, 12_288, dict(merged=(patterns.Fixed(128, 32),)), remat=("full", "dots")
+  ),
+  "cifar10": Body(128, 256, 2, 2, 16, 3_072, strided(96, "clll")),
+  "imagenet64": Body(48, 512, 16, 4, 4, 12_288, strided(128, "lcll")),
+  "audio64k": Body(48, 512, 8, 4, 1, 65_536, strided(256, "lcll")),
 }
 PARTS = tuple(BODIES)
 
@@ -82,15 +95,22 @@ def parameters(body: Body, key: jax.Array) -> dict:
   }
 
 
-def attend(attention: str, body: Body, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  if attention == "none":
-    return v + 0.001 * (q + k)
-  if attention == "dense":
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-  return sparse_attention(q, k, v, pattern=body.pattern, implementation=OURS)
+def instead(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  return v + 0.001 * (q + k)
 
 
-def layer(x: jax.Array, weights: dict, *, body: Body, attention: str) -> tuple[jax.Array, None]:
+dense = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+
+
+def attentions(body: Body, attention: str) -> list[Callable[..., jax.Array]]:
+  """Of the layers, in turn."""
+  if attention in body.cycles:
+    sparse = functools.partial(sparse_attention, implementation=OURS)
+    return [functools.partial(sparse, pattern=one) for one in body.cycles[attention]]
+  return [{"none": instead, "dense": dense}[attention]]
+
+
+def layer(x: jax.Array, weights: dict, *, body: Body, attend: Callable) -> jax.Array:
   """A pre-norm block with the paper's GELU, x sigmoid(1.702 x)."""
   w = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights)
   normed = _norm(x, w["norm1"])
@@ -100,17 +120,25 @@ def layer(x: jax.Array, weights: dict, *, body: Body, attention: str) -> tuple[j
     (normed @ part).reshape(body.batch, body.T, body.heads, -1)
     for part in jnp.split(w["qkv"], 3, axis=1)
   )
-  x = x + attend(attention, body, q, k, v).reshape(x.shape) @ w["out"]
+  x = x + attend(q, k, v).reshape(x.shape) @ w["out"]
   hidden = _norm(x, w["norm2"]) @ w["up"]
-  return x + (hidden * jax.nn.sigmoid(1.702 * hidden)) @ w["down"], None
+  return x + (hidden * jax.nn.sigmoid(1.702 * hidden)) @ w["down"]
 
 
 def loss(params: dict, tokens: jax.Array, *, body: Body, attention: str, remat: str) -> jax.Array:
   x = params["embedding"].astype(jnp.bfloat16)[tokens]
   x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]  # each token is predicted from those before it
-  block = functools.partial(layer, body=body, attention=attention)
-  block = jax.checkpoint(block, prevent_cse=False, policy=POLICIES[remat])
-  x, _ = jax.lax.scan(block, x, params["layers"])
+  again = functools.partial(jax.checkpoint, prevent_cse=False, policy=POLICIES[remat])
+  cycle = attentions(body, attention)
+  layers = [again(functools.partial(layer, body=body, attend=attend)) for attend in cycle]
+
+  def one_cycle(x, weights):
+    for n, block in enumerate(layers):
+      x = block(x, jax.tree.map(lambda a, n=n: a[n], weights))
+    return x, None
+
+  in_cycles = lambda a: a.reshape(-1, len(layers), *a.shape[1:])
+  x, _ = jax.lax.scan(one_cycle, x, jax.tree.map(in_cycles, params["layers"]))
   logits = _norm(x, jnp.ones(body.width)) @ params["head"].astype(jnp.bfloat16)
   logits = logits.astype(jnp.float32)
   return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
@@ -176,9 +204,10 @@ def measure(names: list[str]) -> list[dict]:
   for case in cases:
     name, attention, remat = case
     body = BODIES[name]
-    pattern = {"none": None, "sparse": repr(body.pattern), "dense": "Dense()"}[attention]
-    implementation = {"none": None, "sparse": OURS, "dense": "cudnn"}[attention]
-    row = dict(body=name, attention=attention, pattern=pattern, implementation=implementation)
+    cycle = {"none": (), "dense": (patterns.Dense(),), **body.cycles}[attention]
+    implementation = {"none": None, "dense": "cudnn"}.get(attention, OURS)
+    row = dict(body=name, attention=attention, patterns=[repr(one) for one in cycle])
+    row |= dict(implementation=implementation)
     row |= dict(remat=remat)
     try:
       program = gpu.working(compiled.pop(case))
@@ -224,7 +253,8 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
       print(f"  {row['error']}")
   bodies = {name: dataclasses.asdict(body) for name, body in BODIES.items()}
   for name, body in BODIES.items():
-    bodies[name]["pattern"] = repr(body.pattern)
+    names = lambda cycle: [repr(one) for one in cycle]
+    bodies[name]["cycles"] = {way: names(cycle) for way, cycle in body.cycles.items()}
   path = out / f"step_{report.short_device()}.json"
   report.write(path, rows, gpu=report.gpu_state(), bodies=bodies)
   return not any("error" in row for row in rows)

@@ -17,12 +17,12 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.forward import CONSUMER_REGISTERS
-from pallas_kernels.mosaic_gpu.forward import NO_MAXIMUM
 from pallas_kernels.mosaic_gpu.forward import PRODUCER_REGISTERS
 from pallas_kernels.mosaic_gpu.forward import share_of
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.softmax import safe_lse
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
@@ -165,8 +165,8 @@ def resident(
         if dlse is not None:
           row = row - gpu.load(rows(ref["dlse"], t), layout=ROW, optimized=False)
         lse = gpu.load(s["lse_s"].at[n], layout=ROW, optimized=False)
-        s["delta_s"].at[n][...] = jnp.where(lse > NO_MAXIMUM, row, 0.0)
-        s["lse_s"].at[n][...] = weightless(lse)
+        s["delta_s"].at[n][...] = jnp.where(lse > -jnp.inf, row, 0.0)
+        s["lse_s"].at[n][...] = safe_lse(lse)
 
       gpu.barrier_arrive(s["delta_full"])
       gpu.barrier_wait(s["delta_full"])
@@ -180,7 +180,7 @@ def resident(
         gpu.load(s[name].at[q_slot(t)], layout=layout, optimized=False)
         for name in ("lse_s", "delta_s")
       )
-      return lse if out is not None else weightless(lse), delta
+      return lse if out is not None else safe_lse(lse), delta
 
     def mask_of(q_tile, k_tile, query_axis, inside):
       """Which pairs of two tiles attend, or None for all; the queries along an axis."""
@@ -406,10 +406,10 @@ def window(
         if dlse is not None:
           row = row - gpu.load(rows(ref["dlse"], t), layout=ROW, optimized=False)
         lse = gpu.load(s["lse_s"].at[slot(n)], layout=ROW, optimized=False)
-        row = jnp.where(lse > NO_MAXIMUM, row, 0.0)
+        row = jnp.where(lse > -jnp.inf, row, 0.0)
         s["delta_s"].at[slot(n)][...] = row
         exists = jnp.where(first + n < nt, jnp.float32(0), jnp.inf)
-        s["lse_s"].at[slot(n)][...] = weightless(lse) + exists
+        s["lse_s"].at[slot(n)][...] = safe_lse(lse) + exists
         gpu.barrier_arrive(s["delta_full"].at[slot(n)])
 
         @gpu.when(n < count)
@@ -607,11 +607,6 @@ def _products(to_x, to_dp, either):
   if len(to_x) == 1 and to_x[0][0].shape[1] <= 64:
     return gpu.matmul(*to_x, *to_dp)
   return either(gpu.matmul(*to_x)), either(gpu.matmul(*to_dp))
-
-
-def weightless(lse):
-  """lse, as +inf where a row has no keys: exp2(x - lse) is then 0."""
-  return jnp.where(lse > NO_MAXIMUM, lse, jnp.inf)
 
 
 def _halves(x, lower, num: int, dtype):

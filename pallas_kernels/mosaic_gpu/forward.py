@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import softmax
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
@@ -23,7 +24,6 @@ from pallas_kernels.mosaic_gpu.views import View
 
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {2: 232, 3: 160}  # of the 512 per four threads
 AT_ONCE = 2  # tiles of logits in registers, 32 each
-NO_MAXIMUM = -1e30  # finite: the maximum of a row before its first key
 
 
 def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups: int):
@@ -63,11 +63,24 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
     scratch |= dict(o_s=gpu.smem(nt, TILE, Dv, dtype=q.dtype))
   if prev is not None:
     scratch |= dict(prev_full=gpu.Barrier(num_barriers=nt))
+  if rest:
+    scratch |= dict(rest_s=gpu.vector(TILE))
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, size, dtype=q.dtype))
 
   def resident_forward(
-    *refs, q_s, k_s, v_s, lse_s, q_full, k_full, v_full, o_s=None, prev_full=None, p_s=None
+    *refs,
+    q_s,
+    k_s,
+    v_s,
+    lse_s,
+    q_full,
+    k_full,
+    v_full,
+    o_s=None,
+    prev_full=None,
+    rest_s=None,
+    p_s=None,
   ):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
@@ -103,7 +116,7 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
       else:
         lse = gpu.load(more[1].at[b, h, r, rows], layout=ROW, optimized=False)
         gpu.barrier_wait(prev_full.at[own])
-        state = resume(stage.at[own], lse)
+        state = resume(stage.at[own], lse, scale)
 
       def step(t, state, masked):
         @gpu.when(t >= new_tiles)  # each barrier completes, and is waited for, once
@@ -122,14 +135,20 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
 
       state = sweep(own, nt, band, size, step, state)
       gpu.wait_to_gmem(0, wait_read_only=True)  # of the lse before
-      lse_s.at[wg][...] = finish(state, stage.at[own])
+      lse_s.at[wg][...] = finish(state, stage.at[own], scale)
+      if rest:
+
+        @gpu.when(own == nt - 1)
+        def _():
+          rest_s[...] = gpu.full((TILE,), 0.0)
+
       gpu.commit_smem()
       gpu.to_gmem(stage.at[own, valid], box(o_ref, h, own))
       gpu.to_gmem(lse_s.at[wg, valid], lse_ref.at[b, h, r, gpu.ds(own * size, size)])
 
-      if rest:  # the backward pass wants numbers there: any will do
+      if rest:  # what `View.rows` has there
         last = gpu.ds(nt * size, rest)
-        copy = lambda: gpu.to_gmem(lse_s.at[wg, gpu.ds(0, rest)], lse_ref.at[b, h, r, last])
+        copy = lambda: gpu.to_gmem(rest_s.at[gpu.ds(0, rest)], lse_ref.at[b, h, r, last])
         gpu.when(own == nt - 1)(copy)
 
     gpu.wait_to_gmem(0)
@@ -249,7 +268,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
           gpu.to_smem(view.box(more[0], b, 0, h, t * TILE), stage, prev_full.at[wg])
           lse = gpu.load(more[1].at[b, h, 0, rows], layout=ROW, optimized=False)
           gpu.barrier_wait(prev_full.at[wg])
-          state = resume(stage, lse)
+          state = resume(stage, lse, scale)
 
         @gpu.loop(jnp.where(n == wg, wg, n + reach + 1 - W), n + reach + 1)
         def _(m):
@@ -273,7 +292,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
           gpu.barrier_arrive(k_free.at[rem(m, S)])
 
         gpu.wait_to_gmem(0, wait_read_only=True)
-        lse = finish(state, stage)
+        lse = finish(state, stage, scale)
         gpu.commit_smem()
         gpu.to_gmem(stage, view.box(o_ref, b, 0, h, t * TILE))
         lse_ref.at[b, h, 0, rows][...] = lse  # last: the fence above would wait for it
@@ -313,14 +332,15 @@ def share_of(num_tiles: int, num_sequences: int) -> int:
 
 def start(Dv: int):
   """The state of an online softmax before any key."""
-  return gpu.zeros((TILE, Dv)), gpu.full((TILE,), NO_MAXIMUM), gpu.full((TILE,), 0.0)
+  return gpu.zeros((TILE, Dv)), gpu.full((TILE,), softmax.NO_MAXIMUM), gpu.full((TILE,), 0.0)
 
 
-def resume(out, lse):
+def resume(out, lse, scale):
   """The state that ended in `out`, in shared memory, and `lse`, of base 2."""
   total = gpu.load(out, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
+  top = jnp.maximum(lse * (1 / (scale * gpu.LOG2E)), softmax.NO_MAXIMUM)
   # An empty row goes on from nothing.
-  return total, jnp.maximum(lse, NO_MAXIMUM), jnp.where(lse > NO_MAXIMUM, 1.0, 0.0)
+  return total, top, jnp.where(lse > softmax.NO_MAXIMUM, 1.0, 0.0)
 
 
 def sweep(own, num_tiles: int, band: Band, size: int, step, state):
@@ -389,25 +409,20 @@ def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch)
 
 def _softmax(state, xs, scale, Dv: int | None = None):
   """Weights of the logits in xs, and the state with its sum of values rescaled, none added."""
-  c = scale * gpu.LOG2E
-  top = functools.reduce(jnp.maximum, xs).max(axis=1) * c
-  top = jnp.maximum(top, NO_MAXIMUM if state is None else state[1])
-  ps = [jnp.exp2(x * c - gpu.over_columns(top, x.shape[1])) for x in xs]
+  ps, top, keep = softmax.weights(xs, None if state is None else state[1], scale)
   weight = functools.reduce(jnp.add, ps).sum(axis=1)
   if state is None:
     return ps, (gpu.zeros((TILE, Dv)), top, weight)
-  total, old_top, old_weight = state
-  keep = jnp.exp2(old_top - top)
+  total, _, old_weight = state
   total = total * gpu.over_columns(keep, total.shape[1])
   return ps, (total, top, old_weight * keep + weight)
 
 
-def finish(state, out):
+def finish(state, out, scale):
   """Writes the result of a state to shared memory and returns its lse."""
-  total, top, weight = state
-  share = jnp.where(weight == 0, 0.0, 1 / weight)
-  out[...] = (total * gpu.over_columns(share, total.shape[1])).astype(out.dtype)
-  return jnp.where(weight == 0, -jnp.inf, top + jnp.log2(weight))
+  mean, lse = softmax.finish(*state, scale)
+  out[...] = mean.astype(out.dtype)
+  return lse
 
 
 def _ids(ref, b, r, start, size, layout):

@@ -63,7 +63,6 @@ class BlockSizes:
     ahead: whether the first product of a step is issued before the last one of the step before.
     spread: whether all heads work on their longest rows first, or one head after the other.
     held: tiles of queries in shared memory (forward, dq); with 2, the next one loads early.
-    fused: whether logits are scaled and shifted in one operation (forward).
   """
 
   step: int = 128
@@ -72,7 +71,6 @@ class BlockSizes:
   ahead: bool = False
   spread: bool = True
   held: int = 1
-  fused: bool = False
 
   @property
   def rows(self) -> int:

@@ -5,7 +5,6 @@ tiles of its schedule: an online softmax in base 2, tiles that need no mask firs
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,9 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import softmax
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.gpu import TILE
-
-_NO_MAXIMUM = -1e30  # where a running maximum starts: finite, so that exp2(-inf - it) is 0
 
 
 def default_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
@@ -27,10 +25,10 @@ def default_blocks(Dk: int, Dv: int) -> stream.BlockSizes:
   if max(Dk, Dv) > 128:
     return stream.BlockSizes(step=64, warpgroups=1)
   if max(Dk, Dv) > 64:
-    return stream.BlockSizes(ahead=True, fused=True)
+    return stream.BlockSizes(ahead=True)
   if max(Dk, Dv) > 32:
-    return stream.BlockSizes(stages=3, warpgroups=3, held=2, fused=True)
-  return stream.BlockSizes(step=64, stages=6, warpgroups=3, held=2, fused=True)
+    return stream.BlockSizes(stages=3, warpgroups=3, held=2)
+  return stream.BlockSizes(step=64, stages=6, warpgroups=3, held=2)
 
 
 def forward(
@@ -370,12 +368,10 @@ class _Softmax(Queries):
     gpu.barrier_wait(refs["q_full"].at[self.turn])
     acc, top, total = self.ahead() if self.blocks.ahead else self.in_turn()
     gpu.barrier_arrive(refs["q_free"].at[self.turn])
-    empty = total == 0
-    weight = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
-    lse = jnp.where(empty, -jnp.inf, top * self.scale + jnp.log2(total))
+    mean, lse = softmax.finish(acc, top, total, self.factor)
     gpu.wait_to_gmem(0, wait_read_only=True)  # the item before leaves its buffers
     out_s, lse_s = refs["out_s"].at[wg], refs["lse_s"].at[wg]
-    out_s[...] = (acc * gpu.over_columns(weight, self.Dv)).astype(self.dtype)
+    out_s[...] = mean.astype(self.dtype)
     lse_s[...] = lse
     gpu.commit_smem()
     gpu.to_gmem(out_s, self.frame.tile(refs["out"], b, r, self.base, TILE, h))
@@ -388,24 +384,13 @@ class _Softmax(Queries):
     return self.done + self.sweep.num
 
   def start(self):
-    return gpu.zeros((TILE, self.Dv)), gpu.full((TILE,), _NO_MAXIMUM), gpu.full((TILE,), 0.0)
+    return gpu.zeros((TILE, self.Dv)), gpu.full((TILE,), softmax.NO_MAXIMUM), gpu.full((TILE,), 0.0)
 
   def weights(self, x, top, total, mask):
     """exp2 of logits x under the running maximum; new maximum, sum of weights, rescaling."""
     if mask is not None:
       x = jnp.where(mask, x, -jnp.inf)
-    new_top, n = jnp.maximum(top, x.max(axis=1)), x.shape[1]
-    factor = self.scale
-    if self.blocks.fused:
-      # x * factor - top * factor rounds once, top * factor before: an error of 2^9 for logits of
-      # 1e10, which exp2 must not meet. Such rows take a power of two, which rounds nothing: their
-      # weights are 0 and 1 all the same.
-      huge = jnp.abs(new_top * factor) > 2.0**20
-      factor = jnp.where(huge, 2.0 ** math.floor(math.log2(factor)), factor)
-      p = x * gpu.over_columns(factor, n) - gpu.over_columns(new_top * factor, n)
-    else:
-      p = (x - gpu.over_columns(new_top, n)) * factor
-    p, keep = jnp.exp2(p), jnp.exp2((top - new_top) * factor)
+    (p,), new_top, keep = softmax.weights([x], top, self.factor)
     return p, new_top, total * keep + p.sum(axis=1), keep
 
   def in_turn(self):

@@ -1,0 +1,52 @@
+"""The online softmax in base 2, as all kernels compute it.
+
+Logits are x = q k before the scale; a weight is exp2(c (x - top)), c = scale log2(e), top the
+largest x of the row so far. x c - top c is one operation that rounds once, but top c was rounded
+before: of logits near 1e10 float32 keeps 2^10, and exp2 must not meet such an error.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import gpu
+
+NO_MAXIMUM = -1e30  # of a row before its first key: finite, so that exp2(-inf - it) is 0
+HUGE = 2.0**20  # from here on float32 keeps less than an eighth of a logit in base 2
+
+
+def weights(xs, top, scale):
+  """Weights of tiles of logits, whose keys are the columns; new maxima and factor of what was.
+
+  Args:
+    xs: [rows, keys] each.
+    top: maximum per row before, or None at the start.
+  """
+  c = scale * gpu.LOG2E
+  new_top = functools.reduce(jnp.maximum, xs).max(axis=1)
+  new_top = jnp.maximum(new_top, NO_MAXIMUM if top is None else top)
+  # A power of two rounds nothing. The weights of such rows are 0 and 1 all the same.
+  factor = jnp.where(jnp.abs(new_top * c) > HUGE, 2.0 ** math.floor(math.log2(c)), c)
+  columns = lambda row, x: gpu.over_columns(row, x.shape[1])
+  ps = [jnp.exp2(x * columns(factor, x) - columns(new_top * factor, x)) for x in xs]
+  return ps, new_top, None if top is None else jnp.exp2((top - new_top) * factor)
+
+
+def finish(total, top, weight, scale):
+  """The mean of values, and the log-sum-exp in base 2: 0 and -inf for rows without keys."""
+  empty = weight == 0
+  share = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, weight))
+  lse = jnp.where(empty, -jnp.inf, top * (scale * gpu.LOG2E) + jnp.log2(weight))
+  return total * gpu.over_columns(share, total.shape[1]), lse
+
+
+def safe_lse(lse):
+  """lse under which weights are computed again: inf for rows without keys, whose weights are 0.
+
+  Huge ones are raised by what rounding may hide, so that no weight is above 1: in such rows all
+  may vanish.
+  """
+  size = jnp.abs(lse)
+  raised = lse + jnp.where(size > HUGE, size / HUGE, 0.0)
+  return jnp.where(lse == -jnp.inf, jnp.inf, raised)
