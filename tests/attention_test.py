@@ -60,6 +60,10 @@ KERNEL_CASES = [
   _narrow(patterns.Local(64), T=130, segments=3),
   _kernel(patterns.Local(64), T=150, Dk=64, Dv=64, H=1),  # its two edges fold into one tile
   _narrow(patterns.Local(100), T=1),
+  _single(patterns.Local(128), T=500, name="walks"),  # of several tiles, with keys before them
+  _single(patterns.Local(200), T=330, segments=3, name="five_tiles"),
+  _kernel(patterns.Local(100), T=200, Dk=128, Dv=64, H=1),
+  _single(patterns.Local(1), T=70),
   _single(patterns.Local(300), T=400, name="wide"),
   _kernel(patterns.Column(2), T=48, Dk=64, Dv=128),  # 24, 63, 64, 65, 96 rows of a column
   _narrow(patterns.Column(2), T=126, dtype="float16"),

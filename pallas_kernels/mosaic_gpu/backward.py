@@ -11,12 +11,13 @@ With P = exp2(S - lse), dS = P (dP - delta), delta = rowsum(dout out) - dlse. Th
 share lse and delta.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
-from pallas_kernels.mosaic_gpu.forward import CONSUMER_REGISTERS
 from pallas_kernels.mosaic_gpu.forward import PRODUCER_REGISTERS
 from pallas_kernels.mosaic_gpu.forward import share_of
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
@@ -28,7 +29,6 @@ from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
 KEPT_TILES = 2
-NARROW = 64  # head size up to which dk and dv of a window leave from memory of their own
 
 
 def resident(
@@ -200,7 +200,7 @@ def resident(
       def step(t, state, inside):
         query = (*tile(q_slot(t)), lambda: rows_of(t, COLUMN))
         kept = s["ds_s"].at[pair(t, own)] if keeps else None
-        return add_key_gradients(state, k_own, [query], c, mask_of(t, own, 1, inside), p_s, kept)
+        return add_key_gradients(state, k_own, query, c, mask_of(t, own, 1, inside), p_s, kept)
 
       return _sweep(
         own, nt - own, 1, nt, band, step, (gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv)))
@@ -215,12 +215,10 @@ def resident(
           return dq + gpu.matmul((_turned(s["ds_s"].at[pair(own, t)]), tile(k_slot(t))[0]))[0]
 
         return lax.fori_loop(0, own + 1 - band.first(), from_kept, gpu.zeros((TILE, Dk)))
-      query = (*tile(q_slot(own)), rows_of(own, ROW)[1])
-      lse = rows_of(own, ROW)[0]
+      query = (*tile(q_slot(own)), *rows_of(own, ROW))
 
       def step(t, dq, inside):
-        key = (*tile(k_slot(t)), lse)
-        return add_query_gradient(dq, query, [key], c, mask_of(own, t, 0, inside), p_s)
+        return add_query_gradient(dq, query, tile(k_slot(t)), c, mask_of(own, t, 0, inside), p_s)
 
       return _sweep(own, own + 1, -1, nt, band, step, gpu.zeros((TILE, Dk)))
 
@@ -286,52 +284,78 @@ def resident(
 
 
 def window(
-  view: View, band: Band, q, k, v, ids, out, lse, dout, dlse, *, scale, heads, stages: int
+  view: View,
+  band: Band,
+  q,
+  k,
+  v,
+  ids,
+  out,
+  lse,
+  dout,
+  dlse,
+  *,
+  scale,
+  heads,
+  warpgroups: int,
+  query_stages: int,
+  key_stages: int,
+  out_stages: int,
+  result_stages: int,
 ):
   """Gradients of attention to a window of the keys before each query; arguments as in `resident`.
 
   Every multiprocessor walks along its share of a sequence for one head, as in the forward kernel.
-  A producer fills a ring of `stages` query tiles ahead of the walk and one of key tiles; one
-  warpgroup sums dq of a tile, with the keys before it, another dk and dv, with the queries after
-  it. The first also turns out into delta, and lse of rows that weigh nothing into infinity: rows
-  without keys, tiles past the end. Tiles before the sequence weigh nothing either.
+  A producer fills rings of tiles of queries, keys and out. `warpgroups` take key tiles in turn:
+  each sums dk and dv of its tile, over the queries after it, and leaves dS^T in shared memory. One
+  more makes delta of out, ahead of them, and sums dq of dS: it holds a sum for each query tile that
+  the window still reaches, so that a key tile is used for all of them at once and forgotten.
+
+  The queries of a share need keys before it, which are another's to sum: of these only dS is made,
+  of the pairs inside. Rows that weigh nothing get an infinite lse: rows without keys, tiles past
+  the end, and all rows where a key tile would lie before the sequence.
+
+  Args:
+    warpgroups: for dk and dv.
+    query_stages, key_stages, out_stages: tiles of the rings.
+    result_stages: tiles that dk and dv of a warpgroup leave from: 2, or 1 for both.
 
   Returns:
     dq, dk, dv [B, T, Hg, D], k's and v's for each query head; and delta.
   """
   B, _, H, Dk = q.shape
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
-  nt = view.num_tiles
+  nt, W = view.num_tiles, warpgroups
   reach = band.last(nt)
-  S = max(stages, reach + 1)
   share = share_of(nt, B * Hg)
   inputs = dict(q=q, k=k, v=v, dout=dout, out=out, lse=lse)
   optional = dict(row_ids=ids, column_ids=ids, dlse=dlse)  # as in `resident`
   inputs |= {name: x for name, x in optional.items() if x is not None}
+  rings = dict(q=query_stages, k=key_stages, out=out_stages, ds=W)
   scratch = dict(
-    q_s=gpu.smem(S, TILE, Dk, dtype=q.dtype),
-    dout_s=gpu.smem(S, TILE, Dv, dtype=q.dtype),
-    k_s=gpu.smem(S, TILE, Dk, dtype=q.dtype),
-    v_s=gpu.smem(S, TILE, Dv, dtype=q.dtype),
-    out_s=gpu.smem(1, TILE, Dv, dtype=q.dtype),
-    stage_s=gpu.smem(window_stages(reach, Dk), TILE, Dk, dtype=q.dtype),  # dv, dk; dq if no reach
-    lse_s=gpu.vector(S, TILE),
-    delta_s=gpu.vector(S, TILE),
-    q_full=gpu.Barrier(num_barriers=S, num_arrivals=3),
-    q_free=gpu.Barrier(num_barriers=S, num_arrivals=2),
-    k_full=gpu.Barrier(num_barriers=S, num_arrivals=2),
-    k_done=gpu.Barrier(num_barriers=S),  # by dk and dv
-    k_free=gpu.Barrier(num_barriers=S),
-    out_full=gpu.Barrier(),
-    out_free=gpu.Barrier(),
-    delta_full=gpu.Barrier(num_barriers=S),
+    q_s=gpu.smem(query_stages, TILE, Dk, dtype=q.dtype),
+    dout_s=gpu.smem(query_stages, TILE, Dv, dtype=q.dtype),
+    k_s=gpu.smem(key_stages, TILE, Dk, dtype=q.dtype),
+    v_s=gpu.smem(key_stages, TILE, Dv, dtype=q.dtype),
+    out_s=gpu.smem(out_stages, TILE, Dv, dtype=q.dtype),  # then dq
+    ds_s=gpu.smem(W * (reach + 1), TILE, TILE, dtype=q.dtype, beside=Dk),
+    dv_s=gpu.smem(W, result_stages, TILE, Dv, dtype=q.dtype),  # and dk
+    lse_s=gpu.vector(query_stages, TILE),
+    delta_s=gpu.vector(query_stages, TILE),
+    q_full=gpu.Barrier(num_barriers=query_stages, num_arrivals=3),
+    q_free=gpu.Barrier(num_barriers=query_stages, num_arrivals=W + 1),
+    delta_full=gpu.Barrier(num_barriers=query_stages),
+    k_full=gpu.Barrier(num_barriers=key_stages, num_arrivals=2),
+    k_free=gpu.Barrier(num_barriers=key_stages, num_arrivals=W + 1),
+    out_full=gpu.Barrier(num_barriers=out_stages),
+    out_free=gpu.Barrier(num_barriers=out_stages),
+    ds_full=gpu.Barrier(num_barriers=W),
+    ds_free=gpu.Barrier(num_barriers=W),
   )
   if Dk != Dv:
-    scratch |= dict(stage_dv_s=gpu.smem(1, TILE, Dv, dtype=q.dtype))
+    scratch |= dict(dk_s=gpu.smem(W + 1, TILE, Dk, dtype=q.dtype))  # and dq, the last
   if gpu.simulated():
-    scratch |= dict(p_s=gpu.smem(2, TILE, TILE, dtype=q.dtype))
-  folds = band.folds(nt) and ids is None
-  middle = range(1, reach) if folds else range(band.first(), reach + 1)
+    scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
 
   def window_backward(*refs, **s):
     ref = dict(zip(inputs, refs, strict=False))
@@ -339,8 +363,9 @@ def window(
     wg = lax.axis_index("wg")
     first = lax.axis_index("share") * share
     count = jnp.minimum(nt - first, share)
-    total = count + reach  # tiles of queries from `first` on, of keys from `first - reach` on
-    slot = lambda n: lax.rem(n, jnp.int32(S))
+    # Tile n of the queries is first + n of the sequence, tile n of the keys first - reach + n: it
+    # meets the queries n - reach ... n. The last `reach` queries and the first keys are others'.
+    total = count + reach
     b, h = lax.axis_index("b"), lax.axis_index("h")
     head = head_of(heads, h)
     box = lambda name, h, t: view.box(ref[name], b, 0, h, t * TILE)
@@ -348,180 +373,224 @@ def window(
     inside = lambda t: jnp.clip(t, 0, nt - 1)  # what is not must hold numbers all the same
     c = scale * gpu.LOG2E
 
-    def load_queries(n):
-      t = inside(first + n)
-      full = s["q_full"].at[slot(n)]
-      gpu.to_smem(box("dout", h, t), s["dout_s"].at[slot(n)], full)
-      gpu.to_smem(box("q", head, t), s["q_s"].at[slot(n)], full)
-      gpu.to_smem(rows(ref["lse"], t), s["lse_s"].at[slot(n)], full)
-      gpu.when(n >= 1)(lambda: gpu.barrier_wait(s["out_free"]))
-      gpu.to_smem(box("out", h, t), s["out_s"].at[0], s["out_full"])
+    def slot(ring, n):
+      return n % rings[ring] if isinstance(n, int) else lax.rem(n, jnp.int32(rings[ring]))
 
-    def load_keys(n):
-      t = inside(first - reach + n)
-      full = s["k_full"].at[slot(n)]
-      gpu.to_smem(box("k", head // group, t), s["k_s"].at[slot(n)], full)
-      gpu.to_smem(box("v", head // group, t), s["v_s"].at[slot(n)], full)
+    def of(name, n):
+      """A barrier or a tile of a ring."""
+      ring = {"dout": "q", "lse": "q", "delta": "q", "v": "k"}.get(name.partition("_")[0])
+      return s[name].at[slot(ring or name.partition("_")[0], n)]
 
-    @gpu.when(wg == 2)
+    def kept(n, distance):
+      """dS^T of key tile n and the queries at a distance from it."""
+      return s["ds_s"].at[slot("ds", n) * (reach + 1) + distance]
+
+    # ------------------------------------------------------------------------------- producer
+
+    @gpu.when(wg == W + 1)
     def _():
       gpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
+      def wait_until_free(name, n):
+        gpu.when(n >= rings[name])(lambda: gpu.barrier_wait(of(f"{name}_free", n)))
+
       @gpu.loop(0, total)
       def _(n):
-        gpu.when(n >= S)(lambda: gpu.barrier_wait(s["k_free"].at[slot(n)]))
-        load_keys(n)
-        gpu.when(n >= S)(lambda: gpu.barrier_wait(s["q_free"].at[slot(n)]))
-        load_queries(n)
+        wait_until_free("k", n)
+        t, full = inside(first - reach + n), of("k_full", n)
+        gpu.to_smem(box("k", head // group, t), of("k_s", n), full)
+        gpu.to_smem(box("v", head // group, t), of("v_s", n), full)
+        wait_until_free("q", n)
+        t, full = inside(first + n), of("q_full", n)
+        gpu.to_smem(box("dout", h, t), of("dout_s", n), full)
+        gpu.to_smem(box("q", head, t), of("q_s", n), full)
+        gpu.to_smem(rows(ref["lse"], t), of("lse_s", n), full)
+        wait_until_free("out", n)
+        gpu.to_smem(box("out", h, t), of("out_s", n), of("out_full", n))
 
       # Every completion of a barrier has to be seen by those who wait for it.
-      @gpu.loop(jnp.maximum(total - S, 0), count)
-      def _(n):
-        gpu.barrier_wait(s["k_free"].at[slot(n)])
-        gpu.barrier_wait(s["q_free"].at[slot(n)])
+      for name, end in dict(q=count, k=total, out=total).items():
 
-      gpu.when(count > 0)(lambda: gpu.barrier_wait(s["out_free"]))
+        @gpu.loop(jnp.maximum(total - rings[name], 0), end)
+        def _(n, name=name):
+          gpu.barrier_wait(of(f"{name}_free", n))
 
-    def mask_of(q_tile, k_tile, distance, query_axis):
-      mask = None
-      if not band.covers(distance):
-        mask = band.mask(_difference(query_axis) + distance * TILE)
-      if ids is not None:
-        same = _same_segment(ref, b, 0, inside(q_tile), inside(k_tile), query_axis)
-        mask = same if mask is None else mask & same
-      return mask
+    # ------------------------------------------------------------------------------- delta, dq
 
-    @gpu.when(wg == 0)  # dq
+    @gpu.when(wg == W)
     def _():
-      gpu.set_max_registers(CONSUMER_REGISTERS[2], action="increase")
-      p_s = s["p_s"].at[0] if gpu.simulated() else None
+      gpu.set_max_registers(window_registers(reach, Dk, W)[0], action="increase")
 
       def make_delta(n):
         t = inside(first + n)
-        gpu.barrier_wait(s["q_full"].at[slot(n)])
-        gpu.barrier_wait(s["out_full"])
-        row = (_load(s["dout_s"].at[slot(n)]) * _load(s["out_s"].at[0])).sum(axis=1)
-        gpu.commit_reads()
-        gpu.barrier_arrive(s["out_free"])
+        gpu.barrier_wait(of("q_full", n))
+        gpu.barrier_wait(of("out_full", n))
+        row = (_load(of("dout_s", n)) * _load(of("out_s", n))).sum(axis=1)
         if dlse is not None:
           row = row - gpu.load(rows(ref["dlse"], t), layout=ROW, optimized=False)
-        lse = gpu.load(s["lse_s"].at[slot(n)], layout=ROW, optimized=False)
+        lse = gpu.load(of("lse_s", n), layout=ROW, optimized=False)
         row = jnp.where(lse > -jnp.inf, row, 0.0)
-        s["delta_s"].at[slot(n)][...] = row
+        of("delta_s", n)[...] = row
         exists = jnp.where(first + n < nt, jnp.float32(0), jnp.inf)
-        s["lse_s"].at[slot(n)][...] = safe_lse(lse) + exists
-        gpu.barrier_arrive(s["delta_full"].at[slot(n)])
+        of("lse_s", n)[...] = safe_lse(lse) + exists
+        gpu.barrier_arrive(of("delta_full", n))
+        gpu.commit_smem()  # before the copy engine may write again where lse was changed
 
         @gpu.when(n < count)
         def _():
+          gpu.barrier_arrive(of("q_free", n))
           rows(delta_ref, t)[...] = row
 
-      @gpu.loop(0, jnp.where(count > 0, reach, 0))
-      def _(n):
-        make_delta(n)
-        gpu.barrier_wait(s["k_full"].at[slot(n)])
-
-      # Before the copy engine may write again where lse was changed; later, storing dq does it.
-      gpu.commit_smem()
-
-      def release_keys(n):
-        """Gives the memory that dq of tile n leaves from back."""
+      def release_out(n):
+        """Gives back the memory that delta n was made of, and that dq has left from since."""
         gpu.wait_to_gmem(0, wait_read_only=True)
-        gpu.barrier_arrive(s["k_free"].at[slot(n)])
+        gpu.barrier_arrive(of("out_free", n))
 
-      # With room in the ring not before the next tile: by then dq has left.
-      late = reach + 1 < S
+      def add(n, dqs, distances, add_matmul=gpu.add_matmul):
+        """dqs, of the queries n - reach ..., with what key tile n adds at these distances."""
+        gpu.barrier_wait(of("k_full", n))
+        gpu.barrier_wait(of("ds_full", n))
+        pair = lambda distance: (_turned(kept(n, distance)), of("k_s", n))
+        terms = [(dqs[distance], pair(distance)) for distance in distances]
+        sums = dict(zip(distances, add_matmul(*terms), strict=True))
+        gpu.barrier_arrive(of("ds_free", n))
+        gpu.barrier_arrive(of("k_free", n))
+        return [sums.get(distance, dq) for distance, dq in enumerate(dqs)]
 
-      @gpu.loop(0, count)
-      def _(n):
-        make_delta(n + reach)
-        if not reach:
-          gpu.commit_smem()
-        if late:
-          gpu.when(n > 0)(lambda: release_keys(n - 1))
-        gpu.barrier_wait(s["k_full"].at[slot(n + reach)])
-        t = first + n
-        lse, delta = (
-          gpu.load(s[name].at[slot(n)], layout=ROW, optimized=False)
-          for name in ("lse_s", "delta_s")
-        )
-        query = (s["q_s"].at[slot(n)], s["dout_s"].at[slot(n)], delta)
+      for n in range(W):
+        make_ahead = functools.partial(make_delta, n)
+        gpu.when(n < total)(make_ahead)
+        gpu.when(n < total)(functools.partial(release_out, n))
 
-        def key(distance):
-          m = slot(n + reach - distance)
-          exists = jnp.where(t >= distance, jnp.float32(0), jnp.inf)
-          return s["k_s"].at[m], s["v_s"].at[m], lse + exists
+      def added(*terms):  # accumulators cannot start in tiles whose place is a constant
+        products = gpu.matmul(*(pair for _, pair in terms))
+        return [acc + x for (acc, _), x in zip(terms, products, strict=True)]
 
-        dq = gpu.zeros((TILE, Dk))
-        if folds:
-          dq = add_query_gradient(dq, query, [key(0), key(reach)], c, None, p_s)
-        for distance in middle:
-          mask = mask_of(t, t - distance, distance, 0)
-          dq = add_query_gradient(dq, query, [key(distance)], c, mask, p_s)
-        gpu.barrier_arrive(s["q_free"].at[slot(n)])
-        # The farthest keys are read by no one after this: dq leaves from their memory.
-        gpu.barrier_wait(s["k_done"].at[slot(n)])
-        stage = s["k_s"].at[slot(n)] if reach else s["stage_s"].at[window_stages(reach, Dk) - 1]
+      dqs = [gpu.zeros((TILE, Dk))] * (reach + 1)
+      for n in range(reach):
+        ahead = n + W
+        gpu.when(ahead < total)(functools.partial(make_delta, ahead))
+        gpu.when(ahead < total)(functools.partial(release_out, ahead))
+        dqs = add(n, dqs, window_distances(reach, n), added)
+        dqs = [*dqs[1:], gpu.zeros((TILE, Dk))]
+
+      def step(n, dqs):
+        ahead = n + W
+        gpu.when((n > reach) & (ahead <= total))(lambda: release_out(ahead - 1))
+        gpu.when(ahead < total)(lambda: make_delta(ahead))
+        dq, *dqs = add(n, [*dqs, gpu.zeros((TILE, Dk))], range(reach + 1))
+        stage = of("out_s", ahead) if Dk == Dv else s["dk_s"].at[W]
+        gpu.wait_to_gmem(0, wait_read_only=True)
         stage[...] = (dq * scale).astype(q.dtype)
         gpu.commit_smem()
-        gpu.to_gmem(stage, view.box(dq_ref, b, 0, h, t * TILE))
-        if not late:
-          release_keys(n)
+        gpu.to_gmem(stage, view.box(dq_ref, b, 0, h, (first + n - reach) * TILE))
+        return tuple(dqs)
 
-      if late:
-        release_keys(count - 1)
+      lax.fori_loop(reach, total, step, tuple(dqs[:reach]))
       gpu.wait_to_gmem(0)
 
-    @gpu.when(wg == 1)  # dk, dv
+    # ------------------------------------------------------------------------------- dk, dv, dS
+
+    @gpu.when(wg < W)
     def _():
-      gpu.set_max_registers(CONSUMER_REGISTERS[2], action="increase")
-      p_s = s["p_s"].at[1] if gpu.simulated() else None
+      gpu.set_max_registers(window_registers(reach, Dk, W)[1], action="increase")
+      p_s = s["p_s"].at[wg] if gpu.simulated() else None
 
-      def wait_for_queries(n):
-        gpu.barrier_wait(s["q_full"].at[slot(n)])
-        gpu.barrier_wait(s["delta_full"].at[slot(n)])
+      def see(n):
+        gpu.barrier_wait(of("q_full", n))
+        gpu.barrier_wait(of("delta_full", n))
+        gpu.barrier_wait(of("k_full", n))
 
-      @gpu.loop(0, jnp.where(count > 0, reach, 0))
-      def _(n):
-        wait_for_queries(n)
-        gpu.barrier_wait(s["k_full"].at[slot(n)])
-        # Keys before the first tile are the other warpgroup's.
-        gpu.when(n < count)(lambda: gpu.barrier_arrive(s["k_done"].at[slot(n)]))
+      def begin(n):
+        """Waits for what key tile n meets; the tiles since this warpgroup's last are others'."""
+        for before in range(W - 1, 0, -1):
 
-      @gpu.loop(0, count)
-      def _(n):
-        wait_for_queries(n + reach)
-        own = slot(n + reach)
-        gpu.barrier_wait(s["k_full"].at[own])
-        t = first + n
-        key = s["k_s"].at[own], s["v_s"].at[own]
+          @gpu.when(n - before >= 0)
+          def _(before=before):
+            see(n - before)
+            gpu.barrier_arrive(of("k_free", n - before))
 
-        def query(distance):
-          m = slot(n + distance)
-          rows = lambda: tuple(
-            gpu.load(s[name].at[m], layout=COLUMN, optimized=False) for name in ("lse_s", "delta_s")
+        see(n)
+        gpu.when(n >= W)(lambda: gpu.barrier_wait(of("ds_free", n)))
+
+      def release_queries(begin, end):
+        @gpu.loop(begin, jnp.minimum(end, count))
+        def _(m):
+          gpu.barrier_arrive(of("q_free", m))
+
+      def pair(n, distance, exists=None):
+        """P^T and dS^T of key tile n and the queries at a distance; the latter is kept."""
+        m = n + distance - reach
+        mask = None
+        if not band.covers(distance):
+          mask = band.mask(_difference(1) + distance * TILE)
+        if ids is not None:
+          same = _same_segment(ref, b, 0, inside(first + m), inside(first - reach + n), 1)
+          mask = same if mask is None else mask & same
+
+        def rows():
+          lse, delta = (
+            gpu.load(of(name, m), layout=COLUMN, optimized=False) for name in ("lse_s", "delta_s")
           )
-          return s["q_s"].at[m], s["dout_s"].at[m], rows
+          return lse if exists is None else lse + exists, delta
 
-        state = gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))
-        if folds:
-          state = add_key_gradients(state, key, [query(0), query(reach)], c, None, p_s)
-        for distance in middle:
-          mask = mask_of(t + distance, t, distance, 1)
-          state = add_key_gradients(state, key, [query(distance)], c, mask, p_s)
-        dk, dv = state
-        gpu.barrier_arrive(s["q_free"].at[slot(n)])
-        gpu.when(n + reach < count)(lambda: gpu.barrier_arrive(s["k_done"].at[own]))
+        own, query = (of("k_s", n), of("v_s", n)), (of("q_s", m), of("dout_s", m), rows)
+        p, ds = weights_of_keys(own, query, c, mask)
+        kept(n, distance)[...] = ds
+        return p, ds
+
+      def leave_ds(n):
+        gpu.commit_smem()
+        gpu.barrier_arrive(of("ds_full", n))
+        gpu.barrier_arrive(of("k_free", n))
+
+      for n in range(reach):
+
+        @gpu.when(wg == n % W)
+        def _(n=n):
+          begin(n)
+          exists = jnp.where(first - reach + n >= 0, jnp.float32(0), jnp.inf)
+          for distance in window_distances(reach, n):
+            pair(n, distance, exists)
+          leave_ds(n)
+
+      # The first tile of its own, then every W-th.
+      start = reach + lax.rem(wg - reach % W + W, jnp.int32(W))
+
+      @gpu.loop(start, total, step=W)
+      def _(n):
+        begin(n)
+        dk, dv = gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))
+        for distance in range(reach + 1):
+          p, ds = pair(n, distance)
+          m = n + distance - reach
+          dk, dv = gpu.add_matmul((dk, (ds, of("q_s", m))), (dv, (p, of("dout_s", m))), scratch=p_s)
+          if distance < W:  # the next tile of this warpgroup does not see it
+            gpu.commit_reads()
+            release_queries(m if distance else jnp.where(n == start, 0, m), m + 1)
+        leave_ds(n)
+        t = first + n - reach
+        results = s["dv_s"].at[wg]
+        stage_k = results.at[result_stages - 1] if Dk == Dv else s["dk_s"].at[wg]
         gpu.wait_to_gmem(0, wait_read_only=True)  # of the tile before
-        stage_k = s["stage_s"].at[1 if Dk <= NARROW else 0]
-        stage_v = s["stage_s"].at[0] if Dk == Dv else s["stage_dv_s"].at[0]
-        for value, to, at in ((dv, dv_ref, stage_v), (dk * scale, dk_ref, stage_k)):
-          if to is dk_ref and Dk == Dv > NARROW:  # both from one place
+        for value, to, stage in ((dv, dv_ref, results.at[0]), (dk * scale, dk_ref, stage_k)):
+          if to is dk_ref and Dk == Dv and result_stages == 1:
             gpu.wait_to_gmem(0, wait_read_only=True)
-          at[...] = value.astype(q.dtype)
+          stage[...] = value.astype(q.dtype)
           gpu.commit_smem()
-          gpu.to_gmem(at, view.box(to, b, 0, h, t * TILE))
+          gpu.to_gmem(stage, view.box(to, b, 0, h, t * TILE))
 
+      # What is left to be seen, and freed where there was no tile for this warpgroup.
+      turns = lax.div(jnp.maximum(total - start + W - 1, 0), jnp.int32(W))
+      last = start + (turns - 1) * W
+
+      @gpu.loop(jnp.maximum(last + 1, 0), total)
+      def _(n):
+        see(n)
+        gpu.barrier_arrive(of("k_free", n))
+
+      gpu.when(last >= 0)(lambda: gpu.barrier_wait(of("ds_free", last)))
+      gpu.when(turns == 0)(lambda: release_queries(0, count))
       gpu.wait_to_gmem(0)
 
   like = lambda x, D: jax.ShapeDtypeStruct((*x.shape[:2], Hg, D), q.dtype)
@@ -536,86 +605,75 @@ def window(
     scratch_types=scratch,
     grid=(B, -(-nt // share), Hg),
     grid_names=("b", "share", "h"),
-    num_threads=3,
+    num_threads=W + 2,
     thread_name="wg",
   )(*inputs.values())
 
 
-def window_stages(reach: int, Dk: int) -> int:
-  """Tiles of Dk columns that the results of `window` leave from."""
-  return (2 if Dk <= NARROW else 1) + (0 if reach else 1)
+def window_registers(reach: int, Dk: int, warpgroups: int) -> tuple[int, int]:
+  """Registers of a thread that sums dq, and of one that sums dk and dv, of the 504 or 512."""
+  if warpgroups == 1:
+    return 232, 240
+  for_dq = -(-((reach + 1) * Dk // 2 + 40) // 8) * 8
+  return for_dq, (512 - PRODUCER_REGISTERS - for_dq) // (8 * warpgroups) * 8
+
+
+def window_distances(reach: int, n: int) -> range:
+  """Of the queries that key tile n of a walk meets: none before the first of the walk."""
+  return range(max(reach - n, 0), reach + 1)
 
 
 # ---------------------------------------------------------------------------- pairs of tiles
 
 
-def add_key_gradients(state, own, queries, c, mask, scratch, kept=None):
+def add_key_gradients(state, own, query, c, mask, scratch, kept=None):
   """(dk / scale, dv) of a key tile, with what a query tile adds: S^T has keys as rows.
 
   Args:
     own: k and v.
-    queries: (q, dout, function that loads lse and delta by column); or two of them, the nearest
-      tile and the farthest of a window whose edges complement each other: one full tile.
+    query: q, dout, and a function that loads lse and delta by column.
     c: of the logits, base 2.
     mask: which pairs attend, or None.
     kept: where to keep dS^T, or None.
   """
   dk, dv = state
-  lower = _difference(1) >= 0
-  either = lambda xs: xs[0] if len(xs) == 1 else jnp.where(lower, *xs)
-  to_x, to_dp = ([(own[n], _turned(query[n])) for query in queries] for n in (0, 1))
-  x, dp = _products(to_x, to_dp, either)
-  # Only now, for 32 registers that the products can use.
-  lse, delta = zip(*(query[2]() for query in queries), strict=True)
-  rows = lambda columns: either([gpu.over_rows(x, TILE) for x in columns])
-  p = jnp.exp2(x * c - rows(lse))
-  p = p if mask is None else jnp.where(mask, p, 0.0)
-  ds = p * (dp - rows(delta))
+  p, ds = weights_of_keys(own, query, c, mask)
   if kept is not None:
-    kept[...] = ds.astype(own[0].dtype)
-  halves = lambda x: _halves(x, lower, len(queries), own[0].dtype)
-  to_dk = [(x, query[0]) for x, query in zip(halves(ds), queries, strict=True)]
-  to_dv = [(x, query[1]) for x, query in zip(halves(p), queries, strict=True)]
-  return gpu.add_matmul((dk, *to_dk), (dv, *to_dv), scratch=scratch)
+    kept[...] = ds
+  return gpu.add_matmul((dk, (ds, query[0])), (dv, (p, query[1])), scratch=scratch)
 
 
-def add_query_gradient(dq, own, keys, c, mask, scratch):
+def weights_of_keys(own, query, c, mask):
+  """P^T and dS^T of a key tile and a query tile, as operands; arguments as above."""
+  (k, v), (q, dout, rows) = own, query
+  x, dp = _products((k, _turned(q)), (v, _turned(dout)))
+  lse, delta = rows()  # only now, for 32 registers that the products can use
+  p = jnp.exp2(x * c - gpu.over_rows(lse, TILE))
+  p = p if mask is None else jnp.where(mask, p, 0.0)
+  ds = p * (dp - gpu.over_rows(delta, TILE))
+  return p.astype(k.dtype), ds.astype(k.dtype)
+
+
+def add_query_gradient(dq, own, key, c, mask, scratch):
   """dq / scale of a query tile, with what a key tile adds.
 
   Args:
-    own: q, dout and delta, by row.
-    keys: (k, v, lse of the queries by row, infinite where the tile weighs nothing); or two of them,
-      as in `add_key_gradients`.
+    own: q, dout, lse and delta, by row.
+    key: k and v.
   """
-  q, dout, delta = own
-  lower = _difference(0) >= 0
-  either = lambda xs: xs[0] if len(xs) == 1 else jnp.where(lower, *xs)
-  lse = either([gpu.over_columns(key[2], TILE) for key in keys])
-  to_x, to_dp = ([(x, _turned(key[n])) for key in keys] for n, x in ((0, q), (1, dout)))
-  x, dp = _products(to_x, to_dp, either)
-  p = jnp.exp2(x * c - lse)
+  (q, dout, lse, delta), (k, v) = own, key
+  x, dp = _products((q, _turned(k)), (dout, _turned(v)))
+  p = jnp.exp2(x * c - gpu.over_columns(lse, TILE))
   p = p if mask is None else jnp.where(mask, p, 0.0)
   ds = p * (dp - gpu.over_columns(delta, TILE))
-  parts = _halves(ds, lower, len(keys), q.dtype)
-  return gpu.add_matmul(
-    (dq, *((x, key[0]) for x, key in zip(parts, keys, strict=True))), scratch=scratch
-  )[0]
+  return gpu.add_matmul((dq, (ds.astype(q.dtype), k)), scratch=scratch)[0]
 
 
-def _products(to_x, to_dp, either):
+def _products(*pairs):
   """S and dP: both in flight together where that leaves enough registers."""
-  if len(to_x) == 1 and to_x[0][0].shape[1] <= 64:
-    return gpu.matmul(*to_x, *to_dp)
-  return either(gpu.matmul(*to_x)), either(gpu.matmul(*to_dp))
-
-
-def _halves(x, lower, num: int, dtype):
-  """x as an operand; or its lower triangle and the rest."""
-  if num == 1:
-    return [x.astype(dtype)]
-  # By a subtraction: selected twice, ptxas would convert first and select packed values.
-  below = jnp.where(lower, x, 0.0)
-  return [below.astype(dtype), (x - below).astype(dtype)]
+  if pairs[0][0].shape[1] <= 64:
+    return gpu.matmul(*pairs)
+  return tuple(gpu.matmul(pair)[0] for pair in pairs)
 
 
 def _sweep(own, room, direction: int, num_tiles: int, band: Band, step, state):

@@ -149,13 +149,13 @@ def matmul(*pairs):
 
 
 def add_matmul(*terms, scratch=None):
-  """acc + the sum of a b over pairs, for each of the terms (acc, (a, b), ...), a in registers.
+  """acc + the sum of a b over pairs, for each of the terms (acc, (a, b), ...).
 
   All products are in flight together. The simulator has neither matrix instructions with a in
-  registers nor accumulators with a start value; there a goes through `scratch`, shared memory of
-  a's shape.
+  registers nor accumulators with a start value; there such an a goes through `scratch`, shared
+  memory of its shape.
   """
-  if scratch is None:
+  if not simulated():
 
     def run(refs):
       for ref, (_, *pairs) in zip(refs, terms, strict=True):
@@ -166,9 +166,11 @@ def add_matmul(*terms, scratch=None):
   sums = []
   for acc, *pairs in terms:
     for a, b in pairs:
-      scratch[...] = a
-      commit_smem()
-      acc = acc + matmul((scratch, b))[0]
+      if isinstance(a, jax.Array):
+        scratch[...] = a
+        commit_smem()
+        a = scratch
+      acc = acc + matmul((a, b))[0]
     sums.append(acc)
   return tuple(sums)
 

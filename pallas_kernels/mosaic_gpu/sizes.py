@@ -12,7 +12,6 @@ from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_backward
 from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.backward import KEPT_TILES
-from pallas_kernels.mosaic_gpu.backward import window_stages
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
@@ -97,14 +96,29 @@ def resident_backward(problem: Problem) -> dict[str, int] | None:
 def window_backward(problem: Problem) -> dict[str, int] | None:
   """For `backward.window`; None where the window is too wide for it."""
   reach, tuned, (Dk, Dv) = _reach(problem), problem.tuned("bwd"), (problem.Dk, problem.Dv)
-  if reach is None or Dk + Dv > 256:
+  # A sum of dq for each tile of the window has to fit the registers of a warpgroup.
+  if reach is None or Dk + Dv > 256 or (reach + 1) * Dk // 2 > 192:
     return None
-  best = tuned.stages if tuned else reach + 2
-  for stages in range(max(best, reach + 1), reach, -1):
-    staged = window_stages(reach, Dk), 1 if Dk == Dv else 2
-    shared = problem.tiles(2 * stages + staged[0], 2 * stages + staged[1])
-    if shared + 2 * 4 * TILE * stages <= SHARED_BYTES:
-      return dict(stages=stages)
+  most = tuned.warpgroups if tuned else 2 if max(Dk, Dv) <= 64 and (reach + 1) * Dk <= 192 else 1
+  for W in range(min(most, reach + 1), 0, -1):
+    found = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
+
+    def fits(more, W=W):
+      query, key, out, result = more.values()
+      of_k, of_v = query + key, query + key + out + W * result
+      if Dk != Dv:
+        of_k += W + 1
+      rest = 2 * TILE * TILE * W * (reach + 1) + 2 * 4 * TILE * query  # dS; lse and delta
+      return problem.tiles(of_k, of_v) + rest <= SHARED_BYTES
+
+    # What is left of the memory goes, in turn, to what is waited for.
+    more = ["out_stages", "query_stages", "key_stages", "query_stages", "key_stages"]
+    more += ["result_stages"] if Dk == Dv else []
+    if fits(found):
+      for name in more:
+        larger = found | {name: found[name] + 1}
+        found = larger if fits(larger) else found
+      return dict(warpgroups=W, **found)
   return None
 
 
