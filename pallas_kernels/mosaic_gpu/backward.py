@@ -274,8 +274,9 @@ def resident(
     resident_backward,
     out_type=(like(Dk), like(Dk), like(Dv), row_type),
     scratch_types=scratch,
-    grid=(B, num_groups, view.R, Hg),
-    grid_names=("b", "g", "r", "h"),
+    # Groups of a sequence run at the same time: what several of them read comes from the cache.
+    grid=(B, view.R, num_groups, Hg),
+    grid_names=("b", "r", "g", "h"),
     num_threads=W,
     thread_name="wg",
   )(*inputs.values())
