@@ -3,9 +3,13 @@
 Kernels are timed by a stand-in for CUPTI; `xla` stands in for the kernels and for cuDNN.
 """
 
+import itertools
 import json
+import multiprocessing
+import os
 import types
 
+import benchmark_jobs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +26,7 @@ from experiments.benchmark import tune
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
+from pallas_kernels.mosaic_gpu import backend
 
 TINY = gpu.Shape(B=2, T=24, H=2, D=8, stride=4, width=2)
 SIZES = tuning.BlockSizes(block_q=128, block_k=64, stages=2, warpgroups=2)
@@ -35,11 +40,12 @@ def xla_attention(q, k, v, window=None):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-  """xla for the kernels and for cuDNN, tiny shapes, and 2 ms for every call."""
+  """xla for the kernels and for cuDNN, tiny shapes, this process, and 2 ms for every call."""
   for module in (attention, step):
     monkeypatch.setattr(module, "OURS", "xla")
   monkeypatch.setattr(attention, "cudnn", xla_attention)
   monkeypatch.setattr(attention, "COPY_BYTES", 2**20)
+  monkeypatch.setattr(gpu, "WORKERS", 0)
   monkeypatch.setattr(gpu, "SHAPES", {"tiny": TINY})
   monkeypatch.setattr(gpu, "kernel_ms", lambda program, *args: (2.0, ["kernel"]))
 
@@ -126,7 +132,7 @@ class Cupti:
 def measured(monkeypatch, cupti):
   monkeypatch.setattr(profiler, "mosaic_gpu_lib", types.SimpleNamespace(_mosaic_gpu_ext=cupti))
   x = jnp.ones(4)
-  return gpu.kernel_ms(gpu.compiler(jnp.negative, x)(), x)
+  return gpu.kernel_ms(jax.jit(jnp.negative).lower(x).compile(), x)
 
 
 def test_kernel_times_are_summed_per_call(monkeypatch):
@@ -136,7 +142,7 @@ def test_kernel_times_are_summed_per_call(monkeypatch):
 
 def test_a_stray_kernel_is_measured_again(monkeypatch):
   assert measured(monkeypatch, Cupti(gpu.ITERATIONS, stray=2))[0] > 0
-  with pytest.raises(RuntimeError, match="not divisible"):
+  with pytest.raises(RuntimeError, match="41 kernels are not 20 equal calls"):
     measured(monkeypatch, Cupti(gpu.ITERATIONS, stray=3))
 
 
@@ -148,6 +154,7 @@ def test_no_kernel_is_an_error(monkeypatch):
 # ---------------------------------------------------------------------------------------- attention
 
 
+@pytest.mark.promotes
 def test_attention_writes_every_row(no_gpu, tmp_path, capsys):
   assert attention.run(tmp_path)
   (path,) = tmp_path.iterdir()
@@ -295,57 +302,189 @@ def test_an_override_is_for_one_kernel_and_traces_anew():
   assert seen == [None, SIZES]
 
 
-def test_candidates_fit():
-  found = tune.candidates("column", "fwd", 96, 128)
-  assert found and all(c.block_q <= 128 and c.block_k <= 128 for c in found)
-  shared = lambda c: 2 * 128 * (c.block_q + 2 * c.stages * c.block_k)
-  assert all(shared(c) <= 227 * 1024 for c in tune.candidates("local", "fwd", 12_288, 128))
+def cases():
+  every = itertools.product(tune.ROWS, gpu.SHAPES, tune.DIRECTIONS)
+  return [case for case in every if case[0] != "dense" or case[1] in tune.DENSE_SHAPES]
 
 
-def test_tuning_keeps_the_best_and_refuses_what_is_wrong(no_gpu, monkeypatch, tmp_path):
-  other = tuning.BlockSizes(64, 64, 2, 1)
-  broken, wrong = tuning.BlockSizes(64, 64, 3, 1), tuning.BlockSizes(64, 64, 4, 1)
-  monkeypatch.setattr(tune, "candidates", lambda *_: [SIZES, other, broken, wrong])
-  used = []
+@pytest.mark.parametrize(("kind", "name", "direction"), cases())
+def test_candidates_are_all_different(kind, name, direction):
+  shape = gpu.SHAPES[name]
+  tried = [None, *tune.candidates(kind, shape, direction)]
+  found = [tune.effective(kind, shape, direction, candidate) for candidate in tried]
+  assert all(found) and all(one not in found[:n] for n, one in enumerate(found))
+
+
+def test_there_are_few_candidates():
+  nums = [len(tune.candidates(kind, gpu.SHAPES[name], way)) for kind, name, way in cases()]
+  assert len(nums) == 5 * 4 * 2 + 4 and sum(nums) + len(nums) <= 230
+
+
+@pytest.mark.parametrize("name", gpu.SHAPES)
+@pytest.mark.parametrize("kind", tune.ROWS)
+def test_effective_sizes_are_what_the_backend_uses(kind, name):
+  shape = gpu.SHAPES[name]
+  x = jax.ShapeDtypeStruct((shape.B, shape.T, shape.H, shape.D), jnp.bfloat16)
+  (group,) = backend._groups(attention.PATTERNS[kind](shape), x, x)
+  (sweep,) = group.sweeps
+  used = sweep.resident or sweep.window or sweep.streamed.forward
+  assert tune.effective(kind, shape, "fwd", None) == used
+  used = sweep.window_backward or sweep.resident_backward or sweep.streamed._replace(forward=None)
+  assert tune.effective(kind, shape, "bwd", None) == used
+  assert tune.ROWS[kind](shape) == tune.problem(kind, shape).view.M
+
+
+def seen(*tensors):
+  return tuple(np.asarray(tune.sketch(x)) for x in tensors)
+
+
+def test_sketches_tell_wrong_results_from_rounded_ones():
+  rng = np.random.default_rng(0)
+  exact = rng.standard_normal((2, 2048, 3, 16), np.float32)
+  rounded, wrong = jnp.asarray(exact, jnp.bfloat16), exact.copy()
+  wrong[1, 64:128, 2] *= -1  # one tile of one head
+  truth = seen(exact, exact)
+  assert tune.relative_error(truth, truth) == 0
+  assert 1e-3 < tune.relative_error(seen(exact, rounded), truth) < 4e-3
+  assert 0.2 < tune.relative_error(seen(exact, jnp.asarray(wrong)), truth) < 0.7  # in truth 0.35
+  wrong[0, 5, 0, 0] = np.nan
+  for one, other in ((seen(wrong, exact), truth), (truth, seen(exact, wrong))):
+    assert not tune.relative_error(one, other) <= tune.ERROR
+
+
+@pytest.fixture
+def tuning_of(no_gpu, monkeypatch):
+  """The rows of local attention, forward, whose candidates take these ms, one call after another.
+
+  Of the candidates, "broken" does not compile, and the results of "wrong" and "nan" are that.
+  """
+  names = {"default": None}
+  names |= {name: tuning.BlockSizes(64, 64, n, 1) for n, name in enumerate(("fast", "slow"))}
+  names |= {
+    name: tuning.BlockSizes(64, 64, n, 2) for n, name in enumerate(("broken", "wrong", "nan"))
+  }
+  used = set()
 
   def attend(q, k, v, **how):
-    sizes = tuning.block_sizes("local", "fwd", TINY.T, TINY.D, q.dtype)
-    used.append(sizes)
-    if sizes == broken:
+    candidate = tuning.block_sizes("local", "fwd", TINY.T, TINY.D, q.dtype)
+    used.add(candidate)
+    if candidate == names["broken"]:
       raise ValueError("does not compile")
-    return sparse_attention(q, k, v, **how) + (sizes == wrong)
+    out = sparse_attention(q, k, v, **how)
+    return {names["wrong"]: 1 - out, names["nan"]: out / 0}.get(candidate, out)
 
-  times = {None: 3.0, SIZES: 1.0, other: 2.0, wrong: 0.1}
-  compiled = gpu.compile_all
   monkeypatch.setattr(tune, "sparse_attention", attend)
 
-  def compile_all(jobs):
-    # Tells the stand-in timer which candidate a program is.
-    programs = compiled(jobs)
-    sizes_of = {id(program): sizes for sizes, program in programs.items()}
-    monkeypatch.setattr(gpu, "kernel_ms", lambda p, *args: (times[sizes_of[id(p)]], []))
-    return programs
+  def rows_of(**times):
+    tried = [names[name] for name in times]
+    times = {names[name]: iter(ms) for name, ms in times.items()}
+    measure = gpu.Programs.measure
 
-  monkeypatch.setattr(gpu, "compile_all", compile_all)
-  rows = tune.tune("local", "tiny", TINY, "fwd")
-  assert set(used) == {None, SIZES, other, broken, wrong}
-  assert [row["ms"] for row in rows] == [3.0, 1.0, 2.0, None, None]
-  assert rows[3]["error"] == "ValueError: does not compile" and "error 1" in rows[4]["error"]
+    def timed(programs, key):
+      ms = next(times[key[-1]])
+      return measure(programs, key)._replace(ms=ms, error=None if ms else "timed out")
+
+    case = ("local", "tiny", "fwd")
+    jobs = {(*case, candidate): tune.job(*case, candidate) for candidate in tried}
+    with monkeypatch.context() as patch, gpu.measuring(jobs) as measured:
+      patch.setattr(gpu.Programs, "measure", timed)
+      rows = tune.tune(case, TINY, tried, measured, gpu.Progress(len(jobs)))
+    assert used == set(tried)
+    used.clear()
+    return rows
+
+  rows_of.sizes = names
+  return rows_of
+
+
+def test_tuning_keeps_the_best_and_refuses_what_is_wrong(tuning_of):
+  times = dict(fast=[1.0, 1.1], slow=[2.0], broken=[], wrong=[0.1], nan=[0.1])
+  rows = tuning_of(default=[3.0, 2.9], **times)
+  assert [row["ms"] for row in rows] == [2.9, 1.0, 2.0, None, None, None]
+  assert rows[3]["error"] == "ValueError: does not compile"
+  assert all(row["error"].startswith("relative error") for row in rows[4:])
   table = tune.update({}, rows)
   key = tuning.Key(jax.devices()[0].device_kind, "local", "fwd", TINY.T, TINY.D, "bfloat16")
-  assert table == {key: SIZES}
+  assert table == {key: tuning_of.sizes["fast"]}
   # Once the default is the best, the entry goes.
-  times[None] = 0.5
-  assert tune.update(table, tune.tune("local", "tiny", TINY, "fwd")) == {}
+  assert tune.update(table, tuning_of(default=[0.5], fast=[1.0])) == {}
+
+
+@pytest.mark.parametrize(
+  ("default", "fast", "best"),
+  [
+    ([3.0, 3.0], [2.0, 2.0], "fast"),
+    ([3.0, 2.0], [2.0, 2.0], "default"),  # it was slow once
+    ([3.0], [2.98], "default"),  # less than the noise
+    ([3.0, 3.0], [2.98, 2.9], "default"),
+    ([3.0, 3.0], [2.0, 2.98], "fast"),  # of both the minimum counts
+    ([3.0, 3.0], [2.0, None], "default"),
+  ],
+)
+def test_an_entry_has_to_be_faster_twice(default, fast, best, tuning_of):
+  rows = tuning_of(default=default, fast=fast)
+  assert [row["best"] for row in rows] == [best == "default", best == "fast"]
+
+
+def test_what_works_is_the_best_where_the_default_fails(tuning_of):
+  rows = tuning_of(broken=[], fast=[2.0], wrong=[1.0])
+  assert rows[1]["best"] and "relative error" in rows[2]["error"]
 
 
 def test_tune_covers_every_kernel(no_gpu, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(tune, "candidates", lambda *_: [])
+  monkeypatch.setattr(tune, "DENSE_SHAPES", ("tiny",))
   monkeypatch.setattr(tuning, "write", lambda table: None)
   assert tune.run(tmp_path)
   (path,) = tmp_path.iterdir()
   rows = json.loads(path.read_text())["rows"]
   assert len(rows) == len(tune.ROWS) * 2 and all(row["best"] for row in rows)
+  assert "programs: 2 local, 2 column" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ workers
+
+
+def test_workers_measure_and_survive_what_their_jobs_do(monkeypatch, capsys):
+  monkeypatch.setattr(os, "cpu_count", lambda: 3)
+  monkeypatch.setattr(gpu, "MEASURE_SECONDS", 2)
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # put back afterwards
+  job = lambda build, num, **more: gpu.Job(build, (num,), **more)
+  jobs = dict(
+    compiling=job(benchmark_jobs.dies_compiling, 3),
+    first=job(benchmark_jobs.total, 4),
+    refused=job(benchmark_jobs.refused, 5),
+    measured=job(benchmark_jobs.dies_measured, 6),
+    second=job(benchmark_jobs.total, 7, look=benchmark_jobs.twice),
+    hanging=job(benchmark_jobs.hangs_measured, 8),
+    poisoned=job(benchmark_jobs.poisons, 9),
+    third=job(benchmark_jobs.total, 10),
+    fourth=job(benchmark_jobs.total, 11),
+  )
+  with gpu.measuring(jobs) as measured:
+    found = {key: measured(key) for key in jobs}
+    assert measured("first").ms == 4 and measured("measured").error == found["measured"].error
+  times = {key: one.ms for key, one in found.items() if one.ms}
+  assert times == dict(first=4, second=7, third=10, fourth=11)
+  # Every other job is in the same share, and each share has lost a process since.
+  assert found["first"].kernels != found["third"].kernels
+  assert found["second"].kernels != found["fourth"].kernels
+  assert found["second"].seen[0] == 14
+  assert found["refused"].error == "ValueError: 5 is not supported"
+  assert found["poisoned"].error.startswith("JaxRuntimeError")
+  assert found["compiling"].error == "Died: its process ended with exit code 3"
+  assert found["measured"].error == "Died: its process ended with exit code 6"
+  assert found["hanging"].error == "Died: no answer within 2 s"
+  assert not multiprocessing.active_children()
+  assert "compiled 9 programs in 2 processes" in capsys.readouterr().err
+
+
+def test_costly_jobs_are_spread():
+  jobs = {n: gpu.Job(len, (), cost) for n, cost in enumerate((1, 3, 1, 3, 1, 3, 0.5, 0.5))}
+  share_of = gpu._shares(jobs, 3)
+  assert sorted(share_of[n] for n in (1, 3, 5)) == [0, 1, 2]
+  loads = [sum(jobs[n].cost for n in jobs if share_of[n] == share) for share in range(3)]
+  assert max(loads) == 4.5 and min(loads) == 4
 
 
 # ------------------------------------------------------------------------------------------ command

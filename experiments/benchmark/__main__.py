@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import pathlib
 
 import jax
@@ -15,6 +16,7 @@ BENCHMARKS = {
   "xla": "time and memory of the xla backend up to T = 65,536",
 }
 ON_GPU = ("attention", "step", "tune")
+IN_WORKERS = {"attention", "tune"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,12 +37,16 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if unknown := sorted(set(args.names) - set(BENCHMARKS)):
     parser.error(f"NAME={unknown[0]!r}: must be one of {', '.join(BENCHMARKS)}")
+  names = args.names or [name for name in BENCHMARKS if name != "tune"]
+  if IN_WORKERS & set(names):
+    # Read when JAX finds the GPU: the memory must be left to the processes that measure.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   backend = jax.default_backend()
   missing = f"needs an NVIDIA GPU, and JAX finds none here (its backend is {backend!r})"
   if backend != "gpu" and (asked := [name for name in args.names if name in ON_GPU]):
     parser.exit(2, f"{asked[0]}: {missing}\n")
   complete = True
-  for name in args.names or [name for name in BENCHMARKS if name != "tune"]:
+  for name in names:
     if name in ON_GPU and backend != "gpu":
       print(f"{name}: skipped, {missing}", flush=True)
       continue

@@ -6,9 +6,9 @@ the rate at which cuDNN's dense causal attention does the same shape and directi
 this run. Ratios: the peer's time over ours.
 """
 
+import functools
 import math
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ TENSORS = {"fwd": 4, "fwdbwd": 4 + 8}
 # FLOPs per pair and feature: two matmuls, and the five of the backward pass.
 FLOPS = {"fwd": 4, "fwdbwd": 4 + 10}
 COPY_BYTES = 2**30
+COPIED = ("bfloat16", "float32")  # element types: the rate of the faster copy counts
 
 
 # -------------------------------------------------------------------------------------------- peers
@@ -86,50 +87,69 @@ def roofline_ms(
   return max(memory, num_flops(shape, name, direction) / dense_tflops / 1e9)
 
 
-def copy_gb_per_s() -> dict[str, float]:
-  """Bytes read and written per second by XLA's copying kernel, per element type; the best counts.
-
-  Negation, because a plain copy is removed, or made by a memory copy, which is no kernel to CUPTI.
-  """
-  rates = {}
-  for dtype in (jnp.bfloat16, jnp.float32):
-    x = jnp.ones(COPY_BYTES // jnp.dtype(dtype).itemsize, dtype)
-    ms, _ = gpu.kernel_ms(gpu.compiler(jnp.negative, x)(), x)
-    rates[jnp.dtype(dtype).name] = round(2 * COPY_BYTES / ms / 1e6, 1)
-  return rates
-
-
 # --------------------------------------------------------------------------------------------- rows
 
 
-def measure_shape(name: str, shape: gpu.Shape, pattern_names: list[str]) -> list[dict]:
-  """The rows of one shape, without what compares them: ms, or error."""
-  qkv = shape.arrays()
-  calls = {}
-  for peer, (pattern, build) in PEERS.items():
-    if pattern in (*pattern_names, "dense"):  # the roofline needs the dense rate
-      calls[pattern, peer] = build(shape)
-  for pattern in pattern_names:
-    how = dict(pattern=PATTERNS[pattern](shape), implementation=OURS)
-    calls[pattern, OURS] = lambda q, k, v, how=how: sparse_attention(q, k, v, **how)
-  jobs = {}
-  for key, attend in calls.items():
-    jobs[*key, "fwd"] = gpu.compiler(attend, *qkv[:3])
-    jobs[*key, "fwdbwd"] = gpu.compiler(gpu.with_gradients(attend), *qkv)
-  rows = []
-  # All programs first: compilers time kernels of their own, which must not run beside ours.
-  for (pattern, implementation, direction), program in gpu.compile_all(jobs).items():
-    row = dict(shape=name, pattern=pattern, implementation=implementation, direction=direction)
-    try:
-      arguments = qkv[:3] if direction == "fwd" else qkv
-      ms, kernels = gpu.kernel_ms(gpu.working(program), *arguments)
-      row |= dict(ms=round(ms, 5), kernels=kernels)
-    except Exception as error:  # one kernel that fails must not take the others' figures with it
-      row |= dict(ms=None, error=gpu.text(error))
-    rows.append(row)
-    figure = row.get("error", row["ms"])
-    print(name, pattern, implementation, direction, figure, file=sys.stderr, flush=True)
-  return rows
+def build_copy(dtype: str):
+  """Negation: a plain copy is removed, or made by a memory copy, which is no kernel to CUPTI."""
+  return jnp.negative, lambda: (jnp.ones(COPY_BYTES // jnp.dtype(dtype).itemsize, dtype),)
+
+
+def build(shape: gpu.Shape, pattern: str, implementation: str, direction: str):
+  """What is timed: a peer, or a pattern by an implementation of `sparse_attention`."""
+  if implementation in PEERS:
+    attend = PEERS[implementation][1](shape)
+  else:
+    how = dict(pattern=PATTERNS[pattern](shape), implementation=implementation)
+    attend = functools.partial(sparse_attention, **how)
+  wrap = {"fwd": gpu.forward_alone, "fwdbwd": gpu.with_gradients}[direction]
+  return wrap(attend), shape.arrays
+
+
+def cost(pattern: str, implementation: str, direction: str) -> float:
+  """Of compiling it: about the number of our kernels in it."""
+  if implementation in PEERS:
+    return 0.5
+  passes = 2 if pattern in ("strided", "fixed") else 1
+  return passes * {"fwd": 1, "fwdbwd": 3}[direction]
+
+
+def cases(pattern_names: list[str]) -> list[tuple[str, str, str]]:
+  """(pattern, implementation, direction) of one shape, ours beside the peers."""
+  found = []
+  for pattern in dict.fromkeys((*pattern_names, "dense")):  # the roofline needs the dense rate
+    names = [peer for peer, (computed, _) in PEERS.items() if computed == pattern]
+    names += [OURS] if pattern in pattern_names else []
+    found += [(pattern, name, direction) for direction in DIRECTIONS for name in names]
+  return found
+
+
+def measure(shapes: dict[str, gpu.Shape], pattern_names: list[str]):
+  """Copy rates in GB/s per element type, and the rows without what compares them: ms, or error."""
+  copies = {("copy", dtype): gpu.Job(build_copy, (dtype,), cost=0.1) for dtype in COPIED}
+  jobs = {
+    (name, *case): gpu.Job(build, (shape, *case), cost(*case))
+    for name, shape in shapes.items()
+    for case in cases(pattern_names)
+  }
+  rates, rows = {}, []
+  with gpu.measuring(copies | jobs) as measured:
+    for key in copies:
+      copy = measured(key)
+      if copy.error:
+        raise RuntimeError(f"no copy bandwidth, no roofline: {copy.error}")
+      rates[key[1]] = round(2 * COPY_BYTES / copy.ms / 1e6, 1)
+    progress = gpu.Progress(len(jobs))
+    for key in jobs:
+      found = measured(key)
+      row = dict(zip(("shape", "pattern", "implementation", "direction"), key, strict=True))
+      if found.error:
+        row |= dict(ms=None, error=found.error)
+      else:
+        row |= dict(ms=round(found.ms, 5), kernels=list(found.kernels))
+      rows.append(row)
+      progress(*key, found.error or f"{row['ms']} ms")
+  return rates, rows
 
 
 def compare(rows: list[dict], shape: gpu.Shape, copy: float) -> None:
@@ -213,15 +233,12 @@ def print_tables(rows: list[dict], summary: list[dict]) -> None:
 def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   """Measures, prints and writes attention_<device>.json; whether all rows have figures."""
   print(__doc__, flush=True)
-  copies = copy_gb_per_s()
+  shapes = {name: gpu.SHAPES[name] for name in gpu.chosen(gpu.SHAPES, only)}
+  copies, rows = measure(shapes, gpu.chosen(PATTERNS, only))
   copy = max(copies.values())
   print(f"copy bandwidth: {copy:,.0f} GB/s {copies}\n", flush=True)
-  shapes = {name: gpu.SHAPES[name] for name in gpu.chosen(gpu.SHAPES, only)}
-  rows = []
   for name, shape in shapes.items():
-    found = measure_shape(name, shape, gpu.chosen(PATTERNS, only))
-    compare(found, shape, copy)
-    rows += found
+    compare([row for row in rows if row["shape"] == name], shape, copy)
   summary = summarize(rows)
   print_tables(rows, summary)
   report.write(

@@ -7,13 +7,15 @@ Strided attention is measured in both of the paper's ways: a cycle of one patter
 recipes have it (interleaved), and one softmax over the union in every layer (merged).
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +180,29 @@ def compiler(body: Body, attention: str, remat: str):
   return job
 
 
+def compile_all(jobs: dict[Hashable, Callable]) -> dict[Hashable, jax.stages.Compiled | Exception]:
+  """Runs the jobs, each of which compiles a program, in threads; what one raises is its result.
+
+  In one process, unlike the other benchmarks: the matmuls of all are then tuned alike.
+  """
+
+  def attempt(job):
+    try:
+      return job()
+    except Exception as error:  # whatever a compiler says, the other programs go on
+      return error
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return dict(zip(jobs, pool.map(attempt, jobs.values()), strict=True))
+
+
+def working(program: jax.stages.Compiled | Exception) -> jax.stages.Compiled:
+  """A result of `compile_all`, raised here if it is an error."""
+  if isinstance(program, Exception):
+    raise program
+  return program
+
+
 def step_ms(start: jax.stages.Compiled, step: jax.stages.Compiled) -> float:
   """Median time of a step, the host's part included."""
   params, state, tokens = start(jax.random.key(0))
@@ -192,15 +217,14 @@ def step_ms(start: jax.stages.Compiled, step: jax.stages.Compiled) -> float:
 
 def measure(names: list[str]) -> list[dict]:
   cases = [(name, *mode) for name in names for mode in BODIES[name].modes()]
-  key = jax.random.key(0)
-  begin = lambda name: gpu.compiler(functools.partial(start, BODIES[name]), key)
-  starts = gpu.compile_all({name: begin(name) for name in names})
+  begin = lambda name: jax.jit(functools.partial(start, BODIES[name])).lower(jax.random.key(0))
+  starts = compile_all({name: lambda name=name: begin(name).compile() for name in names})
   job = lambda case: compiler(BODIES[case[0]], *case[1:])
   # The steps without attention first: the others then find their matmuls tuned, all alike.
   floors = [case for case in cases if case[1:] == ("none", "full")]
-  compiled = gpu.compile_all({case: job(case) for case in floors})
-  compiled |= gpu.compile_all({case: job(case) for case in cases if case not in floors})
-  rows = []
+  compiled = compile_all({case: job(case) for case in floors})
+  compiled |= compile_all({case: job(case) for case in cases if case not in floors})
+  rows, progress = [], gpu.Progress(len(cases))
   for case in cases:
     name, attention, remat = case
     body = BODIES[name]
@@ -210,14 +234,14 @@ def measure(names: list[str]) -> list[dict]:
     row |= dict(implementation=implementation)
     row |= dict(remat=remat)
     try:
-      program = gpu.working(compiled.pop(case))
-      row["ms"] = round(step_ms(gpu.working(starts[name]), program), 3)
+      program = working(compiled.pop(case))
+      row["ms"] = round(step_ms(working(starts[name]), program), 3)
       row["temp_bytes"] = program.memory_analysis().temp_size_in_bytes
       row["tokens_per_second"] = round(1e3 * body.batch * body.T / row["ms"])
     except Exception as error:  # one that does not fit must not take the others with it
       row |= dict(ms=None, error=gpu.text(error))
     rows.append(row)
-    print(*row.values(), file=sys.stderr, flush=True)
+    progress(*case, row.get("error") or f"{row['ms']} ms")
   return rows
 
 
