@@ -48,9 +48,9 @@ def resident(
   """
   B, T, H, Dk = q.shape
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
-  nt, S = view.num_tiles, stages
-  num_sequences = B * view.R * Hg
-  num_walks = min(num_sequences, gpu.num_multiprocessors() * walks)
+  nt = view.num_tiles
+  num_sequences, num_walks = B * view.R * Hg, gpu.num_multiprocessors() * walks
+  S = stages if num_sequences >= 2 * num_walks else 1
   # As many turns for each: a bound that ptxas knows saves registers.
   W = 1 if S > 1 else next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
   size = view.even_rows  # of a tile; matrix instructions have 64, the rest of which is not stored
