@@ -64,7 +64,7 @@ def resident(
   scratch = dict(
     q_s=gpu.smem(S * nt, TILE, Dk, dtype=q.dtype),
     k_s=gpu.smem(S * nt, size, Dk, dtype=q.dtype),
-    v_s=gpu.smem(S * nt, size, Dv, dtype=q.dtype, beside=None if size == TILE else 16),
+    v_s=gpu.smem(S * nt, size, Dv, dtype=q.dtype, beside=size & -size),
     lse_s=gpu.vector(W, TILE),
   )
   if S > 1:
