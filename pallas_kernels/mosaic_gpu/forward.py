@@ -1,6 +1,7 @@
 """Forward kernels of the heads that the memory system bounds: short sequences and windows.
 
-`resident`: a block of threads holds all keys and values of a sequence (a column, a block).
+`resident`: a block of threads holds all keys and values of a sequence (a column, a block), and
+those of the next one where there is memory for them.
 `window`: it walks along a sequence behind a ring of the tiles that a window still needs.
 
 Both take up where `prev`, the result over other keys, ended: a softmax state is (sum, maximum, sum
@@ -32,7 +33,7 @@ def resident(
   """Attention inside each sequence of a view, all its keys and values in shared memory.
 
   With more than one stage each block of threads walks over several sequences, and loads the next
-  ones while it computes: what runs at one time is side by side in memory, as without.
+  ones while it computes. What runs at one time is side by side in memory, either way.
 
   Args:
     q: [B, T, H, Dk]; k [B, T, Hkv, Dk]; v [B, T, Hkv, Dv].
@@ -50,7 +51,7 @@ def resident(
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
   nt = view.num_tiles
   num_sequences, num_walks = B * view.R * Hg, gpu.num_multiprocessors() * walks
-  S = stages if num_sequences >= 2 * num_walks else 1
+  S = stages if num_sequences >= 2 * num_walks else 1  # else there is little to load ahead
   # As many turns for each: a bound that ptxas knows saves registers.
   W = 1 if S > 1 else next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
   size = view.even_rows  # of a tile; matrix instructions have 64, the rest of which is not stored
@@ -180,7 +181,7 @@ def resident(
 
       @gpu.loop(0, count)
       def _(i):
-        gpu.commit_reads()
+        # Into the slot of the sequence before, whose last fence came after all that read it.
         gpu.when(i + S - 1 < count)(lambda: load(*place(i + S - 1)))
         *where, slot = place(i)
         gpu.barrier_wait(s["full"].at[slot])
