@@ -1,6 +1,7 @@
 """Forward kernels of the heads that the memory system bounds: short sequences and windows.
 
-`resident`: a block of threads holds all keys and values of a sequence (a column, a block).
+`resident`: a block of threads holds all keys and values of a sequence (a column, a block), and
+those of the next one where there is memory for them.
 `window`: it walks along a sequence behind a ring of the tiles that a window still needs.
 
 Both take up where `prev`, the result over other keys, ended: a softmax state is (sum, maximum, sum
@@ -26,147 +27,183 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {2: 232, 3: 160}  # of the 512 per 
 AT_ONCE = 2  # tiles of logits in registers, 32 each
 
 
-def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups: int):
+def resident(
+  view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups: int, stages=1, walks=1
+):
   """Attention inside each sequence of a view, all its keys and values in shared memory.
+
+  With more than one stage each block of threads walks over several sequences, and loads the next
+  ones while it computes. What runs at one time is side by side in memory, either way.
 
   Args:
     q: [B, T, H, Dk]; k [B, T, Hkv, Dk]; v [B, T, Hkv, Dv].
     ids: segment ids in rows, int32 [B, R, Mp], or None.
     prev: out [B, T, Hg, Dv] and lse [B, Hg, R, Mp] over other keys, or None.
     heads: the query heads to work on.
-    warpgroups: of a block of threads, which share keys and values.
+    warpgroups: of a block of threads, which share keys and values; one where it walks.
+    stages: sequences in shared memory.
+    walks: blocks of threads of a multiprocessor, where they walk.
 
   Returns:
     out [B, T, Hg, Dv] and lse, base 2, float32 [B, Hg, R, Mp].
   """
   B, T, H, Dk = q.shape
-  Dv, group = v.shape[3], H // k.shape[2]
+  Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
   nt = view.num_tiles
+  num_sequences, num_walks = B * view.R * Hg, gpu.num_multiprocessors() * walks
+  S = stages if num_sequences >= 2 * num_walks else 1  # else there is little to load ahead
   # As many turns for each: a bound that ptxas knows saves registers.
-  W = next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
+  W = 1 if S > 1 else next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
   size = view.even_rows  # of a tile; matrix instructions have 64, the rest of which is not stored
   rest = nt * (TILE - size)
-  own_stage = prev is not None or Dk != Dv  # the result is staged where q was, if it fits there
+  # The result is staged where q was, or out before, if it fits there and nothing is loaded there.
+  own_stage = S > 1 or (prev is None and Dk != Dv)
   inputs = [view(x) for x in (q, k, v)]
   inputs += [ids] if ids is not None else []
   inputs += [view(prev[0]), prev[1]] if prev is not None else []
+  names = ["q", "k", "v"] + ["prev"] * (prev is not None)
   scratch = dict(
-    q_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
-    k_s=gpu.smem(nt, size, Dk, dtype=q.dtype),
-    v_s=gpu.smem(nt, size, Dv, dtype=q.dtype, beside=None if size == TILE else 16),
+    q_s=gpu.smem(S * nt, TILE, Dk, dtype=q.dtype),
+    k_s=gpu.smem(S * nt, size, Dk, dtype=q.dtype),
+    v_s=gpu.smem(S * nt, size, Dv, dtype=q.dtype, beside=size & -size),
     lse_s=gpu.vector(W, TILE),
-    q_full=gpu.Barrier(num_barriers=nt),
-    k_full=gpu.Barrier(num_barriers=nt),
-    v_full=gpu.Barrier(num_barriers=nt),
   )
-  if own_stage:
-    scratch |= dict(o_s=gpu.smem(nt, TILE, Dv, dtype=q.dtype))
+  if S > 1:
+    scratch |= dict(full=gpu.Barrier(num_barriers=S, num_arrivals=len(names) * nt))
+  else:
+    scratch |= {f"{name}_full": gpu.Barrier(num_barriers=nt) for name in names}
   if prev is not None:
-    scratch |= dict(prev_full=gpu.Barrier(num_barriers=nt))
+    scratch |= dict(prev_s=gpu.smem(S * nt, TILE, Dv, dtype=q.dtype))
+  if own_stage:
+    scratch |= dict(o_s=gpu.smem(W, TILE, Dv, dtype=q.dtype))
   if rest:
     scratch |= dict(rest_s=gpu.vector(TILE))
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, size, dtype=q.dtype))
 
-  def resident_forward(
-    *refs,
-    q_s,
-    k_s,
-    v_s,
-    lse_s,
-    q_full,
-    k_full,
-    v_full,
-    o_s=None,
-    prev_full=None,
-    rest_s=None,
-    p_s=None,
-  ):
+  def resident_forward(*refs, **s):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
-    b, r, h, wg = (lax.axis_index(name) for name in ("b", "r", "h", "wg"))
-    head = head_of(heads, h)
-    kv_head = head // group
-    p_s = None if p_s is None else p_s.at[wg]
-    stage = o_s if own_stage else q_s
-    box = lambda ref, head, t: view.box(ref, b, r, head, t * size, size)
+    wg = lax.axis_index("wg")
+    p_s = s["p_s"].at[wg] if gpu.simulated() else None
+    stage_of = "q_s" if prev is None else "prev_s"
+    box = lambda ref, b, r, head, t: view.box(ref, b, r, head, t * size, size)
     valid = gpu.ds(0, size)
 
-    @gpu.when(wg == 0)
-    def _():
+    def load(b, r, h, slot):
+      """Starts all loads of a sequence."""
+      head = head_of(heads, h)
+      kv_head = head // group
+
       @gpu.loop(0, nt)
       def _(t):
-        gpu.to_smem(box(q_ref, head, t), q_s.at[t, valid], q_full.at[t])
-        gpu.to_smem(box(k_ref, kv_head, t), k_s.at[t], k_full.at[t])
-        gpu.to_smem(box(v_ref, kv_head, t), v_s.at[t], v_full.at[t])
+        n = slot * nt + t
+        full = lambda name: s["full"].at[slot] if S > 1 else s[f"{name}_full"].at[t]
+        gpu.to_smem(box(q_ref, b, r, head, t), s["q_s"].at[n, valid], full("q"))
+        gpu.to_smem(box(k_ref, b, r, kv_head, t), s["k_s"].at[n], full("k"))
+        gpu.to_smem(box(v_ref, b, r, kv_head, t), s["v_s"].at[n], full("v"))
         if prev is not None:
-          gpu.to_smem(box(more[0], h, t), o_s.at[t, valid], prev_full.at[t])
+          gpu.to_smem(box(more[0], b, r, h, t), s["prev_s"].at[n, valid], full("prev"))
 
-    @gpu.loop(0, nt // W)
-    def _(turn):
-      own = turn * W + wg
-      # Tiles that an earlier turn of this warpgroup has waited for.
-      new_tiles = jnp.where(turn == 0, 0, own - W + 1 - band.first(size))
-      rows = gpu.ds(own * size, TILE)
-      gpu.barrier_wait(q_full.at[own])
-      q_tile = q_s.at[own]
-      ids_q = None if ids is None else _ids(ids_ref, b, r, own * size, TILE, ROW)
-      if prev is None:
-        state = start(Dv)
-      else:
-        lse = gpu.load(more[1].at[b, h, r, rows], layout=ROW, optimized=False)
-        gpu.barrier_wait(prev_full.at[own])
-        state = resume(stage.at[own], lse, scale)
+    def wait(name, t):
+      if S == 1:
+        gpu.barrier_wait(s[f"{name}_full"].at[t])
 
-      def step(t, state, masked):
-        @gpu.when(t >= new_tiles)  # each barrier completes, and is waited for, once
-        def _():
-          gpu.barrier_wait(k_full.at[t])
-          gpu.barrier_wait(v_full.at[t])
+    def attend_to(b, r, h, slot):
+      """Computes and stores a sequence."""
+      tile = lambda name, t: s[name].at[slot * nt + t]
 
-        mask = None
-        if masked:
-          difference = gpu.iota((TILE, size), 0) - gpu.iota((TILE, size), 1)
-          mask = band.mask(difference + (own - t) * size)
-        if ids is not None:
-          same = _same(ids_q, _ids(ids_ref, b, r, t * size, size, COLUMN))
-          mask = same if mask is None else mask & same
-        return attend(state, q_tile, k_s.at[t], v_s.at[t], mask, scale, p_s)
+      @gpu.loop(0, nt // W)
+      def _(turn):
+        own = turn * W + wg
+        stage = s["o_s"].at[wg] if own_stage else tile(stage_of, own)
+        # Tiles that an earlier turn of this warpgroup has waited for.
+        new_tiles = jnp.where(turn == 0, 0, own - W + 1 - band.first(size))
+        rows = gpu.ds(own * size, TILE)
+        wait("q", own)
+        ids_q = None if ids is None else _ids(ids_ref, b, r, own * size, TILE, ROW)
+        if prev is None:
+          state = start(Dv)
+        else:
+          lse = gpu.load(more[1].at[b, h, r, rows], layout=ROW, optimized=False)
+          wait("prev", own)
+          state = resume(tile("prev_s", own), lse, scale)
 
-      state = sweep(own, nt, band, size, step, state)
-      gpu.wait_to_gmem(0, wait_read_only=True)  # of the lse before
-      lse_s.at[wg][...] = finish(state, stage.at[own], scale)
-      if rest:
+        def step(t, state, masked):
+          if S == 1:
 
-        @gpu.when(own == nt - 1)
-        def _():
-          rest_s[...] = gpu.full((TILE,), 0.0)
+            @gpu.when(t >= new_tiles)  # each barrier completes, and is waited for, once
+            def _():
+              wait("k", t)
+              wait("v", t)
 
-      gpu.commit_smem()
-      gpu.to_gmem(stage.at[own, valid], box(o_ref, h, own))
-      gpu.to_gmem(lse_s.at[wg, valid], lse_ref.at[b, h, r, gpu.ds(own * size, size)])
+          mask = None
+          if masked:
+            columns = gpu.over_rows(gpu.iota((size,), layout=COLUMN), TILE)
+            difference = gpu.over_columns(gpu.iota((TILE,), layout=ROW), size) - columns
+            mask = band.mask(difference + (own - t) * size)
+          if ids is not None:
+            same = _same(ids_q, _ids(ids_ref, b, r, t * size, size, COLUMN))
+            mask = same if mask is None else mask & same
+          return attend(state, tile("q_s", own), tile("k_s", t), tile("v_s", t), mask, scale, p_s)
 
-      if rest:  # what `View.rows` has there
-        last = gpu.ds(nt * size, rest)
-        copy = lambda: gpu.to_gmem(rest_s.at[gpu.ds(0, rest)], lse_ref.at[b, h, r, last])
-        gpu.when(own == nt - 1)(copy)
+        state = sweep(own, nt, band, size, step, state)
+        gpu.wait_to_gmem(0, wait_read_only=True)  # of what was staged before
+        s["lse_s"].at[wg][...] = finish(state, stage, scale)
+        gpu.commit_smem()
+        gpu.to_gmem(stage.at[valid], box(o_ref, b, r, h, own))
+        gpu.to_gmem(s["lse_s"].at[wg, valid], lse_ref.at[b, h, r, gpu.ds(own * size, size)])
+        if rest:  # what `View.rows` has there
+          last = lse_ref.at[b, h, r, gpu.ds(nt * size, rest)]
+          gpu.when(own == nt - 1)(lambda: gpu.to_gmem(s["rest_s"].at[gpu.ds(0, rest)], last))
+
+    if rest:
+
+      @gpu.when(wg == W - 1)  # whose is the last tile
+      def _():
+        s["rest_s"][...] = gpu.full((TILE,), 0.0)
+
+    if S == 1:
+      place = [lax.axis_index(name) for name in ("b", "r", "h")]
+      gpu.when(wg == 0)(lambda: load(*place, 0))
+      attend_to(*place, 0)
+    else:
+      first = lax.axis_index("walk")
+      count = lax.div(num_sequences - 1 - first, jnp.int32(num_walks)) + 1
+      split = lambda n, size: (lax.div(n, jnp.int32(size)), lax.rem(n, jnp.int32(size)))
+
+      def place(i):
+        """Where number i of this walk is: b, r, h, and its slot."""
+        rows, h = split(first + i * num_walks, Hg)
+        return *split(rows, view.R), h, lax.rem(i, jnp.int32(S))
+
+      gpu.loop(0, jnp.minimum(S - 1, count))(lambda i: load(*place(i)))
+
+      @gpu.loop(0, count)
+      def _(i):
+        # Into the slot of the sequence before, whose last fence came after all that read it.
+        gpu.when(i + S - 1 < count)(lambda: load(*place(i + S - 1)))
+        *where, slot = place(i)
+        gpu.barrier_wait(s["full"].at[slot])
+        attend_to(*where, slot)
 
     gpu.wait_to_gmem(0)
 
   out_type = (
-    jax.ShapeDtypeStruct((*inputs[0].shape[:-2], len(heads), Dv), q.dtype),
-    jax.ShapeDtypeStruct((B, len(heads), view.R, nt * TILE), jnp.float32),
+    jax.ShapeDtypeStruct((*inputs[0].shape[:-2], Hg, Dv), q.dtype),
+    jax.ShapeDtypeStruct((B, Hg, view.R, nt * TILE), jnp.float32),
   )
+  grid = dict(b=B, r=view.R, h=Hg) if S == 1 else dict(walk=num_walks)
   out, lse = gpu.kernel(
     resident_forward,
     out_type=out_type,
     scratch_types=scratch,
-    grid=(B, view.R, len(heads)),
-    grid_names=("b", "r", "h"),
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
     num_threads=W,
     thread_name="wg",
   )(*inputs)
-  return out.reshape(B, T, len(heads), Dv), lse
+  return out.reshape(B, T, Hg, Dv), lse
 
 
 def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups, stages):

@@ -82,11 +82,12 @@ def launch(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how
 def smem(*shape: int, dtype: jax.typing.DTypeLike, beside: int | None = None):
   """Shared memory for tiles [..., rows, columns], laid out for the matrix units.
 
-  A tile that is multiplied with one of `beside` columns, both in shared memory, is laid out alike.
+  A tile that is multiplied with one of `beside` columns, both in shared memory, is laid out alike;
+  so is one that is multiplied over `beside` rows, of which matrix instructions take whole spans.
   """
   size = jnp.dtype(dtype).itemsize
   # The widest swizzle whose span divides a row: 32 and 96 columns of 2 bytes take 64 bytes.
-  span = next(s for s in (128, 64, 32) if (beside or shape[-1]) * size % s == 0)
+  span = next(s for s in (128, 64, 32) if math.gcd(beside or 0, shape[-1]) * size % s == 0)
   transforms = (plgpu.TilingTransform((8, span // size)), plgpu.SwizzleTransform(span))
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 

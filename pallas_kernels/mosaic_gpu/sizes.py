@@ -17,6 +17,7 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 
 SHARED_BYTES = 226 * 1024  # of 227 that a block of threads can have; the rest is for barriers
+WALKS = 4  # of 128 threads with 128 registers each that a multiprocessor has
 MAX_REACH = 4  # tiles before a query's own in a window whose steps are unrolled
 
 
@@ -47,15 +48,34 @@ class Problem(NamedTuple):
 
 
 def resident(problem: Problem, merged: bool) -> dict[str, int] | None:
-  """For `forward.resident`; None where its sequences do not fit."""
-  view, nt = problem.view, problem.view.num_tiles
-  own_stage = merged or problem.Dk != problem.Dv
-  fits = problem.tiles(2 * nt, nt * (2 if own_stage else 1)) <= SHARED_BYTES
-  if view.kind == "natural" or not fits:
+  """For `forward.resident`; None where its sequences do not fit.
+
+  A block of threads that walks, and loads while it computes, takes the memory of two. The longer
+  it computes on a sequence, the more of them a multiprocessor must have.
+  """
+  nt, tuned = problem.view.num_tiles, problem.tuned("fwd")
+  warpgroups = min(tuned.warpgroups, nt) if tuned else 2 if nt >= 4 and problem.Dk >= 64 else 1
+  if problem.view.kind == "natural":
     return None
-  if tuned := problem.tuned("fwd"):
-    return dict(warpgroups=min(tuned.warpgroups, nt))
-  return dict(warpgroups=2 if nt >= 4 and problem.Dk >= 64 else 1)
+  if _resident_bytes(problem, merged, warpgroups, stages=1) > SHARED_BYTES:
+    return None
+  stages = tuned.stages if tuned else 2
+  if warpgroups == 1 and stages > 1:
+    # 1 KiB is the system's, two are of lse and barriers.
+    shared = _resident_bytes(problem, merged, warpgroups, stages) + 3 * 1024
+    walks = min(228 * 1024 // shared, WALKS)
+    if walks > (0 if tuned else nt):
+      return dict(warpgroups=1, stages=stages, walks=walks)
+  return dict(warpgroups=warpgroups)
+
+
+def _resident_bytes(problem: Problem, merged: bool, warpgroups: int, stages: int) -> int:
+  """Shared memory for the tiles of `forward.resident`."""
+  view, Dk, Dv = problem.view, problem.Dk, problem.Dv
+  num_tiles, size = stages * view.num_tiles, view.even_rows
+  inputs = num_tiles * (Dk * (TILE + size) + Dv * (size + (TILE if merged else 0)))
+  own_stage = stages > 1 or (Dk != Dv and not merged)
+  return 2 * (inputs + (warpgroups * TILE * Dv if own_stage else 0))
 
 
 def window(problem: Problem) -> dict[str, int] | None:
