@@ -77,15 +77,15 @@ def _wishes(kind: str, shape: gpu.Shape, direction: tuning.Direction) -> list[tu
     of = problem(kind, shape)
     reach = of.band.last(of.view.num_tiles)
     if direction == "bwd":
-      return [tuning.BlockSizes(TILE, TILE, reach + n, 1) for n in range(1, 32)]
+      return [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2)]
     return [
       tuning.BlockSizes(TILE, TILE, reach + warpgroups + more, warpgroups)
       for warpgroups in range(1, min(4, reach + 1) + 1)
-      for more in (0, 1, 2, 4, 8, 64)
+      for more in (1, 2, 4, 64)
     ]
   if kind in ("column", "block"):
     if direction == "fwd":
-      pairs = itertools.product((1, 2), (1, 2))
+      pairs = (1, 1), (1, 2), (2, 1), (3, 1)
       return [tuning.BlockSizes(TILE, TILE, stages, warpgroups) for stages, warpgroups in pairs]
     pairs = itertools.product((1, 2, 4), (1, 2))
     return [tuning.BlockSizes(TILE * own, TILE, 1, warpgroups) for own, warpgroups in pairs]

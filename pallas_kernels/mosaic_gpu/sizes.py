@@ -19,6 +19,7 @@ from pallas_kernels.mosaic_gpu.views import View
 SHARED_BYTES = 226 * 1024  # of 227 that a block of threads can have; the rest is for barriers
 WALKS = 4  # of 128 threads with 128 registers each that a multiprocessor has
 MAX_REACH = 4  # tiles before a query's own in a window whose steps are unrolled
+AHEAD = 8  # tiles of keys that a window's walk may load before they are needed
 
 
 class Problem(NamedTuple):
@@ -86,7 +87,7 @@ def window(problem: Problem) -> dict[str, int] | None:
   D = max(problem.Dk, problem.Dv)
   most = tuned.warpgroups if tuned else 1 if D > 64 else 2 if D > 32 and reach <= 2 else 3
   for W in range(min(most, reach + 1), 0, -1):
-    best = tuned.stages if tuned else reach + W + 1
+    best = tuned.stages if tuned else reach + W + AHEAD
     for stages in range(max(best, reach + W), reach + W - 1, -1):
       if problem.tiles(2 * W + stages, W + stages) <= SHARED_BYTES:
         return dict(warpgroups=W, stages=stages)
@@ -163,7 +164,7 @@ def streamed(problem: Problem) -> Streamed:
 
   def of(direction, default):
     tuned = problem.tuned(direction)
-    if tuned is None:
+    if tuned is None or problem.kind not in ("summary", "dense"):  # other kinds: other kernels
       return default
     sizes = dict(step=tuned.block_k, stages=tuned.stages, warpgroups=tuned.warpgroups)
     return dataclasses.replace(default, **sizes)
