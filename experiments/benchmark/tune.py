@@ -80,7 +80,7 @@ def _wishes(kind: str, shape: gpu.Shape, direction: tuning.Direction) -> list[tu
       return [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2)]
     return [
       tuning.BlockSizes(TILE, TILE, reach + warpgroups + more, warpgroups)
-      for warpgroups in range(1, min(4, reach + 1) + 1)
+      for warpgroups in range(1, min(3, reach + 1) + 1)
       for more in (1, 2, 4, 64)
     ]
   if kind in ("column", "block"):

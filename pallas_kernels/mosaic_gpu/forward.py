@@ -250,18 +250,23 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
     first = lax.axis_index("share") * share
     count = jnp.minimum(nt - first, share)
     rem = lambda n, size: lax.rem(n, jnp.int32(size))
+    # Every second share is walked backward: neighbours begin or end side by side, and what both
+    # read is in the cache. Keys are counted as they come; query n of a walk meets n ... n + reach.
+    backward = rem(lax.axis_index("share"), 2) == 1
+    query_tile = lambda n: first + jnp.where(backward, count - 1 - n, n)
+    key_tile = lambda n: jnp.where(backward, query_tile(n), first - reach + n)
+    key_at = lambda n, distance: n + jnp.where(backward, distance, reach - distance)
 
     @gpu.when(wg == W)
     def _():
       if W > 1:
         gpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-      # Keys begin `reach` tiles before the queries. Those before the sequence are never attended,
-      # but must hold numbers: tile 0 will do.
+      # Keys of tiles before the sequence are never attended, but must hold numbers: tile 0 will do.
       @gpu.loop(0, count + reach)
       def _(n):
         slot = rem(n, S)
-        t = jnp.maximum(first - reach + n, 0)
+        t = jnp.maximum(key_tile(n), 0)
         gpu.when(n >= S)(lambda: gpu.barrier_wait(k_free.at[slot]))
         gpu.to_smem(view.box(k_ref, b, 0, head // group, t * TILE), k_s.at[slot], k_full.at[slot])
         gpu.to_smem(view.box(v_ref, b, 0, head // group, t * TILE), v_s.at[slot], k_full.at[slot])
@@ -269,7 +274,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
         @gpu.when(n >= reach)
         def _():
           m = n - reach
-          slot = rem(m, Q)
+          slot, t = rem(m, Q), query_tile(m)
           gpu.when(m >= Q)(lambda: gpu.barrier_wait(q_free.at[slot]))
           gpu.to_smem(view.box(q_ref, b, 0, head, t * TILE), q_s.at[slot], q_full.at[slot])
 
@@ -297,7 +302,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
 
       @gpu.loop(wg, count, step=W)
       def _(n):
-        t = first + n
+        t = query_tile(n)
         rows = gpu.ds(t * TILE, TILE)
         state = None
         if prev is not None:
@@ -318,7 +323,7 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
           ids_q = _ids(ids_ref, b, 0, t * TILE, TILE, ROW)
           tiles = [jnp.maximum(t - distance, 0) for distance in range(reach + 1)]
           same = [_same(ids_q, _ids(ids_ref, b, 0, tile * TILE, TILE, COLUMN)) for tile in tiles]
-        slots = [rem(n + reach - distance, S) for distance in range(reach + 1)]
+        slots = [rem(key_at(n, distance), S) for distance in range(reach + 1)]
         tiles = q_s.at[q_slot], [k_s.at[slot] for slot in slots], [v_s.at[slot] for slot in slots]
 
         state = attend_window(state, band, t, *tiles, same, scale, scratch)
