@@ -481,12 +481,12 @@ class _Keys:
       )
       gpu.barrier_wait(refs["q_full"].at[s])
       logits.add(self.k_s, q.transpose((1, 0)))
-      lse = rows("lse_s")
-      mask = self.mask(i, s) if masked else None
       gpu.barrier_wait(refs["dout_full"].at[s])
       if dp:
         dp[0].add(self.v_s, dout.transpose((1, 0)))
-      p = exp2_of(logits.get(under_way=len(dp)) * self.scale - lse, mask)
+      x = logits.get(under_way=len(dp)) * self.scale
+      mask = self.mask(i, s) if masked else None
+      p = exp2_of(x - rows("lse_s"), mask)
       if dv is not None:
         dv.add_from_registers(narrow(p), dout)
       if dk is not None:
