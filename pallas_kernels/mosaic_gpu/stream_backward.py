@@ -480,13 +480,14 @@ class _Keys:
         others if parts == "kv" else (*others, None) if parts == "k" else (None, *others)
       )
       gpu.barrier_wait(refs["q_full"].at[s])
-      logits.add(self.k_s, q.transpose((1, 0)))
-      lse = rows("lse_s")
-      mask = self.mask(i, s) if masked else None
+      own = lax.optimization_barrier(self.wg)
+      logits.add(refs["k_s"].at[own], q.transpose((1, 0)))
       gpu.barrier_wait(refs["dout_full"].at[s])
       if dp:
-        dp[0].add(self.v_s, dout.transpose((1, 0)))
-      p = exp2_of(logits.get(under_way=len(dp)) * self.scale - lse, mask)
+        dp[0].add(refs["v_s"].at[own], dout.transpose((1, 0)))
+      x = logits.get(under_way=len(dp)) * self.scale
+      mask = self.mask(i, s) if masked else None
+      p = exp2_of(x - rows("lse_s"), mask)
       if dv is not None:
         dv.add_from_registers(narrow(p), dout)
       if dk is not None:
