@@ -160,6 +160,11 @@ GPU_CASES += [
     (patterns.Strided(128), 12_288, 32, 4, 0),
   ))
 ]  # fmt: skip
+# As many sequences as multiprocessors, almost: long walks.
+GPU_CASES += [
+  _kernel(patterns.Local(window), T=2_001, B=4, H=H, Hkv=H, Dk=D, Dv=D, name="walks-local")
+  for window, H, D in ((128, 16, 32), (128, 8, 64), (256, 8, 64), (100, 4, 128))
+]
 GPU_CASES += [
   _kernel(pattern, T=T, segments=5, Dk=64, Dv=64)
   for pattern in (patterns.Dense(), patterns.Local(128), patterns.Local(600), patterns.Block(128))
