@@ -443,10 +443,11 @@ class _Keys:
     loop = lambda start, stop, masked, sums: lax.fori_loop(
       start, stop, functools.partial(self.step, masked=masked), sums
     )
-    first_masked = jnp.clip(self.tiles.num_full, self.first, self.end)
+    masked, hidden = self.bounds()
     if not frame.segments:
-      sums = loop(self.first, first_masked, False, sums)
-    sums = loop(first_masked, self.end, True, sums)
+      sums = loop(self.first, masked, False, sums)
+    sums = loop(masked, hidden, True, sums)
+    pl.loop(hidden, self.end)(self.skip)
     for x, total in zip(self.parts, sums, strict=True):
       buffers[x][...] = (total * self.factor if x == "k" else total).astype(self.dtype)
     gpu.commit_smem()
@@ -456,6 +457,25 @@ class _Keys:
     gpu.wait_to_gmem(0, wait_read_only=True)
     gpu.barrier_arrive(refs["k_free"].at[wg])
     return self.done + self.end - self.first
+
+  def bounds(self):
+    """The first step that our own keys need a mask in, and the first one that sees none of them."""
+    tiles, inside = self.tiles, lambda i: jnp.clip(i, self.first, self.end)
+    if self.frame.schedule.window is not None:
+      return inside(tiles.num_full), self.end
+    # Other warpgroups may need masks longer, and begin earlier.
+    own = self.frame.query_tiles(self.base, TILE, self.blocks.step)
+    return inside(tiles.full_end - own.full_first), inside(tiles.full_end - own.first)
+
+  def skip(self, i):
+    """Lets the tile of step i pass."""
+    s = self.slot(i)
+    gpu.barrier_wait(self.refs["q_full"].at[s])
+    gpu.barrier_wait(self.refs["dout_full"].at[s])
+    gpu.barrier_arrive(self.refs["q_free"].at[s])
+
+  def slot(self, i):
+    return lax.rem(self.done + i - self.first, jnp.int32(self.blocks.stages))
 
   def mask(self, i, s):
     """Which of [64 keys, step queries] attend in step i."""
@@ -472,7 +492,7 @@ class _Keys:
 
   def step(self, i, sums, masked):
     refs, parts = self.refs, self.parts
-    s = lax.rem(self.done + i - self.first, jnp.int32(self.blocks.stages))
+    s = self.slot(i)
     q, dout = refs["q_s"].at[s], refs["dout_s"].at[s]
     rows = lambda name: gpu.over_rows(
       gpu.load(refs[name].at[s], layout=gpu.COLUMN, optimized=False), TILE
@@ -483,12 +503,12 @@ class _Keys:
       *dp, dk, dv = (
         others if parts == "kv" else (*others, None) if parts == "k" else (None, *others)
       )
-      logits.add(self.k_s, q.transpose((1, 0)))
+      # Behind a barrier, so that places in k and v do not stay in registers over the loop: there
+      # are too few for those of both, and at large heads for either.
+      k_s, v_s = (refs[name].at[lax.optimization_barrier(self.wg)] for name in ("k_s", "v_s"))
+      logits.add(self.k_s if q.shape[-1] <= 64 else k_s, q.transpose((1, 0)))
       gpu.barrier_wait(refs["dout_full"].at[s])
       if dp:
-        # Behind a barrier, so that its places in memory are not kept in registers over the loop,
-        # together with those of k: there are too few for both.
-        v_s = refs["v_s"].at[lax.optimization_barrier(self.wg)]
         dp[0].add(v_s, dout.transpose((1, 0)))
       x = logits.get(under_way=len(dp)) * self.scale
       mask = self.mask(i, s) if masked else None
