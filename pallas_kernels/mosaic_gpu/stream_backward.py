@@ -510,9 +510,10 @@ class _Keys:
       gpu.barrier_wait(refs["dout_full"].at[s])
       if dp:
         dp[0].add(v_s, dout.transpose((1, 0)))
+      lse = rows("lse_s")
       x = logits.get(under_way=len(dp)) * self.scale
       mask = self.mask(i, s) if masked else None
-      p = exp2_of(x - rows("lse_s"), mask)
+      p = exp2_of(x - lse, mask)
       if dv is not None:
         dv.add_from_registers(narrow(p), dout)
       if dk is not None:
