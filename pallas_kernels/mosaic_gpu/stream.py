@@ -270,16 +270,17 @@ class Frame:
       full = jnp.minimum(div(full + step - 1, step), end)
       return Tiles(first, full if self.whole else end, end, end)
     first = jnp.minimum(div(self.first_query(k0), step), end)
-    full = jnp.minimum(div(last + one.distance + step - 1, step), end)
+    full = jnp.clip(div(last + one.distance + step - 1, step), first, end)
     full_end = end
     if one.window is not None:
       full_end = jnp.maximum(div(k0 + one.window, step), full)
       end = jnp.minimum(end, div(last + one.window - 1, step) + 1)
       full_end = jnp.minimum(full_end, end)
       full = jnp.minimum(full, full_end)
+    end = jnp.maximum(end, first)
     if self.segments:
-      full = full_end = first
-    return Tiles(first, full, full_end, jnp.maximum(end, first))
+      full = full_end = end
+    return Tiles(first, full, full_end, end)
 
   @property
   def whole(self) -> bool:
@@ -339,7 +340,10 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Tiles [first, end), of which [full_first, full_end) need no mask; those are swept first."""
+  """Tiles [first, end), of which [full_first, full_end) need no mask; those are swept first.
+
+  Then those before them, backwards, then those after them: the sweep goes away from the full ones.
+  """
 
   first: Any
   full_first: Any
@@ -356,8 +360,8 @@ class Tiles:
 
   def tile(self, i):
     """The tile of step i."""
-    before = self.first + i - self.num_full
-    masked = jnp.where(before < self.full_first, before, self.first + i)
+    before = self.full_end - 1 - i
+    masked = jnp.where(before >= self.first, before, self.first + i)
     return jnp.where(i < self.num_full, self.full_first + i, masked)
 
 

@@ -97,7 +97,7 @@ def dq_kernel(
   work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
   outputs = dict(dq=dq)
   if made:
-    outputs.update(new_delta=jax.ShapeDtypeStruct(lse.shape, jnp.float32))
+    outputs.update(minus_delta=jax.ShapeDtypeStruct(lse.shape, jnp.float32))
   grads = gpu.launch(
     "stream_dq",
     functools.partial(_dq, frame=frame, blocks=blocks, work=work, scale=scale),
@@ -109,7 +109,8 @@ def dq_kernel(
     num_threads=wgs + 1,
     thread_name="wg",
   )
-  return frame.unfolded(grads[0]), grads[1] if made else delta
+  # XLA makes nothing of this sign and that of dkv_kernel.
+  return frame.unfolded(grads[0]), -grads[1] if made else delta
 
 
 def _dq(refs, *, frame, blocks, work, scale):
@@ -142,7 +143,9 @@ class _Queries(stream_forward.Queries):
     place = self.place
     self.dout_s = refs["dout_s"].at[place, wg]
     self.lse = self.row("lse")
-    self.delta = self.make_delta() if "out" in refs else self.row("delta")
+    minus_delta = self.make_minus_delta() if "out" in refs else -self.row("delta")
+    # dP starts as -delta: no subtraction afterwards.
+    self.start = gpu.over_columns(minus_delta, self.blocks.step)
     dq = self.ahead() if self.blocks.ahead else self.in_turn()
     self.q_s[...] = (dq * self.factor).astype(self.dtype)
     gpu.commit_smem()
@@ -156,22 +159,23 @@ class _Queries(stream_forward.Queries):
     place = self.refs[f"{name}_s"].at[self.place, self.wg]
     return gpu.load(place, layout=gpu.ROW, optimized=False)
 
-  def make_delta(self):
-    """Sums and writes delta."""
+  def make_minus_delta(self):
+    """Sums and writes -delta."""
     refs, item = self.refs, self.item
     dout, out = (
       gpu.load(x, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
       for x in (self.dout_s, refs["out_s"].at[self.place, self.wg])
     )
     delta = (dout * out).sum(axis=1)
-    delta = delta - self.row("dlse") if "dlse" in refs else delta
-    delta = jnp.where(self.lse == jnp.inf, 0.0, delta)  # no keys
+    minus_delta = self.row("dlse") - delta if "dlse" in refs else -delta
+    minus_delta = jnp.where(self.lse == jnp.inf, 0.0, minus_delta)  # no keys
 
     @pl.when(self.base < self.frame.padded)
     def _():
-      refs["new_delta"].at[item["b"], item["h"], item["r"], pl.ds(self.base, TILE)][...] = delta
+      rows = pl.ds(self.base, TILE)
+      refs["minus_delta"].at[item["b"], item["h"], item["r"], rows][...] = minus_delta
 
-    return delta
+    return minus_delta
 
   def in_turn(self):
     """Each step: logits and dP, dS, its product. The warpgroups fill each other's gaps."""
@@ -182,7 +186,7 @@ class _Queries(stream_forward.Queries):
       body = lambda logits, dp: self.dlogits(i, kind, logits, dp)
       tile = TILE, self.blocks.step
       self.wait(s)
-      ds = gpu.sums(body, tile, tile).astype(self.dtype)
+      ds = gpu.sums(body, tile, self.start).astype(self.dtype)
       (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[s])), scratch=self.p_s)
       gpu.barrier_arrive(refs["k_free"].at[s])
       return dq
@@ -202,7 +206,7 @@ class _Queries(stream_forward.Queries):
         add = lambda: dq.add_from_registers(ds, refs["k_s"].at[before])
         return self.dlogits(i, kind, logits, dp, add), dq.get()
 
-      ds, dq = gpu.sums(body, tile, tile, dq, scratch=self.p_s)
+      ds, dq = gpu.sums(body, tile, self.start, dq, scratch=self.p_s)
       gpu.barrier_arrive(refs["k_free"].at[before])
       # Behind the barrier, so that the registers of the old ds are not overwritten in use.
       dq, ds = lax.optimization_barrier((dq, ds))
@@ -211,7 +215,7 @@ class _Queries(stream_forward.Queries):
     first = jnp.int32(0)
     self.wait(self.slot(0))
     body = lambda logits, dp: self.dlogits(first, self.any_kind, logits, dp)
-    ds = gpu.sums(body, tile, tile).astype(self.dtype)
+    ds = gpu.sums(body, tile, self.start).astype(self.dtype)
     dq, ds = self.loops(step, 1, (gpu.zeros((TILE, self.q_s.shape[-1])), ds))
     last = self.slot(self.sweep.num - 1)
     (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[last])), scratch=self.p_s)
@@ -235,7 +239,7 @@ class _Queries(stream_forward.Queries):
     p = exp2_of(logits.get(under_way=1 + more) * self.scale - columns(self.lse), mask)
     dp = dp.get(under_way=more)
     gpu.barrier_arrive(refs["v_free"].at[s])
-    return p * (dp - columns(self.delta))
+    return p * dp
 
 
 def exp2_of(x, mask):
@@ -290,7 +294,7 @@ def dkv_kernel(
     return again(blocks=blocks, parts="k") + again(blocks=blocks, parts="v")
   parts = parts or "kv"
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
-  inputs.update(lse=safe_lse(lse), delta=delta)
+  inputs.update(lse=safe_lse(lse), minus_delta=-delta)
   if segment_ids is not None:
     inputs.update(ids=frame.ids(segment_ids))
   num_tiles = -(-frame.num_keys // blocks.rows)
@@ -308,11 +312,11 @@ def dkv_kernel(
     q_s=gpu.smem(stages, step, Dk, dtype=q.dtype),
     dout_s=gpu.smem(stages, step, Dv, dtype=q.dtype),
     lse_s=gpu.vector(stages, step),
-    delta_s=gpu.vector(stages, step),
+    minus_delta_s=gpu.vector(stages, step),
     k_full=gpu.Barrier(num_barriers=wgs, num_arrivals=2 * pieces),
     k_free=gpu.Barrier(num_barriers=wgs),
-    q_full=gpu.Barrier(num_barriers=stages, num_arrivals=3 if frame.segments else 2),
-    dout_full=gpu.Barrier(num_barriers=stages, num_arrivals=2),
+    q_full=gpu.Barrier(num_barriers=stages, num_arrivals=4 if frame.segments else 3),
+    dout_full=gpu.Barrier(num_barriers=stages),
     q_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
   )
   if frame.segments:
@@ -391,11 +395,11 @@ def _produce_queries(refs, frame, blocks, work, shares):
       q_full, dout_full = refs["q_full"].at[s], refs["dout_full"].at[s]
       q = frame.tile(refs["q"], b, r, q0, step, frame.head(h))
       gpu.to_smem(q, refs["q_s"].at[s], q_full)
-      gpu.to_smem(rows("lse"), refs["lse_s"].at[s], q_full)
+      for x in ("lse", "minus_delta"):
+        gpu.to_smem(rows(x), refs[f"{x}_s"].at[s], q_full)
       if frame.segments:
         gpu.to_smem(refs["ids"].at[b, r, pl.ds(q0, step)], refs["ids_s"].at[s], q_full)
       gpu.to_smem(frame.tile(refs["dout"], b, r, q0, step, h), refs["dout_s"].at[s], dout_full)
-      gpu.to_smem(rows("delta"), refs["delta_s"].at[s], dout_full)
       return done + 1
 
     return lax.fori_loop(first, end, load_step, done)
@@ -439,10 +443,11 @@ class _Keys:
     loop = lambda start, stop, masked, sums: lax.fori_loop(
       start, stop, functools.partial(self.step, masked=masked), sums
     )
-    first_masked = jnp.clip(self.tiles.num_full, self.first, self.end)
+    masked, hidden = self.bounds()
     if not frame.segments:
-      sums = loop(self.first, first_masked, False, sums)
-    sums = loop(first_masked, self.end, True, sums)
+      sums = loop(self.first, masked, False, sums)
+    sums = loop(masked, hidden, True, sums)
+    pl.loop(hidden, self.end)(self.skip)
     for x, total in zip(self.parts, sums, strict=True):
       buffers[x][...] = (total * self.factor if x == "k" else total).astype(self.dtype)
     gpu.commit_smem()
@@ -452,6 +457,25 @@ class _Keys:
     gpu.wait_to_gmem(0, wait_read_only=True)
     gpu.barrier_arrive(refs["k_free"].at[wg])
     return self.done + self.end - self.first
+
+  def bounds(self):
+    """The first step that our own keys need a mask in, and the first one that sees none of them."""
+    tiles, inside = self.tiles, lambda i: jnp.clip(i, self.first, self.end)
+    if self.frame.schedule.window is not None:
+      return inside(tiles.num_full), self.end
+    # Other warpgroups may need masks longer, and begin earlier.
+    own = self.frame.query_tiles(self.base, TILE, self.blocks.step)
+    return inside(tiles.full_end - own.full_first), inside(tiles.full_end - own.first)
+
+  def skip(self, i):
+    """Lets the tile of step i pass."""
+    s = self.slot(i)
+    gpu.barrier_wait(self.refs["q_full"].at[s])
+    gpu.barrier_wait(self.refs["dout_full"].at[s])
+    gpu.barrier_arrive(self.refs["q_free"].at[s])
+
+  def slot(self, i):
+    return lax.rem(self.done + i - self.first, jnp.int32(self.blocks.stages))
 
   def mask(self, i, s):
     """Which of [64 keys, step queries] attend in step i."""
@@ -468,7 +492,7 @@ class _Keys:
 
   def step(self, i, sums, masked):
     refs, parts = self.refs, self.parts
-    s = lax.rem(self.done + i - self.first, jnp.int32(self.blocks.stages))
+    s = self.slot(i)
     q, dout = refs["q_s"].at[s], refs["dout_s"].at[s]
     rows = lambda name: gpu.over_rows(
       gpu.load(refs[name].at[s], layout=gpu.COLUMN, optimized=False), TILE
@@ -479,24 +503,28 @@ class _Keys:
       *dp, dk, dv = (
         others if parts == "kv" else (*others, None) if parts == "k" else (None, *others)
       )
-      gpu.barrier_wait(refs["q_full"].at[s])
-      own = lax.optimization_barrier(self.wg)
-      logits.add(refs["k_s"].at[own], q.transpose((1, 0)))
+      # Behind a barrier, so that places in k and v do not stay in registers over the loop: there
+      # are too few for those of both, and at large heads for either.
+      k_s, v_s = (refs[name].at[lax.optimization_barrier(self.wg)] for name in ("k_s", "v_s"))
+      logits.add(self.k_s if q.shape[-1] <= 64 else k_s, q.transpose((1, 0)))
       gpu.barrier_wait(refs["dout_full"].at[s])
       if dp:
-        dp[0].add(refs["v_s"].at[own], dout.transpose((1, 0)))
+        dp[0].add(v_s, dout.transpose((1, 0)))
+      lse = rows("lse_s")
       x = logits.get(under_way=len(dp)) * self.scale
       mask = self.mask(i, s) if masked else None
-      p = exp2_of(x - rows("lse_s"), mask)
+      p = exp2_of(x - lse, mask)
       if dv is not None:
         dv.add_from_registers(narrow(p), dout)
       if dk is not None:
-        dlogits = p * (dp[0].get(under_way=0 if dv is None else 1) - rows("delta_s"))
+        dlogits = p * dp[0].get(under_way=0 if dv is None else 1)
         dk.add_from_registers(narrow(dlogits), q)
       return tuple(x.get() for x in (dk, dv) if x is not None)
 
-    tiles = [(TILE, self.blocks.step)] * (1 if parts == "v" else 2)
-    sums = gpu.sums(body, *tiles, *sums, scratch=self.p_s)
+    gpu.barrier_wait(refs["q_full"].at[s])
+    # dP starts as -delta: no subtraction afterwards.
+    starts = [(TILE, self.blocks.step)] + ([] if parts == "v" else [rows("minus_delta_s")])
+    sums = gpu.sums(body, *starts, *sums, scratch=self.p_s)
     gpu.commit_reads()  # of lse and delta
     gpu.barrier_arrive(refs["q_free"].at[s])
     return sums
