@@ -27,8 +27,7 @@ class BlockSizes:
   Attributes:
     block_q: rows that a CTA owns: queries, backward keys too.
     block_k: keys of a step, where they stream.
-    stages: steps in flight, where a CTA walks along a sequence; sequences, where it walks over
-      several, and with 1 it does not.
+    stages: steps in flight, where a CTA walks along a sequence.
     warpgroups: those that compute.
   """
 

@@ -85,8 +85,7 @@ def _wishes(kind: str, shape: gpu.Shape, direction: tuning.Direction) -> list[tu
     ]
   if kind in ("column", "block"):
     if direction == "fwd":
-      pairs = (1, 1), (1, 2), (2, 1), (3, 1)
-      return [tuning.BlockSizes(TILE, TILE, stages, warpgroups) for stages, warpgroups in pairs]
+      return [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2)]
     pairs = itertools.product((1, 2, 4), (1, 2))
     return [tuning.BlockSizes(TILE * own, TILE, 1, warpgroups) for own, warpgroups in pairs]
   return _near_default(kind, shape, direction)

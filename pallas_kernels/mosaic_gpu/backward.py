@@ -420,7 +420,8 @@ def window(
 
     @gpu.when(wg == W)
     def _():
-      gpu.set_max_registers(window_registers(reach, Dk, W)[0], action="increase")
+      for_dq, at_launch = window_registers(reach, Dk, W)[0], 65_536 // (128 * (W + 2))
+      gpu.set_max_registers(for_dq, action="increase" if for_dq >= at_launch else "decrease")
 
       def make_delta(n):
         t = inside(first + n)

@@ -1,7 +1,6 @@
 """Forward kernels of the heads that the memory system bounds: short sequences and windows.
 
-`resident`: a block of threads holds all keys and values of a sequence (a column, a block), and
-those of the next one where there is memory for them.
+`resident`: a block of threads holds all keys and values of a sequence (a column, a block).
 `window`: it walks along a sequence behind a ring of the tiles that a window still needs.
 
 Both take up where `prev`, the result over other keys, ended: a softmax state is (sum, maximum, sum
@@ -27,22 +26,15 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {2: 232, 3: 160}  # of the 512 per 
 AT_ONCE = 2  # tiles of logits in registers, 32 each
 
 
-def resident(
-  view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups: int, stages=1, walks=1
-):
+def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups: int):
   """Attention inside each sequence of a view, all its keys and values in shared memory.
-
-  With more than one stage each block of threads walks over several sequences, and loads the next
-  ones while it computes. What runs at one time is side by side in memory, either way.
 
   Args:
     q: [B, T, H, Dk]; k [B, T, Hkv, Dk]; v [B, T, Hkv, Dv].
     ids: segment ids in rows, int32 [B, R, Mp], or None.
     prev: out [B, T, Hg, Dv] and lse [B, Hg, R, Mp] over other keys, or None.
     heads: the query heads to work on.
-    warpgroups: of a block of threads, which share keys and values; one where it walks.
-    stages: sequences in shared memory.
-    walks: blocks of threads of a multiprocessor, where they walk.
+    warpgroups: of a block of threads, which share keys and values.
 
   Returns:
     out [B, T, Hg, Dv] and lse, base 2, float32 [B, Hg, R, Mp].
@@ -50,32 +42,25 @@ def resident(
   B, T, H, Dk = q.shape
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
   nt = view.num_tiles
-  num_sequences, num_walks = B * view.R * Hg, gpu.num_multiprocessors() * walks
-  S = stages if num_sequences >= 2 * num_walks else 1  # else there is little to load ahead
   # As many turns for each: a bound that ptxas knows saves registers.
-  W = 1 if S > 1 else next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
+  W = next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
   size = view.even_rows  # of a tile; matrix instructions have 64, the rest of which is not stored
   rest = nt * (TILE - size)
-  # The result is staged where q was, or out before, if it fits there and nothing is loaded there.
-  own_stage = S > 1 or (prev is None and Dk != Dv)
   inputs = [view(x) for x in (q, k, v)]
   inputs += [ids] if ids is not None else []
   inputs += [view(prev[0]), prev[1]] if prev is not None else []
   names = ["q", "k", "v"] + ["prev"] * (prev is not None)
   scratch = dict(
-    q_s=gpu.smem(S * nt, TILE, Dk, dtype=q.dtype),
-    k_s=gpu.smem(S * nt, size, Dk, dtype=q.dtype),
-    v_s=gpu.smem(S * nt, size, Dv, dtype=q.dtype, beside=size & -size),
+    q_s=gpu.smem(nt, TILE, Dk, dtype=q.dtype),
+    k_s=gpu.smem(nt, size, Dk, dtype=q.dtype),
+    v_s=gpu.smem(nt, size, Dv, dtype=q.dtype, beside=size & -size),
     lse_s=gpu.vector(W, TILE),
   )
-  if S > 1:
-    scratch |= dict(full=gpu.Barrier(num_barriers=S, num_arrivals=len(names) * nt))
-  else:
-    scratch |= {f"{name}_full": gpu.Barrier(num_barriers=nt) for name in names}
-  if prev is not None:
-    scratch |= dict(prev_s=gpu.smem(S * nt, TILE, Dv, dtype=q.dtype))
-  if own_stage:
-    scratch |= dict(o_s=gpu.smem(W, TILE, Dv, dtype=q.dtype))
+  scratch |= {f"{name}_full": gpu.Barrier(num_barriers=nt) for name in names}
+  # The result is staged where the one before or q was, if it fits there.
+  stage = "prev_s" if prev is not None else "q_s" if Dk == Dv else "o_s"
+  if stage != "q_s":
+    scratch[stage] = gpu.smem(nt, TILE, Dv, dtype=q.dtype)
   if rest:
     scratch |= dict(rest_s=gpu.vector(TILE))
   if gpu.simulated():
@@ -84,78 +69,22 @@ def resident(
   def resident_forward(*refs, **s):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
-    wg = lax.axis_index("wg")
+    b, r, h, wg = (lax.axis_index(name) for name in ("b", "r", "h", "wg"))
+    head = head_of(heads, h)
+    kv_head = head // group
     p_s = s["p_s"].at[wg] if gpu.simulated() else None
-    stage_of = "q_s" if prev is None else "prev_s"
-    box = lambda ref, b, r, head, t: view.box(ref, b, r, head, t * size, size)
+    box = lambda ref, head, t: view.box(ref, b, r, head, t * size, size)
     valid = gpu.ds(0, size)
 
-    def load(b, r, h, slot):
-      """Starts all loads of a sequence."""
-      head = head_of(heads, h)
-      kv_head = head // group
-
+    @gpu.when(wg == 0)
+    def _():
       @gpu.loop(0, nt)
       def _(t):
-        n = slot * nt + t
-        full = lambda name: s["full"].at[slot] if S > 1 else s[f"{name}_full"].at[t]
-        gpu.to_smem(box(q_ref, b, r, head, t), s["q_s"].at[n, valid], full("q"))
-        gpu.to_smem(box(k_ref, b, r, kv_head, t), s["k_s"].at[n], full("k"))
-        gpu.to_smem(box(v_ref, b, r, kv_head, t), s["v_s"].at[n], full("v"))
+        gpu.to_smem(box(q_ref, head, t), s["q_s"].at[t, valid], s["q_full"].at[t])
+        gpu.to_smem(box(k_ref, kv_head, t), s["k_s"].at[t], s["k_full"].at[t])
+        gpu.to_smem(box(v_ref, kv_head, t), s["v_s"].at[t], s["v_full"].at[t])
         if prev is not None:
-          gpu.to_smem(box(more[0], b, r, h, t), s["prev_s"].at[n, valid], full("prev"))
-
-    def wait(name, t):
-      if S == 1:
-        gpu.barrier_wait(s[f"{name}_full"].at[t])
-
-    def attend_to(b, r, h, slot):
-      """Computes and stores a sequence."""
-      tile = lambda name, t: s[name].at[slot * nt + t]
-
-      @gpu.loop(0, nt // W)
-      def _(turn):
-        own = turn * W + wg
-        stage = s["o_s"].at[wg] if own_stage else tile(stage_of, own)
-        # Tiles that an earlier turn of this warpgroup has waited for.
-        new_tiles = jnp.where(turn == 0, 0, own - W + 1 - band.first(size))
-        rows = gpu.ds(own * size, TILE)
-        wait("q", own)
-        ids_q = None if ids is None else _ids(ids_ref, b, r, own * size, TILE, ROW)
-        if prev is None:
-          state = start(Dv)
-        else:
-          lse = gpu.load(more[1].at[b, h, r, rows], layout=ROW, optimized=False)
-          wait("prev", own)
-          state = resume(tile("prev_s", own), lse, scale)
-
-        def step(t, state, masked):
-          if S == 1:
-
-            @gpu.when(t >= new_tiles)  # each barrier completes, and is waited for, once
-            def _():
-              wait("k", t)
-              wait("v", t)
-
-          mask = None
-          if masked:
-            columns = gpu.over_rows(gpu.iota((size,), layout=COLUMN), TILE)
-            difference = gpu.over_columns(gpu.iota((TILE,), layout=ROW), size) - columns
-            mask = band.mask(difference + (own - t) * size)
-          if ids is not None:
-            same = _same(ids_q, _ids(ids_ref, b, r, t * size, size, COLUMN))
-            mask = same if mask is None else mask & same
-          return attend(state, tile("q_s", own), tile("k_s", t), tile("v_s", t), mask, scale, p_s)
-
-        state = sweep(own, nt, band, size, step, state)
-        gpu.wait_to_gmem(0, wait_read_only=True)  # of what was staged before
-        s["lse_s"].at[wg][...] = finish(state, stage, scale)
-        gpu.commit_smem()
-        gpu.to_gmem(stage.at[valid], box(o_ref, b, r, h, own))
-        gpu.to_gmem(s["lse_s"].at[wg, valid], lse_ref.at[b, h, r, gpu.ds(own * size, size)])
-        if rest:  # what `View.rows` has there
-          last = lse_ref.at[b, h, r, gpu.ds(nt * size, rest)]
-          gpu.when(own == nt - 1)(lambda: gpu.to_gmem(s["rest_s"].at[gpu.ds(0, rest)], last))
+          gpu.to_smem(box(more[0], h, t), s["prev_s"].at[t, valid], s["prev_full"].at[t])
 
     if rest:
 
@@ -163,29 +92,48 @@ def resident(
       def _():
         s["rest_s"][...] = gpu.full((TILE,), 0.0)
 
-    if S == 1:
-      place = [lax.axis_index(name) for name in ("b", "r", "h")]
-      gpu.when(wg == 0)(lambda: load(*place, 0))
-      attend_to(*place, 0)
-    else:
-      first = lax.axis_index("walk")
-      count = lax.div(num_sequences - 1 - first, jnp.int32(num_walks)) + 1
-      split = lambda n, size: (lax.div(n, jnp.int32(size)), lax.rem(n, jnp.int32(size)))
+    @gpu.loop(0, nt // W)
+    def _(turn):
+      own = turn * W + wg
+      # Tiles that an earlier turn of this warpgroup has waited for.
+      new_tiles = jnp.where(turn == 0, 0, own - W + 1 - band.first(size))
+      rows = gpu.ds(own * size, TILE)
+      gpu.barrier_wait(s["q_full"].at[own])
+      q_tile = s["q_s"].at[own]
+      ids_q = None if ids is None else _ids(ids_ref, b, r, own * size, TILE, ROW)
+      if prev is None:
+        state = start(Dv)
+      else:
+        lse = gpu.load(more[1].at[b, h, r, rows], layout=ROW, optimized=False)
+        gpu.barrier_wait(s["prev_full"].at[own])
+        state = resume(s["prev_s"].at[own], lse, scale)
 
-      def place(i):
-        """Where number i of this walk is: b, r, h, and its slot."""
-        rows, h = split(first + i * num_walks, Hg)
-        return *split(rows, view.R), h, lax.rem(i, jnp.int32(S))
+      def step(t, state, masked):
+        @gpu.when(t >= new_tiles)  # each barrier completes, and is waited for, once
+        def _():
+          gpu.barrier_wait(s["k_full"].at[t])
+          gpu.barrier_wait(s["v_full"].at[t])
 
-      gpu.loop(0, jnp.minimum(S - 1, count))(lambda i: load(*place(i)))
+        mask = None
+        if masked:
+          # Two axes of positions at once would be divided by `size`, element by element.
+          columns = gpu.over_rows(gpu.iota((size,), layout=COLUMN), TILE)
+          difference = gpu.over_columns(gpu.iota((TILE,), layout=ROW), size) - columns
+          mask = band.mask(difference + (own - t) * size)
+        if ids is not None:
+          same = _same(ids_q, _ids(ids_ref, b, r, t * size, size, COLUMN))
+          mask = same if mask is None else mask & same
+        return attend(state, q_tile, s["k_s"].at[t], s["v_s"].at[t], mask, scale, p_s)
 
-      @gpu.loop(0, count)
-      def _(i):
-        # Into the slot of the sequence before, whose last fence came after all that read it.
-        gpu.when(i + S - 1 < count)(lambda: load(*place(i + S - 1)))
-        *where, slot = place(i)
-        gpu.barrier_wait(s["full"].at[slot])
-        attend_to(*where, slot)
+      state = sweep(own, nt, band, size, step, state)
+      gpu.wait_to_gmem(0, wait_read_only=True)  # of the lse before
+      s["lse_s"].at[wg][...] = finish(state, s[stage].at[own], scale)
+      gpu.commit_smem()
+      gpu.to_gmem(s[stage].at[own, valid], box(o_ref, h, own))
+      gpu.to_gmem(s["lse_s"].at[wg, valid], lse_ref.at[b, h, r, gpu.ds(own * size, size)])
+      if rest:  # what `View.rows` has there
+        last = lse_ref.at[b, h, r, gpu.ds(nt * size, rest)]
+        gpu.when(own == nt - 1)(lambda: gpu.to_gmem(s["rest_s"].at[gpu.ds(0, rest)], last))
 
     gpu.wait_to_gmem(0)
 
@@ -193,13 +141,12 @@ def resident(
     jax.ShapeDtypeStruct((*inputs[0].shape[:-2], Hg, Dv), q.dtype),
     jax.ShapeDtypeStruct((B, Hg, view.R, nt * TILE), jnp.float32),
   )
-  grid = dict(b=B, r=view.R, h=Hg) if S == 1 else dict(walk=num_walks)
   out, lse = gpu.kernel(
     resident_forward,
     out_type=out_type,
     scratch_types=scratch,
-    grid=tuple(grid.values()),
-    grid_names=tuple(grid),
+    grid=(B, view.R, Hg),
+    grid_names=("b", "r", "h"),
     num_threads=W,
     thread_name="wg",
   )(*inputs)

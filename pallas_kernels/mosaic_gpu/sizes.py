@@ -17,9 +17,7 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 
 SHARED_BYTES = 226 * 1024  # of 227 that a block of threads can have; the rest is for barriers
-WALKS = 4  # of 128 threads with 128 registers each that a multiprocessor has
 MAX_REACH = 4  # tiles before a query's own in a window whose steps are unrolled
-AHEAD = 8  # tiles of keys that a window's walk may load before they are needed
 
 
 class Problem(NamedTuple):
@@ -49,34 +47,14 @@ class Problem(NamedTuple):
 
 
 def resident(problem: Problem, merged: bool) -> dict[str, int] | None:
-  """For `forward.resident`; None where its sequences do not fit.
-
-  A block of threads that walks, and loads while it computes, takes the memory of two. The longer
-  it computes on a sequence, the more of them a multiprocessor must have.
-  """
-  nt, tuned = problem.view.num_tiles, problem.tuned("fwd")
-  warpgroups = min(tuned.warpgroups, nt) if tuned else 2 if nt >= 4 and problem.Dk >= 64 else 1
-  if problem.view.kind == "natural":
+  """For `forward.resident`; None where its sequences do not fit."""
+  view, nt, (Dk, Dv) = problem.view, problem.view.num_tiles, (problem.Dk, problem.Dv)
+  of_v = nt * (2 if merged or Dk != Dv else 1)  # the result is staged where q was, if it can be
+  if view.kind == "natural" or problem.tiles(2 * nt, of_v) > SHARED_BYTES:
     return None
-  if _resident_bytes(problem, merged, warpgroups, stages=1) > SHARED_BYTES:
-    return None
-  stages = tuned.stages if tuned else 2
-  if warpgroups == 1 and stages > 1:
-    # 1 KiB is the system's, two are of lse and barriers.
-    shared = _resident_bytes(problem, merged, warpgroups, stages) + 3 * 1024
-    walks = min(228 * 1024 // shared, WALKS)
-    if walks > (0 if tuned else nt):
-      return dict(warpgroups=1, stages=stages, walks=walks)
-  return dict(warpgroups=warpgroups)
-
-
-def _resident_bytes(problem: Problem, merged: bool, warpgroups: int, stages: int) -> int:
-  """Shared memory for the tiles of `forward.resident`."""
-  view, Dk, Dv = problem.view, problem.Dk, problem.Dv
-  num_tiles, size = stages * view.num_tiles, view.even_rows
-  inputs = num_tiles * (Dk * (TILE + size) + Dv * (size + (TILE if merged else 0)))
-  own_stage = stages > 1 or (Dk != Dv and not merged)
-  return 2 * (inputs + (warpgroups * TILE * Dv if own_stage else 0))
+  if tuned := problem.tuned("fwd"):
+    return dict(warpgroups=min(tuned.warpgroups, nt))
+  return dict(warpgroups=2 if nt >= 4 and Dk >= 64 else 1)
 
 
 def window(problem: Problem) -> dict[str, int] | None:
@@ -87,7 +65,7 @@ def window(problem: Problem) -> dict[str, int] | None:
   D = max(problem.Dk, problem.Dv)
   most = tuned.warpgroups if tuned else 1 if D > 64 else 2 if D > 32 and reach <= 2 else 3
   for W in range(min(most, reach + 1), 0, -1):
-    best = tuned.stages if tuned else reach + W + AHEAD
+    best = tuned.stages if tuned else reach + W + 1
     for stages in range(max(best, reach + W), reach + W - 1, -1):
       if problem.tiles(2 * W + stages, W + stages) <= SHARED_BYTES:
         return dict(warpgroups=W, stages=stages)
@@ -101,10 +79,8 @@ def resident_backward(problem: Problem) -> dict[str, int] | None:
     return None
   if tuned := problem.tuned("bwd"):
     own_tiles, warpgroups = tuned.block_q // TILE, tuned.warpgroups
-  elif nt >= 4 and Dk <= 64:
-    own_tiles, warpgroups = 4, 2
   else:
-    own_tiles, warpgroups = 2, 2 if Dk >= 128 else 1
+    own_tiles, warpgroups = 2, 2 if Dk >= 128 or nt >= 4 else 1
   for own in range(min(own_tiles, nt), 0, -1):
     W = min(warpgroups, own)
     kept = nt * (nt + 1) // 2 if own >= nt and nt <= KEPT_TILES else 0
@@ -120,7 +96,7 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
   # A sum of dq for each tile of the window has to fit the registers of a warpgroup.
   if reach is None or Dk + Dv > 256 or (reach + 1) * Dk // 2 > 192:
     return None
-  most = tuned.warpgroups if tuned else 2 if max(Dk, Dv) <= 64 and reach <= 2 else 1
+  most = tuned.warpgroups if tuned else 1
   for W in range(min(most, reach + 1), 0, -1):
     found = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
 
