@@ -338,6 +338,8 @@ def sweep(own, num_tiles: int, band: Band, size: int, step, state):
   full = jnp.maximum(own - first_full + 1, 0)
   if num_tiles > first_full:
     state = lax.fori_loop(0, full, lambda t, state: step(t, state, False), state)
+  if (first, first_full) == (0, 1):
+    return step(own, state, True)
   masked = lambda t, state: step(t, state, True)
   return lax.fori_loop(full, jnp.maximum(own - first + 1, 0), masked, state)
 
