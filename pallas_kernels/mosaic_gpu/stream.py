@@ -248,7 +248,8 @@ class Frame:
       row, last_row = div(q0, one.stride), div(last, one.stride)
       end = div((last_row + (0 if one.finished else 1)) * self.slot + step - 1, step)
       full = div(row * self.slot, step) if self.whole else 0 * row
-      return Tiles(0 * row, 0 * row, full, end)
+      first = 0 * row
+      return Tiles(first, first, full, end)
     end = div(jnp.maximum(last - one.distance + step, 0), step)
     full = div(jnp.maximum(q0 - one.distance + 1, 0), step)
     first = full_first = 0 * end
@@ -360,6 +361,8 @@ class Tiles:
 
   def tile(self, i):
     """The tile of step i."""
+    if self.full_first is self.first:  # none before them
+      return self.first + i
     before = self.full_end - 1 - i
     masked = jnp.where(before >= self.first, before, self.first + i)
     return jnp.where(i < self.num_full, self.full_first + i, masked)

@@ -143,9 +143,7 @@ class _Queries(stream_forward.Queries):
     place = self.place
     self.dout_s = refs["dout_s"].at[place, wg]
     self.lse = self.row("lse")
-    minus_delta = self.make_minus_delta() if "out" in refs else -self.row("delta")
-    # dP starts as -delta: no subtraction afterwards.
-    self.start = gpu.over_columns(minus_delta, self.blocks.step)
+    self.minus_delta = self.make_minus_delta() if "out" in refs else -self.row("delta")
     dq = self.ahead() if self.blocks.ahead else self.in_turn()
     self.q_s[...] = (dq * self.factor).astype(self.dtype)
     gpu.commit_smem()
@@ -179,14 +177,16 @@ class _Queries(stream_forward.Queries):
 
   def in_turn(self):
     """Each step: logits and dP, dS, its product. The warpgroups fill each other's gaps."""
-    refs = self.refs
+    refs, tile = self.refs, (TILE, self.blocks.step)
+    # dP starts as -delta: no subtraction afterwards.
+    start = gpu.over_columns(self.minus_delta, self.blocks.step)
 
     def step(i, dq, kind):
       s = self.slot(i)
-      body = lambda logits, dp: self.dlogits(i, kind, logits, dp)
-      tile = TILE, self.blocks.step
+      body = lambda logits, dp: self.weights(i, kind, logits, dp)
       self.wait(s)
-      ds = gpu.sums(body, tile, self.start).astype(self.dtype)
+      p, dp = gpu.sums(body, tile, start)
+      ds = (p * dp).astype(self.dtype)
       (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[s])), scratch=self.p_s)
       gpu.barrier_arrive(refs["k_free"].at[s])
       return dq
@@ -197,6 +197,10 @@ class _Queries(stream_forward.Queries):
     """The logits and dP of a step are made while the product of the step before runs."""
     refs, tile = self.refs, (TILE, self.blocks.step)
 
+    def dlogits(*args):  # fresh sums cost nothing here, those that start as -delta as much as this
+      p, dp = self.weights(*args)
+      return p * (dp + gpu.over_columns(self.minus_delta, self.blocks.step))
+
     def step(i, carry, kind):
       dq, ds = carry
       before = self.slot(i - 1)
@@ -204,9 +208,9 @@ class _Queries(stream_forward.Queries):
 
       def body(logits, dp, dq):
         add = lambda: dq.add_from_registers(ds, refs["k_s"].at[before])
-        return self.dlogits(i, kind, logits, dp, add), dq.get()
+        return dlogits(i, kind, logits, dp, add), dq.get()
 
-      ds, dq = gpu.sums(body, tile, self.start, dq, scratch=self.p_s)
+      ds, dq = gpu.sums(body, tile, tile, dq, scratch=self.p_s)
       gpu.barrier_arrive(refs["k_free"].at[before])
       # Behind the barrier, so that the registers of the old ds are not overwritten in use.
       dq, ds = lax.optimization_barrier((dq, ds))
@@ -214,8 +218,8 @@ class _Queries(stream_forward.Queries):
 
     first = jnp.int32(0)
     self.wait(self.slot(0))
-    body = lambda logits, dp: self.dlogits(first, self.any_kind, logits, dp)
-    ds = gpu.sums(body, tile, self.start).astype(self.dtype)
+    body = lambda logits, dp: dlogits(first, self.any_kind, logits, dp)
+    ds = gpu.sums(body, tile, tile).astype(self.dtype)
     dq, ds = self.loops(step, 1, (gpu.zeros((TILE, self.q_s.shape[-1])), ds))
     last = self.slot(self.sweep.num - 1)
     (dq,) = gpu.add_matmul((dq, (ds, refs["k_s"].at[last])), scratch=self.p_s)
@@ -226,8 +230,8 @@ class _Queries(stream_forward.Queries):
     gpu.barrier_wait(self.refs["k_full"].at[s])
     gpu.barrier_wait(self.refs["v_full"].at[s])
 
-  def dlogits(self, i, kind, logits, dp, meanwhile=None):
-    """dS of step i, in float32; `meanwhile` starts one more product."""
+  def weights(self, i, kind, logits, dp, meanwhile=None):
+    """P and dP of step i, in float32; `meanwhile` starts one more product."""
     s, refs = self.slot(i), self.refs
     columns = lambda x: gpu.over_columns(x, self.blocks.step)
     logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
@@ -239,7 +243,7 @@ class _Queries(stream_forward.Queries):
     p = exp2_of(logits.get(under_way=1 + more) * self.scale - columns(self.lse), mask)
     dp = dp.get(under_way=more)
     gpu.barrier_arrive(refs["v_free"].at[s])
-    return p * dp
+    return p, dp
 
 
 def exp2_of(x, mask):
