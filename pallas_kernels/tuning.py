@@ -27,7 +27,8 @@ class BlockSizes:
   Attributes:
     block_q: rows that a CTA owns: queries, backward keys too.
     block_k: keys of a step, where they stream.
-    stages: steps in flight, where a CTA walks along a sequence.
+    stages: steps in flight, where a CTA walks along a sequence; of windows backward 2 where
+      products are under way while weights are computed, else 1.
     warpgroups: those that compute.
   """
 

@@ -200,9 +200,10 @@ def test_kernels_match_the_reference_on_a_gpu_and_repeat_bit_by_bit(case):
   check_kernels(case, runs=3)
 
 
-@pytest.mark.parametrize("window", [64, 100])
-def test_windows_backward_with_two_warpgroups(window):
-  with tuning.override("local", "bwd", tuning.BlockSizes(64, 64, 1, 2)):
+@pytest.mark.parametrize("window,stages,warpgroups", [(64, 1, 2), (100, 2, 2), (256, 2, 1)])
+def test_windows_backward_as_the_tuning_table_may_have_it(window, stages, warpgroups):
+  """One or two warpgroups for dk and dv; products one after the other, or under way throughout."""
+  with tuning.override("local", "bwd", tuning.BlockSizes(64, 64, stages, warpgroups)):
     check_kernels(_single(patterns.Local(window), T=450))
 
 

@@ -303,6 +303,7 @@ def window(
   key_stages: int,
   out_stages: int,
   result_stages: int,
+  overlap: bool,
 ):
   """Gradients of attention to a window of the keys before each query; arguments as in `resident`.
 
@@ -320,6 +321,7 @@ def window(
     warpgroups: for dk and dv.
     query_stages, key_stages, out_stages: tiles of the rings.
     result_stages: tiles that dk and dv of a warpgroup leave from: 2, or 1 for both.
+    overlap: whether products for dk and dv are under way while weights are computed.
 
   Returns:
     dq, dk, dv [B, T, Hg, D], k's and v's for each query head; and delta.
@@ -520,26 +522,81 @@ def window(
         def _(m):
           gpu.barrier_arrive(of("q_free", m))
 
-      def pair(n, distance, exists=None):
-        """P^T and dS^T of key tile n and the queries at a distance; the latter is kept."""
-        m = n + distance - reach
+      def column(name, m):
+        return gpu.load(of(name, m), layout=COLUMN, optimized=False)
+
+      def mask_of(n, distance):
+        """Which pairs of key tile n and the queries at a distance attend, or None for all."""
         mask = None
         if not band.covers(distance):
           mask = band.mask(_difference(1) + distance * TILE)
         if ids is not None:
-          same = _same_segment(ref, b, 0, inside(first + m), inside(first - reach + n), 1)
+          k_tile = first - reach + n
+          same = _same_segment(ref, b, 0, inside(k_tile + distance), inside(k_tile), 1)
           mask = same if mask is None else mask & same
+        return mask
 
-        def rows():
-          lse, delta = (
-            gpu.load(of(name, m), layout=COLUMN, optimized=False) for name in ("lse_s", "delta_s")
-          )
-          return lse if exists is None else lse + exists, delta
+      def factors(n, distance):
+        """Of S^T and dP^T."""
+        m = n + distance - reach
+        return (of("k_s", n), _turned(of("q_s", m))), (of("v_s", n), _turned(of("dout_s", m)))
 
-        own, query = (of("k_s", n), of("v_s", n)), (of("q_s", m), of("dout_s", m), rows)
-        p, ds = weights_of_keys(own, query, c, mask)
+      def weights(n, distance, exists=None):
+        """P^T and dS^T of key tile n and the queries at a distance; the latter is kept."""
+        m = n + distance - reach
+        x, dp = _products(*factors(n, distance))
+        lse = column("lse_s", m)
+        p = weights_of(x, lse if exists is None else lse + exists, c, mask_of(n, distance))
+        ds = slopes_of(p, dp, column("delta_s", m), q.dtype)
         kept(n, distance)[...] = ds
-        return p, ds
+        return p.astype(q.dtype), ds
+
+      def in_turn(n):
+        """dk and dv of key tile n."""
+        dk, dv = gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))
+        for distance in range(reach + 1):
+          p, ds = weights(n, distance)
+          m = n + distance - reach
+          dk, dv = gpu.add_matmul((dk, (ds, of("q_s", m))), (dv, (p, of("dout_s", m))), scratch=p_s)
+          if distance < W:  # the next tile of this warpgroup does not see it
+            gpu.commit_reads()
+            release_queries(m if distance else jnp.where(n == start, 0, m), m + 1)
+        return dk, dv
+
+      def overlapped(n):
+        """The same, with products under way throughout.
+
+        S^T of a distance runs while dS^T of the one before is made; dP^T, and what that one adds to
+        dk and dv, while its weights are.
+        """
+
+        def body(dk, dv, *products):
+          xs, dps = products[: reach + 1], products[reach + 1 :]
+          xs[0].add(*factors(n, 0)[0])
+          operands = None
+          for distance in range(reach + 1):
+            m = n + distance - reach
+            if operands is not None:
+              dk.add_from_registers(operands[1], of("q_s", m - 1))
+              dv.add_from_registers(operands[0], of("dout_s", m - 1))
+            dps[distance].add(*factors(n, distance)[1])
+            x = xs[distance].get(1 if operands is None else 3)
+            p = weights_of(x, column("lse_s", m), c, mask_of(n, distance))
+            dp = dps[distance].get()
+            if distance < reach:
+              xs[distance + 1].add(*factors(n, distance + 1)[0])
+            ds = slopes_of(p, dp, column("delta_s", m), q.dtype)
+            kept(n, distance)[...] = ds
+            operands = p.astype(q.dtype), ds
+          dk.add_from_registers(operands[1], of("q_s", n))
+          dv.add_from_registers(operands[0], of("dout_s", n))
+          return dk.get(), dv.get()
+
+        shapes = (TILE, Dk), (TILE, Dv), *[(TILE, TILE)] * (2 * (reach + 1))
+        dk, dv = gpu.sums(body, *shapes, scratch=p_s)
+        gpu.commit_reads()
+        release_queries(jnp.where(n == start, 0, n - reach), n - reach + W)
+        return dk, dv
 
       def leave_ds(n):
         gpu.commit_smem()
@@ -553,7 +610,7 @@ def window(
           begin(n)
           exists = jnp.where(first - reach + n >= 0, jnp.float32(0), jnp.inf)
           for distance in window_distances(reach, n):
-            pair(n, distance, exists)
+            weights(n, distance, exists)
           leave_ds(n)
 
       # The first tile of its own, then every W-th.
@@ -562,14 +619,7 @@ def window(
       @gpu.loop(start, total, step=W)
       def _(n):
         begin(n)
-        dk, dv = gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))
-        for distance in range(reach + 1):
-          p, ds = pair(n, distance)
-          m = n + distance - reach
-          dk, dv = gpu.add_matmul((dk, (ds, of("q_s", m))), (dv, (p, of("dout_s", m))), scratch=p_s)
-          if distance < W:  # the next tile of this warpgroup does not see it
-            gpu.commit_reads()
-            release_queries(m if distance else jnp.where(n == start, 0, m), m + 1)
+        dk, dv = overlapped(n) if overlap else in_turn(n)
         leave_ds(n)
         t = first + n - reach
         results = s["dv_s"].at[wg]
@@ -639,21 +689,25 @@ def add_key_gradients(state, own, query, c, mask, scratch, kept=None):
     kept: where to keep dS^T, or None.
   """
   dk, dv = state
-  p, ds = weights_of_keys(own, query, c, mask)
-  if kept is not None:
-    kept[...] = ds
-  return gpu.add_matmul((dk, (ds, query[0])), (dv, (p, query[1])), scratch=scratch)
-
-
-def weights_of_keys(own, query, c, mask):
-  """P^T and dS^T of a key tile and a query tile, as operands; arguments as above."""
   (k, v), (q, dout, rows) = own, query
   x, dp = _products((k, _turned(q)), (v, _turned(dout)))
   lse, delta = rows()  # only now, for 32 registers that the products can use
+  p = weights_of(x, lse, c, mask)
+  ds = slopes_of(p, dp, delta, k.dtype)
+  if kept is not None:
+    kept[...] = ds
+  return gpu.add_matmul((dk, (ds, q)), (dv, (p.astype(k.dtype), dout)), scratch=scratch)
+
+
+def weights_of(x, lse, c, mask):
+  """P^T from S^T / scale and lse by column; the others as above."""
   p = jnp.exp2(x * c - gpu.over_rows(lse, TILE))
-  p = p if mask is None else jnp.where(mask, p, 0.0)
-  ds = p * (dp - gpu.over_rows(delta, TILE))
-  return p.astype(k.dtype), ds.astype(k.dtype)
+  return p if mask is None else jnp.where(mask, p, 0.0)
+
+
+def slopes_of(p, dp, delta, dtype):
+  """dS^T, as an operand, from P^T, dP^T and delta by column."""
+  return (p * (dp - gpu.over_rows(delta, TILE))).astype(dtype)
 
 
 def add_query_gradient(dq, own, key, c, mask, scratch):

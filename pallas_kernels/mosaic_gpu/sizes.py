@@ -115,7 +115,7 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
       for name in more:
         larger = found | {name: found[name] + 1}
         found = larger if fits(larger) else found
-      return dict(warpgroups=W, **found)
+      return dict(warpgroups=W, overlap=bool(tuned and tuned.stages > 1), **found)
   return None
 
 
