@@ -13,7 +13,8 @@ WORKERS ?= 2
 GPU_PYTHON = $(or $(PYTHON),python3)
 GPU_TESTS = $(wildcard tests/attention_test.py tests/mosaic_gpu_*_test.py)
 # The type checks of the other targets need beartype, and their warnings are errors: neither is
-# asked of a machine that is not ours. Float32 products stay float32; GPUs round them to TF32.
+# asked of a machine that is not ours. Float32 products stay float32; GPUs round them to TF32. The
+# matmuls of the references are not tuned: that takes longer than they do.
 GPU_PYTEST = -q -m "not slow" -W default \
   -o addopts="--strict-markers --import-mode=importlib"
 
@@ -32,7 +33,8 @@ test-long: .venv lint  ## everything that does not fit there, in full
 test-gpu:  ## the attention suites on this machine's GPU, with the running interpreter
 	@$(GPU_PYTHON) -c "import jax, sys; sys.exit(jax.default_backend() != 'gpu')" || \
 	  { echo "JAX ($(GPU_PYTHON)) finds no GPU here" >&2; exit 1; }
-	JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTHON) -m pytest $(GPU_PYTEST) $(GPU_TESTS)
+	XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" JAX_DEFAULT_MATMUL_PRECISION=highest \
+	  $(GPU_PYTHON) -m pytest $(GPU_PYTEST) $(GPU_TESTS)
 
 bench: .venv  ## every benchmark this machine can run, into benchmarks/*.json
 	$(RUN) experiments.benchmark
