@@ -200,11 +200,32 @@ def test_kernels_match_the_reference_on_a_gpu_and_repeat_bit_by_bit(case):
   check_kernels(case, runs=3)
 
 
-@pytest.mark.parametrize("window,stages,warpgroups", [(64, 1, 2), (100, 2, 2), (256, 2, 1)])
-def test_windows_backward_as_the_tuning_table_may_have_it(window, stages, warpgroups):
-  """One or two warpgroups for dk and dv; products one after the other, or under way throughout."""
+# As the tuning table may have it: one or two warpgroups for dk and dv; products one after the
+# other, or under way throughout.
+WINDOWS_BACKWARD = [
+  (1, 2, _single(patterns.Local(64), T=450)),
+  (1, 2, _kernel(patterns.Local(100), T=150, Dk=32, Dv=64, segments=2)),  # walks of one tile
+  (2, 2, _single(patterns.Local(100), T=450)),
+  (2, 1, _single(patterns.Local(256), T=450)),
+]
+LONG_WALKS = [
+  (stages, warpgroups, _kernel(patterns.Local(128), T=2_001, B=4, H=H, Hkv=H, Dk=D, Dv=D))
+  for stages, warpgroups in ((1, 2), (2, 1), (2, 2))
+  for H, D in ((16, 32), (8, 64))
+]
+
+
+@pytest.mark.parametrize("stages,warpgroups,case", WINDOWS_BACKWARD, ids=str)
+def test_windows_backward(stages, warpgroups, case):
   with tuning.override("local", "bwd", tuning.BlockSizes(64, 64, stages, warpgroups)):
-    check_kernels(_single(patterns.Local(window), T=450))
+    check_kernels(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stages,warpgroups,case", LONG_WALKS, ids=str)
+def test_windows_backward_on_a_gpu(stages, warpgroups, case):
+  with tuning.override("local", "bwd", tuning.BlockSizes(64, 64, stages, warpgroups)):
+    check_kernels(case, runs=3)
 
 
 @pytest.mark.parametrize(

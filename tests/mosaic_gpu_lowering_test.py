@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import api
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from pallas_kernels import tuning
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
 # B, T, H, D, stride, summary width.
@@ -86,6 +87,14 @@ def test_nothing_large_is_copied(name, shape):
     program = lowered(attend_with(PATTERNS[name](stride, width)), x, x, x, x)
   assert program.count("mosaic_gpu") >= 2
   assert not large_moves(program, B * T * H * D // 2)  # per_head moves half the heads at once
+
+
+@pytest.mark.parametrize("stages,warpgroups", [(1, 2), (2, 1), (2, 2)])
+def test_windows_backward_as_the_tuning_table_may_have_it(stages, warpgroups):
+  x = array(2, 2_048, 4, 32)
+  sizes = tuning.BlockSizes(64, 64, stages, warpgroups)
+  with mesh(), tuning.override("local", "bwd", sizes):
+    assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
 
 
 @pytest.mark.parametrize("name", PATTERNS)

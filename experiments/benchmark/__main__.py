@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   names = args.names or [name for name in BENCHMARKS if name != "tune"]
   if IN_WORKERS & set(names):
     # Read when JAX finds the GPU: the memory must be left to the processes that measure.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   backend = jax.default_backend()
   missing = f"needs an NVIDIA GPU, and JAX finds none here (its backend is {backend!r})"
   if backend != "gpu" and (asked := [name for name in args.names if name in ON_GPU]):

@@ -330,7 +330,7 @@ class Workers:
     if key not in self.errors and not (share in self.workers and key in self.workers[share].jobs):
       self._end(share)
       self._begin(share, again=key)
-      self._compile(share)
+      self._compile(share, again=key)
     if key in self.errors:
       return Measurement(error=self.errors[key])
     try:
@@ -356,13 +356,14 @@ class Workers:
     if jobs := {key: self.jobs[key] for key in mine}:
       self.workers[share] = Worker(jobs)
 
-  def _compile(self, share: int) -> None:
+  def _compile(self, share: int, again: Hashable = None) -> None:
     """Waits for the programs of a share; where its process dies, for a new one without that job."""
     while share in self.workers:
       worker = self.workers[share]
       waiting = lost = list(worker.jobs)  # all are lost if it does not even begin
       try:
-        worker.answer(START_SECONDS)
+        if (found := worker.answer(START_SECONDS)) != jax.default_backend():
+          raise Died(f"JAX runs on {found!r} there, not on {jax.default_backend()!r}")
         while waiting:
           lost = waiting[:1]
           key, error = worker.answer(COMPILE_SECONDS)
@@ -373,7 +374,7 @@ class Workers:
       except Died as death:
         self.errors |= dict.fromkeys(lost, text(death))
         self._end(share)
-        self._begin(share)
+        self._begin(share, again=None if again in lost else again)
 
   def _end(self, share: int) -> None:
     if share in self.workers:

@@ -4,8 +4,9 @@
 their gradients need: q and dout of these and later tiles, k and v of these and earlier ones.
 `window`: every multiprocessor walks along the sequences behind rings of tiles.
 
-Both compute dq of a query tile and dk, dv of a key tile as sums of their own: 7 matrix products
-instead of 5, but no atomics, no sums in another order, and the memory system remains the limit.
+Both compute dq of a query tile and dk, dv of a key tile as sums of their own: no atomics, no sums
+in another order. Where dS^T of all pairs fits shared memory that takes 5 matrix products a pair;
+longer sequences in `resident` compute their weights twice, with 7.
 
 With P = exp2(S - lse), dS = P (dP - delta), delta = rowsum(dout out) - dlse. The passes of a union
 share lse and delta.
@@ -330,6 +331,8 @@ def window(
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
   nt, W = view.num_tiles, warpgroups
   reach = band.last(nt)
+  # Else a warpgroup would wait for tiles that are loaded only once it has gone on.
+  assert reach + 1 >= W and query_stages >= reach + W and key_stages > W
   share = share_of(nt, B * Hg)
   inputs = dict(q=q, k=k, v=v, dout=dout, out=out, lse=lse)
   optional = dict(row_ids=ids, column_ids=ids, dlse=dlse)  # as in `resident`

@@ -96,7 +96,7 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
   # A sum of dq for each tile of the window has to fit the registers of a warpgroup.
   if reach is None or Dk + Dv > 256 or (reach + 1) * Dk // 2 > 192:
     return None
-  most = tuned.warpgroups if tuned else 1
+  most = min(tuned.warpgroups, 2) if tuned else 1  # three would want more registers than there are
   for W in range(min(most, reach + 1), 0, -1):
     found = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
 
