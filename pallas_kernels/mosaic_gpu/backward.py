@@ -465,9 +465,8 @@ def window(
         return [sums.get(distance, dq) for distance, dq in enumerate(dqs)]
 
       for n in range(W):
-        make_ahead = functools.partial(make_delta, n)
-        gpu.when(n < total)(make_ahead)
-        gpu.when(n < total)(functools.partial(release_out, n))
+        make_delta(n)
+        release_out(n)
 
       def added(*terms):  # accumulators cannot start in tiles whose place is a constant
         products = gpu.matmul(*(pair for _, pair in terms))
@@ -637,14 +636,14 @@ def window(
 
       # What is left to be seen, and freed where there was no tile for this warpgroup.
       turns = lax.div(jnp.maximum(total - start + W - 1, 0), jnp.int32(W))
-      last = start + (turns - 1) * W
+      last = start + (turns - 1) * W  # where it has none, a key tile before the first query
 
-      @gpu.loop(jnp.maximum(last + 1, 0), total)
+      @gpu.loop(last + 1, total)
       def _(n):
         see(n)
         gpu.barrier_arrive(of("k_free", n))
 
-      gpu.when(last >= 0)(lambda: gpu.barrier_wait(of("ds_free", last)))
+      gpu.barrier_wait(of("ds_free", last))
       gpu.when(turns == 0)(lambda: release_queries(0, count))
       gpu.wait_to_gmem(0)
 
