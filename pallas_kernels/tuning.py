@@ -26,9 +26,9 @@ class BlockSizes:
 
   Attributes:
     block_q: rows that a CTA owns: queries, backward keys too.
-    block_k: keys of a step, where they stream.
-    stages: steps in flight, where a CTA walks along a sequence; of windows backward 2 where
-      products are under way while weights are computed, else 1.
+    block_k: keys of a step, where they stream; of windows forward those that a step brings: fewer
+      than its queries see where a CTA walks along a sequence.
+    stages: steps in flight, where there is more than one.
     warpgroups: those that compute.
   """
 

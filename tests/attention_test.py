@@ -200,32 +200,41 @@ def test_kernels_match_the_reference_on_a_gpu_and_repeat_bit_by_bit(case):
   check_kernels(case, runs=3)
 
 
-# As the tuning table may have it: one or two warpgroups for dk and dv; products one after the
-# other, or under way throughout.
-WINDOWS_BACKWARD = [
-  (1, 2, _single(patterns.Local(64), T=450)),
-  (1, 2, _kernel(patterns.Local(100), T=150, Dk=32, Dv=64, segments=2)),  # walks of one tile
-  (2, 2, _single(patterns.Local(100), T=450)),
-  (2, 1, _single(patterns.Local(256), T=450)),
+# As the tuning table may have it. Forward, steps that bring one tile of keys per warpgroup walk; of
+# those that bring all, none does. Backward, one or two warpgroups sum dk and dv.
+WALK, ALL = 64, 512
+WINDOWS = [
+  ("fwd", WALK, 2, 2, _single(patterns.Local(100), T=450)),
+  ("fwd", WALK, 1, 3, _single(patterns.Local(64), T=450, segments=2)),
+  ("fwd", WALK, 3, 1, _single(patterns.Local(256), T=600)),
+  ("fwd", ALL, 2, 2, _single(patterns.Local(130), T=450)),
+  ("fwd", ALL, 1, 3, _kernel(patterns.Local(100), T=450, Dk=32, Dv=64, segments=2)),
+  ("bwd", WALK, 1, 2, _single(patterns.Local(64), T=450)),
+  ("bwd", WALK, 1, 2, _kernel(patterns.Local(100), T=150, Dk=32, Dv=64, segments=2)),
 ]
 LONG_WALKS = [
-  (stages, warpgroups, _kernel(patterns.Local(128), T=2_001, B=4, H=H, Hkv=H, Dk=D, Dv=D))
-  for stages, warpgroups in ((1, 2), (2, 1), (2, 2))
-  for H, D in ((16, 32), (8, 64))
-]
+  (*sizes, _kernel(patterns.Local(window), T=2_001, B=4, H=H, Hkv=H, Dk=D, Dv=D))
+  for sizes in (("fwd", WALK, 2, 1), ("fwd", WALK, 2, 2), ("fwd", WALK, 3, 3), ("fwd", ALL, 1, 1),
+                ("fwd", ALL, 2, 2), ("fwd", ALL, 2, 3), ("bwd", WALK, 1, 1), ("bwd", WALK, 1, 2))
+  for window, H, D in ((128, 16, 32), (96, 8, 64))
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("stages,warpgroups,case", WINDOWS_BACKWARD, ids=str)
-def test_windows_backward(stages, warpgroups, case):
-  with tuning.override("local", "bwd", tuning.BlockSizes(64, 64, stages, warpgroups)):
-    check_kernels(case)
+def check_windows(direction, block_k, stages, warpgroups, case, runs: int = 1):
+  sizes = tuning.BlockSizes(64, block_k, stages, warpgroups)
+  with tuning.override("local", direction, sizes):
+    check_kernels(case, runs)
+
+
+@pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", WINDOWS, ids=str)
+def test_windows(direction, block_k, stages, warpgroups, case):
+  check_windows(direction, block_k, stages, warpgroups, case)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stages,warpgroups,case", LONG_WALKS, ids=str)
-def test_windows_backward_on_a_gpu(stages, warpgroups, case):
-  with tuning.override("local", "bwd", tuning.BlockSizes(64, 64, stages, warpgroups)):
-    check_kernels(case, runs=3)
+@pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", LONG_WALKS, ids=str)
+def test_windows_on_a_gpu(direction, block_k, stages, warpgroups, case):
+  check_windows(direction, block_k, stages, warpgroups, case, runs=3)
 
 
 @pytest.mark.parametrize(

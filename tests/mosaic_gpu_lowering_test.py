@@ -89,12 +89,15 @@ def test_nothing_large_is_copied(name, shape):
   assert not large_moves(program, B * T * H * D // 2)  # per_head moves half the heads at once
 
 
-@pytest.mark.parametrize("stages,warpgroups", [(1, 2), (2, 1), (2, 2)])
-def test_windows_backward_as_the_tuning_table_may_have_it(stages, warpgroups):
-  x = array(2, 2_048, 4, 32)
-  sizes = tuning.BlockSizes(64, 64, stages, warpgroups)
-  with mesh(), tuning.override("local", "bwd", sizes):
-    assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
+@pytest.mark.parametrize("D", [32, 64])
+@pytest.mark.parametrize("block_k", [64, 512])
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_windows_as_the_tuning_table_may_have_them(direction, block_k, D):
+  x = array(2, 2_048, 4, D)
+  with mesh():
+    for warpgroups in (1, 2, 3):
+      with tuning.override("local", direction, tuning.BlockSizes(64, block_k, 2, warpgroups)):
+        assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
 
 
 @pytest.mark.parametrize("name", PATTERNS)

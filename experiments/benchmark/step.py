@@ -25,6 +25,7 @@ from experiments.benchmark import gpu
 from experiments.benchmark import report
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from sparse_flax.attention import apart
 
 OURS = "mosaic_gpu"
 STEPS = 6
@@ -117,10 +118,12 @@ def layer(x: jax.Array, weights: dict, *, body: Body, attend: Callable) -> jax.A
   w = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights)
   normed = _norm(x, w["norm1"])
   # Three products with three slices of the weight: slices of one product's activation would have to
-  # be copied before any kernel can read them, and their gradients joined after it.
+  # be copied before any kernel can read them, and their gradients joined after it. Without
+  # attention XLA may join them: it then reads slices where they are.
+  inputs = (normed,) * 3 if attend is instead else apart(normed, 3)
   q, k, v = (
-    (normed @ part).reshape(body.batch, body.T, body.heads, -1)
-    for part in jnp.split(w["qkv"], 3, axis=1)
+    (one @ part).reshape(body.batch, body.T, body.heads, -1)
+    for one, part in zip(inputs, jnp.split(w["qkv"], 3, axis=1), strict=True)
   )
   x = x + attend(q, k, v).reshape(x.shape) @ w["out"]
   hidden = _norm(x, w["norm2"]) @ w["up"]

@@ -77,12 +77,12 @@ def _wishes(kind: str, shape: gpu.Shape, direction: tuning.Direction) -> list[tu
     of = problem(kind, shape)
     reach = of.band.last(of.view.num_tiles)
     if direction == "bwd":
-      pairs = itertools.product((1, 2), (1, 2))
-      return [tuning.BlockSizes(TILE, TILE, stages, warpgroups) for stages, warpgroups in pairs]
+      return [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2)]
     return [
-      tuning.BlockSizes(TILE, TILE, reach + warpgroups + more, warpgroups)
-      for warpgroups in range(1, min(3, reach + 1) + 1)
-      for more in (1, 2, 4, 64)
+      tuning.BlockSizes(TILE * warpgroups, TILE * keys, stages, warpgroups)
+      for warpgroups in (1, 2, 3)
+      for keys in (warpgroups, warpgroups + reach)  # in walks; all at once
+      for stages in (1, 2, 3)
     ]
   if kind in ("column", "block"):
     if direction == "fwd":

@@ -304,7 +304,6 @@ def window(
   key_stages: int,
   out_stages: int,
   result_stages: int,
-  overlap: bool,
 ):
   """Gradients of attention to a window of the keys before each query; arguments as in `resident`.
 
@@ -322,7 +321,6 @@ def window(
     warpgroups: for dk and dv.
     query_stages, key_stages, out_stages: tiles of the rings.
     result_stages: tiles that dk and dv of a warpgroup leave from: 2, or 1 for both.
-    overlap: whether products for dk and dv are under way while weights are computed.
 
   Returns:
     dq, dk, dv [B, T, Hg, D], k's and v's for each query head; and delta.
@@ -531,7 +529,11 @@ def window(
         """Which pairs of key tile n and the queries at a distance attend, or None for all."""
         mask = None
         if not band.covers(distance):
-          mask = band.mask(_difference(1) + distance * TILE)
+          # Opaque: what a loop does not change is computed before it, and packed bit by bit.
+          keys = lax.optimization_barrier(gpu.iota((TILE,), layout=ROW))
+          queries = gpu.iota((TILE,), layout=COLUMN)
+          difference = gpu.over_rows(queries, TILE) - gpu.over_columns(keys, TILE)
+          mask = band.mask(difference + distance * TILE)
         if ids is not None:
           k_tile = first - reach + n
           same = _same_segment(ref, b, 0, inside(k_tile + distance), inside(k_tile), 1)
@@ -546,14 +548,23 @@ def window(
       def weights(n, distance, exists=None):
         """P^T and dS^T of key tile n and the queries at a distance; the latter is kept."""
         m = n + distance - reach
-        x, dp = _products(*factors(n, distance))
-        lse = column("lse_s", m)
-        p = weights_of(x, lse if exists is None else lse + exists, c, mask_of(n, distance))
+        of_s, of_dp = factors(n, distance)
+        lse = lambda: column("lse_s", m) if exists is None else column("lse_s", m) + exists
+        if Dk + Dv <= 128:
+          x, dp = gpu.matmul(of_s, of_dp)
+          p = weights_of(x, lse(), c, mask_of(n, distance))
+          operand = p.astype(q.dtype)
+        else:  # registers are short: dP^T only when P^T is as small as it gets
+          (x,) = gpu.matmul(of_s)
+          p = weights_of(x, lse(), c, mask_of(n, distance)).astype(q.dtype)
+          operand = lax.optimization_barrier(p)
+          (dp,) = gpu.matmul(of_dp)
+          p = operand.astype(jnp.float32)
         ds = slopes_of(p, dp, column("delta_s", m), q.dtype)
         kept(n, distance)[...] = ds
-        return p.astype(q.dtype), ds
+        return operand, ds
 
-      def in_turn(n):
+      def key_gradients(n):
         """dk and dv of key tile n."""
         dk, dv = gpu.zeros((TILE, Dk)), gpu.zeros((TILE, Dv))
         for distance in range(reach + 1):
@@ -563,41 +574,6 @@ def window(
           if distance < W:  # the next tile of this warpgroup does not see it
             gpu.commit_reads()
             release_queries(m if distance else jnp.where(n == start, 0, m), m + 1)
-        return dk, dv
-
-      def overlapped(n):
-        """The same, with products under way throughout.
-
-        S^T of a distance runs while dS^T of the one before is made; dP^T, and what that one adds to
-        dk and dv, while its weights are.
-        """
-
-        def body(dk, dv, *products):
-          xs, dps = products[: reach + 1], products[reach + 1 :]
-          xs[0].add(*factors(n, 0)[0])
-          operands = None
-          for distance in range(reach + 1):
-            m = n + distance - reach
-            if operands is not None:
-              dk.add_from_registers(operands[1], of("q_s", m - 1))
-              dv.add_from_registers(operands[0], of("dout_s", m - 1))
-            dps[distance].add(*factors(n, distance)[1])
-            x = xs[distance].get(1 if operands is None else 3)
-            p = weights_of(x, column("lse_s", m), c, mask_of(n, distance))
-            dp = dps[distance].get()
-            if distance < reach:
-              xs[distance + 1].add(*factors(n, distance + 1)[0])
-            ds = slopes_of(p, dp, column("delta_s", m), q.dtype)
-            kept(n, distance)[...] = ds
-            operands = p.astype(q.dtype), ds
-          dk.add_from_registers(operands[1], of("q_s", n))
-          dv.add_from_registers(operands[0], of("dout_s", n))
-          return dk.get(), dv.get()
-
-        shapes = (TILE, Dk), (TILE, Dv), *[(TILE, TILE)] * (2 * (reach + 1))
-        dk, dv = gpu.sums(body, *shapes, scratch=p_s)
-        gpu.commit_reads()
-        release_queries(jnp.where(n == start, 0, n - reach), n - reach + W)
         return dk, dv
 
       def leave_ds(n):
@@ -621,7 +597,7 @@ def window(
       @gpu.loop(start, total, step=W)
       def _(n):
         begin(n)
-        dk, dv = overlapped(n) if overlap else in_turn(n)
+        dk, dv = key_gradients(n)
         leave_ds(n)
         t = first + n - reach
         results = s["dv_s"].at[wg]
@@ -667,7 +643,7 @@ def window(
 def window_registers(reach: int, Dk: int, warpgroups: int) -> tuple[int, int]:
   """Registers of a thread that sums dq, and of one that sums dk and dv, of the 504 or 512."""
   if warpgroups == 1:
-    return 232, 240
+    return 232, 248
   for_dq = -(-((reach + 1) * Dk // 2 + 40) // 8) * 8
   return for_dq, (512 - PRODUCER_REGISTERS - for_dq) // (8 * warpgroups) * 8
 

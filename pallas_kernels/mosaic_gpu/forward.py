@@ -23,6 +23,7 @@ from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {2: 232, 3: 160}  # of the 512 per four threads
+
 AT_ONCE = 2  # tiles of logits in registers, 32 each
 
 
@@ -153,146 +154,169 @@ def resident(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgr
   return out.reshape(B, T, Hg, Dv), lse
 
 
-def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups, stages):
-  """Attention to a window of the keys before each query, in walks along the sequences.
+def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgroups, stages, walks):
+  """Attention to a window of the keys before each query.
 
-  Every multiprocessor walks along its share of a sequence for one head; all heads of a share walk
-  side by side, for they are neighbours in memory. A producer fills a ring of `stages` tiles of keys
-  and values ahead of `warpgroups` consumers, which take the query tiles in turn. All else as in
-  `resident`.
+  A multiprocessor takes one group of query tiles after the other, a tile for each of `warpgroups`
+  consumers, while a producer fills memory for the next steps. With `walks` the groups are a walk
+  along a share of a sequence: keys that the next group needs stay, and all heads of a share walk
+  side by side, for they are neighbours in memory. Without, a step brings all keys of its group, of
+  which the cache has most: all multiprocessors are at neighbouring groups, the heads of the same
+  rows first. All else as in `resident`.
+
+  Args:
+    stages: steps whose new keys fit in memory together.
   """
   B, _, H, Dk = q.shape
   Dv, group, Hg = v.shape[3], H // k.shape[2], len(heads)
   nt = view.num_tiles
   reach = band.last(nt)
-  W = min(warpgroups, reach + 1)  # so that whoever frees a tile of the ring has waited for it
-  S, Q = max(stages, reach + W), 2 * W  # tiles of keys, of queries
-  share = share_of(nt, B * Hg)
+  W, S, Q = warpgroups, stages, 2  # Q: steps whose queries fit in memory
+  new, ring = window_tiles(reach, W, S, walks)
+  kept = W + reach - new  # tiles of keys that a step finds there
+  num_groups = -(-nt // W)
+  if walks:
+    share = share_of(num_groups, B * Hg)
+    grid, grid_names = (B, -(-num_groups // share), Hg), ("b", "share", "h")
+  else:
+    num_steps = B * num_groups * Hg
+    grid, grid_names = (min(gpu.num_multiprocessors(), num_steps),), ("cta",)
   inputs = [view(x) for x in (q, k, v)]
   inputs += [ids] if ids is not None else []
   inputs += [view(prev[0]), prev[1]] if prev is not None else []
   scratch = dict(
-    q_s=gpu.smem(Q, TILE, Dk, dtype=q.dtype),
-    k_s=gpu.smem(S, TILE, Dk, dtype=q.dtype),
-    v_s=gpu.smem(S, TILE, Dv, dtype=q.dtype),
+    q_s=gpu.smem(Q * W, TILE, Dk, dtype=q.dtype),
+    k_s=gpu.smem(ring, TILE, Dk, dtype=q.dtype),
+    v_s=gpu.smem(ring, TILE, Dv, dtype=q.dtype),
     o_s=gpu.smem(W, TILE, Dv, dtype=q.dtype),
-    q_full=gpu.Barrier(num_barriers=Q),
-    q_free=gpu.Barrier(num_barriers=Q),
-    k_full=gpu.Barrier(num_barriers=S, num_arrivals=2),
+    q_full=gpu.Barrier(num_barriers=Q, num_arrivals=W),
+    q_free=gpu.Barrier(num_barriers=Q, num_arrivals=W),
+    k_full=gpu.Barrier(num_barriers=S, num_arrivals=2 * new),
     k_free=gpu.Barrier(num_barriers=S, num_arrivals=W),
   )
+  if kept:
+    scratch |= dict(kept_full=gpu.Barrier(num_arrivals=2 * kept))
   if prev is not None:
     scratch |= dict(prev_full=gpu.Barrier(num_barriers=W))
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, TILE, dtype=q.dtype))
 
-  def window_forward(
-    *refs, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, prev_full=None, p_s=None
-  ):
+  def window_forward(*refs, q_s, k_s, v_s, o_s, q_full, q_free, k_full, k_free, **s):
     q_ref, k_ref, v_ref, *more, o_ref, lse_ref = refs
     ids_ref = more.pop(0) if ids is not None else None
     wg = lax.axis_index("wg")
-    b, h = lax.axis_index("b"), lax.axis_index("h")
-    head = head_of(heads, h)
-    first = lax.axis_index("share") * share
-    count = jnp.minimum(nt - first, share)
     rem = lambda n, size: lax.rem(n, jnp.int32(size))
-    # Every second share is walked backward: neighbours begin or end side by side, and what both
-    # read is in the cache. Keys are counted as they come; query n of a walk meets n ... n + reach.
-    backward = rem(lax.axis_index("share"), 2) == 1
-    query_tile = lambda n: first + jnp.where(backward, count - 1 - n, n)
-    key_tile = lambda n: jnp.where(backward, query_tile(n), first - reach + n)
-    key_at = lambda n, distance: n + jnp.where(backward, distance, reach - distance)
+    div = lambda n, size: lax.div(n, jnp.int32(size))
+    # Tiles that do not exist are never attended, but must hold numbers: others will do.
+    row = lambda t: jnp.clip(t, 0, nt - 1) * TILE
+
+    # Of step n: batch element and head; query tile w; the m-th tile of keys that it meets, in the
+    # order in which they come, and its place; the number of the key tile at a distance.
+    if walks:
+      share_index = lax.axis_index("share")
+      begin = share_index * share
+      count = jnp.minimum(num_groups - begin, share)
+      # Every second share is walked backward: neighbours begin or end side by side, and what both
+      # read is in the cache. The first keys of a step are the farthest, or then the nearest.
+      backward = rem(share_index, 2) == 1
+      start, end = begin * W, (begin + count) * W - 1
+      sequence_of = lambda n: (lax.axis_index("b"), lax.axis_index("h"))
+      query_tile = lambda n, w: jnp.where(backward, end - n * W - w, start + n * W + w)
+      key_tile = lambda n, m: jnp.where(backward, end - n * W - m, start - reach + n * W + m)
+      place = lambda n, m: rem(n * W + m, ring)
+      number = lambda distance: wg + jnp.where(backward, distance, reach - distance)
+    else:
+      cta = lax.axis_index("cta")
+      count = div(num_steps - 1 - cta, grid[0]) + 1
+      group_of = lambda n: div(n * grid[0] + cta, Hg)  # among those of all batch elements
+      sequence_of = lambda n: (div(group_of(n), num_groups), rem(n * grid[0] + cta, Hg))
+      query_tile = lambda n, w: rem(group_of(n), num_groups) * W + w
+      key_tile = lambda n, m: query_tile(n, m - reach)
+      place = lambda n, m: rem(n, S) * new + m
+      number = lambda distance: wg + reach - distance
 
     @gpu.when(wg == W)
     def _():
       if W > 1:
         gpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-      # Keys of tiles before the sequence are never attended, but must hold numbers: tile 0 will do.
-      @gpu.loop(0, count + reach)
+      def bring(n, m, full):
+        b, h = sequence_of(n)
+        h, t, at = head_of(heads, h) // group, key_tile(n, m), place(n, m)
+        gpu.to_smem(view.box(k_ref, b, 0, h, row(t)), k_s.at[at], full)
+        gpu.to_smem(view.box(v_ref, b, 0, h, row(t)), v_s.at[at], full)
+
+      for m in range(kept):
+        bring(jnp.int32(0), m, s["kept_full"])
+
+      @gpu.loop(0, count)
       def _(n):
         slot = rem(n, S)
-        t = jnp.maximum(key_tile(n), 0)
         gpu.when(n >= S)(lambda: gpu.barrier_wait(k_free.at[slot]))
-        gpu.to_smem(view.box(k_ref, b, 0, head // group, t * TILE), k_s.at[slot], k_full.at[slot])
-        gpu.to_smem(view.box(v_ref, b, 0, head // group, t * TILE), v_s.at[slot], k_full.at[slot])
-
-        @gpu.when(n >= reach)
-        def _():
-          m = n - reach
-          slot, t = rem(m, Q), query_tile(m)
-          gpu.when(m >= Q)(lambda: gpu.barrier_wait(q_free.at[slot]))
-          gpu.to_smem(view.box(q_ref, b, 0, head, t * TILE), q_s.at[slot], q_full.at[slot])
+        for m in range(kept, W + reach):
+          bring(n, m, k_full.at[slot])
+        slot = rem(n, Q)
+        gpu.when(n >= Q)(lambda: gpu.barrier_wait(q_free.at[slot]))
+        b, h = sequence_of(n)
+        for w in range(W):
+          box = view.box(q_ref, b, 0, head_of(heads, h), row(query_tile(n, w)))
+          gpu.to_smem(box, q_s.at[slot * W + w], q_full.at[slot])
 
       # Every completion of a barrier has to be seen by those who wait for it.
-      @gpu.loop(jnp.maximum(count + reach - S, 0), count)
-      def _(n):
-        gpu.barrier_wait(k_free.at[rem(n, S)])
+      for free, size in ((k_free, S), (q_free, Q)):
 
-      @gpu.loop(jnp.maximum(count - Q, 0), count)
-      def _(n):
-        gpu.barrier_wait(q_free.at[rem(n, Q)])
+        @gpu.loop(jnp.maximum(count - size, 0), count)
+        def _(n, free=free, size=size):
+          gpu.barrier_wait(free.at[rem(n, size)])
 
     @gpu.when(wg < W)
     def _():
       if W > 1:
         gpu.set_max_registers(CONSUMER_REGISTERS[W], action="increase")
       stage = o_s.at[wg]
-      scratch = None if p_s is None else p_s.at[wg]
+      scratch = s["p_s"].at[wg] if gpu.simulated() else None
+      near = gpu.iota((TILE, TILE), 0) >= gpu.iota((TILE, TILE), 1)
+      # Opaque, or it would be computed again in each step.
+      near = lax.optimization_barrier(jnp.where(near, jnp.int16(-1), jnp.int16(0)))
+      if kept:
+        gpu.barrier_wait(s["kept_full"])
 
-      # Tiles of the ring that only the warpgroups before this one read.
-      @gpu.loop(0, jnp.minimum(wg, count))
+      @gpu.loop(0, count)
       def _(n):
-        gpu.barrier_wait(k_full.at[n])
-        gpu.barrier_arrive(k_free.at[n])
-
-      @gpu.loop(wg, count, step=W)
-      def _(n):
-        t = query_tile(n)
-        rows = gpu.ds(t * TILE, TILE)
+        b, h = sequence_of(n)
+        t = query_tile(n, wg)
         state = None
         if prev is not None:
           gpu.wait_to_gmem(0, wait_read_only=True)
-          gpu.to_smem(view.box(more[0], b, 0, h, t * TILE), stage, prev_full.at[wg])
+          gpu.to_smem(view.box(more[0], b, 0, h, row(t)), stage, s["prev_full"].at[wg])
+          rows = gpu.ds(row(t), TILE)
           lse = gpu.load(more[1].at[b, h, 0, rows], layout=ROW, optimized=False)
-          gpu.barrier_wait(prev_full.at[wg])
+          gpu.barrier_wait(s["prev_full"].at[wg])
           state = resume(stage, lse, scale)
 
-        @gpu.loop(jnp.where(n == wg, wg, n + reach + 1 - W), n + reach + 1)
-        def _(m):
-          gpu.barrier_wait(k_full.at[rem(m, S)])
-
-        q_slot = rem(n, Q)
+        slot, q_slot = rem(n, S), rem(n, Q)
+        gpu.barrier_wait(k_full.at[slot])
         gpu.barrier_wait(q_full.at[q_slot])
         same = [None] * (reach + 1)
         if ids is not None:
-          ids_q = _ids(ids_ref, b, 0, t * TILE, TILE, ROW)
-          tiles = [jnp.maximum(t - distance, 0) for distance in range(reach + 1)]
-          same = [_same(ids_q, _ids(ids_ref, b, 0, tile * TILE, TILE, COLUMN)) for tile in tiles]
-        slots = [rem(key_at(n, distance), S) for distance in range(reach + 1)]
-        tiles = q_s.at[q_slot], [k_s.at[slot] for slot in slots], [v_s.at[slot] for slot in slots]
-
-        state = attend_window(state, band, t, *tiles, same, scale, scratch)
+          starts = [row(t - distance) for distance in range(reach + 1)]
+          ids_q = _ids(ids_ref, b, 0, starts[0], TILE, ROW)
+          same = [_same(ids_q, _ids(ids_ref, b, 0, start, TILE, COLUMN)) for start in starts]
+        places = [place(n, number(distance)) for distance in range(reach + 1)]
+        tiles = q_s.at[q_slot * W + wg], [k_s.at[x] for x in places], [v_s.at[x] for x in places]
+        state = attend_window(state, band, t, *tiles, same, near, scale, scratch)
         gpu.barrier_arrive(q_free.at[q_slot])
-
-        @gpu.loop(n, jnp.minimum(n + W, count))
-        def _(m):
-          gpu.barrier_arrive(k_free.at[rem(m, S)])
-
+        gpu.barrier_arrive(k_free.at[slot])
         gpu.wait_to_gmem(0, wait_read_only=True)
         lse = finish(state, stage, scale)
         gpu.commit_smem()
-        gpu.to_gmem(stage, view.box(o_ref, b, 0, h, t * TILE))
-        lse_ref.at[b, h, 0, rows][...] = lse  # last: the fence above would wait for it
 
-      # What the other warpgroups waited for after this one's last tile.
-      turns = lax.div(count - wg + W - 1, jnp.int32(W))
-      seen = jnp.where(count > wg, (turns - 1) * W + wg + reach + 1, jnp.minimum(wg, count))
+        def store():
+          gpu.to_gmem(stage, view.box(o_ref, b, 0, h, t * TILE))
+          # Last: the fence above would wait for it.
+          lse_ref.at[b, h, 0, gpu.ds(t * TILE, TILE)][...] = lse
 
-      @gpu.loop(seen, count + reach)
-      def _(n):
-        gpu.barrier_wait(k_full.at[rem(n, S)])
+        store() if nt % W == 0 else gpu.when(t < nt)(store)
 
       gpu.wait_to_gmem(0)
 
@@ -304,11 +328,17 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
     window_forward,
     out_type=out_type,
     scratch_types=scratch,
-    grid=(B, -(-nt // share), Hg),
-    grid_names=("b", "share", "h"),
+    grid=grid,
+    grid_names=grid_names,
     num_threads=W + 1,
     thread_name="wg",
   )(*inputs)
+
+
+def window_tiles(reach: int, warpgroups: int, stages: int, walks: bool) -> tuple[int, int]:
+  """Tiles of keys that a step of `window` brings, and for which there is memory."""
+  new = warpgroups if walks else warpgroups + reach
+  return new, stages * new + warpgroups + reach - new
 
 
 def share_of(num_tiles: int, num_sequences: int) -> int:
@@ -354,45 +384,61 @@ def attend(state, q, k, v, mask, scale, scratch):
   return total, top, weight
 
 
-def attend_window(state, band: Band, own, q, keys, values, same, scale, scratch):
+def attend_window(state, band: Band, own, q, keys, values, same, near, scale, scratch):
   """The state after a window: the tiles 0, 1, ... before the query's own.
 
   Args:
     own: the number of the query's own tile in its sequence.
     same: per tile, which pairs share a segment, or None.
+    near: int16, -1 for the pairs of a tile with a key no later than the query, else 0.
   """
+  Dv, last = values[0].shape[1], len(keys) - 1
   difference = gpu.iota((TILE, TILE), 0) - gpu.iota((TILE, TILE), 1)
-  last = len(keys) - 1
-  # The two edges of such a window complement each other: row i sees j <= i of the near tile and
-  # j > i of the far one. Together they are one full tile, with half the exponentials of two.
+  # The two edges of a window complement each other: row i sees j <= i of the near tile and some
+  # j > i of the far one. Together they are one tile, with half the exponentials of two.
   folds = band.folds(len(keys)) and same[0] is None
   tiles = [(0, last), *((n,) for n in range(1, last))] if folds else [(n,) for n in range(last + 1)]
 
   def logits(distances):
     xs = gpu.matmul(*((q, keys[n].transpose((1, 0))) for n in distances))
-    # Tiles before the sequence do not exist. A condition would make ptxas wait after every product.
-    exists = lambda n: jnp.where(own >= n, jnp.float32(0), -jnp.inf)
-    xs = [x if n == 0 else x + exists(n) for x, n in zip(xs, distances, strict=True)]
+
+    def beyond(*xs):
+      """Without the tiles before the sequence, which do not exist."""
+      exists = lambda n: jnp.where(own >= n, jnp.float32(0), -jnp.inf)
+      return tuple(x if n == 0 else x + exists(n) for x, n in zip(xs, distances, strict=True))
+
+    if farthest := distances[-1]:
+      xs = lax.cond(own >= farthest, lambda *xs: xs, beyond, *xs)
+    mask = None
     if len(distances) > 1:
-      return jnp.where(difference >= 0, *xs)
-    (x,), (n,) = xs, distances
-    mask = same[n]
-    if not band.covers(n):
-      inside = band.mask(difference + n * TILE)
-      mask = inside if mask is None else mask & inside
+      x = jnp.where(difference >= 0, *xs)
+      if band.far < last * TILE:  # the window ends inside a tile
+        mask = band.mask(difference) | band.mask(difference + last * TILE)
+    else:
+      (x,), (n,) = xs, distances
+      mask = same[n]
+      if not band.covers(n):
+        inside = band.mask(difference + n * TILE)
+        mask = inside if mask is None else mask & inside
     return x if mask is None else jnp.where(mask, x, -jnp.inf)
 
-  for n in range(0, len(tiles), AT_ONCE):
-    chosen = tiles[n : n + AT_ONCE]
+  def parts(p, distances):
+    """Of the weights of a tile, the operands for each of the tiles that it is made of."""
+    p = p.astype(q.dtype)
+    if len(distances) == 1:
+      return [p]
+    bits = lax.bitcast_convert_type(p, jnp.int16)
+    return [lax.bitcast_convert_type(x, p.dtype) for x in (bits & near, bits & ~near)]
+
+  for first in range(0, len(tiles), AT_ONCE):
+    chosen = tiles[first : first + AT_ONCE]
     xs = [logits(distances) for distances in chosen]
-    ps, (total, top, weight) = _softmax(state, xs, scale, values[0].shape[1])
-    pairs = []
-    for p, distances in zip(ps, chosen, strict=True):
-      parts = [p]
-      if len(distances) > 1:
-        near = jnp.where(difference >= 0, p, 0.0)
-        parts = [near, p - near]
-      pairs += [(x.astype(q.dtype), values[m]) for x, m in zip(parts, distances, strict=True)]
+    ps, (total, top, weight) = _softmax(state, xs, scale, Dv)
+    pairs = [
+      (part, values[n])
+      for p, distances in zip(ps, chosen, strict=True)
+      for part, n in zip(parts(p, distances), distances, strict=True)
+    ]
     (total,) = gpu.add_matmul((total, *pairs), scratch=scratch)
     state = total, top, weight
   return state

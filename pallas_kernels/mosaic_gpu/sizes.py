@@ -12,6 +12,7 @@ from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_backward
 from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.backward import KEPT_TILES
+from pallas_kernels.mosaic_gpu.forward import window_tiles
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
@@ -63,12 +64,13 @@ def window(problem: Problem) -> dict[str, int] | None:
   if reach is None:
     return None
   D = max(problem.Dk, problem.Dv)
-  most = tuned.warpgroups if tuned else 1 if D > 64 else 2 if D > 32 and reach <= 2 else 3
-  for W in range(min(most, reach + 1), 0, -1):
-    best = tuned.stages if tuned else reach + W + 1
-    for stages in range(max(best, reach + W), reach + W - 1, -1):
-      if problem.tiles(2 * W + stages, W + stages) <= SHARED_BYTES:
-        return dict(warpgroups=W, stages=stages)
+  most = tuned.warpgroups if tuned else 1 if D > 64 else 2 if D > 32 else 3
+  for W in range(most, 0, -1):
+    walks = tuned.block_k < (W + reach) * TILE if tuned else D > 64 or reach > 2
+    for stages in range(tuned.stages if tuned else 3 if walks else 2, 0, -1):
+      _, ring = window_tiles(reach, W, stages, walks)
+      if problem.tiles(2 * W + ring, W + ring) <= SHARED_BYTES:
+        return dict(warpgroups=W, stages=stages, walks=walks)
   return None
 
 
@@ -96,7 +98,8 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
   # A sum of dq for each tile of the window has to fit the registers of a warpgroup.
   if reach is None or Dk + Dv > 256 or (reach + 1) * Dk // 2 > 192:
     return None
-  most = min(tuned.warpgroups, 2) if tuned else 1  # three would want more registers than there are
+  # Two for wider tiles share less memory ahead; three would want more registers than there are.
+  most = min(tuned.warpgroups, 2) if tuned else 2 if Dk + Dv <= 64 else 1
   for W in range(min(most, reach + 1), 0, -1):
     found = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
 
@@ -115,7 +118,7 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
       for name in more:
         larger = found | {name: found[name] + 1}
         found = larger if fits(larger) else found
-      return dict(warpgroups=W, overlap=bool(tuned and tuned.stages > 1), **found)
+      return dict(warpgroups=W, **found)
   return None
 
 

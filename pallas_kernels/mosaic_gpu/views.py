@@ -110,9 +110,9 @@ class Band:
     return distance >= self.first_full() and (self.far is None or end <= self.far)
 
   def folds(self, num_tiles: int) -> bool:
-    """Whether the nearest and the farthest tile complement each other to one full tile."""
+    """Whether no pair of positions is in both the nearest and the farthest tile."""
     reach = self.last(num_tiles)
-    return self.near == 0 and reach > 0 and self.far == reach * TILE
+    return self.near == 0 and reach > 0 and self.far is not None and self.far <= reach * TILE
 
   def mask(self, distance):
     """Which of the pairs at these distances attend."""
