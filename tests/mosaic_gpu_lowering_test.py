@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice
 from jax.sharding import AbstractMesh
@@ -87,6 +88,16 @@ def test_nothing_large_is_copied(name, shape):
     program = lowered(attend_with(PATTERNS[name](stride, width)), x, x, x, x)
   assert program.count("mosaic_gpu") >= 2
   assert not large_moves(program, B * T * H * D // 2)  # per_head moves half the heads at once
+
+
+@pytest.mark.parametrize("T", [1_024, 1_111])
+@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("name", ["dense", "local", "block"])
+def test_segments(name, D, T):
+  x, ids = array(2, T, 2, D), np.zeros((2, T), np.int32)
+  attend = functools.partial(attend_with(PATTERNS[name](128, 32)), segment_ids=ids)
+  with mesh():
+    assert lowered(attend, x, x, x, x).count("mosaic_gpu") >= 2
 
 
 @pytest.mark.parametrize("D", [32, 64])

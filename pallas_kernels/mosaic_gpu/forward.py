@@ -275,9 +275,11 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
         gpu.set_max_registers(CONSUMER_REGISTERS[W], action="increase")
       stage = o_s.at[wg]
       scratch = s["p_s"].at[wg] if gpu.simulated() else None
-      near = gpu.iota((TILE, TILE), 0) >= gpu.iota((TILE, TILE), 1)
-      # Opaque, or it would be computed again in each step.
-      near = lax.optimization_barrier(jnp.where(near, jnp.int16(-1), jnp.int16(0)))
+      near = None
+      if band.folds(reach + 1) and ids is None:
+        near = gpu.iota((TILE, TILE), 0) >= gpu.iota((TILE, TILE), 1)
+        # Opaque, or it would be computed again in each step.
+        near = lax.optimization_barrier(jnp.where(near, jnp.int16(-1), jnp.int16(0)))
       if kept:
         gpu.barrier_wait(s["kept_full"])
 
@@ -300,7 +302,8 @@ def window(view: View, band: Band, q, k, v, ids, prev, *, scale, heads, warpgrou
         same = [None] * (reach + 1)
         if ids is not None:
           starts = [row(t - distance) for distance in range(reach + 1)]
-          ids_q = _ids(ids_ref, b, 0, starts[0], TILE, ROW)
+          # From a place computed otherwise: one load would have to be in two layouts.
+          ids_q = _ids(ids_ref, b, 0, jnp.minimum(t, nt - 1) * TILE, TILE, ROW)
           same = [_same(ids_q, _ids(ids_ref, b, 0, start, TILE, COLUMN)) for start in starts]
         places = [place(n, number(distance)) for distance in range(reach + 1)]
         tiles = q_s.at[q_slot * W + wg], [k_s.at[x] for x in places], [v_s.at[x] for x in places]
@@ -390,14 +393,15 @@ def attend_window(state, band: Band, own, q, keys, values, same, near, scale, sc
   Args:
     own: the number of the query's own tile in its sequence.
     same: per tile, which pairs share a segment, or None.
-    near: int16, -1 for the pairs of a tile with a key no later than the query, else 0.
+    near: to take the nearest and the farthest tile as one, int16, -1 for the pairs of a tile with
+      a key no later than the query, else 0; or None.
   """
   Dv, last = values[0].shape[1], len(keys) - 1
   difference = gpu.iota((TILE, TILE), 0) - gpu.iota((TILE, TILE), 1)
   # The two edges of a window complement each other: row i sees j <= i of the near tile and some
   # j > i of the far one. Together they are one tile, with half the exponentials of two.
-  folds = band.folds(len(keys)) and same[0] is None
-  tiles = [(0, last), *((n,) for n in range(1, last))] if folds else [(n,) for n in range(last + 1)]
+  middle = [(n,) for n in range(1, last)]
+  tiles = [(n,) for n in range(last + 1)] if near is None else [(0, last), *middle]
 
   def logits(distances):
     xs = gpu.matmul(*((q, keys[n].transpose((1, 0))) for n in distances))
