@@ -7,7 +7,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AbstractDevice
 from jax.sharding import AbstractMesh
@@ -94,7 +93,7 @@ def test_nothing_large_is_copied(name, shape):
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("name", ["dense", "local", "block"])
 def test_segments(name, D, T):
-  x, ids = array(2, T, 2, D), np.zeros((2, T), np.int32)
+  x, ids = array(2, T, 2, D), jnp.zeros((2, T), jnp.int32)
   attend = functools.partial(attend_with(PATTERNS[name](128, 32)), segment_ids=ids)
   with mesh():
     assert lowered(attend, x, x, x, x).count("mosaic_gpu") >= 2
