@@ -1,5 +1,7 @@
 """SparseSelfAttention as a layer of somebody else's model."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from pallas_kernels import patterns
 from sparse_flax import SparseSelfAttention
+from sparse_flax.attention import apart
 from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import nnx_mode  # noqa: F401
 
@@ -44,6 +47,16 @@ def test_it_is_scaled_masked_softmax_attention(qk_ratio, implementation, nnx_mod
   np.testing.assert_allclose(
     jax.jit(lambda m, x: m(x))(layer, x), attention_by_hand(layer, x), atol=1e-5
   )
+
+
+def test_compilers_keep_its_products_apart():
+  x = jnp.arange(6.0).reshape(2, 3)
+  weigh = lambda x: sum(n * y for n, y in enumerate(apart(x, 3)))
+  np.testing.assert_array_equal(jax.grad(lambda x: weigh(x).sum())(x), jnp.full((2, 3), 3.0))
+  np.testing.assert_array_equal(jax.vmap(weigh)(x), 3 * x)
+  layer, operands = make_layer(), r"optimization_barrier %\w+, %\w+, %\w+ "
+  program = jax.jit(lambda x: layer(x)).lower(jnp.ones((2, 11, 12))).as_text()
+  assert len(re.findall(operands, program)) == 1
 
 
 def test_weights_are_the_probabilities_it_uses():
