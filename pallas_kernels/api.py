@@ -17,6 +17,7 @@ from pallas_kernels import xla
 from pallas_kernels.patterns import Dense
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.reference import reference_attention
+from pallas_kernels.scores import Scores
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
@@ -59,12 +60,16 @@ def sparse_attention(
     k: keys, of the dtype of q. Query head h reads key head h // (H // Hkv), as in jax.nn.
     v: values, of the dtype of q; Dv may differ from Dk.
     pattern: which pairs attend (`pallas_kernels.patterns`); per-head patterns count query heads.
-    block_mask: not yet supported.
+      With T != S both queries and keys count from 0.
+    block_mask: which blocks of queries and keys attend, of the pairs of the pattern: Bm is B or 1,
+      Hm is H or 1, nq and nk are T and S in blocks, rounded up. It may be traced.
     block_size: tokens per block of `block_mask`.
-    score_fn: not yet supported.
-    scale: factor of the logits, Dk ** -0.5 by default.
-    segment_ids: attention stays inside equal ids (packed sequences).
-    logits_soft_cap: not yet supported.
+    score_fn: (logit, i, j, h) -> logit, for query i, key j and query head h, arrays that broadcast:
+      operators and jax.numpy, element by element. Each function is compiled once: define it once.
+      Gradients pass through the logit, not to arrays that the function holds.
+    scale: factor of the logits, Dk ** -0.5 by default. Then comes the cap, then `score_fn`.
+    segment_ids: attention stays inside equal ids (packed sequences); for T = S.
+    logits_soft_cap: c > 0 of c tanh(logit / c), which keeps logits inside -c ... c.
     implementation: None for the best that works here, or the name of the one to use. On a GPU
       None is `mosaic_gpu`, and `xla`, with one line in the log, for what that does not support.
     deterministic: whether equal inputs must give equal bits; all our own kernels do.
@@ -81,19 +86,24 @@ def sparse_attention(
   _check_arrays(q, k, v, segment_ids)
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(f"{implementation=}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
-  _check_supported(q, k, pattern, block_mask, score_fn, logits_soft_cap)
+  _check_blocks(q, k, block_mask, block_size)
+  if logits_soft_cap is not None and not logits_soft_cap > 0:
+    raise ValueError(f"{logits_soft_cap=}: must be a positive number, or None for no cap")
+  soft_cap = None if logits_soft_cap is None else float(logits_soft_cap)
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+  how = dict(pattern=pattern, scores=Scores(scale, soft_cap, score_fn), block_size=block_size)
+  masks = segment_ids, block_mask
   if implementation == "reference":
-    how = dict(pattern=pattern, scale=scale, segment_ids=segment_ids)
+    how |= dict(segment_ids=segment_ids, block_mask=block_mask)
     out, lse = _named(*reference_attention(q, k, v, **how))
     return (out, lse) if return_lse else out
   name = choose(implementation)
   if name == "mosaic_gpu":
-    if reason := _backend(name).unsupported(q, v, segment_ids, pattern, scale):
+    if reason := _backend(name).unsupported(q, k, v, *masks, **how):
       name = _instead(implementation, reason)
     elif not return_lse and _backend(name).cudnn_serves(q, v, segment_ids, pattern):
       return checkpoint_name(_backend(name).cudnn_attention(q, k, v, scale=scale), "attention_out")
-  return _attend(name, pattern, scale, return_lse, q, k, v, segment_ids)
+  return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks)
 
 
 def choose(implementation: Implementation | None) -> Implementation:
@@ -149,25 +159,25 @@ def _backend(name: Implementation):
   return xla
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _attend(name, pattern, scale, return_lse, q, k, v, segment_ids):
-  return _attend_forward(name, pattern, scale, return_lse, q, k, v, segment_ids)[0]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(name, how, return_lse, q, k, v, segment_ids, block_mask):
+  """`how`: pattern, scores and block_size of a backend, as items."""
+  return _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask)[0]
 
 
-def _attend_forward(name, pattern, scale, return_lse, q, k, v, segment_ids):
-  backend = _backend(name)
+def _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask):
+  backend, how, masks = _backend(name), dict(how), (segment_ids, block_mask)
   # The residuals carry the names, so that a policy which keeps them saves the forward pass. The
   # lse among them is as the backend wants it: the public one is made for who asks.
-  out, lse = _named(*backend.forward(q, k, v, segment_ids, pattern=pattern, scale=scale))
-  result = (out, backend.natural_lse(lse, q, v, pattern=pattern)) if return_lse else out
-  return result, (q, k, v, segment_ids, out, lse)
+  out, lse = _named(*backend.forward(q, k, v, *masks, **how))
+  result = (out, backend.natural_lse(lse, q, v, pattern=how["pattern"])) if return_lse else out
+  return result, (q, k, v, *masks, out, lse)
 
 
-def _attend_backward(name, pattern, scale, return_lse, residuals, cotangents):
+def _attend_backward(name, how, return_lse, residuals, cotangents):
   dout, dlse = cotangents if return_lse else (cotangents, None)
-  grads = _backend(name).backward(*residuals, dout, dlse, pattern=pattern, scale=scale)
-  return (*grads, None)
+  return *_backend(name).backward(*residuals, dout, dlse, **dict(how)), None, None
 
 
 _attend.__wrapped__.defvjp(_attend_forward, _attend_backward)
@@ -201,15 +211,22 @@ def _check_arrays(q, k, v, segment_ids) -> None:
       f"segment_ids {segment_ids.dtype}{list(segment_ids.shape)}: must be integers of shape "
       f"[B, T] = {list(q.shape[:2])}"
     )
+  if segment_ids is not None and q.shape[1] != k.shape[1]:
+    raise ValueError(f"{shapes}: segment_ids need as many keys as queries, S = T")
 
 
-def _check_supported(q, k, pattern, block_mask, score_fn, logits_soft_cap) -> None:
-  """Refuses what no implementation can do yet, by name."""
-  asked = {"block_mask": block_mask, "score_fn": score_fn, "logits_soft_cap": logits_soft_cap}
-  for name, value in asked.items():
-    if value is not None:
-      raise NotImplementedError(f"{name}: not supported yet; leave it None")
-  if not pattern.causal:
-    raise NotImplementedError(f"{pattern}: causal=False is not supported yet")
-  if q.shape[1] != k.shape[1]:
-    raise NotImplementedError(f"T={q.shape[1]}, S={k.shape[1]}: T != S is not supported yet")
+def _check_blocks(q, k, block_mask, block_size) -> None:
+  whole = isinstance(block_size, int) and not isinstance(block_size, bool)
+  if not whole or block_size < 1:
+    raise ValueError(f"{block_size=}: must be a whole number >= 1")
+  if block_mask is None:
+    return
+  (B, T, H, _), S = q.shape, k.shape[1]
+  nq, nk = -(-T // block_size), -(-S // block_size)
+  shape = block_mask.shape
+  fits = block_mask.ndim == 4 and shape[0] in (1, B) and shape[1] in (1, H)
+  if not fits or shape[2:] != (nq, nk) or block_mask.dtype != bool:
+    raise ValueError(
+      f"block_mask {block_mask.dtype}{list(shape)}: must be bool of shape [{B} or 1, {H} or 1, "
+      f"{nq}, {nk}], T={T} and S={S} in blocks of block_size={block_size}"
+    )

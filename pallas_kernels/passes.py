@@ -26,7 +26,9 @@ class Pass:
       sequence. "summaries": natural queries against `width` columns of every row as keys.
     allowed: (i, j) -> whether the pair attends, for pairs of one sequence, in original positions.
     stride: tokens per row of the view; unused by "natural".
-    window: keys a query can see at most, itself included, where that bounds the sweep.
+    causal: whether no query attends to a later key.
+    window: keys a query can see at most, itself included, where that bounds the sweep; as many
+      after it, where not causal.
     distance: the pairs are all those of a sequence with `distance <= i - j` (and i - j < window);
       None where only `allowed` knows.
     layout: boolean table [nq, nk] of blocks of `block_size` that may hold pairs; None for all.
@@ -37,6 +39,7 @@ class Pass:
   view: Literal["natural", "columns", "blocks", "summaries"]
   allowed: Callable[[Any, Any], Any]
   stride: int = 1
+  causal: bool = True
   window: int | None = None
   distance: int | None = None
   layout: np.ndarray | None = None
@@ -58,23 +61,44 @@ class Pass:
 
 
 @functools.lru_cache(maxsize=256)
-def lower(pattern: patterns.Pattern, num_heads: int) -> tuple[tuple[range | tuple, tuple], ...]:
+def lower(
+  pattern: patterns.Pattern, num_heads: int, natural: bool = False
+) -> tuple[tuple[range | tuple, tuple], ...]:
   """The heads that share passes, and their passes: ((heads, (Pass, ...)), ...).
 
   All heads in order where one lowering serves them all; `Fixed` sub-blocks are such a case.
+
+  Args:
+    natural: whether to sweep the natural view alone, in which positions are the original ones and
+      queries and keys may differ in number.
   """
-  if isinstance(pattern, patterns.Fixed) or pattern.period == 1:
+  sweep = (lambda p: (natural_pass(p),)) if natural else passes_of
+  if pattern.period == 1 or (isinstance(pattern, patterns.Fixed) and not natural):
     single = pattern if isinstance(pattern, patterns.Fixed) else pattern.of_head(0)
-    return ((range(num_heads), passes_of(single)),)
+    return ((range(num_heads), sweep(single)),)
   heads_of = {}
   for h in range(num_heads):
     heads_of.setdefault(pattern.of_head(h), []).append(h)
-  return tuple((tuple(heads), passes_of(p)) for p, heads in heads_of.items())
+  return tuple((tuple(heads), sweep(p)) for p, heads in heads_of.items())
+
+
+def natural_pass(pattern: patterns.Pattern) -> Pass:
+  """One pass over the natural view, for any pattern that all heads share."""
+  window, table = None, {}
+  match pattern:
+    case patterns.Local():
+      window = pattern.window
+    case patterns.BlockLayout(layout=layout, block_size=block_size):
+      table = dict(layout=layout if layout.ndim == 2 else layout[0], block_size=block_size)
+  how = dict(allowed=pattern.allowed, causal=pattern.causal, window=window)
+  return Pass(view="natural", **how, **table)
 
 
 def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
   """The passes of a pattern that all its heads share (or of `Fixed`, whose heads shift)."""
   match pattern:
+    case _ if not pattern.causal:
+      return (natural_pass(pattern),)
     case patterns.Dense():
       return (_band("natural", 0),)
     case patterns.Local(window=window):
@@ -101,11 +125,8 @@ def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
       patterns=(patterns.Summary(width=width, start=start) as other, patterns.Block(stride=stride))
     ) if other.stride == stride:
       return _fixed(stride, width, (start,))
-    case patterns.BlockLayout(layout=layout, block_size=block_size):
-      layout = layout if layout.ndim == 2 else layout[0]
-      return (Pass(view="natural", allowed=pattern.allowed, layout=layout, block_size=block_size),)
     case _:
-      return (Pass(view="natural", allowed=pattern.allowed),)
+      return (natural_pass(pattern),)
 
 
 def tile_lists(
@@ -121,9 +142,9 @@ def tile_lists(
   last_q = one.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
   first_k = one.key_position(np.arange(nk) * block_k)[None, :]
   last_k = one.key_position(np.arange(1, nk + 1) * block_k - 1)[None, :]
-  visit = first_k <= last_q
+  visit = first_k <= last_q if one.causal else np.ones((nq, nk), bool)
   if one.window is not None:
-    visit = visit & (last_k > first_q - one.window)
+    visit = visit & (last_k > first_q - one.window) & (first_k < last_q + one.window)
   if one.layout is not None:
     # The blocks from the corner (0, 0) to any other, counted: a tile may span several.
     count = np.pad(one.layout.cumsum(0).cumsum(1), [(1, 0), (1, 0)])

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import Scores
 
 
 def reference_attention(
@@ -17,14 +18,21 @@ def reference_attention(
   v: Float[Array, "B S Hkv Dv"],
   *,
   pattern: Pattern,
-  scale: float | None = None,
+  scores: Scores | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
+  block_size: int = 128,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
   """softmax(scale q k^T over the allowed keys) v, and the log-sum-exp of the logits.
 
   A query without keys gets zeros and lse = -inf, and sends no gradient.
   """
-  logits, mask = _logits_and_mask(q, k, pattern, scale, segment_ids)
+  logits, mask = _logits_and_mask(q, k, pattern, scores)
+  if segment_ids is not None:
+    mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+  if block_mask is not None:
+    blocks = jnp.repeat(jnp.repeat(block_mask, block_size, axis=2), block_size, axis=3)
+    mask = mask & blocks[:, :, : q.shape[1], : k.shape[1]]
   weights, lse = _softmax(logits, mask)
   v = jnp.repeat(v.astype(jnp.float32), q.shape[2] // v.shape[2], axis=2)
   out = jnp.einsum("BHTS,BSHD->BTHD", weights, v, precision="highest")
@@ -36,28 +44,26 @@ def attention_weights(
   k: Float[Array, "B S Hkv Dk"],
   *,
   pattern: Pattern,
-  scale: float | None = None,
+  scores: Scores | None = None,
   rows: Int[np.ndarray, "Q"] | None = None,
 ) -> Float[Array, "B H Q S"]:
   """The softmax weights of the queries `rows` (all by default): what one draws."""
-  logits, mask = _logits_and_mask(q, k, pattern, scale, None, rows)
+  logits, mask = _logits_and_mask(q, k, pattern, scores, rows)
   return _softmax(logits, mask)[0]
 
 
-def _logits_and_mask(q, k, pattern, scale, segment_ids, rows=None):
-  """Logits float32 [B, H, Q, S] and the mask of the pairs that attend, [B or 1, H or 1, Q, S]."""
+def _logits_and_mask(q, k, pattern, scores, rows=None):
+  """Logits float32 [B, H, Q, S] and the pattern's mask of the pairs that attend, [1, H, Q, S]."""
   T, H, S = q.shape[1], q.shape[2], k.shape[1]
   rows = np.arange(T) if rows is None else np.asarray(rows)
   rows = rows.astype(np.int32)  # as every other implementation counts
   q32 = q[:, rows].astype(jnp.float32)
   k32 = jnp.repeat(k.astype(jnp.float32), H // k.shape[2], axis=2)
   # "highest": a TPU would multiply in bf16, and the reference would be the less exact side.
-  logits = jnp.einsum("BTHD,BSHD->BHTS", q32, k32, precision="highest")
-  logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
-  mask = _mask_of_heads(pattern, H, rows, S)
-  if segment_ids is not None:
-    mask = mask & (segment_ids[:, None, rows, None] == segment_ids[:, None, None, :])
-  return logits, mask
+  products = jnp.einsum("BTHD,BSHD->BHTS", q32, k32, precision="highest")
+  i, j, h = rows[:, None], np.arange(S, dtype=np.int32)[None, :], np.arange(H)[:, None, None]
+  logits = (scores or Scores(q.shape[-1] ** -0.5))(products, i, j, h.astype(np.int32))
+  return logits, _mask_of_heads(pattern, H, rows, S)
 
 
 def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[np.ndarray, "1 H T S"]:

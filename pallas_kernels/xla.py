@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import Num
@@ -21,6 +22,7 @@ from jaxtyping import Num
 from pallas_kernels import passes
 from pallas_kernels.passes import Pass
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import Scores
 
 _LOGITS = 1 << 20  # logits at once: 4 MB in float32, about what the caches of a core hold
 _WHOLE = 1 << 19  # logits per head up to which a problem is solved whole
@@ -33,19 +35,23 @@ def forward(
   k: Float[Array, "B S Hkv Dk"],
   v: Float[Array, "B S Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
   *,
   pattern: Pattern,
-  scale: float,
+  scores: Scores,
+  block_size: int,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
   """Attention over the pairs of `pattern`, and the log-sum-exp of its logits."""
   out, lse = [], []
   heads_in_order = []
-  for heads, group in passes.lower(pattern, q.shape[2]):
+  masks = segment_ids, block_mask, block_size
+  natural = _natural(q, k, block_mask, scores)
+  for heads, group in passes.lower(pattern, q.shape[2], natural):
     part = None
     for one in group:
-      view = _View(one, heads, q.shape)
-      (qs, ks, vs), problem = view.arrays(q, k, v), view.problem(segment_ids)
-      new = view.restore(*_map(problem, problem.forward(scale), (qs, ks, vs)))
+      view = _View(one, heads, q.shape, natural)
+      (qs, ks, vs), problem = view.arrays(q, k, v), view.problem(scores, *masks)
+      new = view.restore(*_map(problem, problem.forward, (qs, ks, vs)))
       part = new if part is None else _merge(*part, *new)
     out.append(part[0])
     lse.append(part[1])
@@ -60,13 +66,15 @@ def backward(
   k: Float[Array, "B S Hkv Dk"],
   v: Float[Array, "B S Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
   out: Float[Array, "B T H Dv"],
   lse: Float[Array, "B T H"],
   dout: Float[Array, "B T H Dv"],
   dlse: Float[Array, "B T H"] | None,
   *,
   pattern: Pattern,
-  scale: float,
+  scores: Scores,
+  block_size: int,
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
   """Gradients of q, k and v, given those of the result and of its log-sum-exp, if it has any.
 
@@ -79,13 +87,15 @@ def backward(
   has_keys = jnp.isfinite(lse)
   lse, delta = jnp.where(has_keys, lse, 0.0), jnp.where(has_keys, delta, 0.0)
   grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-  for heads, group in passes.lower(pattern, q.shape[2]):
+  masks = segment_ids, block_mask, block_size
+  natural = _natural(q, k, block_mask, scores)
+  for heads, group in passes.lower(pattern, q.shape[2], natural):
     for one in group:
-      view = _View(one, heads, q.shape)
+      view = _View(one, heads, q.shape, natural)
       (qs, ks, vs), pull = jax.vjp(view.arrays, q, k, v)
       rows = view.queries(dout), view.queries(lse[..., None]), view.queries(delta[..., None])
-      problem = view.problem(segment_ids)
-      parts = _map(problem, problem.backward(scale), (qs, ks, vs, *rows))
+      problem = view.problem(scores, *masks)
+      parts = _map(problem, problem.backward, (qs, ks, vs, *rows))
       parts = tuple(part.astype(x.dtype) for part, x in zip(parts, (qs, ks, vs), strict=True))
       grads = tuple(a + b.astype(jnp.float32) for a, b in zip(grads, pull(parts), strict=True))
   return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
@@ -95,6 +105,11 @@ def natural_lse(lse: Float[Array, "B T H"], q, v, *, pattern: Pattern) -> Float[
   """The public log-sum-exp: of this backend, what `forward` returned."""
   del q, v, pattern
   return lse
+
+
+def _natural(q, k, block_mask, scores: Scores) -> bool:
+  """Whether original positions count: only the natural view has them."""
+  return q.shape[1] != k.shape[1] or block_mask is not None or scores.score_fn is not None
 
 
 def _merge(out_a, lse_a, out_b, lse_b):
@@ -114,15 +129,16 @@ def _merge(out_a, lse_a, out_b, lse_b):
 class _View:
   """q, k, v of one pass and its heads as N problems, `[N, H, T, D]`, and the way back.
 
-  A window becomes blocks of queries that each carry the keys of the window before them; all other
-  views are reshapes.
+  A window becomes blocks of queries that each carry the keys of the window before them, unless the
+  view must stay `natural`; all other views are reshapes.
   """
 
-  def __init__(self, one: Pass, heads, q_shape):
+  def __init__(self, one: Pass, heads, q_shape, natural: bool):
     self.one, self.heads = one, heads
     self.B, self.T, self.H, _ = q_shape
     self.kind, self.stride, self.halo = one.view, min(one.stride, self.T), 0
-    if one.view == "natural" and one.window is not None and one.window <= _TILE:
+    short = one.window is not None and one.window <= _TILE
+    if self.kind == "natural" and not natural and one.causal and short:
       window = min(one.window, self.T)
       # Blocks narrower than 64 waste the matrix units, wider ones waste logits outside the window.
       self.kind, self.halo = "windows", window - 1
@@ -166,16 +182,20 @@ class _View:
     """Results in the order of q: `[B, T, h, D]` and `[B, T, h]`."""
     return self._unfold(out), self._unfold(lse[..., None])[..., 0]
 
-  def problem(self, segment_ids) -> "_Problem":
+  def problem(self, scores: Scores, segment_ids, block_mask, block_size: int) -> "_Problem":
     """What the problems have in common, and what masks each of them."""
-    q_ids = k_ids = first_key = None
+    q_ids = k_ids = first_key = blocks = None
     if segment_ids is not None:
       ids = jnp.broadcast_to(segment_ids[:, :, None, None], (self.B, self.T, self.H, 1))
       q_ids, k_ids = self.queries(ids)[..., 0], self.keys(ids)[..., 0]
     if self.kind == "windows":  # keys before the sequence began
       first_key = np.maximum(0, self.halo - self.stride * np.arange(self.rows))
       first_key = jnp.tile(jnp.asarray(first_key, jnp.int32), self.B)
-    return _Problem(self.one, self.halo, (q_ids, k_ids, first_key))
+    if block_mask is not None:
+      blocks = block_mask if block_mask.shape[1] == 1 else block_mask[:, np.asarray(self.heads)]
+      blocks = jnp.broadcast_to(blocks, (self.B, *blocks.shape[1:]))
+    masks = q_ids, k_ids, first_key, blocks
+    return _Problem(self.one, self.halo, scores, self.heads, block_size, masks)
 
   def _select(self, x):
     return x if len(self.heads) == self.H else x[:, :, np.asarray(self.heads)]
@@ -217,13 +237,19 @@ class _Problem(NamedTuple):
   Attributes:
     one: the pass.
     halo: keys before the first query, in a block of a window.
-    masks: segment ids of queries `[N, h, T]` and of keys `[N, h, S]`, and the first key that
-      exists `[N]`; None where nothing is to mask.
+    scores: how its logits are made.
+    heads: the numbers of its heads.
+    block_size: tokens of a block of the last of the masks.
+    masks: segment ids of queries `[N, h, T]` and of keys `[N, h, S]`, the first key that exists
+      `[N]`, and which blocks attend `[N, h or 1, nq, nk]`; None where nothing is to mask.
   """
 
   one: Pass
   halo: int
-  masks: tuple[Any, Any, Any]
+  scores: Scores
+  heads: range | tuple[int, ...]
+  block_size: int
+  masks: tuple[Any, Any, Any, Any]
 
   def tiles(self, T: int, S: int) -> tuple[int, int]:
     """Queries and keys of a tile; the whole problem where it is small."""
@@ -232,7 +258,13 @@ class _Problem(NamedTuple):
     small = T * S <= _WHOLE or self.masks[2] is not None  # blocks of a window always are
     return (T, S) if small else (min(_TILE, T), min(_TILE, S))
 
-  def mask(self, i, j, q_ids, k_ids, first_key):
+  def logits(self, i, j):
+    """Products `[..., h, t, s]` of queries i `[..., t]` and keys j `[..., s]` -> logits."""
+    pairs = i[..., None, :, None], j[..., None, None, :]
+    heads = np.asarray(self.heads, np.int32)[:, None, None]
+    return lambda products: self.scores(products, *pairs, heads)
+
+  def mask(self, i, j, q_ids, k_ids, first_key, blocks):
     """Pairs of queries i `[..., t]` and keys j `[..., s]` that attend, `[..., h or 1, t, s]`."""
     i, j = i[..., :, None], j[..., None, :]
     positions = self.one.query_position(i + self.halo), self.one.key_position(j)
@@ -241,33 +273,29 @@ class _Problem(NamedTuple):
       mask = mask & (j >= first_key)[None]
     if q_ids is not None:
       mask = mask & (q_ids[..., :, None] == k_ids[..., None, :])
+    if blocks is not None:  # what lies beyond the blocks is padding
+      pairs = blocks[:, i // self.block_size, j // self.block_size]
+      mask = mask & jnp.moveaxis(pairs, 0, -3)
     return mask
 
-  def forward(self, scale: float) -> Callable:
+  def forward(self, xs):
     """(q, k, v), masks -> out float32 `[h, T, D]` and lse `[h, T]` of one problem."""
+    (q, k, v), masks = xs
+    tiles = self.tiles(q.shape[1], k.shape[1])
+    if tiles != (q.shape[1], k.shape[1]):
+      return _sweep_forward(self, tiles, q, k, v, masks)
+    i, j = _positions(q), _positions(k)
+    return _finish(*_attend(q, k, v, self.mask(i, j, *masks), self.logits(i, j), _start(q, v)))
 
-    def solve(xs):
-      (q, k, v), masks = xs
-      tiles = self.tiles(q.shape[1], k.shape[1])
-      if tiles != (q.shape[1], k.shape[1]):
-        return _sweep_forward(self, tiles, q, k, v, masks, scale)
-      mask = self.mask(_positions(q), _positions(k), *masks)
-      return _finish(*_attend(q, k, v, mask, scale, _start(q, v)))
-
-    return solve
-
-  def backward(self, scale: float) -> Callable:
+  def backward(self, xs):
     """(q, k, v, dout, lse, delta), masks -> dq, dk, dv, float32, of one problem."""
-
-    def solve(xs):
-      (q, k, v, dout, lse, delta), masks = xs
-      tiles = self.tiles(q.shape[1], k.shape[1])
-      if tiles != (q.shape[1], k.shape[1]):
-        return _sweep_backward(self, tiles, q, k, v, dout, lse, delta, masks, scale)
-      mask = self.mask(_positions(q), _positions(k), *masks)
-      return _gradients(q, k, v, dout, lse, delta, mask, scale)
-
-    return solve
+    (q, k, v, dout, lse, delta), masks = xs
+    tiles = self.tiles(q.shape[1], k.shape[1])
+    if tiles != (q.shape[1], k.shape[1]):
+      return _sweep_backward(self, tiles, q, k, v, dout, lse, delta, masks)
+    i, j = _positions(q), _positions(k)
+    mask, logits = self.mask(i, j, *masks), self.logits(i, j)
+    return _gradients(q, k, v, dout, lse, delta, mask, logits)
 
 
 # --------------------------------------------------------------------------- one tile of logits
@@ -290,10 +318,10 @@ def _start(q, v):
   return jnp.zeros((*rows, v.shape[-1]), jnp.float32), zeros + _NO_MAXIMUM, zeros
 
 
-def _attend(q, k, v, mask, scale, state):
+def _attend(q, k, v, mask, logits_of, state):
   """The online softmax after the keys k `[..., h, s, D]`."""
   total, top, weight = state
-  logits = _matmul("...td,...sd->...ts", q, k) * scale
+  logits = logits_of(_matmul("...td,...sd->...ts", q, k))
   new_top = jnp.maximum(top, jnp.max(logits, axis=-1, where=mask, initial=_NO_MAXIMUM))
   weights = jnp.where(mask, jnp.exp(logits - new_top[..., None]), 0.0)
   keep = jnp.exp(top - new_top)
@@ -307,14 +335,16 @@ def _finish(total, top, weight):
   return total / safe[..., None], jnp.where(weight == 0, -jnp.inf, top + jnp.log(safe))
 
 
-def _gradients(q, k, v, dout, lse, delta, mask, scale):
+def _gradients(q, k, v, dout, lse, delta, mask, logits_of):
   """What the pairs of one tile add to dq, dk, dv; lse and delta are `[..., h, t, 1]`."""
-  logits = _matmul("...td,...sd->...ts", q, k) * scale
+  logits, pull = jax.vjp(logits_of, _matmul("...td,...sd->...ts", q, k))
   weights = jnp.where(mask, jnp.exp(logits - lse), 0.0)
   dweights = _matmul("...td,...sd->...ts", dout, v)
-  dlogits = weights * (dweights - delta) * scale
-  dq = _matmul("...ts,...sd->...td", dlogits, k)
-  dk = _matmul("...ts,...td->...sd", dlogits, q)
+  # A pair that is masked may have any logit, and any derivative of it.
+  (dproducts,) = pull(weights * (dweights - delta))
+  dproducts = jnp.where(mask, dproducts, 0.0)
+  dq = _matmul("...ts,...sd->...td", dproducts, k)
+  dk = _matmul("...ts,...td->...sd", dproducts, q)
   return dq, dk, _matmul("...ts,...td->...sd", weights, dout)
 
 
@@ -333,7 +363,7 @@ class _Tiles:
     pad = lambda x: np.pad(x, [(0, self.rows - len(idx))] + [(0, 0)] * (x.ndim - 1))
     lists = np.arange(self.rows, dtype=np.int32), pad(idx), pad(length)
     self.lists = tuple(jnp.asarray(self._grouped(x)) for x in lists)
-    self.q_ids, self.k_ids, _ = masks
+    self.q_ids, self.k_ids, _, self.blocks = masks
     if self.q_ids is not None:
       self.q_ids, self.k_ids = self.of_queries(self.q_ids), self.of_keys(self.k_ids)
 
@@ -358,16 +388,19 @@ class _Tiles:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
   def step(self, n, rows, idx, length, q_ids):
-    """The n-th key tile of each row of tiles: its number, and the mask of the pairs."""
+    """The n-th key tile of each row of tiles: its number, the mask of the pairs, their logits."""
     cols = idx[:, n]
     i = rows[:, None] * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)[None]
     j = cols[:, None] * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)[None]
     k_ids = None if q_ids is None else self.k_ids[cols]
-    mask = self.problem.mask(i, j, q_ids, k_ids, None)
-    return cols, mask & (n < length)[:, None, None, None]
+    mask = self.problem.mask(i, j, q_ids, k_ids, None, self.blocks)
+    mask = mask & (n < length)[:, None, None, None]
+    if not self.problem.one.causal or self.T > self.S:  # else padded keys come after all queries
+      mask = mask & (j < self.S)[:, None, None, :]
+    return cols, mask, self.problem.logits(i, j)
 
 
-def _sweep_forward(problem, tiles, q, k, v, masks, scale):
+def _sweep_forward(problem, tiles, q, k, v, masks):
   """Output and log-sum-exp of one long problem."""
   cut = _Tiles(problem, tiles, q, k, masks)
   ks, vs = cut.of_keys(k), cut.of_keys(v)
@@ -376,8 +409,8 @@ def _sweep_forward(problem, tiles, q, k, v, masks, scale):
     (rows, idx, length), qs, q_ids = xs
 
     def step(n, state):
-      cols, mask = cut.step(n, rows, idx, length, q_ids)
-      return _attend(qs, ks[cols], vs[cols], mask, scale, state)
+      cols, mask, logits = cut.step(n, rows, idx, length, q_ids)
+      return _attend(qs, ks[cols], vs[cols], mask, logits, state)
 
     return _finish(*jax.lax.fori_loop(0, length.max(), step, _start(qs, v)))
 
@@ -386,7 +419,7 @@ def _sweep_forward(problem, tiles, q, k, v, masks, scale):
   return flat(out), flat(lse)
 
 
-def _sweep_backward(problem, tiles, q, k, v, dout, lse, delta, masks, scale):
+def _sweep_backward(problem, tiles, q, k, v, dout, lse, delta, masks):
   """Gradients of one long problem: dq row by row, dk and dv summed on the way."""
   cut = _Tiles(problem, tiles, q, k, masks)
   ks, vs = cut.of_keys(k), cut.of_keys(v)
@@ -396,9 +429,9 @@ def _sweep_backward(problem, tiles, q, k, v, dout, lse, delta, masks, scale):
 
     def step(n, grads):
       dq, dk, dv = grads
-      cols, mask = cut.step(n, rows, idx, length, q_ids)
+      cols, mask, logits = cut.step(n, rows, idx, length, q_ids)
       qs, *rest = arrays
-      new_dq, new_dk, new_dv = _gradients(qs, ks[cols], vs[cols], *rest, mask, scale)
+      new_dq, new_dk, new_dv = _gradients(qs, ks[cols], vs[cols], *rest, mask, logits)
       return dq + new_dq, dk.at[cols].add(new_dk), dv.at[cols].add(new_dv)
 
     start = jnp.zeros(arrays[0].shape, jnp.float32)

@@ -21,6 +21,7 @@ from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
 from pallas_kernels import xla
+from pallas_kernels.scores import Scores
 
 # What the GPU's kernels take; on a CPU they run in a simulator, which is slow.
 SIZES = {"mosaic_gpu": dict(B=1, H=2, Hkv=2, Dk=32, Dv=32, dtype="bfloat16")}
@@ -325,12 +326,12 @@ def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
   monkeypatch.setattr(xla, "_LOGITS", 64)
   case = Case(EVERY_PATTERN[name], T=37, Hkv=2, Dv=6, segments=3)
   q, k, v, ids, dout, dlse = case.arrays()
-  how = dict(pattern=case.pattern, scale=case.Dk**-0.5)
+  how = dict(pattern=case.pattern, scores=Scores(case.Dk**-0.5), block_size=128)
 
   @jax.jit  # not through the door, whose programs for the usual sizes would be found again
   def run(q, k, v, dout, dlse):
-    out, lse = xla.forward(q, k, v, ids, **how)
-    return out, lse, *xla.backward(q, k, v, ids, out, lse, dout, dlse, **how)
+    out, lse = xla.forward(q, k, v, ids, None, **how)
+    return out, lse, *xla.backward(q, k, v, ids, None, out, lse, dout, dlse, **how)
 
   got = run(q, k, v, dout, dlse)
   truth = jitted_vjp(attend(case, "reference", ids), q, k, v, dout, dlse)
@@ -459,17 +460,19 @@ WRONG = {
   "dtype": (lambda q: (q, q.astype(jnp.bfloat16), q, {}), "must share one of"),
   "segments": (lambda q: (q, q, q, {"segment_ids": jnp.zeros((2, 5), jnp.int32)}), "shape"),
   "name": (lambda q: (q, q, q, {"implementation": "cuda"}), "one of reference, xla, mosaic_gpu"),
-}
-NOT_YET = {
-  "not causal": (lambda q: (q, q, q, {"pattern": patterns.Dense(causal=False)}), "causal"),
-  "lengths": (lambda q: (q, q[:, :5], q[:, :5], {}), "T != S"),
-  "soft cap": (lambda q: (q, q, q, {"logits_soft_cap": 30.0}), "logits_soft_cap"),
-  "score_fn": (lambda q: (q, q, q, {"score_fn": lambda s, i, j, h: s}), "score_fn"),
-  "block_mask": (
-    lambda q: (q, q, q, {"block_mask": jnp.ones((1, 1, 1, 1), bool)}),
-    "block_mask",
+  "ids of keys": (
+    lambda q: (q, q[:, :5], q[:, :5], {"segment_ids": jnp.zeros((2, 6), jnp.int32)}), "S = T",
   ),
-}
+  "soft cap": (lambda q: (q, q, q, {"logits_soft_cap": 0.0}), "positive number"),
+  "block size": (lambda q: (q, q, q, {"block_size": 0}), "whole number"),
+  "blocks": (
+    lambda q: (q, q, q, {"block_mask": jnp.ones((1, 1, 1, 1), bool), "block_size": 4}),
+    r"\[2 or 1, 4 or 1, 2, 2\], T=6 and S=6 in blocks of block_size=4",
+  ),
+  "blocks' dtype": (
+    lambda q: (q, q, q, {"block_mask": jnp.ones((1, 1, 1, 1))}), "must be bool"
+  ),
+}  # fmt: skip
 
 
 NOT_ON_GPUS = {
@@ -497,10 +500,28 @@ def test_what_kernels_cannot_do_is_named(what):
     attend(case, "mosaic_gpu", ids)(q, k, v)
 
 
-@pytest.mark.parametrize("what", [*WRONG, *NOT_YET])
+@pytest.mark.parametrize("what", WRONG)
 def test_errors_say_what_is_wrong(what, as_a_user):
   q = Case(patterns.Dense(), T=6).arrays()[0]
-  build, words = (WRONG | NOT_YET)[what]
+  build, words = WRONG[what]
   q, k, v, more = build(q)
-  with pytest.raises(ValueError if what in WRONG else NotImplementedError, match=words):
+  with pytest.raises(ValueError, match=words):
     sparse_attention(q, k, v, **more)
+
+
+NOT_BY_KERNELS = {
+  "not causal": (dict(pattern=patterns.Local(8, causal=False)), 0, "causal=False"),
+  "lengths": (dict(), 3, "T=40 != S=43"),
+  "soft cap": (dict(logits_soft_cap=30.0), 0, "logits_soft_cap"),
+  "score_fn": (dict(score_fn=lambda s, i, j, h: s), 0, "score_fn"),
+  "block_mask": (dict(block_mask=jnp.ones((1, 1, 1, 1), bool)), 0, "block_mask"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_BY_KERNELS)
+def test_what_kernels_do_not_take_yet_is_named(what):
+  how, more, words = NOT_BY_KERNELS[what]
+  q = _narrow(patterns.Dense(), T=40, Hkv=2).arrays()[0]
+  k = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0)))
+  with pytest.raises(NotImplementedError, match=words):
+    sparse_attention(q, k, k, implementation="mosaic_gpu", **how)

@@ -12,6 +12,7 @@ from pallas_kernels import reference
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_backward
 from pallas_kernels.mosaic_gpu import stream_forward
+from pallas_kernels.scores import Scores
 
 BlockSizes, Schedule = stream.BlockSizes, stream.Schedule
 
@@ -130,7 +131,7 @@ def expected(case, q, k, v, ids):
 
   def attend(q, k, v):
     out, lse = reference.reference_attention(
-      q, k, v, pattern=case.pattern, scale=0.2, segment_ids=ids
+      q, k, v, pattern=case.pattern, scores=Scores(0.2), segment_ids=ids
     )
     return out[:, :, heads], lse[:, :, heads]
 

@@ -27,6 +27,7 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.passes import Pass
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import Scores
 
 HEAD_SIZES = (32, 64, 96, 128, 256)
 DTYPES = ("bfloat16", "float16")
@@ -34,11 +35,26 @@ PATTERNS = "Dense, Local, Column, Block, Summary, Strided, Fixed and PerHead of 
 
 
 def unsupported(
-  q: Array, v: Array, segment_ids: Array | None, pattern: Pattern, scale: float
+  q: Array,
+  k: Array,
+  v: Array,
+  segment_ids: Array | None,
+  block_mask: Array | None,
+  *,
+  pattern: Pattern,
+  scores: Scores,
+  block_size: int,
 ) -> str | None:
   """Why these kernels cannot compute this, and what they can; None where they can."""
-  if scale <= 0:
+  del block_size
+  if (scale := scores.scale) <= 0:
     return f"mosaic_gpu: {scale=} is not supported, positive ones are"
+  if block_mask is not None or not scores.only_scale:
+    return "mosaic_gpu: block_mask, score_fn and logits_soft_cap are not supported"
+  if q.shape[1] != k.shape[1]:
+    return f"mosaic_gpu: T={q.shape[1]} != S={k.shape[1]} is not supported, as many keys as queries"
+  if not pattern.causal:
+    return f"mosaic_gpu: {pattern}: causal=False is not supported"
   Dk, Dv = q.shape[-1], v.shape[-1]
   if q.dtype.name not in DTYPES:
     return f"mosaic_gpu: {q.dtype.name} is not supported, {' and '.join(DTYPES)} are"
@@ -57,12 +73,15 @@ def forward(
   k: Float[Array, "B T Hkv Dk"],
   v: Float[Array, "B T Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
+  block_mask: None,
   *,
   pattern: Pattern,
-  scale: float,
+  scores: Scores,
+  block_size: int,
 ) -> tuple[Float[Array, "B T H Dv"], tuple[Array, ...]]:
   """Attention over the pairs of `pattern`; the log-sum-exp of each group, as its kernel left it."""
-  groups = _groups(pattern, q, v)
+  del block_mask, block_size  # not here yet
+  groups, scale = _groups(pattern, q, v), scores.scale
   outs, lses = zip(*(one.forward(q, k, v, segment_ids, scale) for one in groups), strict=True)
   return _join(outs, groups), lses
 
@@ -81,16 +100,19 @@ def backward(
   k: Float[Array, "B T Hkv Dk"],
   v: Float[Array, "B T Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
+  block_mask: None,
   out: Float[Array, "B T H Dv"],
   lse: tuple[Array, ...],
   dout: Float[Array, "B T H Dv"],
   dlse: Float[Array, "B T H"] | None,
   *,
   pattern: Pattern,
-  scale: float,
+  scores: Scores,
+  block_size: int,
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B T Hkv Dk"], Float[Array, "B T Hkv Dv"]]:
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
-  groups = _groups(pattern, q, v)
+  del block_mask, block_size  # not here yet
+  groups, scale = _groups(pattern, q, v), scores.scale
   grads = []
   for one, part in zip(groups, lse, strict=True):
     mine, dmine, dlse_mine = (_select(x, one.heads) for x in (out, dout, dlse))
