@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from pallas_kernels import blocks
 from pallas_kernels import patterns
 
 
@@ -31,7 +32,8 @@ class Pass:
       after it, where not causal.
     distance: the pairs are all those of a sequence with `distance <= i - j` (and i - j < window);
       None where only `allowed` knows.
-    layout: boolean table [nq, nk] of blocks of `block_size` that may hold pairs; None for all.
+    pattern: whose blocks bound the sweep of a natural view; None where the causal ones do.
+    block_size: of blocks that suit the pattern; 0 for any.
     starts: first summary column; head h of the pass uses starts[h % len(starts)].
     width: summary columns.
   """
@@ -42,7 +44,7 @@ class Pass:
   causal: bool = True
   window: int | None = None
   distance: int | None = None
-  layout: np.ndarray | None = None
+  pattern: patterns.Pattern | None = None
   block_size: int = 0
   starts: tuple[int, ...] = ()
   width: int = 0
@@ -84,14 +86,12 @@ def lower(
 
 def natural_pass(pattern: patterns.Pattern) -> Pass:
   """One pass over the natural view, for any pattern that all heads share."""
-  window, table = None, {}
-  match pattern:
-    case patterns.Local():
-      window = pattern.window
-    case patterns.BlockLayout(layout=layout, block_size=block_size):
-      table = dict(layout=layout if layout.ndim == 2 else layout[0], block_size=block_size)
-  how = dict(allowed=pattern.allowed, causal=pattern.causal, window=window)
-  return Pass(view="natural", **how, **table)
+  how = dict(allowed=pattern.allowed, causal=pattern.causal, pattern=pattern)
+  if isinstance(pattern, patterns.Local):
+    how |= dict(window=pattern.window)
+  if isinstance(pattern, patterns.BlockLayout):
+    how |= dict(block_size=pattern.block_size)
+  return Pass(view="natural", **how)
 
 
 def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
@@ -101,8 +101,8 @@ def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
       return (natural_pass(pattern),)
     case patterns.Dense():
       return (_band("natural", 0),)
-    case patterns.Local(window=window):
-      return (Pass(view="natural", allowed=pattern.allowed, window=window, distance=0),)
+    case patterns.Local():
+      return (dataclasses.replace(natural_pass(pattern), distance=0),)
     case patterns.Column(stride=stride):
       return (_band("columns", 0, stride),)
     case patterns.Strided(stride=stride):
@@ -138,21 +138,11 @@ def tile_lists(
     idx int32 [nq, K], K the longest list, padded with 0; and the list lengths, int32 [nq].
   """
   nq, nk = -(-num_queries // block_q), -(-num_keys // block_k)
-  first_q = one.query_position(np.arange(nq) * block_q)[:, None]
-  last_q = one.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
-  first_k = one.key_position(np.arange(nk) * block_k)[None, :]
-  last_k = one.key_position(np.arange(1, nk + 1) * block_k - 1)[None, :]
-  visit = first_k <= last_q if one.causal else np.ones((nq, nk), bool)
-  if one.window is not None:
-    visit = visit & (last_k > first_q - one.window) & (first_k < last_q + one.window)
-  if one.layout is not None:
-    # The blocks from the corner (0, 0) to any other, counted: a tile may span several.
-    count = np.pad(one.layout.cumsum(0).cumsum(1), [(1, 0), (1, 0)])
-    corner = lambda n, size: np.minimum(n // one.block_size, size)
-    top, bottom = (corner(n, count.shape[0] - 1) for n in (first_q, last_q + one.block_size))
-    left, right = (corner(n, count.shape[1] - 1) for n in (first_k, last_k + one.block_size))
-    inside = count[bottom, right] - count[top, right] - count[bottom, left] + count[top, left]
-    visit = visit & (inside > 0)
+  if one.pattern is not None:
+    visit = blocks.blocks_of(one.pattern, num_queries, num_keys, block_q, block_k).some
+  else:
+    last_q = one.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
+    visit = one.key_position(np.arange(nk) * block_k)[None, :] <= last_q
   length = visit.sum(axis=1).astype(np.int32)
   # A stable sort of "not visited" moves the visited tiles to the front, in ascending order.
   idx = np.argsort(~visit, axis=1, kind="stable")[:, : max(1, length.max(initial=0))]

@@ -253,7 +253,7 @@ class _Problem(NamedTuple):
 
   def tiles(self, T: int, S: int) -> tuple[int, int]:
     """Queries and keys of a tile; the whole problem where it is small."""
-    if self.one.layout is not None:
+    if self.one.block_size:
       return (min(self.one.block_size, _TILE, T),) * 2
     small = T * S <= _WHOLE or self.masks[2] is not None  # blocks of a window always are
     return (T, S) if small else (min(_TILE, T), min(_TILE, S))
