@@ -51,9 +51,9 @@ def sparse_attention(
 
   `mosaic_gpu` runs on NVIDIA Hopper GPUs, and by name on a CPU in a simulator, which is for tests:
   bfloat16 and float16, head sizes 32, 64, 96, 128 and 256, the paper's patterns and `PerHead` of
-  them, segment ids for `Dense`, `Local` and `Block`; no block mask, no function or cap of scores, no
-  later keys, T = S. It calls cuDNN for `Dense` without `return_lse` where cuDNN can do it; that
-  alone gives equal bits only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+  them, segment ids for `Dense`, `Local` and `Block`; T = S, no later keys, no block mask, neither
+  function nor cap of scores. It calls cuDNN for `Dense` without `return_lse` where cuDNN can do it;
+  that alone gives equal bits only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
   Args:
     q: queries, float32, bfloat16 or float16.
