@@ -35,7 +35,12 @@ def blocks_of(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: 
 
   Both tables are exact for a single pattern. Of unions and intersections `some` may hold a block
   too many and `every` one too few, whose pairs have then to be looked at.
+
+  Raises:
+    ValueError: heads differ.
   """
+  if pattern.period != 1:
+    raise ValueError(f"{pattern}: all heads must share the pattern; give pattern.of_head(h)")
   shape = -(-T // block_q), -(-S // block_k)
   first = lambda n, size, axis: np.expand_dims(np.arange(n) * size, axis)
   i0, j0 = first(shape[0], block_q, 1), first(shape[1], block_k, 0)
@@ -66,27 +71,19 @@ def blocks_of(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: 
       join = np.logical_or if isinstance(pattern, patterns.Union) else np.logical_and
       tables = [blocks_of(one, T, S, block_q, block_k) for one in several]
       some, every = (functools.reduce(join, table) for table in zip(*tables, strict=True))
-    case patterns.Where():
-      some, every = _swept(pattern, T, S, block_q, block_k)
-    case _ if (parts := _parts(pattern)) is not None:
+    case patterns.Strided(stride=stride):
+      parts = patterns.Local(stride) | patterns.Column(stride)
       some, every = blocks_of(parts, T, S, block_q, block_k)
+    case patterns.Fixed() | patterns.PerHead():
+      some, every = blocks_of(pattern.of_head(0), T, S, block_q, block_k)
     case _:
-      raise ValueError(f"{pattern}: all heads must share the pattern; give pattern.of_head(h)")
+      some, every = _swept(pattern, T, S, block_q, block_k)
   return Blocks(np.broadcast_to(some, shape), np.broadcast_to(every, shape))
-
-
-def _parts(pattern: patterns.Pattern) -> patterns.Pattern | None:
-  """What a pattern is made of; None where heads differ."""
-  if isinstance(pattern, patterns.Strided):
-    return patterns.Local(pattern.stride) | patterns.Column(pattern.stride)
-  alone = pattern.of_head(0)
-  return alone if pattern.period == 1 and type(alone) is not type(pattern) else None
 
 
 def _of_layout(pattern: patterns.BlockLayout, i0, i1, j0, j1):
   """The blocks from the corner (0, 0) to any other, counted: a block may span several."""
   layout, size = pattern.of_head(0).layout, pattern.block_size
-  layout = layout if layout.ndim == 2 else layout[0]
   count = layout.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
   count = np.pad(count, [(1, 0), (1, 0)])
   end = lambda n, axis: np.minimum(n // size + 1, layout.shape[axis])

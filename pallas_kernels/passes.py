@@ -27,7 +27,6 @@ class Pass:
       sequence. "summaries": natural queries against `width` columns of every row as keys.
     allowed: (i, j) -> whether the pair attends, for pairs of one sequence, in original positions.
     stride: tokens per row of the view; unused by "natural".
-    causal: whether no query attends to a later key.
     window: keys a query can see at most, itself included, where that bounds the sweep; as many
       after it, where not causal.
     distance: the pairs are all those of a sequence with `distance <= i - j` (and i - j < window);
@@ -41,13 +40,17 @@ class Pass:
   view: Literal["natural", "columns", "blocks", "summaries"]
   allowed: Callable[[Any, Any], Any]
   stride: int = 1
-  causal: bool = True
   window: int | None = None
   distance: int | None = None
   pattern: patterns.Pattern | None = None
   block_size: int = 0
   starts: tuple[int, ...] = ()
   width: int = 0
+
+  @property
+  def causal(self) -> bool:
+    """Whether no query attends to a later key."""
+    return self.pattern is None or self.pattern.causal
 
   def key_position(self, n: Any) -> Any:
     """The position of key n of a sequence (of the first sequence, where there are many)."""
@@ -86,7 +89,7 @@ def lower(
 
 def natural_pass(pattern: patterns.Pattern) -> Pass:
   """One pass over the natural view, for any pattern that all heads share."""
-  how = dict(allowed=pattern.allowed, causal=pattern.causal, pattern=pattern)
+  how = dict(allowed=pattern.allowed, pattern=pattern)
   if isinstance(pattern, patterns.Local):
     how |= dict(window=pattern.window)
   if isinstance(pattern, patterns.BlockLayout):

@@ -74,9 +74,10 @@ def test_compiled_sweeps_agree(name, monkeypatch):
   program(jnp.zeros(()))
 
 
-def test_heads_that_differ_are_refused():
+@pytest.mark.parametrize("name", ["per_head", "layout", "fixed"])
+def test_heads_that_differ_are_refused(name):
   with pytest.raises(ValueError, match="of_head"):
-    blocks.blocks_of(EVERY_PATTERN["per_head"], 8, 8, 4, 4)
+    blocks.blocks_of(EVERY_PATTERN[name], 8, 8, 4, 4)
 
 
 def test_tables_are_made_once():

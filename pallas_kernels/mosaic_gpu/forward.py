@@ -23,7 +23,6 @@ from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, {2: 232, 3: 160}  # of the 512 per four threads
-
 AT_ONCE = 2  # tiles of logits in registers, 32 each
 
 
