@@ -80,7 +80,7 @@ class BlockSizes:
   @property
   def registers(self) -> tuple[int, int]:
     """Registers of a thread that loads, of one that computes: 65,536 for all of them."""
-    return {1: (40, 240), 2: (40, 232), 3: (24, 160), 4: (24, 120)}[self.warpgroups]
+    return {1: (40, 240), 2: (40, 232), 3: (24, 160)}[self.warpgroups]
 
 
 class Frame:
