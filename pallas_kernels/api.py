@@ -101,7 +101,7 @@ def sparse_attention(
   if name == "mosaic_gpu":
     if reason := _backend(name).unsupported(q, k, v, *masks, **how):
       name = _instead(implementation, reason)
-    elif not return_lse and _backend(name).cudnn_serves(q, v, segment_ids, pattern):
+    elif not return_lse and _backend(name).cudnn_serves(q, k, v, *masks, **how):
       return checkpoint_name(_backend(name).cudnn_attention(q, k, v, scale=scale), "attention_out")
   return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks)
 
@@ -171,7 +171,7 @@ def _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask):
   # The residuals carry the names, so that a policy which keeps them saves the forward pass. The
   # lse among them is as the backend wants it: the public one is made for who asks.
   out, lse = _named(*backend.forward(q, k, v, *masks, **how))
-  result = (out, backend.natural_lse(lse, q, v, pattern=how["pattern"])) if return_lse else out
+  result = (out, backend.natural_lse(lse, q, k, v, *masks, **how)) if return_lse else out
   return result, (q, k, v, *masks, out, lse)
 
 

@@ -101,9 +101,9 @@ def backward(
   return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
 
 
-def natural_lse(lse: Float[Array, "B T H"], q, v, *, pattern: Pattern) -> Float[Array, "B T H"]:
+def natural_lse(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T H"]:
   """The public log-sum-exp: of this backend, what `forward` returned."""
-  del q, v, pattern
+  del arrays, how
   return lse
 
 

@@ -13,12 +13,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from pallas_kernels import lists
 from pallas_kernels import passes
 from pallas_kernels.mosaic_gpu import backward as backward_kernels
+from pallas_kernels.mosaic_gpu import formula
 from pallas_kernels.mosaic_gpu import forward as forward_kernels
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import listed
 from pallas_kernels.mosaic_gpu import sizes
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_backward
@@ -29,9 +34,8 @@ from pallas_kernels.passes import Pass
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
 
-HEAD_SIZES = (32, 64, 96, 128, 256)
+HEAD_SIZES = (32, 64, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float16")
-PATTERNS = "Dense, Local, Column, Block, Summary, Strided, Fixed and PerHead of these"
 
 
 def unsupported(
@@ -46,61 +50,63 @@ def unsupported(
   block_size: int,
 ) -> str | None:
   """Why these kernels cannot compute this, and what they can; None where they can."""
-  del block_size
-  if (scale := scores.scale) <= 0:
-    return f"mosaic_gpu: {scale=} is not supported, positive ones are"
-  if block_mask is not None or not scores.only_scale:
-    return "mosaic_gpu: block_mask, score_fn and logits_soft_cap are not supported"
-  if q.shape[1] != k.shape[1]:
-    return f"mosaic_gpu: T={q.shape[1]} != S={k.shape[1]} is not supported, as many keys as queries"
-  if not pattern.causal:
-    return f"mosaic_gpu: {pattern}: causal=False is not supported"
   Dk, Dv = q.shape[-1], v.shape[-1]
   if q.dtype.name not in DTYPES:
     return f"mosaic_gpu: {q.dtype.name} is not supported, {' and '.join(DTYPES)} are"
   if not {Dk, Dv} <= set(HEAD_SIZES):
     return f"mosaic_gpu: head sizes {Dk} of k and {Dv} of v are not both in {HEAD_SIZES}"
-  every = [one for _, group in passes.lower(pattern, q.shape[2]) for one in group]
-  if any(one.distance is None and one.view != "summaries" for one in every):
-    return f"mosaic_gpu: this {type(pattern).__name__} is not supported; {PATTERNS} are"
-  if segment_ids is not None and any(one.view in ("columns", "summaries") for one in every):
-    return "mosaic_gpu: segment ids are supported for Dense, Local and Block only"
+  if block_mask is not None and block_size % lists.BLOCK:
+    return f"mosaic_gpu: a block mask of {block_size=} is not supported, multiples of 128 are"
+  if not formula.computes(scores):
+    return "mosaic_gpu: this score_fn is not supported, those of operators and elements are"
+  for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
+    if group is None and not listed.formulas(pattern, tuple(heads))[0]:
+      return f"mosaic_gpu: the pairs of {pattern} are no formula that a kernel can compute"
   return None
 
 
 def forward(
   q: Float[Array, "B T H Dk"],
-  k: Float[Array, "B T Hkv Dk"],
-  v: Float[Array, "B T Hkv Dv"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
-  block_mask: None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
   *,
   pattern: Pattern,
   scores: Scores,
   block_size: int,
 ) -> tuple[Float[Array, "B T H Dv"], tuple[Array, ...]]:
-  """Attention over the pairs of `pattern`; the log-sum-exp of each group, as its kernel left it."""
-  del block_mask, block_size  # not here yet
-  groups, scale = _groups(pattern, q, v), scores.scale
+  """Result and log-sum-exp, of every group of heads as its kernel left it."""
+  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
+  scale = scores.scale
   outs, lses = zip(*(one.forward(q, k, v, segment_ids, scale) for one in groups), strict=True)
   return _join(outs, groups), lses
 
 
 def natural_lse(
-  lse: tuple[Array, ...], q: Float[Array, "B T H Dk"], v: Array, *, pattern: Pattern
+  lse: tuple[Array, ...],
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
+  *,
+  pattern: Pattern,
+  scores: Scores,
+  block_size: int,
 ) -> Float[Array, "B T H"]:
   """The natural log-sum-exp, from what `forward` returned."""
-  groups = _groups(pattern, q, v)
+  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
   parts = [one.cut(one.view.restore(x)) for one, x in zip(groups, lse, strict=True)]
   return _join(parts, groups) * math.log(2)
 
 
 def backward(
   q: Float[Array, "B T H Dk"],
-  k: Float[Array, "B T Hkv Dk"],
-  v: Float[Array, "B T Hkv Dv"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
-  block_mask: None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
   out: Float[Array, "B T H Dv"],
   lse: tuple[Array, ...],
   dout: Float[Array, "B T H Dv"],
@@ -109,20 +115,42 @@ def backward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
-) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B T Hkv Dk"], Float[Array, "B T Hkv Dv"]]:
+) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
-  del block_mask, block_size  # not here yet
-  groups, scale = _groups(pattern, q, v), scores.scale
+  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
   grads = []
   for one, part in zip(groups, lse, strict=True):
     mine, dmine, dlse_mine = (_select(x, one.heads) for x in (out, dout, dlse))
-    grads.append(one.backward(q, k, v, segment_ids, mine, part, dmine, dlse_mine, scale))
+    grads.append(one.backward(q, k, v, segment_ids, mine, part, dmine, dlse_mine, scores.scale))
   dq, dk, dv = (_join(parts, groups) for parts in zip(*grads, strict=True))
   return dq, _per_kv_head(dk, k.shape[2]), _per_kv_head(dv, v.shape[2])
 
 
-def _groups(pattern: Pattern, q, v) -> "list[_Group]":
-  return [_Group(heads, group, q, v) for heads, group in passes.lower(pattern, q.shape[2])]
+def _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size):
+  return [
+    _Listed(heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size)
+    if group is None
+    else _Group(heads, group, q, v)
+    for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores)
+  ]
+
+
+def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
+  """Heads, and their passes: None for lists of blocks."""
+  every = range(q.shape[2])
+  plain = scores.only_scale and scores.scale > 0 and block_mask is None
+  if not plain or not pattern.causal or q.shape[1] != k.shape[1]:
+    return [(every, None)]
+  found, rest = [], []
+  for heads, group in passes.lower(pattern, q.shape[2]):
+    listed_ones = (one.distance is None and one.view != "summaries" for one in group)
+    # Segments prune the blocks of long rows; windows see little else than their own.
+    natural = all(one.view == "natural" and one.window or one.view == "blocks" for one in group)
+    if any(listed_ones) or (segment_ids is not None and not natural):
+      rest.extend(heads)
+    else:
+      found.append((heads, group))
+  return found + ([(every if len(rest) == len(every) else tuple(rest), None)] if rest else [])
 
 
 # --------------------------------------------------------------------------- heads and passes
@@ -329,6 +357,47 @@ class _Fixed:
     return dq, dk, dv, delta
 
 
+class _Listed:
+  """Heads whose blocks are listed."""
+
+  def __init__(self, heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size):
+    (B, T, H, Dk), S = q.shape, k.shape[1]
+    self.heads, self.view = heads, View("natural", T)
+    self.sizes = sizes.listed(Dk, v.shape[-1])
+    heads, group = tuple(heads), H // k.shape[2]
+    # Some heads alone may not be whole groups.
+    problem = lists.Problem(B, T, S, heads, group, len(heads) == H, gpu.num_multiprocessors())
+    how = dict(segments=segment_ids is not None)
+    self.own_scores = not scores.only_scale or scores.scale <= 0
+    how.update(scores=scores if self.own_scores else None)
+    if segment_ids is None and block_mask is None:
+      found = lists.by_queries(pattern, problem), lists.by_keys(pattern, problem)
+    else:
+      tables = lists.of_pattern(pattern, heads, T, S)
+      tables = lists.masked(tables, block_mask, block_size, segment_ids, heads)
+      found = lists.traced_by_queries(tables, problem), lists.traced_by_keys(tables, problem)
+    self.frame = listed.Listed(problem, *found, *listed.formulas(pattern, heads), **how)
+
+  def forward(self, q, k, v, ids, scale):
+    """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""
+    scale = 1.0 if self.own_scores else scale
+    q = _select(q, self.heads)
+    return stream_forward.sweep(self.frame, q, k, v, ids, scale, self.sizes.forward)
+
+  def backward(self, q, k, v, ids, out, lse, dout, dlse, scale):
+    """dq [B, T, Hg, Dk]; dk and dv of key heads, or of the query heads."""
+    how = dict(scale=1.0 if self.own_scores else scale)
+    q = _select(q, self.heads)
+    dlse = None if dlse is None else _padded(self.view.rows(dlse), lse.shape[-1], axis=3)
+    rest, more = (self.frame, q, k, v, ids, lse), dict(out=out, dlse=dlse, blocks=self.sizes.dq)
+    dq, delta = stream_backward.sweep_keys(*rest, None, dout, **more, **how)
+    how.update(blocks=self.sizes.dkv)
+    return dq, *stream_backward.sweep_queries(*rest, delta, dout, **how)
+
+  def cut(self, x):
+    return x
+
+
 # --------------------------------------------------------------------------------- arrays
 
 
@@ -415,7 +484,7 @@ def _join(parts, groups):
 def _per_kv_head(grad: Float[Array, "B T H D"], num_kv_heads: int) -> Float[Array, "B T Hkv D"]:
   """The sum over the query heads that read one key head."""
   B, T, H, D = grad.shape
-  if num_kv_heads == H:
+  if num_kv_heads == H:  # or they are summed already
     return grad
   grad = grad.reshape(B, T, num_kv_heads, H // num_kv_heads, D)
   return grad.sum(axis=3, dtype=jnp.float32).astype(grad.dtype)

@@ -8,15 +8,28 @@ from jaxtyping import Float
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.patterns import Dense
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import Scores
 
 
-def cudnn_serves(q: Array, v: Array, segment_ids: Array | None, pattern: Pattern) -> bool:
-  """Whether cuDNN computes this: dense, without segments, of equal head sizes, on a GPU."""
-  is_dense = pattern.period == 1 and isinstance(pattern.of_head(0), Dense)
-  equal = q.shape[-1] == v.shape[-1]
+def cudnn_serves(
+  q: Array,
+  k: Array,
+  v: Array,
+  segment_ids: Array | None,
+  block_mask: Array | None,
+  *,
+  pattern: Pattern,
+  scores: Scores,
+  block_size: int,
+) -> bool:
+  """Whether cuDNN computes this: plain causal attention of equal sizes, on a GPU."""
+  del block_size
+  is_dense = pattern.period == 1 and pattern.of_head(0) == Dense()
+  equal = q.shape[-1] == v.shape[-1] and q.shape[1] == k.shape[1]
+  plain = segment_ids is None and block_mask is None and scores.only_scale
   # Programs for a GPU that is not here cannot ask for its version of cuDNN.
   here = jax.default_backend() == "gpu" and not gpu.simulated()
-  return is_dense and equal and segment_ids is None and here
+  return is_dense and equal and plain and here
 
 
 def cudnn_attention(

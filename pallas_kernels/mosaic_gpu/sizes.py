@@ -154,3 +154,22 @@ def streamed(problem: Problem) -> Streamed:
     dq=of("bwd", stream_backward.default_dq_blocks(*D)),
     dkv=of("bwd", stream_backward.default_dkv_blocks(*D)),
   )
+
+
+def listed(Dk: int, Dv: int) -> Streamed:
+  """For lists of blocks: steps are a block or a part of one, rows likewise."""
+  sizes, D = stream.BlockSizes, max(Dk, Dv)
+  if D <= 64:
+    return Streamed(
+      forward=sizes(step=128, stages=3, held=2),
+      dq=sizes(step=128, stages=3),
+      dkv=sizes(step=64, stages=4),
+    )
+  if D <= 128:
+    return Streamed(
+      forward=sizes(step=128, stages=2, held=2),
+      dq=sizes(step=64, stages=3),
+      dkv=sizes(step=64, stages=3),
+    )
+  narrow = sizes(step=64, warpgroups=1)
+  return Streamed(forward=sizes(step=64, stages=2 if D <= 192 else 1), dq=narrow, dkv=narrow)

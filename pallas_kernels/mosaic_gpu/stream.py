@@ -86,6 +86,10 @@ class BlockSizes:
 class Frame:
   """A schedule at one size: shapes, tiles and masks.
 
+  Attributes:
+    may_be_empty: whether the kernels meet tiles of queries without tiles of keys.
+    scores: how logits are made; None where they are products times a factor.
+
   Args:
     schedule: what is swept.
     T: tokens.
@@ -94,6 +98,9 @@ class Frame:
     heads: the query heads of this launch.
     segments: whether segment ids mask as well.
   """
+
+  may_be_empty = False
+  scores = None
 
   def __init__(self, schedule: Schedule, T, num_heads, num_kv_heads, heads, segments=False):
     one = self.schedule = schedule
@@ -122,6 +129,7 @@ class Frame:
       self.room = -(-reach // 8) * 8
       self.num_rows = rows
     self.num_keys = self.slot * rows if one.view == "summaries" else self.length
+    self.has_full = not segments  # tiles that need no mask
 
   # ------------------------------------------------------------------------------------ arrays
 
@@ -154,6 +162,11 @@ class Frame:
     x = segment_ids.reshape(segment_ids.shape[0], self.sequences, self.length)
     return jnp.pad(x, [(0, 0), (0, 0), (0, self.padded + 2 * gpu.TILE - self.length)])
 
+  def lists(self, transposed: bool) -> dict[str, Array]:
+    """Arrays that say what to sweep."""
+    del transposed
+    return {}
+
   # -------------------------------------------------------------------------- places in memory
 
   def head(self, h):
@@ -183,8 +196,9 @@ class Frame:
     """Whether one copy fills a key tile with the summaries of several rows."""
     return self.pieces(step) > 1 and gpu.one_span(D, dtype) and not gpu.simulated()
 
-  def load_keys(self, copy, source, b, r, h, tile, step):
+  def load_keys(self, copy, source, item, tile, step):
     """Copies key tile `tile`; `copy(piece of the source, first row, rows)`."""
+    b, r, h = item["b"], item["r"], item["h"]
     if not self.slot:
       copy(self.tile(source, b, r, tile * step, step, self.kv_head(h)), 0, step)
       return
@@ -240,8 +254,13 @@ class Frame:
 
   # -------------------------------------------------------------------------------------- tiles
 
-  def key_tiles(self, q0, rows: int, step: int) -> "Tiles":
+  def first_row(self, item, rows: int):
+    """The first query of an item of `rows`: the longest rows of tiles are the last ones."""
+    return (-(-self.length // rows) - 1 - item["tile"]) * rows
+
+  def key_tiles(self, item, q0, rows: int, step: int) -> "Tiles":
     """The key tiles of queries q0 ... q0 + rows - 1 (rows past the end do not count)."""
+    del item
     one = self.schedule
     last = jnp.minimum(q0 + rows, self.length) - 1
     if self.slot:
@@ -260,8 +279,9 @@ class Frame:
       full_first = full = first
     return Tiles(first, full_first, jnp.maximum(full, full_first), jnp.maximum(end, first))
 
-  def query_tiles(self, k0, keys: int, step: int) -> "Tiles":
+  def query_tiles(self, item, k0, keys: int, step: int) -> "Tiles":
     """The tiles of queries that see any of the keys k0 ... k0 + keys - 1."""
+    del item
     one, end = self.schedule, jnp.int32(-(-self.length // step))
     last = jnp.minimum(k0 + keys, max(self.num_keys, 2)) - 1
     if self.slot:
@@ -287,6 +307,15 @@ class Frame:
   def whole(self) -> bool:
     """Whether tiles of keys hold nothing but keys."""
     return self.slot in (0, self.schedule.width)
+
+  def query_head(self, item, tiles, i):
+    """The head whose queries step i of an item of keys sees, of the launch."""
+    del tiles, i
+    return item["h"]
+
+  def work(self, blocks: BlockSizes, batch: int, num_rows: int) -> "Work":
+    """The items of a launch over so many rows of every sequence."""
+    return Work(self, blocks, batch, -(-num_rows // blocks.rows))
 
   def _pick_start(self, h, what: Callable[[int], int]):
     """what(first summary column) of head h of the launch."""
@@ -405,6 +434,11 @@ class Work:
     """Items dealt to this thread block."""
     rounds, rest = divmod(self.num, self.num_blocks)
     return rounds + (self._place(jnp.int32(rounds)) < rest).astype(jnp.int32)
+
+  def of(self, refs) -> "Work":
+    """What a thread block has to do, inside the kernel."""
+    del refs
+    return self
 
   def each(self, body: Callable, carry):
     """carry = body(item, its number in this thread block, carry) for the items dealt to it.

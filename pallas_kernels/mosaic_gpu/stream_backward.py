@@ -16,6 +16,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import listed
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.gpu import TILE
@@ -63,17 +64,26 @@ def dq_kernel(
   Args:
     delta: rowsum(dout out) - dlse, 0 for rows without keys; None to make it of `out` and `dlse`.
   """
-  B, T, H, Dk = q.shape
-  Dv = v.shape[-1]
+  _, T, H, Dk = q.shape
   frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
-  blocks = blocks or default_dq_blocks(Dk, Dv)
+  blocks = blocks or default_dq_blocks(Dk, v.shape[-1])
+  how = dict(out=out, dlse=dlse, scale=scale, blocks=blocks)
+  return sweep_keys(frame, q, k, v, segment_ids, lse, delta, dout, **how)
+
+
+def sweep_keys(
+  frame: stream.Frame, q, k, v, segment_ids, lse, delta, dout, *, out, dlse, scale, blocks
+):
+  """`dq_kernel`, of what a frame sweeps."""
+  B, Dk, Dv, heads = q.shape[0], q.shape[-1], v.shape[-1], frame.heads
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
   inputs.update(lse=safe_lse(lse))
   made = delta is None
   more = dict(delta=delta, dlse=dlse, out=frame.folded(out) if made else None)
   inputs.update({name: x for name, x in more.items() if x is not None})
   num_loads = sum(name in inputs for name in (*TILES, *VECTORS))
-  if schedule.own:
+  inputs.update(frame.lists(False))
+  if frame.schedule.own:
     inputs.update(own_k=frame.folded(k), own_v=frame.folded(v))
   if segment_ids is not None:
     inputs.update(ids=frame.ids(segment_ids))
@@ -94,7 +104,7 @@ def dq_kernel(
       scratch.update({f"{name}_s": gpu.vector(blocks.held, wgs, TILE)})
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, blocks.step, dtype=q.dtype))
-  work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
+  work = frame.work(blocks, B, frame.length)
   outputs = dict(dq=dq)
   if made:
     outputs.update(minus_delta=jax.ShapeDtypeStruct(lse.shape, jnp.float32))
@@ -114,7 +124,7 @@ def dq_kernel(
 
 
 def _dq(refs, *, frame, blocks, work, scale):
-  refs = stream_forward.open_boxes(refs, frame, blocks)
+  refs, work = stream_forward.open_boxes(refs, frame, blocks), work.of(refs)
   wg = lax.axis_index("wg")
 
   @pl.when(wg == blocks.warpgroups)
@@ -138,7 +148,7 @@ class _Queries(stream_forward.Queries):
     """Sums and writes dq; the steps taken so far."""
     refs, wg = self.refs, self.wg
     b, r, h = self.item["b"], self.item["r"], self.item["h"]
-    self.masks = stream_forward.Masks(refs, self.frame, self.sweep, self.item, self.base)
+    self.masks = stream_forward.masks_of(refs, self.frame, self.sweep, self.item, self.base)
     gpu.barrier_wait(refs["q_full"].at[self.turn])
     place = self.place
     self.dout_s = refs["dout_s"].at[place, wg]
@@ -240,10 +250,13 @@ class _Queries(stream_forward.Queries):
       meanwhile()
     more = 0 if meanwhile is None else 1
     mask = None if kind is None else self.masks(i, s, kind)
-    p = exp2_of(logits.get(under_way=1 + more) * self.scale - columns(self.lse), mask)
+    x, slope = logits.get(under_way=1 + more), None
+    if self.frame.scores is not None:
+      x, slope = self.masks.logits(i, x)
+    p = exp2_of(x * self.scale - columns(self.lse), mask)
     dp = dp.get(under_way=more)
     gpu.barrier_arrive(refs["v_free"].at[s])
-    return p, dp
+    return p, dp if slope is None else dp * slope
 
 
 def exp2_of(x, mask):
@@ -276,35 +289,43 @@ def dkv_kernel(
     shares: of the queries, whose gradients are summed afterwards; by default as many as give every
       core work where there are few summaries.
   """
-  B, T, H, Dk = q.shape
-  Dv = v.shape[-1]
+  _, T, H, Dk = q.shape
   frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
-  blocks = blocks or default_dkv_blocks(Dk, Dv)
+  blocks = blocks or default_dkv_blocks(Dk, v.shape[-1])
+  how = dict(scale=scale, blocks=blocks, parts=parts, shares=shares)
+  return sweep_queries(frame, q, k, v, segment_ids, lse, delta, dout, **how)
+
+
+def sweep_queries(
+  frame: stream.Frame,
+  q,
+  k,
+  v,
+  segment_ids,
+  lse,
+  delta,
+  dout,
+  *,
+  scale: float,
+  blocks: stream.BlockSizes,
+  parts: str | None = None,
+  shares: int | None = 1,
+):
+  """`dkv_kernel`, of what a frame sweeps."""
+  B, Dk, Dv, heads = q.shape[0], q.shape[-1], v.shape[-1], frame.heads
   if parts is None and Dk + Dv > 256:
-    again = functools.partial(
-      dkv_kernel,
-      schedule,
-      q,
-      k,
-      v,
-      segment_ids,
-      lse,
-      delta,
-      dout,
-      scale=scale,
-      heads=heads,
-      shares=shares,
-    )
-    return again(blocks=blocks, parts="k") + again(blocks=blocks, parts="v")
+    arrays = frame, q, k, v, segment_ids, lse, delta, dout
+    how = dict(scale=scale, blocks=blocks, shares=shares)
+    return sweep_queries(*arrays, **how, parts="k") + sweep_queries(*arrays, **how, parts="v")
   parts = parts or "kv"
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
-  inputs.update(lse=safe_lse(lse), minus_delta=-delta)
+  inputs.update(lse=safe_lse(lse), minus_delta=-delta, **frame.lists(True))
   if segment_ids is not None:
     inputs.update(ids=frame.ids(segment_ids))
   num_tiles = -(-frame.num_keys // blocks.rows)
   if shares is None:
     items = B * len(heads) * frame.sequences * num_tiles
-    few = schedule.view == "summaries" and items < gpu.num_multiprocessors()
+    few = frame.schedule.view == "summaries" and items < gpu.num_multiprocessors()
     shares = min(8, -(-2 * gpu.num_multiprocessors() // items)) if few else 1
   shape = dict(k=frame.key_shape(shares * B, Dk), v=frame.key_shape(shares * B, Dv))
   outputs = {f"d{x}": jax.ShapeDtypeStruct(shape[x], q.dtype) for x in parts}
@@ -327,7 +348,7 @@ def dkv_kernel(
     scratch.update(ids_s=gpu.vector(stages, step, dtype=jnp.int32))
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=q.dtype))
-  work = stream.Work(frame, blocks, shares * B, num_tiles)
+  work = frame.work(blocks, shares * B, frame.num_keys)
   how = dict(frame=frame, blocks=blocks, work=work, scale=scale, parts=parts, shares=shares)
   grads = gpu.launch(
     "stream_dkv",
@@ -348,6 +369,7 @@ def dkv_kernel(
 
 
 def _dkv(refs, *, frame, blocks, work, scale, parts, shares):
+  work = work.of(refs)
   wg = lax.axis_index("wg")
 
   @pl.when(wg == blocks.warpgroups)
@@ -358,8 +380,9 @@ def _dkv(refs, *, frame, blocks, work, scale, parts, shares):
   @pl.when(wg < blocks.warpgroups)
   def _():
     gpu.set_max_registers(blocks.registers[1], action="increase")
+    keys = _ListedKeys if isinstance(frame, listed.Listed) else _Keys
     work.each(
-      lambda item, n, done: _Keys(refs, frame, blocks, item, done, wg, scale, parts, shares).run(),
+      lambda item, n, done: keys(refs, frame, blocks, item, done, wg, scale, parts, shares).run(),
       jnp.int32(0),
     )
     gpu.wait_to_gmem(0)
@@ -379,9 +402,9 @@ def _produce_queries(refs, frame, blocks, work, shares):
   slot = lambda n: lax.rem(n, jnp.int32(blocks.stages))
 
   def load_item(item, n, done):
-    r, h = item["r"], item["h"]
+    r = item["r"]
     k0 = item["tile"] * blocks.rows
-    tiles = frame.query_tiles(k0, blocks.rows, step)
+    tiles = frame.query_tiles(item, k0, blocks.rows, step)
     first, end, b = _share(tiles, item, shares, refs["q"].shape[0])
     for wg in range(blocks.warpgroups):
       pl.when(n > 0)(lambda wg=wg: gpu.barrier_wait(refs["k_free"].at[wg]))
@@ -389,11 +412,12 @@ def _produce_queries(refs, frame, blocks, work, shares):
         copy = lambda piece, first, size, x=x, wg=wg: gpu.to_smem(
           piece, refs[f"{x}_s"].at[wg, pl.ds(first, size)], refs["k_full"].at[wg]
         )
-        frame.load_keys(copy, refs[x], b, r, h, item["tile"] * blocks.warpgroups + wg, TILE)
+        tile = item["tile"] * blocks.warpgroups + wg
+        frame.load_keys(copy, refs[x], item | dict(b=b), tile, TILE)
 
     def load_step(i, done):
       s = slot(done)
-      q0 = tiles.tile(i) * step
+      q0, h = tiles.tile(i) * step, frame.query_head(item, tiles, i)
       rows = lambda name: refs[name].at[b, h, r, pl.ds(q0, step)]
       pl.when(done >= blocks.stages)(lambda: gpu.barrier_wait(refs["q_free"].at[s]))
       q_full, dout_full = refs["q_full"].at[s], refs["dout_full"].at[s]
@@ -427,7 +451,7 @@ class _Keys:
     self.factor, self.scale = scale, scale * gpu.LOG2E
     self.k0 = item["tile"] * blocks.rows
     self.base = self.k0 + wg * TILE
-    self.tiles = frame.query_tiles(self.k0, blocks.rows, blocks.step)
+    self.tiles = frame.query_tiles(item, self.k0, blocks.rows, blocks.step)
     self.first, self.end, self.b = _share(self.tiles, item, shares, refs["q"].shape[0])
     self.k_s, self.v_s = refs["k_s"].at[wg], refs["v_s"].at[wg]
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
@@ -437,10 +461,7 @@ class _Keys:
     """Sums and writes dk and dv; the steps taken so far."""
     refs, frame, wg = self.refs, self.frame, self.wg
     b, r, h = self.b, self.item["r"], self.item["h"]
-    self.places = frame.key_places(self.base, TILE, h, gpu.ROW)
-    if frame.segments:
-      ids = refs["ids"].at[b, r, pl.ds(self.base, TILE)]
-      self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
+    self.prepare_masks()
     gpu.barrier_wait(refs["k_full"].at[wg])
     buffers = dict(k=self.k_s, v=self.v_s)
     sums = tuple(gpu.zeros((TILE, buffers[x].shape[-1])) for x in self.parts)
@@ -448,7 +469,7 @@ class _Keys:
       start, stop, functools.partial(self.step, masked=masked), sums
     )
     masked, hidden = self.bounds()
-    if not frame.segments:
+    if frame.has_full:
       sums = loop(self.first, masked, False, sums)
     sums = loop(masked, hidden, True, sums)
     pl.loop(hidden, self.end)(self.skip)
@@ -468,7 +489,7 @@ class _Keys:
     if self.frame.schedule.window is not None:
       return inside(tiles.num_full), self.end
     # Other warpgroups may need masks longer, and begin earlier.
-    own = self.frame.query_tiles(self.base, TILE, self.blocks.step)
+    own = self.frame.query_tiles(self.item, self.base, TILE, self.blocks.step)
     return inside(tiles.full_end - own.full_first), inside(tiles.full_end - own.first)
 
   def skip(self, i):
@@ -480,6 +501,14 @@ class _Keys:
 
   def slot(self, i):
     return lax.rem(self.done + i - self.first, jnp.int32(self.blocks.stages))
+
+  def prepare_masks(self):
+    """What masks need of the keys."""
+    frame, refs, r = self.frame, self.refs, self.item["r"]
+    self.places = frame.key_places(self.base, TILE, self.item["h"], gpu.ROW)
+    if frame.segments:
+      ids = refs["ids"].at[self.b, r, pl.ds(self.base, TILE)]
+      self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
   def mask(self, i, s):
     """Which of [64 keys, step queries] attend in step i."""
@@ -515,13 +544,17 @@ class _Keys:
       if dp:
         dp[0].add(v_s, dout.transpose((1, 0)))
       lse = rows("lse_s")
-      x = logits.get(under_way=len(dp)) * self.scale
+      x, slope = logits.get(under_way=len(dp)), None
+      if self.frame.scores is not None:
+        x, slope = self.logits(i, x)
       mask = self.mask(i, s) if masked else None
-      p = exp2_of(x - lse, mask)
+      p = exp2_of(x * self.scale - lse, mask)
       if dv is not None:
         dv.add_from_registers(narrow(p), dout)
       if dk is not None:
         dlogits = p * dp[0].get(under_way=0 if dv is None else 1)
+        if slope is not None:
+          dlogits = dlogits * slope
         dk.add_from_registers(narrow(dlogits), q)
       return tuple(x.get() for x in (dk, dv) if x is not None)
 
@@ -532,6 +565,22 @@ class _Keys:
     gpu.commit_reads()  # of lse and delta
     gpu.barrier_arrive(refs["q_free"].at[s])
     return sums
+
+
+class _ListedKeys(_Keys):
+  """64 keys whose queries are listed."""
+
+  def prepare_masks(self):
+    self.masks = listed.Masks(self.refs, self.frame, self, self.item, self.base, transposed=True)
+
+  def bounds(self):
+    return self.tiles.num_full, self.end
+
+  def mask(self, i, s):
+    return self.masks(i, s)
+
+  def logits(self, i, products):
+    return self.masks.logits(i, products)
 
 
 def backward(

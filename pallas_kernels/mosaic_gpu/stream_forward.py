@@ -15,6 +15,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import listed
 from pallas_kernels.mosaic_gpu import softmax
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.gpu import TILE
@@ -58,18 +59,22 @@ def forward(
   """
   if scale <= 0:
     raise NotImplementedError(f"{scale=}: must be positive, the running maximum is that of q k")
-  B, T, H, Dk = q.shape
-  Dv = v.shape[-1]
+  _, T, H, Dk = q.shape
   frame = stream.Frame(schedule, T, H, k.shape[2], heads, segment_ids is not None)
-  blocks = blocks or default_blocks(Dk, Dv)
-  inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v))
-  if schedule.own:
+  return sweep(frame, q, k, v, segment_ids, scale, blocks or default_blocks(Dk, v.shape[-1]))
+
+
+def sweep(frame: stream.Frame, q, k, v, segment_ids, scale: float, blocks: stream.BlockSizes):
+  """`forward`, of what a frame sweeps."""
+  B, Dk, Dv, heads = q.shape[0], q.shape[-1], v.shape[-1], frame.heads
+  inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), **frame.lists(False))
+  if frame.schedule.own:
     inputs.update(own_k=frame.folded(k), own_v=frame.folded(v))
   if segment_ids is not None:
     inputs.update(ids=frame.ids(segment_ids))
   out = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], len(heads), Dv), q.dtype)
   lse = jax.ShapeDtypeStruct((B, len(heads), frame.sequences, frame.padded), jnp.float32)
-  work = stream.Work(frame, blocks, B, -(-frame.length // blocks.rows))
+  work = frame.work(blocks, B, frame.length)
   body = functools.partial(_kernel, frame=frame, blocks=blocks, work=work, scale=scale)
   out, lse = gpu.launch(
     "stream_forward",
@@ -131,7 +136,7 @@ def open_boxes(refs, frame, blocks):
 
 def _kernel(refs, *, frame, blocks, work, scale):
   """One thread block: the last warpgroup loads, the others compute."""
-  refs = open_boxes(refs, frame, blocks)
+  refs, work = open_boxes(refs, frame, blocks), work.of(refs)
   wg = lax.axis_index("wg")
 
   @pl.when(wg == blocks.warpgroups)
@@ -150,17 +155,16 @@ def _kernel(refs, *, frame, blocks, work, scale):
 class Sweep:
   """The steps of an item of queries: tiles of the view, then of the queries' own rows."""
 
-  def __init__(self, frame: stream.Frame, blocks: stream.BlockSizes, tile):
+  def __init__(self, frame: stream.Frame, blocks: stream.BlockSizes, item):
     rows, step = blocks.rows, blocks.step
-    # The longest rows are the last ones.
-    self.q0 = (-(-frame.length // rows) - 1 - tile) * rows
+    self.q0 = frame.first_row(item, rows)
     self.frame, self.step = frame, step
-    self.tiles = frame.key_tiles(self.q0, rows, step)
+    self.tiles = frame.key_tiles(item, self.q0, rows, step)
     self.num_view = self.num = self.tiles.num
     if frame.schedule.own:
       self.own_first, count = frame.own_tiles(self.q0, rows, step)
       self.num = self.num_view + count
-    else:
+    elif not frame.may_be_empty:
       # A sweep without tiles visits one all the same, whose mask hides every key: no loop, barrier
       # or epilogue has to know about it.
       self.num = jnp.maximum(self.num, 1)
@@ -187,7 +191,7 @@ def produce(refs, frame, blocks, work, tiles, vectors=()):
 
   def load_item(item, n, done):
     b, r, h = item["b"], item["r"], item["h"]
-    sweep = Sweep(frame, blocks, item["tile"])
+    sweep = Sweep(frame, blocks, item)
     place = lax.rem(n, jnp.int32(blocks.held))
     for wg in range(blocks.warpgroups):
       turn = place * blocks.warpgroups + wg
@@ -214,7 +218,7 @@ def produce(refs, frame, blocks, work, tiles, vectors=()):
             box = frame.boxes(source, b, h, tile, step)
             gpu.to_smem(box, refs[f"{name}_box"].at[s], full.at[s])
           else:
-            frame.load_keys(copy, source, b, r, h, tile, step)
+            frame.load_keys(copy, source, item, tile, step)
           if frame.segments and name == "k":
             ids = refs["ids"].at[b, r, pl.ds(tile * step, step)]
             gpu.to_smem(ids, refs["ids_s"].at[s], full.at[s])
@@ -259,6 +263,8 @@ def drain_held(refs, blocks, work):
 
 class Masks:
   """The pairs of 64 queries and the keys of a step that attend."""
+
+  hides = True
 
   def __init__(self, refs, frame, sweep, item, base):
     self.refs, self.frame, self.sweep, self.base = refs, frame, sweep, base
@@ -309,6 +315,12 @@ class Masks:
     return mask
 
 
+def masks_of(refs, frame, sweep, item, base):
+  """`Masks`, or those of lists."""
+  make = listed.Masks if isinstance(frame, listed.Listed) else Masks
+  return make(refs, frame, sweep, item, base)
+
+
 class Queries:
   """64 queries of an item: item number n of the thread block, which took `done` steps before."""
 
@@ -316,7 +328,7 @@ class Queries:
     self.refs, self.frame, self.blocks = refs, frame, blocks
     self.item, self.done, self.wg = item, done, wg
     self.factor, self.scale = scale, scale * gpu.LOG2E
-    self.sweep = Sweep(frame, blocks, item["tile"])
+    self.sweep = Sweep(frame, blocks, item)
     self.base = self.sweep.q0 + wg * TILE
     self.place = lax.rem(n, jnp.int32(blocks.held))
     self.turn = self.place * blocks.warpgroups + wg
@@ -333,7 +345,7 @@ class Queries:
     full, view = self.sweep.num_full, self.sweep.num_view
 
     def masked(i, carry, kind):
-      if self.blocks.ahead:
+      if self.blocks.ahead or not self.masks.hides:
         return step(i, carry, kind)
       use = functools.partial(step, i, kind=kind)
       return lax.cond(self.masks.hide(i, kind), functools.partial(self.skip, i), use, carry)
@@ -342,7 +354,7 @@ class Queries:
       one = functools.partial(step if kind is None else masked, kind=kind)
       return lax.fori_loop(start, stop, one, carry)
 
-    if not self.frame.segments:
+    if self.frame.has_full:
       carry = loop(first, full, None, carry)
     if not self.frame.schedule.own:
       return loop(jnp.maximum(full, first), self.sweep.num, "view", carry)
@@ -364,7 +376,7 @@ class _Softmax(Queries):
     """Attends, writes out and lse; the steps taken so far."""
     refs, wg = self.refs, self.wg
     b, r, h = self.item["b"], self.item["r"], self.item["h"]
-    self.masks = Masks(refs, self.frame, self.sweep, self.item, self.base)
+    self.masks = masks_of(refs, self.frame, self.sweep, self.item, self.base)
     gpu.barrier_wait(refs["q_full"].at[self.turn])
     acc, top, total = self.ahead() if self.blocks.ahead else self.in_turn()
     gpu.barrier_arrive(refs["q_free"].at[self.turn])
@@ -402,6 +414,8 @@ class _Softmax(Queries):
       s = self.slot(i)
       gpu.barrier_wait(refs["k_full"].at[s])
       (x,) = gpu.matmul((self.q_s, refs["k_s"].at[s].transpose((1, 0))))
+      if self.frame.scores is not None:
+        x, _ = self.masks.logits(i, x)
       mask = None if kind is None else self.masks(i, s, kind)
       gpu.barrier_arrive(refs["k_free"].at[s])
       p, top, total, keep = self.weights(x, top, total, mask)

@@ -1,0 +1,259 @@
+"""Lists of blocks: for every tile of queries the blocks of keys to visit, and the other way round.
+
+Full blocks come first, then those that are masked. Lists of patterns are made by numpy, once, and
+kept; those of block masks and segment ids, which may be traced, where the program runs.
+"""
+
+import dataclasses
+import functools
+import heapq
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Int
+
+from pallas_kernels import blocks
+from pallas_kernels import patterns
+
+BLOCK = 128  # queries and keys of a block: a loaded key serves so many queries
+FIELDS = ("b", "h", "kv", "tile", "start", "num_full", "num")  # of an item; see `Lists`
+
+
+class Lists(NamedTuple):
+  """What a kernel sweeps; the items of a core are one after the other.
+
+  Attributes:
+    items: int32 [N, 8], the fields of an item: batch row `b`, head `h` whose result it makes, key
+      head `kv` that it reads, `tile` of its own rows, and its list: `num` entries of `numbers` from
+      `start` on, of which the first `num_full` need no mask.
+    cores: int32 [cores, 2]: first item, and number of items.
+    numbers: int32: blocks of keys; where keys are the rows, blocks of queries, those of query head
+      g of a group numbered from g times the number of blocks on.
+  """
+
+  items: Int[Any, "N 8"]
+  cores: Int[Any, "cores 2"]
+  numbers: Int[Any, "L"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What lists depend on, besides a pattern and masks.
+
+  Attributes:
+    B, T, S: batch rows, queries, keys.
+    heads: the query heads of a launch.
+    group: query heads of a key head.
+    joined: whether the heads of a group have the gradients of their keys together.
+    num_cores: thread blocks to deal items to.
+  """
+
+  B: int
+  T: int
+  S: int
+  heads: tuple[int, ...]
+  group: int
+  joined: bool
+  num_cores: int
+
+  @property
+  def nq(self) -> int:
+    return -(-self.T // BLOCK)
+
+  @property
+  def nk(self) -> int:
+    return -(-self.S // BLOCK)
+
+  @property
+  def owners(self) -> tuple[tuple[int, ...], ...]:
+    """Heads of a launch, counted within it, whose keys have gradients together."""
+    size = self.group if self.joined else 1
+    return tuple(tuple(range(n, n + size)) for n in range(0, len(self.heads), size))
+
+
+def tables(pattern: patterns.Pattern, T: int, S: int) -> blocks.Blocks:
+  """`blocks_of` for a head's lists: keys past the end are masked like others."""
+  some, every = blocks.blocks_of(pattern, T, S, BLOCK, BLOCK)
+  inside = (np.arange(some.shape[1]) + 1) * BLOCK <= S
+  return blocks.Blocks(some, every & some & inside)
+
+
+# ------------------------------------------------------------------------------- of patterns alone
+
+
+@functools.lru_cache(maxsize=64)
+def by_queries(pattern: patterns.Pattern, problem: Problem) -> Lists:
+  """The key blocks of every block of queries."""
+  rows = [(pattern.of_head(h),) for h in problem.heads]
+  heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
+  return _static(rows, heads, problem, transposed=False)
+
+
+@functools.lru_cache(maxsize=64)
+def by_keys(pattern: patterns.Pattern, problem: Problem) -> Lists:
+  """The query blocks of every block of keys, of all heads of a group."""
+  rows = [tuple(pattern.of_head(problem.heads[h]) for h in owner) for owner in problem.owners]
+  heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(problem.owners)]
+  return _static(rows, heads, problem, transposed=True)
+
+
+def _static(rows, heads, problem: Problem, transposed: bool) -> Lists:
+  """Lists for `heads` (result, key head); `rows` are the patterns that each one's lists join."""
+  parts, place, size = [], {}, 0  # equal heads share their lists
+  for key in rows:
+    if key in place:
+      continue
+    found = [tables(one, problem.T, problem.S) for one in key]
+    if transposed:
+      found = [blocks.Blocks(some.T, every.T) for some, every in found]
+    full, partial = (
+      np.concatenate(tables, axis=1)
+      for tables in zip(*((every, some & ~every) for some, every in found), strict=True)
+    )
+    numbers, count = _compressed(full, partial)
+    place[key] = (size + np.cumsum(count.sum(axis=1)) - count.sum(axis=1), count)
+    parts.append(numbers)
+    size += len(numbers)
+  items = []
+  for key, (h, kv) in zip(rows, heads, strict=True):
+    start, count = place[key]
+    mine = np.zeros((len(start), 8), np.int32)
+    columns = dict(h=h, kv=kv, tile=np.arange(len(start)), start=start)
+    columns |= dict(num_full=count[:, 0], num=count.sum(axis=1))
+    for name, column in columns.items():
+      mine[:, FIELDS.index(name)] = column
+    # Head by head: cores that work at one time share keys in the cache. Long lists first.
+    items.append(mine[np.argsort(-mine[:, FIELDS.index("num")], kind="stable")])
+  items = np.concatenate(items)
+  whole = np.tile(items, (problem.B, 1))
+  whole[:, FIELDS.index("b")] = np.repeat(np.arange(problem.B), len(items))
+  order, cores = _deal(whole[:, FIELDS.index("num")], problem.num_cores)
+  return Lists(whole[order], cores, np.concatenate(parts) if size else np.zeros(1, np.int32))
+
+
+def _compressed(full, partial):
+  """The columns of every row, full ones first; and how many of each kind a row has."""
+  places = [np.nonzero(table) for table in (full, partial)]
+  count = np.stack([np.bincount(row, minlength=len(full)) for row, _ in places], axis=1)
+  row, column = (np.concatenate(x).astype(np.int32) for x in zip(*places, strict=True))
+  return column[np.argsort(row, kind="stable")], count
+
+
+def _deal(num, num_cores: int):
+  """Items in the order of the cores, each to the core that has least to do so far."""
+  loads = [(0, core) for core in range(num_cores)]
+  mine = [[] for _ in range(num_cores)]
+  for n, steps in enumerate(num.tolist()):
+    load, core = heapq.heappop(loads)
+    mine[core].append(n)
+    heapq.heappush(loads, (load + steps + 1, core))  # and about a step to begin and to end
+  counts = np.array([len(x) for x in mine], np.int32)
+  return np.concatenate(mine).astype(np.int64), np.stack([np.cumsum(counts) - counts, counts], 1)
+
+
+# -------------------------------------------------------------------------------- of traced masks
+
+
+class Tables(NamedTuple):
+  """Blocks of queries and keys, [B or 1, heads or 1, nq, nk], numpy or traced."""
+
+  some: Any
+  every: Any
+
+
+def of_pattern(pattern: patterns.Pattern, heads: tuple[int, ...], T: int, S: int) -> Tables:
+  """The tables of a launch's heads, once if they agree."""
+  each = [pattern.of_head(h) for h in heads]
+  if len(set(each)) == 1:
+    each = each[:1]
+  some, every = zip(*(tables(one, T, S) for one in each), strict=True)
+  return Tables(np.stack(some)[None], np.stack(every)[None])
+
+
+def masked(
+  found: Tables,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
+  block_size: int,
+  segment_ids: Int[Array, "B T"] | None,
+  heads: tuple[int, ...],
+) -> Tables:
+  """`found` without the blocks that a block mask of whole blocks excludes, or segments that differ.
+
+  Segments are compared by the least and the largest id of a block.
+  """
+  some, every = found
+  if block_mask is not None:
+    ratio, (nq, nk) = block_size // BLOCK, some.shape[2:]
+    mask = block_mask[:, list(heads)] if block_mask.shape[1] > 1 else block_mask
+    mask = jnp.repeat(jnp.repeat(mask, ratio, axis=2), ratio, axis=3)[:, :, :nq, :nk]
+    some, every = some & mask, every & mask
+  if segment_ids is not None:
+    spare = -segment_ids.shape[1] % BLOCK
+    ids = jnp.pad(segment_ids, [(0, 0), (0, spare)], mode="edge").reshape(len(segment_ids), -1, BLOCK)
+    low, high = ids.min(axis=2), ids.max(axis=2)
+    queries, keys = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None, :])
+    some = some & (queries(low) <= keys(high)) & (keys(low) <= queries(high))
+    same = (low == high)
+    every = every & queries(same) & keys(same) & (queries(low) == keys(low))
+    every = every & some
+  return Tables(some, every)
+
+
+def traced_by_queries(found: Tables, problem: Problem) -> Lists:
+  """As `by_queries`, of tables."""
+  heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
+  return _traced(*found, heads, problem)
+
+
+def traced_by_keys(found: Tables, problem: Problem) -> Lists:
+  """As `by_keys`, of tables."""
+  owners = problem.owners
+  heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(owners)]
+
+  def transposed(table):  # [.., heads, nq, nk] -> [.., owners, nk, group * nq]
+    size = len(owners[0])
+    table = jnp.swapaxes(table, 2, 3)
+    if table.shape[1] > 1:
+      table = table.reshape(table.shape[0], len(owners), size, *table.shape[2:])
+      table = jnp.moveaxis(table, 2, 3)
+      return table.reshape(*table.shape[:3], -1)
+    return jnp.tile(table, (1, 1, 1, size))
+
+  return _traced(*map(transposed, found), heads, problem)
+
+
+def _traced(some, every, heads, problem: Problem) -> Lists:
+  kinds = jnp.where(some, jnp.where(every, 0, 1), 2).astype(jnp.int8)
+  numbers = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
+  count = lambda table: table.sum(axis=-1, dtype=jnp.int32)
+  num_lists, (rows, width) = numbers.shape[:2], numbers.shape[2:]
+  start = jnp.arange(num_lists[0] * num_lists[1] * rows, dtype=jnp.int32) * width
+  shape = problem.B, len(heads), rows
+  wide = lambda x: jnp.broadcast_to(x, shape)
+  axis = lambda x, n: np.asarray(x, np.int32).reshape([-1 if m == n else 1 for m in range(3)])
+  fields = dict(
+    b=axis(range(problem.B), 0),
+    h=axis([h for h, _ in heads], 1),
+    kv=axis([kv for _, kv in heads], 1),
+    tile=axis(range(rows), 2),
+    start=start.reshape(*num_lists, rows),
+    num_full=count(some & every),
+    num=count(some),
+  )
+  items = jnp.stack([wide(fields[name]).reshape(-1) for name in FIELDS], axis=1)
+  items = jnp.pad(items, [(0, 0), (0, 8 - len(FIELDS))])
+  # The longest first, dealt to and fro.
+  items = items[jnp.argsort(-items[:, FIELDS.index("num")], stable=True)]
+  cores = np.arange(problem.num_cores)
+  rounds = -(-len(items) // problem.num_cores)
+  place = np.where(np.arange(rounds)[:, None] % 2 == 0, cores, cores[::-1])
+  order = (np.arange(rounds)[:, None] * problem.num_cores + place).T  # [cores, rounds]
+  there = order < len(items)
+  # What is missing in the last round is missing at the end of a core's items.
+  items = items[np.minimum(order, len(items) - 1).reshape(-1)]
+  return Lists(items, np.stack([cores * rounds, there.sum(axis=1)], 1).astype(np.int32), numbers.reshape(-1))

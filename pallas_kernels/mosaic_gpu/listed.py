@@ -1,0 +1,206 @@
+"""What the streaming kernels sweep where a pattern is no formula of tiles: lists of blocks.
+
+`pallas_kernels.lists` makes the lists. A kernel's tile is a block, or a part of one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import lists
+from pallas_kernels.mosaic_gpu import formula
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import stream
+from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.views import head_of
+from pallas_kernels.scores import Scores
+
+
+class Listed(stream.Frame):
+  """Lists of blocks at one size, of the natural view.
+
+  Args:
+    problem: sizes and heads; q and all that belongs to queries has these heads alone.
+    by_queries, by_keys: the lists.
+    formulas: (i, j) -> which pairs of a block attend that is not full; `formula_of` says which one
+      is a head's.
+    formula_of: for each head of the launch.
+    segments: whether segment ids mask as well.
+    scores: how logits are made, where that is more than a factor.
+  """
+
+  may_be_empty = True
+
+  def __init__(
+    self,
+    problem: lists.Problem,
+    by_queries: lists.Lists,
+    by_keys: lists.Lists | None,
+    formulas: tuple[Callable, ...],
+    formula_of: tuple[int, ...],
+    segments: bool,
+    scores: Scores | None,
+  ):
+    heads = range(len(problem.heads))
+    one = stream.Schedule(view="natural")
+    super().__init__(one, problem.T, len(heads), len(heads), heads, segments)
+    self.problem, self.by_queries, self.by_keys = problem, by_queries, by_keys
+    self.formulas, self.formula_of = formulas, formula_of
+    self.scores, self.has_full, self.num_keys = scores, True, problem.S
+
+  def lists(self, transposed: bool):
+    found = self.by_keys if transposed else self.by_queries
+    return {name: jnp.asarray(x) for name, x in found._asdict().items()}
+
+  def keys(self, x):
+    return jnp.pad(x, [(0, 0), (0, -self.num_keys % 8), (0, 0), (0, 0)]) if self.num_keys % 8 else x
+
+  def key_shape(self, batch: int, D: int) -> tuple[int, ...]:
+    return (batch, self.num_keys + -self.num_keys % 8, len(self.problem.owners), D)
+
+  def key_grads(self, x):
+    return x[:, : self.num_keys] if self.num_keys % 8 else x
+
+  def load_keys(self, copy, source, item, tile, step):
+    copy(source.at[item["b"], pl.ds(tile * step, step), item["kv"]], 0, step)
+
+  def work(self, blocks: stream.BlockSizes, batch: int, num_rows: int) -> "Work":
+    del batch, num_rows
+    return Work(self.problem.num_cores, lists.BLOCK // blocks.rows)
+
+  def first_row(self, item, rows: int):
+    return item["tile"] * rows
+
+  def key_tiles(self, item, q0, rows: int, step: int) -> "Tiles":
+    del q0, rows
+    return Tiles(item, lists.BLOCK // step, None)
+
+  def query_tiles(self, item, k0, keys: int, step: int) -> "Tiles":
+    del k0, keys
+    return Tiles(item, lists.BLOCK // step, self.problem.nq)
+
+  def query_head(self, item, tiles, i):
+    size = len(self.problem.owners[0])
+    return item["h"] if size == 1 else item["h"] * size + tiles.group(i)
+
+
+class Tiles:
+  """The tiles of an item's list, `parts` to a block; of groups with `per_head` blocks a head."""
+
+  def __init__(self, item, parts: int, per_head: int | None):
+    self.item, self.parts, self.per_head = item, parts, per_head
+    self.num, self.num_full = item["num"] * parts, item["num_full"] * parts
+
+  def tile(self, i):
+    """The tile of step i."""
+    number = self._number(i)
+    if self.per_head is not None:
+      number = lax.rem(number, jnp.int32(self.per_head))
+    return number if self.parts == 1 else number * self.parts + lax.rem(i, jnp.int32(self.parts))
+
+  def group(self, i):
+    """Whose block of queries it is, of the heads of a group."""
+    return stream.div(self._number(i), self.per_head)
+
+  def _number(self, i):
+    n = i if self.parts == 1 else stream.div(i, self.parts)
+    return self.item["numbers"][self.item["start"] + n]
+
+
+class Work:
+  """The items of a launch as lists deal them; `halves` items of a kernel to one of the lists."""
+
+  def __init__(self, num_blocks: int, halves: int, refs=None):
+    self.num_blocks, self.halves, self.refs = num_blocks, halves, refs
+
+  def of(self, refs) -> "Work":
+    return Work(self.num_blocks, self.halves, refs)
+
+  def count(self):
+    return self.refs["cores"][lax.axis_index("core"), 1] * self.halves
+
+  def each(self, body: Callable, carry):
+    """carry = body(item, its number in this thread block, carry) for the items dealt to it."""
+    refs, last = self.refs, self.refs["items"].shape[0] - 1
+    first = refs["cores"][lax.axis_index("core"), 0]
+
+    def read(n):
+      place = jnp.minimum(first + stream.div(n, self.halves), last)
+      return tuple(refs["items"][place, m] for m in range(len(lists.FIELDS)))
+
+    def step(n, carry):
+      fields, carry = carry
+      item = dict(zip(lists.FIELDS, fields, strict=True), r=jnp.int32(0), numbers=refs["numbers"])
+      if self.halves > 1:
+        item["tile"] = item["tile"] * self.halves + lax.rem(n, jnp.int32(self.halves))
+      following = read(n + 1)  # on its way while this one is worked on
+      return following, body(item, n, carry)
+
+    return lax.fori_loop(0, self.count(), step, (read(jnp.int32(0)), carry))[1]
+
+
+class Masks:
+  """The pairs of 64 rows and the columns of a step that attend; rows are queries, or keys."""
+
+  hides = False
+
+  def __init__(self, refs, frame: Listed, sweep, item, base, transposed: bool = False):
+    self.refs, self.frame, self.sweep, self.item = refs, frame, sweep, item
+    self.base, self.transposed = base, transposed
+    self.step = sweep.blocks.step if transposed else sweep.step
+    if frame.segments:
+      ids = refs["ids"].at[item["b"], 0, pl.ds(base, TILE)]
+      self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
+
+  def places(self, i):
+    """Positions of queries and of keys, [64, step] each."""
+    rows = self.base + gpu.iota((TILE,), layout=gpu.ROW)
+    columns = self.sweep.tiles.tile(i) * self.step + gpu.iota((self.step,), layout=gpu.COLUMN)
+    rows, columns = gpu.over_columns(rows, self.step), gpu.over_rows(columns, TILE)
+    return (columns, rows) if self.transposed else (rows, columns)
+
+  def head(self, i):
+    """The query head, of the launch."""
+    if self.transposed:
+      return self.frame.query_head(self.item, self.sweep.tiles, i)
+    return self.item["h"]
+
+  def logits(self, i, products):
+    """Of products, and their derivatives."""
+    h = jnp.int32(0) + head_of(self.frame.problem.heads, self.head(i))
+    h = lax.broadcast(h, products.shape)
+    return formula.logits(self.frame.scores, products, *self.places(i), h)
+
+  def __call__(self, i, s, kind: str | None = None):
+    """Which of [64, step] attend in step i, whose tile lies in slot s."""
+    del kind
+    frame, (queries, keys) = self.frame, self.places(i)
+    if len(frame.formulas) == 1:
+      mask = frame.formulas[0](queries, keys)
+    else:
+      turn = lax.broadcast(head_of(frame.formula_of, self.head(i)), queries.shape)
+      found = [(turn == n) & one(queries, keys) for n, one in enumerate(frame.formulas)]
+      mask = functools.reduce(jnp.logical_or, found)
+    if frame.num_keys % lists.BLOCK:
+      mask = mask & (keys < frame.num_keys)
+    if frame.segments:
+      ids = gpu.load(self.refs["ids_s"].at[s], layout=gpu.COLUMN, optimized=False)
+      mask = mask & (gpu.over_columns(self.ids, self.step) == gpu.over_rows(ids, TILE))
+      gpu.commit_reads()
+    return mask
+
+
+def formulas(pattern: Any, heads: tuple[int, ...]) -> tuple[tuple[Callable, ...], tuple[int, ...]]:
+  """The formulas of a pattern's heads, each once, and the place of every head's; () if one has none.
+
+  Heads whose layouts differ may have one formula.
+  """
+  found = [formula.of_pattern(pattern.of_head(h)) for h in heads]
+  if None in found:
+    return (), ()
+  each = list(dict.fromkeys(found))
+  return tuple(each), tuple(each.index(one) for one in found)
