@@ -99,6 +99,7 @@ def _scratch(frame, blocks, Dk, Dv, dtype):
     q_full=gpu.Barrier(num_barriers=blocks.held * wgs),
     q_free=gpu.Barrier(num_barriers=blocks.held * wgs),
     **ring(frame, blocks, Dk, Dv, dtype),
+    **stream.Turns.scratch(blocks),
   )
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=dtype))
@@ -148,7 +149,10 @@ def _kernel(refs, *, frame, blocks, work, scale):
   def _():
     gpu.set_max_registers(blocks.registers[1], action="increase")
     consume = lambda item, n, done: _Softmax(refs, frame, blocks, item, n, done, wg, scale).run()
+    turns = stream.Turns(refs, wg)
+    turns.begin()
     work.each(consume, jnp.int32(0))
+    turns.end()
     gpu.wait_to_gmem(0)
 
 
@@ -335,6 +339,7 @@ class Queries:
     self.q_s = refs["q_s"].at[self.place, wg]
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
     self.Dv, self.dtype = refs["v_s"].shape[-1], refs["v_s"].dtype
+    self.turns = stream.Turns(refs, wg)
     self.any_kind = "any" if frame.schedule.own else "view"
 
   def slot(self, i):
@@ -413,7 +418,14 @@ class _Softmax(Queries):
       acc, top, total = carry
       s = self.slot(i)
       gpu.barrier_wait(refs["k_full"].at[s])
-      (x,) = gpu.matmul((self.q_s, refs["k_s"].at[s].transpose((1, 0))))
+      self.turns.wait()
+
+      def logits(x):
+        x.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+        self.turns.over()
+        return x.get()
+
+      x = gpu.sums(logits, (TILE, self.blocks.step))
       if self.frame.scores is not None:
         x, _ = self.masks.logits(i, x)
       mask = None if kind is None else self.masks(i, s, kind)
@@ -440,11 +452,13 @@ class _Softmax(Queries):
       acc, p, top, total = carry
       s, before = self.slot(i), self.slot(i - 1)
       gpu.barrier_wait(refs["k_full"].at[s])
+      gpu.barrier_wait(refs["v_full"].at[before])
+      self.turns.wait()
 
       def body(logits, acc):
         logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
-        gpu.barrier_wait(refs["v_full"].at[before])
         acc.add_from_registers(p, refs["v_s"].at[before])
+        self.turns.over()
         return attend(i, top, total, kind, logits.get(under_way=1)), acc.get()
 
       new, acc = gpu.sums(body, (TILE, self.blocks.step), acc, scratch=self.p_s)
