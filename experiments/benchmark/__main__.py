@@ -10,13 +10,14 @@ import jax
 # Imported when they are run: not every machine has what each of them needs.
 BENCHMARKS = {
   "attention": "attention on a GPU beside cuDNN and the roofline",
+  "block_sparse": "block-sparse attention on a GPU beside cuDNN's dense attention",
   "memory": "the published memory table, and what XLA needs",
   "step": "training steps of the paper's models on a GPU: none, sparse and dense attention",
   "tune": "measures tile sizes into pallas_kernels/tuning.json, on a GPU; only when named",
   "xla": "time and memory of the xla backend up to T = 65,536",
 }
-ON_GPU = ("attention", "step", "tune")
-IN_WORKERS = {"attention", "tune"}
+ON_GPU = ("attention", "block_sparse", "step", "tune")
+IN_WORKERS = {"attention", "block_sparse", "tune"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -164,12 +164,14 @@ class Measurement(NamedTuple):
     kernels: their names.
     seen: what `Job.look` gave of each result.
     error: one line.
+    bytes: of the program, as XLA plans them: temp_bytes, argument_bytes and output_bytes.
   """
 
   ms: float | None = None
   kernels: tuple[str, ...] = ()
   seen: tuple[np.ndarray, ...] = ()
   error: str | None = None
+  bytes: dict[str, int] | None = None
 
 
 class Programs:
@@ -199,9 +201,15 @@ class Programs:
       seen = tuple(np.asarray(look(x)) for look, x in zip(looks, results, strict=True))
       del results
       ms, kernels = kernel_ms(program, *arrays)
+      stats = program.memory_analysis()
     except Exception as error:  # one kernel that fails must not take the others' figures with it
       return Measurement(error=text(error))
-    return Measurement(ms, tuple(kernels), seen)
+    planned = dict(
+      temp_bytes=stats.temp_size_in_bytes,
+      argument_bytes=stats.argument_size_in_bytes,
+      output_bytes=stats.output_size_in_bytes,
+    )
+    return Measurement(ms, tuple(kernels), seen, bytes=planned)
 
   def _helper(self, function: Callable, *args: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
     """A small program that many jobs share."""
