@@ -1,7 +1,8 @@
 """Lists of blocks: for every tile of queries the blocks of keys to visit, and the other way round.
 
-Full blocks come first, then those that are masked. Lists of patterns are made by numpy, once, and
-kept; those of block masks and segment ids, which may be traced, where the program runs.
+Full blocks come first, then those that are masked. A block of queries without keys has one block
+all the same, behind the last key, whose mask hides all. Lists of patterns are made by numpy, once,
+and kept; those of block masks and segment ids, which may be traced, where the program runs.
 """
 
 import dataclasses
@@ -115,6 +116,9 @@ def _static(rows, heads, problem: Problem, transposed: bool) -> Lists:
       np.concatenate(tables, axis=1)
       for tables in zip(*((every, some & ~every) for some, every in found), strict=True)
     )
+    if not transposed:  # a column behind the last key
+      nobody = ~(full | partial).any(axis=1, keepdims=True)
+      full, partial = np.pad(full, [(0, 0), (0, 1)]), np.concatenate([partial, nobody], axis=1)
     numbers, count = _compressed(full, partial)
     place[key] = (size + np.cumsum(count.sum(axis=1)) - count.sum(axis=1), count)
     parts.append(numbers)
@@ -207,7 +211,11 @@ def masked(
 def traced_by_queries(found: Tables, problem: Problem) -> Lists:
   """As `by_queries`, of tables."""
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
-  return _traced(*found, heads, problem)
+  some, every = found
+  nobody = ~some.any(axis=-1, keepdims=True)  # a column behind the last key
+  none = jnp.zeros_like(nobody)
+  some, every = jnp.concatenate([some, nobody], -1), jnp.concatenate([every, none], -1)
+  return _traced(some, every, heads, problem)
 
 
 def traced_by_keys(found: Tables, problem: Problem) -> Lists:

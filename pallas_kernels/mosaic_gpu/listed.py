@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -31,9 +32,10 @@ class Listed(stream.Frame):
     formula_of: for each head of the launch.
     segments: whether segment ids mask as well.
     scores: how logits are made, where that is more than a factor.
-  """
 
-  may_be_empty = True
+  Attributes:
+    ends_inside: whether masks have to hide keys past the last one.
+  """
 
   def __init__(
     self,
@@ -51,6 +53,9 @@ class Listed(stream.Frame):
     self.problem, self.by_queries, self.by_keys = problem, by_queries, by_keys
     self.formulas, self.formula_of = formulas, formula_of
     self.scores, self.has_full, self.num_keys = scores, True, problem.S
+    numbers = by_queries.numbers
+    past_the_end = not isinstance(numbers, np.ndarray) or (numbers == problem.nk).any()
+    self.ends_inside = past_the_end or problem.S % lists.BLOCK > 0
 
   def lists(self, transposed: bool):
     found = self.by_keys if transposed else self.by_queries
@@ -185,7 +190,7 @@ class Masks:
       turn = lax.broadcast(head_of(frame.formula_of, self.head(i)), queries.shape)
       found = [(turn == n) & one(queries, keys) for n, one in enumerate(frame.formulas)]
       mask = functools.reduce(jnp.logical_or, found)
-    if frame.num_keys % lists.BLOCK:
+    if frame.ends_inside:
       mask = mask & (keys < frame.num_keys)
     if frame.segments:
       ids = gpu.load(self.refs["ids_s"].at[s], layout=gpu.COLUMN, optimized=False)

@@ -167,7 +167,7 @@ def listed(Dk: int, Dv: int) -> Streamed:
     )
   if D <= 128:
     return Streamed(
-      forward=sizes(step=128, stages=2, held=2),
+      forward=sizes(step=128, stages=2, held=2, ahead=True),
       dq=sizes(step=64, stages=3),
       dkv=sizes(step=64, stages=3),
     )

@@ -90,7 +90,6 @@ class Frame:
   """A schedule at one size: shapes, tiles and masks.
 
   Attributes:
-    may_be_empty: whether the kernels meet tiles of queries without tiles of keys.
     scores: how logits are made; None where they are products times a factor.
 
   Args:
@@ -102,7 +101,6 @@ class Frame:
     segments: whether segment ids mask as well.
   """
 
-  may_be_empty = False
   scores = None
 
   def __init__(self, schedule: Schedule, T, num_heads, num_kv_heads, heads, segments=False):

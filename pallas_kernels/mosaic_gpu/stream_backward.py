@@ -211,14 +211,19 @@ class _Queries(stream_forward.Queries):
     """The logits and dP of a step are made while the product of the step before runs."""
     refs, tile = self.refs, (TILE, self.blocks.step)
 
-    def dlogits(*args):  # fresh sums cost nothing here, those that start as -delta as much as this
-      p, dp = self.weights(*args)
-      return p * (dp + gpu.over_columns(self.minus_delta, self.blocks.step))
+    def dlogits(i, *args):
+      # Fresh sums cost nothing here, those that start as -delta as much as this.
+      p, dp = self.weights(i, *args)
+      ds = p * (dp + gpu.over_columns(self.minus_delta, self.blocks.step))
+      # All of it is made before the next wait, and the product under way is waited for after it:
+      # else its wait comes as early as it can.
+      ds = lax.optimization_barrier(ds)
+      pl.when(i + 1 < self.sweep.num)(lambda: self.wait(self.slot(i + 1)))
+      return ds
 
     def step(i, carry, kind):
       dq, ds = carry
       before = self.slot(i - 1)
-      self.wait(self.slot(i))
 
       def body(logits, dp, dq):
         add = lambda: dq.add_from_registers(ds, refs["k_s"].at[before])

@@ -168,7 +168,7 @@ class Sweep:
     if frame.schedule.own:
       self.own_first, count = frame.own_tiles(self.q0, rows, step)
       self.num = self.num_view + count
-    elif not frame.may_be_empty:
+    else:
       # A sweep without tiles visits one all the same, whose mask hides every key: no loop, barrier
       # or epilogue has to know about it.
       self.num = jnp.maximum(self.num, 1)
@@ -444,15 +444,21 @@ class _Softmax(Queries):
     refs = self.refs
 
     def attend(i, top, total, kind, x):
+      if self.frame.scores is not None:
+        x, _ = self.masks.logits(i, x)
       mask = None if kind is None else self.masks(i, self.slot(i), kind)
       gpu.barrier_arrive(refs["k_free"].at[self.slot(i)])
-      return self.weights(x, top, total, mask)
+      p, *new = self.weights(x, top, total, mask)
+      # All of them are made before the wait, and the sum under way is waited for after it: else its
+      # wait comes as early as it can.
+      p = lax.optimization_barrier(p)
+      gpu.barrier_wait(refs["v_full"].at[self.slot(i)])
+      return p, *new
 
     def step(i, carry, kind):
       acc, p, top, total = carry
       s, before = self.slot(i), self.slot(i - 1)
       gpu.barrier_wait(refs["k_full"].at[s])
-      gpu.barrier_wait(refs["v_full"].at[before])
       self.turns.wait()
 
       def body(logits, acc):
@@ -471,11 +477,17 @@ class _Softmax(Queries):
     acc, top, total = self.start()
     first, s = jnp.int32(0), self.slot(0)
     gpu.barrier_wait(refs["k_full"].at[s])
-    (x,) = gpu.matmul((self.q_s, refs["k_s"].at[s].transpose((1, 0))))
+    self.turns.wait()
+
+    def logits(x):
+      x.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+      self.turns.over()
+      return x.get()
+
+    x = gpu.sums(logits, (TILE, self.blocks.step))
     p, top, total, _ = attend(first, top, total, self.any_kind, x)
     acc, p, top, total = self.loops(step, 1, (acc, p.astype(self.dtype), top, total))
     s = self.slot(self.sweep.num - 1)
-    gpu.barrier_wait(refs["v_full"].at[s])
     (acc,) = gpu.add_matmul((acc, (p, refs["v_s"].at[s])), scratch=self.p_s)
     gpu.barrier_arrive(refs["v_free"].at[s])
     return acc, top, total
