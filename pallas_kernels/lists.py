@@ -198,11 +198,13 @@ def masked(
     some, every = some & mask, every & mask
   if segment_ids is not None:
     spare = -segment_ids.shape[1] % BLOCK
-    ids = jnp.pad(segment_ids, [(0, 0), (0, spare)], mode="edge").reshape(len(segment_ids), -1, BLOCK)
+    ids = jnp.pad(segment_ids, [(0, 0), (0, spare)], mode="edge").reshape(
+      len(segment_ids), -1, BLOCK
+    )
     low, high = ids.min(axis=2), ids.max(axis=2)
     queries, keys = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None, :])
     some = some & (queries(low) <= keys(high)) & (keys(low) <= queries(high))
-    same = (low == high)
+    same = low == high
     every = every & queries(same) & keys(same) & (queries(low) == keys(low))
     every = every & some
   return Tables(some, every)
@@ -264,4 +266,6 @@ def _traced(some, every, heads, problem: Problem) -> Lists:
   there = order < len(items)
   # What is missing in the last round is missing at the end of a core's items.
   items = items[np.minimum(order, len(items) - 1).reshape(-1)]
-  return Lists(items, np.stack([cores * rounds, there.sum(axis=1)], 1).astype(np.int32), numbers.reshape(-1))
+  return Lists(
+    items, np.stack([cores * rounds, there.sum(axis=1)], 1).astype(np.int32), numbers.reshape(-1)
+  )

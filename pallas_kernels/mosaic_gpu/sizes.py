@@ -161,15 +161,15 @@ def listed(Dk: int, Dv: int) -> Streamed:
   sizes, D = stream.BlockSizes, max(Dk, Dv)
   if D <= 64:
     return Streamed(
-      forward=sizes(step=128, stages=3, held=2),
-      dq=sizes(step=128, stages=3),
+      forward=sizes(step=128, stages=4, held=2, ahead=True),
+      dq=sizes(step=128, stages=3, held=2),
       dkv=sizes(step=64, stages=4),
     )
   if D <= 128:
     return Streamed(
       forward=sizes(step=128, stages=2, held=2, ahead=True),
       dq=sizes(step=64, stages=3),
-      dkv=sizes(step=64, stages=3),
+      dkv=sizes(step=64, stages=4),
     )
   narrow = sizes(step=64, warpgroups=1)
   return Streamed(forward=sizes(step=64, stages=2 if D <= 192 else 1), dq=narrow, dkv=narrow)

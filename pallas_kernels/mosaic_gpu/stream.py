@@ -63,8 +63,6 @@ class BlockSizes:
     ahead: whether the first product of a step is issued before the last one of the step before.
     spread: whether all heads work on their longest rows first, or one head after the other.
     held: tiles of queries in shared memory (forward, dq); with 2, the next one loads early.
-    turns: whether two warpgroups start their products in turn: one multiplies while the other one
-      computes weights.
   """
 
   step: int = 128
@@ -73,7 +71,6 @@ class BlockSizes:
   ahead: bool = False
   spread: bool = True
   held: int = 1
-  turns: bool = False
 
   @property
   def rows(self) -> int:
@@ -414,40 +411,6 @@ def _pick(n, table: tuple[int, ...]):
   for place, entry in enumerate(table[1:-1], 1):
     value = jnp.where(n == place, entry, value)
   return value
-
-
-class Turns:
-  """The turns of two warpgroups; without them, nothing.
-
-  Both take the same number of turns. Warpgroup 0 has the first one.
-  """
-
-  def __init__(self, refs, wg):
-    self.barrier, self.wg = refs.get("turn"), wg
-
-  @staticmethod
-  def scratch(blocks: BlockSizes):
-    return dict(turn=gpu.Barrier(num_barriers=2)) if blocks.turns else {}
-
-  def begin(self):
-    """Before the first turn."""
-    if self.barrier is not None:
-      pl.when(self.wg == 1)(lambda: gpu.barrier_arrive(self.barrier.at[0]))
-
-  def wait(self):
-    """For our turn."""
-    if self.barrier is not None:
-      gpu.barrier_wait(self.barrier.at[self.wg])
-
-  def over(self):
-    """It is the other one's turn."""
-    if self.barrier is not None:
-      gpu.barrier_arrive(self.barrier.at[1 - self.wg])
-
-  def end(self):
-    """After the last turn: every completion of a barrier has to be observed."""
-    if self.barrier is not None:
-      pl.when(self.wg == 0)(lambda: gpu.barrier_wait(self.barrier.at[0]))
 
 
 class Work:

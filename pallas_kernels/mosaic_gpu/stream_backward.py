@@ -96,7 +96,6 @@ def sweep_keys(
     q_full=gpu.Barrier(num_barriers=turns, num_arrivals=num_loads),
     q_free=gpu.Barrier(num_barriers=turns),
     **stream_forward.ring(frame, blocks, Dk, Dv, q.dtype),
-    **stream.Turns.scratch(blocks),
   )
   if made:
     scratch.update(out_s=gpu.smem(blocks.held, wgs, TILE, Dv, dtype=q.dtype))
@@ -138,10 +137,7 @@ def _dq(refs, *, frame, blocks, work, scale):
   def _():
     gpu.set_max_registers(blocks.registers[1], action="increase")
     consume = lambda item, n, done: _Queries(refs, frame, blocks, item, n, done, wg, scale).run()
-    turns = stream.Turns(refs, wg)
-    turns.begin()
     work.each(consume, jnp.int32(0))
-    turns.end()
     gpu.wait_to_gmem(0)
 
 
@@ -253,12 +249,10 @@ class _Queries(stream_forward.Queries):
     """P and dP of step i, in float32; `meanwhile` starts one more product."""
     s, refs = self.slot(i), self.refs
     columns = lambda x: gpu.over_columns(x, self.blocks.step)
-    self.turns.wait()
     logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
     dp.add(self.dout_s, refs["v_s"].at[s].transpose((1, 0)))
     if meanwhile is not None:
       meanwhile()
-    self.turns.over()
     more = 0 if meanwhile is None else 1
     mask = None if kind is None else self.masks(i, s, kind)
     x, slope = logits.get(under_way=1 + more), None
@@ -354,7 +348,6 @@ def sweep_queries(
     q_full=gpu.Barrier(num_barriers=stages, num_arrivals=4 if frame.segments else 3),
     dout_full=gpu.Barrier(num_barriers=stages),
     q_free=gpu.Barrier(num_barriers=stages, num_arrivals=wgs),
-    **stream.Turns.scratch(blocks),
   )
   if frame.segments:
     scratch.update(ids_s=gpu.vector(stages, step, dtype=jnp.int32))
@@ -393,13 +386,10 @@ def _dkv(refs, *, frame, blocks, work, scale, parts, shares):
   def _():
     gpu.set_max_registers(blocks.registers[1], action="increase")
     keys = _ListedKeys if isinstance(frame, listed.Listed) else _Keys
-    turns = stream.Turns(refs, wg)
-    turns.begin()
     work.each(
       lambda item, n, done: keys(refs, frame, blocks, item, done, wg, scale, parts, shares).run(),
       jnp.int32(0),
     )
-    turns.end()
     gpu.wait_to_gmem(0)
 
 
@@ -471,7 +461,6 @@ class _Keys:
     self.k_s, self.v_s = refs["k_s"].at[wg], refs["v_s"].at[wg]
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
     self.dtype = refs["q_s"].dtype
-    self.turns = stream.Turns(refs, wg)
 
   def run(self):
     """Sums and writes dk and dv; the steps taken so far."""
@@ -555,12 +544,10 @@ class _Keys:
       # Behind a barrier, so that places in k and v do not stay in registers over the loop: there
       # are too few for those of both, and at large heads for either.
       k_s, v_s = (refs[name].at[lax.optimization_barrier(self.wg)] for name in ("k_s", "v_s"))
-      self.turns.wait()
       logits.add(self.k_s if q.shape[-1] <= 64 else k_s, q.transpose((1, 0)))
       gpu.barrier_wait(refs["dout_full"].at[s])
       if dp:
         dp[0].add(v_s, dout.transpose((1, 0)))
-      self.turns.over()
       lse = rows("lse_s")
       x, slope = logits.get(under_way=len(dp)), None
       if self.frame.scores is not None:

@@ -99,7 +99,6 @@ def _scratch(frame, blocks, Dk, Dv, dtype):
     q_full=gpu.Barrier(num_barriers=blocks.held * wgs),
     q_free=gpu.Barrier(num_barriers=blocks.held * wgs),
     **ring(frame, blocks, Dk, Dv, dtype),
-    **stream.Turns.scratch(blocks),
   )
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=dtype))
@@ -149,10 +148,7 @@ def _kernel(refs, *, frame, blocks, work, scale):
   def _():
     gpu.set_max_registers(blocks.registers[1], action="increase")
     consume = lambda item, n, done: _Softmax(refs, frame, blocks, item, n, done, wg, scale).run()
-    turns = stream.Turns(refs, wg)
-    turns.begin()
     work.each(consume, jnp.int32(0))
-    turns.end()
     gpu.wait_to_gmem(0)
 
 
@@ -339,7 +335,6 @@ class Queries:
     self.q_s = refs["q_s"].at[self.place, wg]
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
     self.Dv, self.dtype = refs["v_s"].shape[-1], refs["v_s"].dtype
-    self.turns = stream.Turns(refs, wg)
     self.any_kind = "any" if frame.schedule.own else "view"
 
   def slot(self, i):
@@ -418,14 +413,7 @@ class _Softmax(Queries):
       acc, top, total = carry
       s = self.slot(i)
       gpu.barrier_wait(refs["k_full"].at[s])
-      self.turns.wait()
-
-      def logits(x):
-        x.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
-        self.turns.over()
-        return x.get()
-
-      x = gpu.sums(logits, (TILE, self.blocks.step))
+      (x,) = gpu.matmul((self.q_s, refs["k_s"].at[s].transpose((1, 0))))
       if self.frame.scores is not None:
         x, _ = self.masks.logits(i, x)
       mask = None if kind is None else self.masks(i, s, kind)
@@ -459,12 +447,10 @@ class _Softmax(Queries):
       acc, p, top, total = carry
       s, before = self.slot(i), self.slot(i - 1)
       gpu.barrier_wait(refs["k_full"].at[s])
-      self.turns.wait()
 
       def body(logits, acc):
         logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
         acc.add_from_registers(p, refs["v_s"].at[before])
-        self.turns.over()
         return attend(i, top, total, kind, logits.get(under_way=1)), acc.get()
 
       new, acc = gpu.sums(body, (TILE, self.blocks.step), acc, scratch=self.p_s)
@@ -477,14 +463,7 @@ class _Softmax(Queries):
     acc, top, total = self.start()
     first, s = jnp.int32(0), self.slot(0)
     gpu.barrier_wait(refs["k_full"].at[s])
-    self.turns.wait()
-
-    def logits(x):
-      x.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
-      self.turns.over()
-      return x.get()
-
-    x = gpu.sums(logits, (TILE, self.blocks.step))
+    (x,) = gpu.matmul((self.q_s, refs["k_s"].at[s].transpose((1, 0))))
     p, top, total, _ = attend(first, top, total, self.any_kind, x)
     acc, p, top, total = self.loops(step, 1, (acc, p.astype(self.dtype), top, total))
     s = self.slot(self.sweep.num - 1)
