@@ -1,5 +1,6 @@
 """Pictures of patterns, drawn from their masks: pairs that attend, blocks that a kernel visits."""
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.figure
@@ -14,6 +15,7 @@ from pallas_kernels import patterns
 # Blue and orange of Okabe and Ito stay apart for every kind of colour blindness.
 FIRST, SECOND, BOTH = (0, 114, 178), (230, 159, 0), (34, 34, 59)
 SKIPPED, FUTURE = (232, 232, 236), (255, 255, 255)
+MASKED = (250, 231, 191)  # SECOND, faint: pairs that a visited block holds in vain
 _INK, _FAINT = "#22223b", "#6b6b7b"
 
 _SIDE = 6  # the paper's Figure 3: pictures of 6 x 6 pixels, stride 6
@@ -90,12 +92,10 @@ def draw_overview() -> matplotlib.figure.Figure:
     _draw_blocks(figure, parts, left=left, width=width)
   for middle, text in ((0.83, "one query"), (0.54, "all queries"), (0.24, "blocks visited")):
     figure.text(0.018, middle, text, size=17, rotation=90, va="center", ha="center", color=_FAINT)
-  legend = ((FIRST, "head 1"), (SECOND, "head 2"), (BOTH, "both"), (SKIPPED, "skipped past"))
-  for n, (colour, text) in enumerate(legend):
-    x = 0.2 + 0.165 * n
-    swatch = matplotlib.patches.Rectangle((x, 0.022), 0.02, 0.022, color=np.divide(colour, 255))
-    figure.add_artist(swatch)
-    figure.text(x + 0.028, 0.033, text, size=16, va="center", color=_INK)
+  for n, (colour, text) in enumerate(
+    ((FIRST, "head 1"), (SECOND, "head 2"), (BOTH, "both"), (SKIPPED, "skipped past"))
+  ):
+    _draw_key(figure, 0.2 + 0.165 * n, 0.022, 0.02, colour, text, size=16)
   return figure
 
 
@@ -197,3 +197,64 @@ def draw_layers(
     axes.set_xlabel(f"key 0 ... {T - 1}", color=_FAINT)
     axes.set_ylabel("\N{LEFTWARDS ARROW} query", color=_FAINT)
   return figure
+
+
+def tile_colours(mask: Bool[np.ndarray, "T T"], tile: int) -> UInt8[np.ndarray, "T T 3"]:
+  """A mask's pairs, FIRST in tiles that are full and SECOND in others, where the rest is MASKED.
+
+  Tiles without pairs are SKIPPED, but for the later keys of a causal mask, which are FUTURE.
+  """
+  whole = lambda tiles: np.kron(tiles, np.ones((tile, tile), bool))
+  picture = colours([mask & False, mask], _past(mask))
+  picture[whole(visited_blocks(mask, tile)) & ~mask] = MASKED
+  picture[whole(~visited_blocks(~mask, tile))] = FIRST
+  return picture
+
+
+def draw_tiles(
+  panels: Sequence[tuple[str, Bool[np.ndarray, "T T"]]], *, tile: int
+) -> matplotlib.figure.Figure:
+  """Masks side by side, each with its name and the share of tiles that hold pairs.
+
+  Args:
+    panels: name and mask of each.
+    tile: tokens of a tile, which divides T.
+  """
+  columns, gap, above, below, dpi = min(5, len(panels)), 30, 60, 60, 100
+  rows, side = -(-len(panels) // columns), 2 * len(panels[0][1])  # two pixels per pair: all alike
+  width, height = columns * (side + gap) + gap, rows * (side + above + below) + below
+  figure = matplotlib.figure.Figure((width / dpi, height / dpi), dpi=dpi, facecolor="white")
+  for n, (name, mask) in enumerate(panels):
+    row, column = divmod(n, columns)
+    left, top = gap + column * (side + gap), above + row * (side + above + below)
+    axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+    _show(axes, tile_colours(mask, tile), grid=0)
+    axes.set_title("\n".join(textwrap.wrap(name, 26)), size=13, color=_INK, pad=5)
+    past = _past(mask)
+    share = visited_blocks(mask, tile).sum() / visited_blocks(past, tile).sum()
+    which = "all" if past.all() else "causal"
+    axes.set_xlabel(f"{share:.0%} of {which} tiles", size=13, color=_FAINT, labelpad=5)
+  for n, (colour, text) in enumerate(
+    (
+      (FIRST, "pairs of full tiles"),
+      (SECOND, "pairs of partial tiles"),
+      (MASKED, "masked in these"),
+      (SKIPPED, "tiles skipped"),
+    )
+  ):
+    _draw_key(figure, 0.14 + 0.19 * n, 20 / height, 20 / width, colour, text, size=13)
+  return figure
+
+
+def _past(mask: Bool[np.ndarray, "T T"]) -> Bool[np.ndarray, "T T"]:
+  """What the queries of a mask may attend to at all: if it has no later keys, those so far."""
+  causal = not np.triu(mask, 1).any()
+  return np.tri(len(mask), dtype=bool) if causal else np.ones_like(mask)
+
+
+def _draw_key(figure, x: float, y: float, width: float, colour, text: str, *, size: int) -> None:
+  """A square of a colour, and what it means."""
+  height = width * figure.get_figwidth() / figure.get_figheight()
+  square = matplotlib.patches.Rectangle((x, y), width, height, color=np.divide(colour, 255))
+  figure.add_artist(square)
+  figure.text(x + 1.4 * width, y + height / 2, text, size=size, va="center", color=_INK)

@@ -1,26 +1,26 @@
 """The examples of docs/attention.md run, and its recipes are what they say."""
 
-import pathlib
 import re
-import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from pallas_kernels import sparse_attention
+from sparse_flax import mask_pictures
+from tests import recipes
 from tests.helpers import assert_close
 
-TEXT = (pathlib.Path(__file__).parent.parent / "docs" / "attention.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-RECIPES = re.findall(r"\n([^\n]*):\n\n```python\n([^`]*\npattern = .*?)```", TEXT, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", recipes.MANUAL.read_text(), re.DOTALL)
+PATTERNS = {title: code for title, code in recipes.RECIPES.items() if "\npattern = " in code}
 T = 256
 i, j = np.arange(T)[:, None], np.arange(T)[None, :]
 WIDE = np.kron(np.random.default_rng(0).random((16, 16)) < 3 / 16, np.ones((16, 16), bool))
 KEYS = {  # by the first words of a recipe
   "A sliding": (j <= i) & ((i - j < 64) | (j < 4)),
-  "A dilated": (j <= i) & (i - j < 256) & ((i - j) % 4 == 0),
+  "A dilated": (j <= i) & (i - j < 64) & ((i - j) % 4 == 0),
   "Longformer": (abs(i - j) < 32) | (i < 16) | (j < 16),
   "BigBird": (abs(i - j) < 32) | (i < 16) | (j < 16) | WIDE,
   "A prefix": (j <= i) | (j < 50),
@@ -28,30 +28,24 @@ KEYS = {  # by the first words of a recipe
 }
 
 
-def names(tmp_path, source):
-  path = tmp_path / "example.py"
-  path.write_text(source)
-  return runpy.run_path(str(path))
-
-
 @pytest.mark.promotes
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_examples_run(number, tmp_path, as_a_user):
-  found = names(tmp_path, EXAMPLES[number])
+def test_examples_run(number, as_a_user):
+  found = recipes.run(EXAMPLES[number])
   if "out" in found:
     assert np.isfinite(found["out"]).all()
 
 
 @pytest.mark.parametrize("words", KEYS)
-def test_recipes_allow_what_they_say(words, tmp_path):
-  (source,) = (source for title, source in RECIPES if title.startswith(words))
-  pattern = names(tmp_path, source)["pattern"]
+def test_recipes_allow_what_they_say(words):
+  (source,) = (source for title, source in PATTERNS.items() if title.startswith(words))
+  pattern = recipes.run(source)["pattern"]
   np.testing.assert_array_equal(pattern.mask(T), KEYS[words])
 
 
-@pytest.mark.parametrize("title,source", RECIPES, ids=[title[:12] for title, _ in RECIPES])
-def test_recipes_match_the_reference(title, source, tmp_path):
-  pattern = names(tmp_path, source)["pattern"]
+@pytest.mark.parametrize("title", PATTERNS, ids=lambda title: title[:12])
+def test_recipes_match_the_reference(title):
+  pattern = recipes.run(PATTERNS[title])["pattern"]
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.standard_normal((1, T, 2, 8)), jnp.float32) for _ in range(3))
 
@@ -66,3 +60,32 @@ def test_recipes_match_the_reference(title, source, tmp_path):
     *(jax.tree.leaves(gradients(name)) for name in ("xla", "reference")), strict=True
   ):
     assert_close(a, b, tolerance=1e-5, what=title)
+
+
+@pytest.mark.promotes
+def test_the_picture_shows_all_recipes(as_a_user):
+  named = recipes.panels()
+  names = {name.partition(", head")[0] for name, _ in named}
+  without = [title for title in recipes.RECIPES if recipes.name(title) not in names]
+  assert without == ["Scores of any kind, in this order: scale, soft cap, function, mask"]
+  figure = mask_pictures.draw_tiles(named, tile=recipes.TILE)
+  shown = {axes.get_title().replace("\n", " "): axes.get_images()[0] for axes in figure.axes}
+  assert list(shown) == [name for name, _ in named] and len(named) == 10
+  for words, keys in KEYS.items():
+    (image,) = (image for name, image in shown.items() if name.startswith(words))
+    blue, orange = (
+      (image.get_array() == colour).all(-1)
+      for colour in (mask_pictures.FIRST, mask_pictures.SECOND)
+    )
+    np.testing.assert_array_equal(blue | orange, keys[: recipes.T, : recipes.T], err_msg=words)
+
+
+@pytest.mark.promotes
+def test_the_picture_in_the_manual_is_of_its_recipes(tmp_path, as_a_user):
+  (words,) = re.findall(r"`python -m tests.recipes (\S*)`", recipes.MANUAL.read_text())
+  old, new = recipes.MANUAL.parent.parent / words, tmp_path / "new.png"
+  recipes.draw(new)
+  a, b = (np.asarray(PIL.Image.open(path).convert("RGB"), float) for path in (old, new))
+  # Other versions of matplotlib may draw letters otherwise.
+  assert a.shape == b.shape and abs(a - b).mean() < 0.5, f"run python -m tests.recipes {words}"
+  assert new.stat().st_size < 200_000

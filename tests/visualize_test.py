@@ -105,6 +105,25 @@ def test_a_block_is_visited_if_it_holds_a_pair():
   np.testing.assert_array_equal(mask_pictures.visited_blocks(mask, 3), [[0, 1], [1, 0]])
 
 
+def test_tiles_are_full_or_partial_or_skipped():
+  mask = np.zeros((6, 6), bool)
+  mask[3:6, 0:3] = mask[0, 0] = True
+  picture = mask_pictures.tile_colours(mask, 3)
+  colour_of = {
+    (0, 0): mask_pictures.SECOND,
+    (0, 1): mask_pictures.MASKED,
+    (4, 2): mask_pictures.FIRST,
+    (4, 4): mask_pictures.SKIPPED,
+    (1, 4): mask_pictures.FUTURE,
+  }
+  for place, colour in colour_of.items():
+    assert tuple(picture[place]) == colour, place
+  mask[0, 5] = True  # no longer causal
+  assert tuple(mask_pictures.tile_colours(mask, 2)[1, 2]) == mask_pictures.SKIPPED
+  figure = mask_pictures.draw_tiles([("a", mask), ("b", np.eye(6, dtype=bool))], tile=3)
+  assert [axes.get_xlabel() for axes in figure.axes] == ["75% of all tiles", "67% of causal tiles"]
+
+
 def test_kernel_order_keeps_every_position():
   for pattern in (patterns.Dense(), patterns.Column(4), patterns.Summary(4, 2, 1)):
     for order in mask_pictures.kernel_order(pattern, 12):
