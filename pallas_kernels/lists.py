@@ -11,13 +11,13 @@ import heapq
 from typing import Any
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Int
 
+from pallas_kernels import bits
 from pallas_kernels import blocks
 from pallas_kernels import patterns
 
@@ -35,11 +35,13 @@ class Lists(NamedTuple):
     cores: int32 [cores, 2]: first item, and number of items.
     numbers: int32: blocks of keys; where keys are the rows, blocks of queries, those of query head
       g of a group numbered from g times the number of blocks on.
+    masks: int32: the mask of each of these blocks (`pallas_kernels.bits`), where there are any.
   """
 
   items: Int[Any, "N 8"]
   cores: Int[Any, "cores 2"]
   numbers: Int[Any, "L"]
+  masks: Int[Any, "M"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,41 +90,55 @@ def tables(pattern: patterns.Pattern, T: int, S: int) -> blocks.Blocks:
 
 
 @functools.lru_cache(maxsize=64)
-def by_queries(pattern: patterns.Pattern, problem: Problem) -> Lists:
-  """The key blocks of every block of queries."""
+def by_queries(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Lists:
+  """The key blocks of every block of queries; `with_bits`: and their masks."""
   rows = [(pattern.of_head(h),) for h in problem.heads]
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
-  return _static(rows, heads, problem, transposed=False)
+  return _static(rows, heads, problem, with_bits, transposed=False)
 
 
 @functools.lru_cache(maxsize=64)
-def by_keys(pattern: patterns.Pattern, problem: Problem) -> Lists:
+def by_keys(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Lists:
   """The query blocks of every block of keys, of all heads of a group."""
   rows = [tuple(pattern.of_head(problem.heads[h]) for h in owner) for owner in problem.owners]
   heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(problem.owners)]
-  return _static(rows, heads, problem, transposed=True)
+  return _static(rows, heads, problem, with_bits, transposed=True)
 
 
-def _static(rows, heads, problem: Problem, transposed: bool) -> Lists:
+def bits_of(pattern: patterns.Pattern, heads: tuple[int, ...], T: int, S: int) -> bits.Bits | None:
+  """The masks of the blocks of some heads' patterns; None: too many."""
+  each = dict.fromkeys(pattern.of_head(h) for h in heads)
+  return bits.bits_of(tuple(each), T, S, BLOCK)
+
+
+def _static(rows, heads, problem: Problem, with_bits: bool, transposed: bool) -> Lists:
   """Lists for `heads` (result, key head); `rows` are the patterns that each one's lists join."""
-  parts, place, size = [], {}, 0  # equal heads share their lists
+  T, S = problem.T, problem.S
+  which = None
+  if with_bits:
+    every = tuple(dict.fromkeys(one for key in rows for one in key))
+    which = bits.bits_of(every, T, S, BLOCK).which
+  numbers, masks, place, size = [], [], {}, 0  # equal heads share their lists
   for key in rows:
     if key in place:
       continue
-    found = [tables(one, problem.T, problem.S) for one in key]
+    found = [tables(one, T, S) for one in key]
+    kinds = [(every, some & ~every) for some, every in found]
+    mine = [which[one] for one in key] if with_bits else None
     if transposed:
-      found = [blocks.Blocks(some.T, every.T) for some, every in found]
-    full, partial = (
-      np.concatenate(tables, axis=1)
-      for tables in zip(*((every, some & ~every) for some, every in found), strict=True)
-    )
+      kinds = [tuple(table.T for table in pair) for pair in kinds]
+      mine = [table.T for table in mine] if with_bits else None
+    full, partial = (np.concatenate(each, axis=1) for each in zip(*kinds, strict=True))
     if not transposed:  # a column behind the last key
       nobody = ~(full | partial).any(axis=1, keepdims=True)
       full, partial = np.pad(full, [(0, 0), (0, 1)]), np.concatenate([partial, nobody], axis=1)
-    numbers, count = _compressed(full, partial)
+    row, column, count = _compressed(full, partial)
     place[key] = (size + np.cumsum(count.sum(axis=1)) - count.sum(axis=1), count)
-    parts.append(numbers)
-    size += len(numbers)
+    numbers.append(column)
+    if with_bits:
+      mine = np.concatenate(mine, axis=1)
+      masks.append(np.pad(mine, [(0, 0), (0, 0 if transposed else 1)])[row, column])
+    size += len(column)
   items = []
   for key, (h, kv) in zip(rows, heads, strict=True):
     start, count = place[key]
@@ -137,15 +153,17 @@ def _static(rows, heads, problem: Problem, transposed: bool) -> Lists:
   whole = np.tile(items, (problem.B, 1))
   whole[:, FIELDS.index("b")] = np.repeat(np.arange(problem.B), len(items))
   order, cores = _deal(whole[:, FIELDS.index("num")], problem.num_cores)
-  return Lists(whole[order], cores, np.concatenate(parts) if size else np.zeros(1, np.int32))
+  joined = lambda parts: np.concatenate([*parts, np.zeros(1, np.int32)])  # none is empty
+  return Lists(whole[order], cores, joined(numbers), joined(masks))
 
 
 def _compressed(full, partial):
-  """The columns of every row, full ones first; and how many of each kind a row has."""
+  """Row and column of all entries, full ones first in every row; how many of each a row has."""
   places = [np.nonzero(table) for table in (full, partial)]
   count = np.stack([np.bincount(row, minlength=len(full)) for row, _ in places], axis=1)
   row, column = (np.concatenate(x).astype(np.int32) for x in zip(*places, strict=True))
-  return column[np.argsort(row, kind="stable")], count
+  order = np.argsort(row, kind="stable")
+  return row[order], column[order], count
 
 
 def _deal(num, num_cores: int):
@@ -164,19 +182,29 @@ def _deal(num, num_cores: int):
 
 
 class Tables(NamedTuple):
-  """Blocks of queries and keys, [B or 1, heads or 1, nq, nk], numpy or traced."""
+  """Blocks of queries and keys, [B or 1, heads or 1, nq, nk], numpy or traced.
+
+  Attributes:
+    some, every: as in `Blocks`.
+    which: the mask of each block, or None.
+  """
 
   some: Any
   every: Any
+  which: Any = None
 
 
-def of_pattern(pattern: patterns.Pattern, heads: tuple[int, ...], T: int, S: int) -> Tables:
+def of_pattern(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Tables:
   """The tables of a launch's heads, once if they agree."""
-  each = [pattern.of_head(h) for h in heads]
+  T, S = problem.T, problem.S
+  each = [pattern.of_head(h) for h in problem.heads]
   if len(set(each)) == 1:
     each = each[:1]
-  some, every = zip(*(tables(one, T, S) for one in each), strict=True)
-  return Tables(np.stack(some)[None], np.stack(every)[None])
+  some, every = (np.stack(x)[None] for x in zip(*(tables(one, T, S) for one in each), strict=True))
+  if not with_bits:
+    return Tables(some, every)
+  which = bits_of(pattern, problem.heads, T, S).which
+  return Tables(some, every, np.stack([which[one] for one in each])[None])
 
 
 def masked(
@@ -190,34 +218,33 @@ def masked(
 
   Segments are compared by the least and the largest id of a block.
   """
-  some, every = found
+  some, every, which = found
   if block_mask is not None:
     ratio, (nq, nk) = block_size // BLOCK, some.shape[2:]
     mask = block_mask[:, list(heads)] if block_mask.shape[1] > 1 else block_mask
     mask = jnp.repeat(jnp.repeat(mask, ratio, axis=2), ratio, axis=3)[:, :, :nq, :nk]
     some, every = some & mask, every & mask
   if segment_ids is not None:
-    spare = -segment_ids.shape[1] % BLOCK
-    ids = jnp.pad(segment_ids, [(0, 0), (0, spare)], mode="edge").reshape(
-      len(segment_ids), -1, BLOCK
-    )
+    B, T = segment_ids.shape
+    ids = jnp.pad(segment_ids, [(0, 0), (0, -T % BLOCK)], mode="edge").reshape(B, -1, BLOCK)
     low, high = ids.min(axis=2), ids.max(axis=2)
     queries, keys = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None, :])
     some = some & (queries(low) <= keys(high)) & (keys(low) <= queries(high))
-    same = low == high
-    every = every & queries(same) & keys(same) & (queries(low) == keys(low))
-    every = every & some
-  return Tables(some, every)
+    one_id = queries(low == high) & keys(low == high) & (queries(low) == keys(low))
+    every = every & some & one_id
+  return Tables(some, every, which)
 
 
 def traced_by_queries(found: Tables, problem: Problem) -> Lists:
   """As `by_queries`, of tables."""
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
-  some, every = found
+  some, every, which = found
   nobody = ~some.any(axis=-1, keepdims=True)  # a column behind the last key
-  none = jnp.zeros_like(nobody)
-  some, every = jnp.concatenate([some, nobody], -1), jnp.concatenate([every, none], -1)
-  return _traced(some, every, heads, problem)
+  wider = lambda x, column: jnp.concatenate([x, jnp.broadcast_to(column, nobody.shape)], axis=-1)
+  some, every = wider(some, nobody), wider(every, False)
+  if which is not None:
+    which = np.pad(which, [(0, 0)] * 3 + [(0, 1)])
+  return _traced(Tables(some, every, which), heads, problem)
 
 
 def traced_by_keys(found: Tables, problem: Problem) -> Lists:
@@ -226,25 +253,28 @@ def traced_by_keys(found: Tables, problem: Problem) -> Lists:
   heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(owners)]
 
   def transposed(table):  # [.., heads, nq, nk] -> [.., owners, nk, group * nq]
-    size = len(owners[0])
-    table = jnp.swapaxes(table, 2, 3)
-    if table.shape[1] > 1:
-      table = table.reshape(table.shape[0], len(owners), size, *table.shape[2:])
-      table = jnp.moveaxis(table, 2, 3)
-      return table.reshape(*table.shape[:3], -1)
-    return jnp.tile(table, (1, 1, 1, size))
+    if table is None:
+      return None
+    size, table = len(owners[0]), jnp.swapaxes(table, 2, 3)
+    if table.shape[1] == 1:
+      return jnp.tile(table, (1, 1, 1, size))
+    table = table.reshape(table.shape[0], len(owners), size, *table.shape[2:])
+    table = jnp.moveaxis(table, 2, 3)
+    return table.reshape(*table.shape[:3], -1)
 
-  return _traced(*map(transposed, found), heads, problem)
+  return _traced(Tables(*map(transposed, found)), heads, problem)
 
 
-def _traced(some, every, heads, problem: Problem) -> Lists:
+def _traced(found: Tables, heads, problem: Problem) -> Lists:
+  some, every, which = found
   kinds = jnp.where(some, jnp.where(every, 0, 1), 2).astype(jnp.int8)
   numbers = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
+  masks = jnp.zeros(1, jnp.int32)
+  if which is not None:
+    masks = jnp.take_along_axis(jnp.broadcast_to(which, numbers.shape), numbers, axis=-1)
   count = lambda table: table.sum(axis=-1, dtype=jnp.int32)
   num_lists, (rows, width) = numbers.shape[:2], numbers.shape[2:]
   start = jnp.arange(num_lists[0] * num_lists[1] * rows, dtype=jnp.int32) * width
-  shape = problem.B, len(heads), rows
-  wide = lambda x: jnp.broadcast_to(x, shape)
   axis = lambda x, n: np.asarray(x, np.int32).reshape([-1 if m == n else 1 for m in range(3)])
   fields = dict(
     b=axis(range(problem.B), 0),
@@ -255,7 +285,8 @@ def _traced(some, every, heads, problem: Problem) -> Lists:
     num_full=count(some & every),
     num=count(some),
   )
-  items = jnp.stack([wide(fields[name]).reshape(-1) for name in FIELDS], axis=1)
+  wide = lambda x: jnp.broadcast_to(x, (problem.B, len(heads), rows)).reshape(-1)
+  items = jnp.stack([wide(fields[name]) for name in FIELDS], axis=1)
   items = jnp.pad(items, [(0, 0), (0, 8 - len(FIELDS))])
   # The longest first, dealt to and fro.
   items = items[jnp.argsort(-items[:, FIELDS.index("num")], stable=True)]
@@ -263,9 +294,8 @@ def _traced(some, every, heads, problem: Problem) -> Lists:
   rounds = -(-len(items) // problem.num_cores)
   place = np.where(np.arange(rounds)[:, None] % 2 == 0, cores, cores[::-1])
   order = (np.arange(rounds)[:, None] * problem.num_cores + place).T  # [cores, rounds]
-  there = order < len(items)
-  # What is missing in the last round is missing at the end of a core's items.
+  # What the last round lacks is missing at the end of a core's items.
+  counts = (order < len(items)).sum(axis=1)
   items = items[np.minimum(order, len(items) - 1).reshape(-1)]
-  return Lists(
-    items, np.stack([cores * rounds, there.sum(axis=1)], 1).astype(np.int32), numbers.reshape(-1)
-  )
+  dealt = np.stack([cores * rounds, counts], axis=1).astype(np.int32)
+  return Lists(items, dealt, numbers.reshape(-1), masks.reshape(-1))

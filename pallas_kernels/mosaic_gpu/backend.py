@@ -60,8 +60,10 @@ def unsupported(
   if not formula.computes(scores):
     return "mosaic_gpu: this score_fn is not supported, those of operators and elements are"
   for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
-    if group is None and not listed.formulas(pattern, tuple(heads))[0]:
-      return f"mosaic_gpu: the pairs of {pattern} are no formula that a kernel can compute"
+    if group is not None or listed.formulas(pattern, tuple(heads))[0]:
+      continue
+    if lists.bits_of(pattern, tuple(heads), q.shape[1], k.shape[1]) is None:
+      return f"mosaic_gpu: {pattern} is not supported, its blocks have too many different masks"
   return None
 
 
@@ -145,7 +147,7 @@ def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
   for heads, group in passes.lower(pattern, q.shape[2]):
     listed_ones = (one.distance is None and one.view != "summaries" for one in group)
     # Segments prune the blocks of long rows; windows see little else than their own.
-    natural = all(one.view == "natural" and one.window or one.view == "blocks" for one in group)
+    natural = all(one.window or one.view == "blocks" for one in group)
     if any(listed_ones) or (segment_ids is not None and not natural):
       rest.extend(heads)
     else:
@@ -367,16 +369,27 @@ class _Listed:
     heads, group = tuple(heads), H // k.shape[2]
     # Some heads alone may not be whole groups.
     problem = lists.Problem(B, T, S, heads, group, len(heads) == H, gpu.num_multiprocessors())
-    how = dict(segments=segment_ids is not None)
-    self.own_scores = not scores.only_scale or scores.scale <= 0
-    how.update(scores=scores if self.own_scores else None)
+    each, of_head = listed.formulas(pattern, heads)
+    with_bits = not each
     if segment_ids is None and block_mask is None:
-      found = lists.by_queries(pattern, problem), lists.by_keys(pattern, problem)
+      make = lists.by_queries, lists.by_keys
+      by_queries, by_keys = (one(pattern, problem, with_bits) for one in make)
     else:
-      tables = lists.of_pattern(pattern, heads, T, S)
+      tables = lists.of_pattern(pattern, problem, with_bits)
       tables = lists.masked(tables, block_mask, block_size, segment_ids, heads)
-      found = lists.traced_by_queries(tables, problem), lists.traced_by_keys(tables, problem)
-    self.frame = listed.Listed(problem, *found, *listed.formulas(pattern, heads), **how)
+      make = lists.traced_by_queries, lists.traced_by_keys
+      by_queries, by_keys = (one(tables, problem) for one in make)
+    self.own_scores = not scores.only_scale or scores.scale <= 0
+    self.frame = listed.Listed(
+      problem,
+      by_queries,
+      by_keys,
+      each,
+      of_head,
+      lists.bits_of(pattern, heads, T, S) if with_bits else None,
+      segment_ids is not None,
+      scores if self.own_scores else None,
+    )
 
   def forward(self, q, k, v, ids, scale):
     """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""

@@ -5,7 +5,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +12,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import lists
+from pallas_kernels.bits import Bits
 from pallas_kernels.mosaic_gpu import formula
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.views import head_of
+from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
 
 
@@ -28,8 +29,9 @@ class Listed(stream.Frame):
     problem: sizes and heads; q and all that belongs to queries has these heads alone.
     by_queries, by_keys: the lists.
     formulas: (i, j) -> which pairs of a block attend that is not full; `formula_of` says which one
-      is a head's.
+      is a head's. None where masks are bits.
     formula_of: for each head of the launch.
+    bits: the masks of blocks, where pairs are no formula.
     segments: whether segment ids mask as well.
     scores: how logits are made, where that is more than a factor.
 
@@ -44,6 +46,7 @@ class Listed(stream.Frame):
     by_keys: lists.Lists | None,
     formulas: tuple[Callable, ...],
     formula_of: tuple[int, ...],
+    bits: Bits | None,
     segments: bool,
     scores: Scores | None,
   ):
@@ -51,15 +54,17 @@ class Listed(stream.Frame):
     one = stream.Schedule(view="natural")
     super().__init__(one, problem.T, len(heads), len(heads), heads, segments)
     self.problem, self.by_queries, self.by_keys = problem, by_queries, by_keys
-    self.formulas, self.formula_of = formulas, formula_of
+    self.formulas, self.formula_of, self.bits = formulas, formula_of, bits
     self.scores, self.has_full, self.num_keys = scores, True, problem.S
     numbers = by_queries.numbers
     past_the_end = not isinstance(numbers, np.ndarray) or (numbers == problem.nk).any()
     self.ends_inside = past_the_end or problem.S % lists.BLOCK > 0
 
   def lists(self, transposed: bool):
-    found = self.by_keys if transposed else self.by_queries
-    return {name: jnp.asarray(x) for name, x in found._asdict().items()}
+    found = (self.by_keys if transposed else self.by_queries)._asdict()
+    if self.bits is not None:
+      found.update(words=self.bits.by_keys if transposed else self.bits.by_queries)
+    return {name: jnp.asarray(x) for name, x in found.items()}
 
   def keys(self, x):
     return jnp.pad(x, [(0, 0), (0, -self.num_keys % 8), (0, 0), (0, 0)]) if self.num_keys % 8 else x
@@ -111,9 +116,12 @@ class Tiles:
     """Whose block of queries it is, of the heads of a group."""
     return stream.div(self._number(i), self.per_head)
 
+  def place(self, i):
+    """Where the block of step i is in the lists."""
+    return self.item["start"] + (i if self.parts == 1 else stream.div(i, self.parts))
+
   def _number(self, i):
-    n = i if self.parts == 1 else stream.div(i, self.parts)
-    return self.item["numbers"][self.item["start"] + n]
+    return self.item["numbers"][self.place(i)]
 
 
 class Work:
@@ -176,15 +184,22 @@ class Masks:
 
   def logits(self, i, products):
     """Of products, and their derivatives."""
-    h = jnp.int32(0) + head_of(self.frame.problem.heads, self.head(i))
-    h = lax.broadcast(h, products.shape)
-    return formula.logits(self.frame.scores, products, *self.places(i), h)
+    frame, where = self.frame, (None, None, None)
+    if frame.scores.score_fn is not None:
+      h = jnp.int32(0) + head_of(frame.problem.heads, self.head(i))
+      where = (*self.places(i), lax.broadcast(h, products.shape))
+    return formula.logits(frame.scores, products, *where)
 
   def __call__(self, i, s, kind: str | None = None):
     """Which of [64, step] attend in step i, whose tile lies in slot s."""
     del kind
-    frame, (queries, keys) = self.frame, self.places(i)
-    if len(frame.formulas) == 1:
+    frame = self.frame
+    # A position that nothing needs has no layout.
+    if frame.bits is None or frame.ends_inside:
+      queries, keys = self.places(i)
+    if frame.bits is not None:
+      mask = self.bits(i)
+    elif len(frame.formulas) == 1:
       mask = frame.formulas[0](queries, keys)
     else:
       turn = lax.broadcast(head_of(frame.formula_of, self.head(i)), queries.shape)
@@ -198,9 +213,25 @@ class Masks:
       gpu.commit_reads()
     return mask
 
+  def bits(self, i):
+    """The mask of a block as it was looked up before."""
+    tiles, step = self.sweep.tiles, self.step
+    mask = self.refs["masks"][tiles.place(i)]
+    rows = lax.rem(self.base, jnp.int32(lists.BLOCK))
+    first = lax.rem(i, jnp.int32(tiles.parts)) * (step // 32)
+    load = lambda n: gpu.load(
+      self.refs["words"].at[mask, first + n, pl.ds(rows, TILE)], layout=gpu.ROW, optimized=False
+    )
+    column = gpu.iota((TILE, step), axis=1)
+    words = gpu.over_columns(load(0), step)
+    for n in range(1, step // 32):
+      words = jnp.where(column >= 32 * n, gpu.over_columns(load(n), step), words)
+    return (lax.shift_right_logical(words, column & 31) & 1) == 1
 
-def formulas(pattern: Any, heads: tuple[int, ...]) -> tuple[tuple[Callable, ...], tuple[int, ...]]:
-  """The formulas of a pattern's heads, each once, and the place of every head's; () if one has none.
+
+@functools.lru_cache(maxsize=64)
+def formulas(pattern: Pattern, heads: tuple[int, ...]):
+  """The formulas of a pattern's heads, each once, and the place of every head's; else ().
 
   Heads whose layouts differ may have one formula.
   """

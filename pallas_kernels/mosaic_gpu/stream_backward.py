@@ -393,7 +393,7 @@ def _dkv(refs, *, frame, blocks, work, scale, parts, shares):
     gpu.wait_to_gmem(0)
 
 
-def _share(tiles: stream.Tiles, item, shares: int, batch: int):
+def _share(tiles, item, shares: int, batch: int):
   """The steps [first, end) of an item's share of the queries, and its batch row."""
   b, share = lax.rem(item["b"], jnp.int32(batch)), stream.div(item["b"], batch)
   if shares == 1:
@@ -465,7 +465,7 @@ class _Keys:
   def run(self):
     """Sums and writes dk and dv; the steps taken so far."""
     refs, frame, wg = self.refs, self.frame, self.wg
-    b, r, h = self.b, self.item["r"], self.item["h"]
+    r, h = self.item["r"], self.item["h"]
     self.prepare_masks()
     gpu.barrier_wait(refs["k_full"].at[wg])
     buffers = dict(k=self.k_s, v=self.v_s)

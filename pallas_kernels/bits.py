@@ -1,0 +1,92 @@
+"""Masks of blocks whose pairs no formula gives, bit by bit, each different one once.
+
+A layout of small blocks, its union with a window, a predicate that looks something up.
+"""
+
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from pallas_kernels import blocks
+from pallas_kernels import patterns
+
+MOST = 1 << 15  # different masks: 2 KB each
+_AT_ONCE = 256  # blocks that are looked at together
+
+
+class Bits(NamedTuple):
+  """Masks [N] of blocks of size x size pairs; the first one has all pairs.
+
+  Attributes:
+    by_queries: bit k of [n, m, i] is pair (i, 32 m + k) of mask n: query, key.
+    by_keys: the same of pair (key, query).
+    which: for every pattern the mask of each block, [nq, nk].
+  """
+
+  by_queries: Int[np.ndarray, "N words size"]
+  by_keys: Int[np.ndarray, "N words size"]
+  which: dict[patterns.Pattern, Int[Any, "nq nk"]]
+
+
+@functools.lru_cache(maxsize=16)
+def bits_of(each: tuple[patterns.Pattern, ...], T: int, S: int, size: int) -> Bits | None:
+  """The masks of blocks that a pattern of `each` has some pairs of, not all; None: too many.
+
+  Pairs past the ends are in no mask's promise.
+  """
+  found, places = [np.ones((1, size, size // 8), np.uint8) * 255], []
+  for one in each:
+    some, every = blocks.blocks_of(one, T, S, size, size)
+    places.append(np.nonzero(some & ~every))
+    found.extend(_masks(one, *places[-1], size))
+  found = np.concatenate(found).reshape(-1, size * size // 8)
+  # Rows of bytes as single values, which numpy can sort.
+  _, first, names = np.unique(
+    found.view(f"V{found.shape[1]}"), return_index=True, return_inverse=True
+  )
+  if len(first) > MOST:
+    return None
+  names, start = names.reshape(-1), 1
+  # The one that has all pairs comes first.
+  order = np.argsort(np.arange(len(first)) != names[0], kind="stable")
+  rank = np.argsort(order).astype(np.int32)
+  which = {}
+  for one, (row, column) in zip(each, places, strict=True):
+    table = np.zeros((-(-T // size), -(-S // size)), np.int32)
+    table[row, column] = rank[names[start : start + len(row)]]
+    which[one], start = table, start + len(row)
+  masks = np.unpackbits(found[first[order]].reshape(-1, size, size // 8), axis=2, bitorder="little")
+  return Bits(_words(masks), _words(masks.swapaxes(1, 2)), which)
+
+
+def _words(masks):
+  """[n, rows, columns] -> words [n, columns / 32, rows]."""
+  packed = np.packbits(masks, axis=2, bitorder="little").view(np.int32)
+  return np.ascontiguousarray(packed.swapaxes(1, 2))
+
+
+def _masks(one: patterns.Pattern, rows, columns, size: int):
+  """The packed masks [n, size, size / 8] of some blocks, a few at a time."""
+
+  def pairs(n, m, xp):
+    i = n[:, None, None] * size + xp.arange(size, dtype=np.int32)[:, None]
+    j = m[:, None, None] * size + xp.arange(size, dtype=np.int32)
+    return xp.broadcast_to(one.allowed(i, j), (len(n), size, size))
+
+  rows, columns = (x.astype(np.int32) for x in (rows, columns))
+  several = range(0, len(rows), _AT_ONCE)
+  if len(several) < 4:
+    look = functools.partial(pairs, xp=np)
+  else:
+    compiled = jax.jit(functools.partial(pairs, xp=jnp))
+    whole = lambda x: np.pad(x, (0, _AT_ONCE - len(x)))  # compiled once
+    look = lambda n, m: np.asarray(compiled(whole(n), whole(m)))[: len(n)]
+  with jax.ensure_compile_time_eval():  # also where a program that needs them is traced
+    for start in several:
+      span = slice(start, start + _AT_ONCE)
+      yield np.packbits(look(rows[span], columns[span]), axis=2, bitorder="little")
