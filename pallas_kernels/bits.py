@@ -43,7 +43,8 @@ def bits_of(each: tuple[patterns.Pattern, ...], T: int, S: int, size: int) -> Bi
   for one in each:
     some, every = blocks.blocks_of(one, T, S, size, size)
     places.append(np.nonzero(some & ~every))
-    found.extend(_masks(one, *places[-1], size))
+    with jax.ensure_compile_time_eval():  # also where a program that needs them is traced
+      found.extend(_masks(one, *places[-1], size))
   found = np.concatenate(found).reshape(-1, size * size // 8)
   # Rows of bytes as single values, which numpy can sort.
   _, first, names = np.unique(
@@ -86,7 +87,6 @@ def _masks(one: patterns.Pattern, rows, columns, size: int):
     compiled = jax.jit(functools.partial(pairs, xp=jnp))
     whole = lambda x: np.pad(x, (0, _AT_ONCE - len(x)))  # compiled once
     look = lambda n, m: np.asarray(compiled(whole(n), whole(m)))[: len(n)]
-  with jax.ensure_compile_time_eval():  # also where a program that needs them is traced
-    for start in several:
-      span = slice(start, start + _AT_ONCE)
-      yield np.packbits(look(rows[span], columns[span]), axis=2, bitorder="little")
+  for start in several:
+    span = slice(start, start + _AT_ONCE)
+    yield np.packbits(look(rows[span], columns[span]), axis=2, bitorder="little")

@@ -106,10 +106,10 @@ def _swept(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: int
     cut = lambda x: xp.broadcast_to(x, real.shape).reshape(block_q, nk, block_k)
     return cut(pairs & real).any((0, 2)), cut(pairs | ~real).all((0, 2))
 
-  if T * S <= _BY_NUMPY:
-    rows = [row(np.int32(n), np) for n in range(nq)]
-    return tuple(np.stack(table) for table in zip(*rows, strict=True))
   with jax.ensure_compile_time_eval():  # also where a program that needs the tables is traced
+    if T * S <= _BY_NUMPY:
+      rows = [row(np.int32(n), np) for n in range(nq)]
+      return tuple(np.stack(table) for table in zip(*rows, strict=True))
     rows = jnp.arange(nq, dtype=jnp.int32)
     some, every = jax.jit(lambda rows: jax.lax.map(lambda n: row(n, jnp), rows))(rows)
     return np.asarray(some), np.asarray(every)

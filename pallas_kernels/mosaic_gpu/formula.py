@@ -78,7 +78,7 @@ def _jaxpr(function: Callable, *args):
   """The traced function; None where a kernel has not what it needs."""
   try:
     closed = jax.make_jaxpr(function)(*args)
-  except (TypeError, ValueError, IndexError, NotImplementedError):  # it wants arrays of numpy
+  except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):  # it wants arrays of numpy
     return None
   return closed if _is_known(closed.jaxpr, closed.consts) else None
 

@@ -171,10 +171,14 @@ class Masks:
 
   def places(self, i):
     """Positions of queries and of keys, [64, step] each."""
-    rows = self.base + gpu.iota((TILE,), layout=gpu.ROW)
-    columns = self.sweep.tiles.tile(i) * self.step + gpu.iota((self.step,), layout=gpu.COLUMN)
-    rows, columns = gpu.over_columns(rows, self.step), gpu.over_rows(columns, TILE)
-    return (columns, rows) if self.transposed else (rows, columns)
+    return (self.columns(i), self.rows()) if self.transposed else (self.rows(), self.columns(i))
+
+  def rows(self):
+    return gpu.over_columns(self.base + gpu.iota((TILE,), layout=gpu.ROW), self.step)
+
+  def columns(self, i):
+    first = self.sweep.tiles.tile(i) * self.step
+    return gpu.over_rows(first + gpu.iota((self.step,), layout=gpu.COLUMN), TILE)
 
   def head(self, i):
     """The query head, of the launch."""
@@ -194,19 +198,16 @@ class Masks:
     """Which of [64, step] attend in step i, whose tile lies in slot s."""
     del kind
     frame = self.frame
-    # A position that nothing needs has no layout.
-    if frame.bits is None or frame.ends_inside:
-      queries, keys = self.places(i)
     if frame.bits is not None:
       mask = self.bits(i)
     elif len(frame.formulas) == 1:
-      mask = frame.formulas[0](queries, keys)
+      mask = frame.formulas[0](*self.places(i))
     else:
-      turn = lax.broadcast(head_of(frame.formula_of, self.head(i)), queries.shape)
-      found = [(turn == n) & one(queries, keys) for n, one in enumerate(frame.formulas)]
+      turn = lax.broadcast(head_of(frame.formula_of, self.head(i)), (TILE, self.step))
+      found = [(turn == n) & one(*self.places(i)) for n, one in enumerate(frame.formulas)]
       mask = functools.reduce(jnp.logical_or, found)
-    if frame.ends_inside:
-      mask = mask & (keys < frame.num_keys)
+    if frame.ends_inside:  # a position that nothing needs has no layout: not all of `places`
+      mask = mask & ((self.rows() if self.transposed else self.columns(i)) < frame.num_keys)
     if frame.segments:
       ids = gpu.load(self.refs["ids_s"].at[s], layout=gpu.COLUMN, optimized=False)
       mask = mask & (gpu.over_columns(self.ids, self.step) == gpu.over_rows(ids, TILE))
