@@ -53,7 +53,7 @@ class Problem:
     heads: the query heads of a launch.
     group: query heads of a key head.
     joined: whether the heads of a group have the gradients of their keys together.
-    num_cores: thread blocks to deal items to.
+    num_cores: thread blocks to deal items to; fewer, where there are fewer items.
   """
 
   B: int
@@ -168,6 +168,7 @@ def _compressed(full, partial):
 
 def _deal(num, num_cores: int):
   """Items in the order of the cores, each to the core that has least to do so far."""
+  num_cores = min(num_cores, len(num))
   loads = [(0, core) for core in range(num_cores)]
   mine = [[] for _ in range(num_cores)]
   for n, steps in enumerate(num.tolist()):
@@ -290,10 +291,10 @@ def _traced(found: Tables, heads, problem: Problem) -> Lists:
   items = jnp.pad(items, [(0, 0), (0, 8 - len(FIELDS))])
   # The longest first, dealt to and fro.
   items = items[jnp.argsort(-items[:, FIELDS.index("num")], stable=True)]
-  cores = np.arange(problem.num_cores)
-  rounds = -(-len(items) // problem.num_cores)
+  cores = np.arange(min(problem.num_cores, len(items)))
+  rounds = -(-len(items) // len(cores))
   place = np.where(np.arange(rounds)[:, None] % 2 == 0, cores, cores[::-1])
-  order = (np.arange(rounds)[:, None] * problem.num_cores + place).T  # [cores, rounds]
+  order = (np.arange(rounds)[:, None] * len(cores) + place).T  # [cores, rounds]
   # What the last round lacks is missing at the end of a core's items.
   counts = (order < len(items)).sum(axis=1)
   items = items[np.minimum(order, len(items) - 1).reshape(-1)]

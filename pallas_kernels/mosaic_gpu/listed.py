@@ -78,9 +78,10 @@ class Listed(stream.Frame):
   def load_keys(self, copy, source, item, tile, step):
     copy(source.at[item["b"], pl.ds(tile * step, step), item["kv"]], 0, step)
 
-  def work(self, blocks: stream.BlockSizes, batch: int, num_rows: int) -> "Work":
-    del batch, num_rows
-    return Work(self.problem.num_cores, lists.BLOCK // blocks.rows)
+  def work(self, blocks: stream.BlockSizes, batch: int, transposed: bool) -> "Work":
+    del batch
+    found = self.by_keys if transposed else self.by_queries
+    return Work(found.cores.shape[0], lists.BLOCK // blocks.rows)
 
   def first_row(self, item, rows: int):
     return item["tile"] * rows

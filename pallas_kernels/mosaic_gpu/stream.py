@@ -311,8 +311,9 @@ class Frame:
     del tiles, i
     return item["h"]
 
-  def work(self, blocks: BlockSizes, batch: int, num_rows: int) -> "Work":
-    """The items of a launch over so many rows of every sequence."""
+  def work(self, blocks: BlockSizes, batch: int, transposed: bool) -> "Work":
+    """The items of a launch over the queries of every sequence, or its keys."""
+    num_rows = self.num_keys if transposed else self.length
     return Work(self, blocks, batch, -(-num_rows // blocks.rows))
 
   def _pick_start(self, h, what: Callable[[int], int]):

@@ -104,7 +104,7 @@ def sweep_keys(
       scratch.update({f"{name}_s": gpu.vector(blocks.held, wgs, TILE)})
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, blocks.step, dtype=q.dtype))
-  work = frame.work(blocks, B, frame.length)
+  work = frame.work(blocks, B, transposed=False)
   outputs = dict(dq=dq)
   if made:
     outputs.update(minus_delta=jax.ShapeDtypeStruct(lse.shape, jnp.float32))
@@ -353,7 +353,7 @@ def sweep_queries(
     scratch.update(ids_s=gpu.vector(stages, step, dtype=jnp.int32))
   if gpu.simulated():
     scratch.update(p_s=gpu.smem(wgs, TILE, step, dtype=q.dtype))
-  work = frame.work(blocks, shares * B, frame.num_keys)
+  work = frame.work(blocks, shares * B, transposed=True)
   how = dict(frame=frame, blocks=blocks, work=work, scale=scale, parts=parts, shares=shares)
   grads = gpu.launch(
     "stream_dkv",

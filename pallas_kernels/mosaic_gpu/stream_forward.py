@@ -74,7 +74,7 @@ def sweep(frame: stream.Frame, q, k, v, segment_ids, scale: float, blocks: strea
     inputs.update(ids=frame.ids(segment_ids))
   out = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], len(heads), Dv), q.dtype)
   lse = jax.ShapeDtypeStruct((B, len(heads), frame.sequences, frame.padded), jnp.float32)
-  work = frame.work(blocks, B, frame.length)
+  work = frame.work(blocks, B, transposed=False)
   body = functools.partial(_kernel, frame=frame, blocks=blocks, work=work, scale=scale)
   out, lse = gpu.launch(
     "stream_forward",
