@@ -67,7 +67,7 @@ def bits_of(each: tuple[patterns.Pattern, ...], T: int, S: int, size: int) -> Bi
 
 def _words(masks):
   """[n, rows, columns] -> words [n, columns / 32, rows]."""
-  packed = np.packbits(masks, axis=2, bitorder="little").view(np.int32)
+  packed = np.ascontiguousarray(np.packbits(masks, axis=2, bitorder="little")).view(np.int32)
   return np.ascontiguousarray(packed.swapaxes(1, 2))
 
 

@@ -43,7 +43,7 @@ def tiny(monkeypatch):
     OURS="xla",
     H=H,
     BLOCK=BLOCK,
-    WINDOW=24,
+    WINDOWS=(24, 40),
     SINKS=8,
     MEAN_DOCUMENT=32,
     DENSITIES=(1, 1 / 4),
@@ -51,7 +51,9 @@ def tiny(monkeypatch):
     RANDOM_SHAPES={"d128_t32768": shape},
     FORMULAS={
       "where_window_1024": patterns.Where(block_sparse.near),
-      "window_1024": patterns.Local(24),
+      "where_window_4096": patterns.Where(block_sparse.less_near),
+      "window_24": patterns.Local(24),
+      "window_40": patterns.Local(40),
       "window_sinks": patterns.Local(24) | patterns.Where(block_sparse.first),
     },
   ).items():
@@ -84,7 +86,7 @@ def test_documents_are_cut_at_random_and_have_the_mean_length():
   ids = block_sparse.documents(32_768)
   lengths = np.bincount(ids)
   assert ids.dtype == np.int32 and ids[0] == 0 and set(np.diff(ids)) == {0, 1}
-  assert lengths.mean() == 2_048 and len(set(lengths)) > 10
+  assert lengths.mean() == 4_096 and len(set(lengths)) == 8
   np.testing.assert_array_equal(ids, block_sparse.documents(32_768))
 
 
@@ -165,13 +167,16 @@ def test_every_row_has_its_figures(tiny, tmp_path, capsys):
   rows = {
     (r["shape"], r["pattern"], r["implementation"], r["direction"]): r for r in result["rows"]
   }
-  ours = ("where_window_1024", "window_1024", "window_sinks", "documents")
+  windows = "window_24", "window_40"
+  ours = ("where_window_1024", "where_window_4096", *windows, "window_sinks", "documents")
   expected = {("d128_t32768", name, "xla") for name in ours}
-  expected |= {("d128_t32768", "window_1024", "cudnn_window"), ("d128_t32768", "dense", "cudnn")}
+  expected |= {("d128_t32768", name, "cudnn_window") for name in windows}
+  expected |= {("d128_t32768", "dense", "cudnn")}
   expected |= {("d128_t32768_gqa", "random_gqa", "xla"), ("d128_t32768_gqa", "dense", "cudnn")}
   assert {key[:3] for key in rows} == expected and len(result["rows"]) == 2 * len(expected)
   for one in rows.values():
     assert one["ms"] == 2.0 and one["speedup_vs_cudnn_dense"] == 1.0 and one["num_heads"] == H
+    assert one["tokens_per_s"] == T / 2e-3
     assert (one["seq_len"], one["head_dim"]) == (T, 8)
     share = one["visited_blocks"] / (H * CAUSAL)
     assert one["rate_vs_cudnn_dense"] == pytest.approx(share, abs=1e-4)
@@ -221,8 +226,8 @@ def test_the_host_builds_its_tables_and_says_which_it_cannot(tiny, monkeypatch, 
   random, formula, where = result["host"]
   assert result["rows"] == [] and random["visited_blocks"] == H * CAUSAL / 16
   for one in (random, formula):
-    assert one["blocks_seconds"] > 0 and one["blocks_peak_mb"] > 0 and one["num_heads"] == H
-  assert where["blocks_seconds"] is None and where["error"] == "ValueError: too far"
+    assert one["lists_seconds"] > 0 and one["lists_peak_mb"] > 0 and one["num_heads"] == H
+  assert where["lists_seconds"] is None and where["error"] == "ValueError: too far"
   assert "FAILED where_window_1024" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ speedup_vs_cudnn_dense: those ms over ours.
 rate_vs_cudnn_dense: visited blocks per ms, over cuDNN's: every block that holds a pair counts whole
 on both sides, also the blocks on the diagonal; dense causal attention has nq (nq + 1) / 2.
 rate_vs_cudnn_dense_by_pairs: attending pairs per ms over cuDNN's, T (T + 1) / 2 pairs, exactly.
-Beside the rows: what building the tables of blocks costs on the host (tracemalloc: numpy's memory).
+Beside the rows: what making the lists of blocks costs on the host (tracemalloc: numpy's memory).
 """
 
 import contextlib
@@ -29,15 +29,17 @@ from experiments.benchmark import attention
 from experiments.benchmark import gpu
 from experiments.benchmark import report
 from pallas_kernels import blocks
+from pallas_kernels import lists
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 
 OURS = "mosaic_gpu"
 BLOCK = 128
 H = 16
+CORES = 132  # to deal items to, on the host
 DENSITIES = (1, 0.9, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
-MEAN_DOCUMENT = 2_048  # tokens
-WINDOW = 1_024  # keys
+MEAN_DOCUMENT = 4_096  # tokens
+WINDOWS = (1_024, 4_096)  # keys
 SINKS = 64
 ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
 
@@ -111,7 +113,11 @@ def documents(T: int, seed: int = 0) -> np.ndarray:
 
 
 def near(i, j):
-  return i - j < WINDOW
+  return i - j < WINDOWS[0]
+
+
+def less_near(i, j):
+  return i - j < WINDOWS[1]
 
 
 def first(i, j):
@@ -121,14 +127,15 @@ def first(i, j):
 # Those that are a pattern whatever the shape, with functions of this module: each is compiled once.
 FORMULAS = {
   "where_window_1024": patterns.Where(near),
-  "window_1024": patterns.Local(WINDOW),
-  "window_sinks": patterns.Local(WINDOW) | patterns.Where(first),
+  "where_window_4096": patterns.Where(less_near),
+  **{f"window_{window}": patterns.Local(window) for window in WINDOWS},
+  "window_sinks": patterns.Local(WINDOWS[0]) | patterns.Where(first),
 }
 # Of the host's cost, 16 heads of the longest sequence.
 HOST_SHAPE = "d128_t131072"
 HOST_DENSITY = 1 / 16
 HOST_FORMULAS = {
-  "local_column": patterns.Local(WINDOW) | patterns.Column(512),
+  "local_column": patterns.Local(WINDOWS[0]) | patterns.Column(512),
   "where_window_1024": FORMULAS["where_window_1024"],
 }
 
@@ -179,7 +186,8 @@ def build(shape: Shape, pattern: str, density: float | None, implementation: str
   if implementation == "cudnn":
     return wrap(attention.cudnn), shape.arrays
   if implementation == "cudnn_window":
-    return wrap(functools.partial(attention.cudnn, window=WINDOW)), shape.arrays
+    window = FORMULAS[pattern].window
+    return wrap(functools.partial(attention.cudnn, window=window)), shape.arrays
   ours = functools.partial(sparse_attention, implementation=OURS)
   if pattern == "documents":
 
@@ -208,7 +216,8 @@ def cases(shape_names: list[str], kinds: list[str]) -> list[Case]:
       add("random", shape, "random", density)
   for pattern in FORMULAS:
     add("window", "d128_t32768", pattern)
-  add("window", "d128_t32768", "window_1024", by="cudnn_window")
+  for window in WINDOWS:
+    add("window", "d128_t32768", f"window_{window}", by="cudnn_window")
   add("documents", "d128_t32768", "documents")
   add("gqa", "d128_t32768_gqa", "random_gqa", 1 / 8)
   add("memory", "d128_t131072", "random", 1 / 16, directions=("fwdbwd",))
@@ -252,6 +261,7 @@ def measure(wanted: list[Case]) -> list[dict]:
       else:
         work = row["pairs"] * attention.FLOPS[case.direction] * row["head_dim"]
         row |= dict(ms=round(found.ms, 5), tflops=round(work / found.ms / 1e9, 1))
+        row |= dict(tokens_per_s=round(row["seq_len"] / found.ms * 1e3))
         row |= dict(**found.bytes, kernels=list(found.kernels))
       progress(*case, found.error or f"{row['ms']} ms")
   return rows
@@ -311,7 +321,7 @@ def crossovers(rows: list[dict]) -> list[dict]:
 
 
 def host_rows() -> list[dict]:
-  """What the tables of blocks cost this process, for 16 heads of the longest sequence."""
+  """What the lists of blocks cost this process, for 16 heads of the longest sequence."""
   T = SHAPES[HOST_SHAPE].T
   rows = []
   for name in ("random", *HOST_FORMULAS):
@@ -320,29 +330,32 @@ def host_rows() -> list[dict]:
       pattern = HOST_FORMULAS.get(name) or random_layout(T, HOST_DENSITY, H)
       row |= host_cost(pattern, T)
     except Exception as error:  # one that fails must not take the others with it
-      row |= dict(blocks_seconds=None, error=gpu.text(error))
+      row |= dict(lists_seconds=None, error=gpu.text(error))
     rows.append(row)
   return rows
 
 
 def host_cost(pattern: patterns.Pattern, T: int) -> dict:
   """Seconds, and then, as watching memory takes time, the peak of a second run."""
+  problem = lists.Problem(1, T, T, tuple(range(H)), group=1, joined=True, num_cores=CORES)
 
-  def tables():
+  def both_ways():
     blocks.blocks_of.cache_clear()
-    return [blocks.blocks_of(pattern.of_head(h), T, T, BLOCK, BLOCK) for h in range(H)]
+    make = lists.by_queries.__wrapped__, lists.by_keys.__wrapped__
+    return [one(pattern, problem, with_bits=False) for one in make]
 
   start = time.perf_counter()
-  visited = sum(int(one.some.sum()) for one in tables())
+  of_queries, _ = both_ways()
   seconds = time.perf_counter() - start
   tracemalloc.start()
   try:
-    tables()
+    both_ways()
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()
+  visited = int(of_queries.items[:, lists.FIELDS.index("num")].sum())
   return dict(
-    visited_blocks=visited, blocks_seconds=round(seconds, 4), blocks_peak_mb=round(peak / 1e6, 2)
+    visited_blocks=visited, lists_seconds=round(seconds, 4), lists_peak_mb=round(peak / 1e6, 2)
   )
 
 
@@ -368,10 +381,10 @@ def print_tables(rows: list[dict], host: list[dict], crossover: list[dict]) -> N
     table = [(one["shape"], one["direction"], show(one["density"], 4)) for one in crossover]
     report.print_table(("shape", "direction", "density"), table)
   if host:
-    print("\ntables of blocks on the host")
+    print("\nlists of blocks, both ways, on the host")
     table = [
       (row["pattern"], f"{row['seq_len']:,}", row["num_heads"],
-       show(row["blocks_seconds"], 3) or "failed", show(row.get("blocks_peak_mb"), 1))
+       show(row["lists_seconds"], 3) or "failed", show(row.get("lists_peak_mb"), 1))
       for row in host
     ]  # fmt: skip
     report.print_table(("pattern", "T", "heads", "seconds", "peak, MB"), table)

@@ -365,7 +365,7 @@ class _Listed:
   def __init__(self, heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size):
     (B, T, H, Dk), S = q.shape, k.shape[1]
     self.heads, self.view = heads, View("natural", T)
-    self.sizes = sizes.listed(Dk, v.shape[-1])
+    self.sizes = sizes.listed(Dk, v.shape[-1], segment_ids is not None)
     heads, group = tuple(heads), H // k.shape[2]
     # Some heads alone may not be whole groups.
     problem = lists.Problem(B, T, S, heads, group, len(heads) == H, gpu.num_multiprocessors())

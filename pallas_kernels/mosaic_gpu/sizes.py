@@ -156,7 +156,7 @@ def streamed(problem: Problem) -> Streamed:
   )
 
 
-def listed(Dk: int, Dv: int) -> Streamed:
+def listed(Dk: int, Dv: int, segments: bool) -> Streamed:
   """For lists of blocks: steps are a block or a part of one, rows likewise."""
   sizes, D = stream.BlockSizes, max(Dk, Dv)
   if D <= 64:
@@ -171,5 +171,11 @@ def listed(Dk: int, Dv: int) -> Streamed:
       dq=sizes(step=64, stages=3),
       dkv=sizes(step=64, stages=4),
     )
-  narrow = sizes(step=64, warpgroups=1)
-  return Streamed(forward=sizes(step=64, stages=2 if D <= 192 else 1), dq=narrow, dkv=narrow)
+  one = sizes(step=64, warpgroups=1)
+  # Two stages of dq and their segment ids are 80 bytes more than there are.
+  full = segments and Dk + Dv == 512
+  return Streamed(
+    forward=sizes(step=64, stages=2 if D <= 192 else 1),
+    dq=dataclasses.replace(one, stages=1) if full else one,
+    dkv=one,
+  )
