@@ -81,7 +81,7 @@ class Listed(stream.Frame):
   def work(self, blocks: stream.BlockSizes, batch: int, transposed: bool) -> "Work":
     del batch
     found = self.by_keys if transposed else self.by_queries
-    return Work(found.cores.shape[0], lists.BLOCK // blocks.rows)
+    return Work(found.cores.shape[0], blocks.teams, lists.BLOCK // blocks.rows)
 
   def first_row(self, item, rows: int):
     return item["tile"] * rows
@@ -126,21 +126,29 @@ class Tiles:
 
 
 class Work:
-  """The items of a launch as lists deal them; `halves` items of a kernel to one of the lists."""
+  """The items of a launch as lists deal them to cores.
 
-  def __init__(self, num_blocks: int, halves: int, refs=None):
-    self.num_blocks, self.halves, self.refs = num_blocks, halves, refs
+  Args:
+    num_cores: of the lists.
+    teams: that take the items of a core each.
+    halves: items of the kernel to one of the lists.
+  """
 
-  def of(self, refs) -> "Work":
-    return Work(self.num_blocks, self.halves, refs)
+  def __init__(self, num_cores: int, teams: int, halves: int, refs=None, core=None):
+    self.num_blocks, self.teams, self.halves = num_cores, teams, halves
+    self.refs, self.core = refs, core
+
+  def of(self, refs, core=None) -> "Work":
+    core = lax.axis_index("core") if core is None else core
+    return Work(self.num_blocks, self.teams, self.halves, refs, core)
 
   def count(self):
-    return self.refs["cores"][lax.axis_index("core"), 1] * self.halves
+    return self.refs["cores"][self.core, 1] * self.halves
 
   def each(self, body: Callable, carry):
     """carry = body(item, its number in this thread block, carry) for the items dealt to it."""
     refs, last = self.refs, self.refs["items"].shape[0] - 1
-    first = refs["cores"][lax.axis_index("core"), 0]
+    first = refs["cores"][self.core, 0]
 
     def read(n):
       place = jnp.minimum(first + stream.div(n, self.halves), last)

@@ -63,6 +63,8 @@ class BlockSizes:
     ahead: whether the first product of a step is issued before the last one of the step before.
     spread: whether all heads work on their longest rows first, or one head after the other.
     held: tiles of queries in shared memory (forward, dq); with 2, the next one loads early.
+    teams: sets of warpgroups in a thread block, each with a ring and with items of its own (forward
+      of lists): while some wait, others compute.
   """
 
   step: int = 128
@@ -71,6 +73,7 @@ class BlockSizes:
   ahead: bool = False
   spread: bool = True
   held: int = 1
+  teams: int = 1
 
   @property
   def rows(self) -> int:
@@ -80,6 +83,8 @@ class BlockSizes:
   @property
   def registers(self) -> tuple[int, int]:
     """Registers of a thread that loads, of one that computes: 65,536 for all of them."""
+    if self.teams * self.warpgroups == 4:
+      return 24, 104
     return {1: (40, 240), 2: (40, 232), 3: (24, 160)}[self.warpgroups]
 
 
@@ -414,6 +419,25 @@ def _pick(n, table: tuple[int, ...]):
   return value
 
 
+def of_teams(scratch: dict, teams: int) -> dict:
+  """Shared memory and barriers for several teams."""
+  if teams == 1:
+    return scratch
+  wider = {}
+  for name, one in scratch.items():
+    if isinstance(one, gpu.Barrier):
+      wider[name] = dataclasses.replace(one, num_barriers=(teams, *one.num_barriers))
+    else:
+      whole = one.inner_aval.update(shape=(teams, *one.inner_aval.shape))
+      wider[name] = dataclasses.replace(one, inner_aval=whole)
+  return wider
+
+
+def of_team(refs: dict, scratch: dict, team) -> dict:
+  """The refs of one team, of those that `of_teams` made of `scratch`."""
+  return refs | {name: refs[name].at[team] for name in scratch}
+
+
 class Work:
   """The items of a launch, a tile of rows of one sequence and head each, dealt to thread blocks.
 
@@ -434,9 +458,9 @@ class Work:
     rounds, rest = divmod(self.num, self.num_blocks)
     return rounds + (self._place(jnp.int32(rounds)) < rest).astype(jnp.int32)
 
-  def of(self, refs) -> "Work":
+  def of(self, refs, core=None) -> "Work":
     """What a thread block has to do, inside the kernel."""
-    del refs
+    del refs, core
     return self
 
   def each(self, body: Callable, carry):

@@ -75,16 +75,18 @@ def sweep(frame: stream.Frame, q, k, v, segment_ids, scale: float, blocks: strea
   out = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], len(heads), Dv), q.dtype)
   lse = jax.ShapeDtypeStruct((B, len(heads), frame.sequences, frame.padded), jnp.float32)
   work = frame.work(blocks, B, transposed=False)
-  body = functools.partial(_kernel, frame=frame, blocks=blocks, work=work, scale=scale)
+  scratch = _scratch(frame, blocks, Dk, Dv, q.dtype)
+  how = dict(frame=frame, blocks=blocks, work=work, scratch=scratch, scale=scale)
+  body = functools.partial(_kernel, **how)
   out, lse = gpu.launch(
     "stream_forward",
     body,
     inputs=inputs,
     outputs=dict(out=out, lse=lse),
-    scratch=_scratch(frame, blocks, Dk, Dv, q.dtype),
-    grid=(work.num_blocks,),
+    scratch=stream.of_teams(scratch, blocks.teams),
+    grid=(-(-work.num_blocks // blocks.teams),),
     grid_names=("core",),
-    num_threads=blocks.warpgroups + 1,
+    num_threads=blocks.teams * (blocks.warpgroups + 1),
     thread_name="wg",
   )
   return frame.unfolded(out), lse
@@ -134,10 +136,13 @@ def open_boxes(refs, frame, blocks):
   return refs
 
 
-def _kernel(refs, *, frame, blocks, work, scale):
-  """One thread block: the last warpgroup loads, the others compute."""
-  refs, work = open_boxes(refs, frame, blocks), work.of(refs)
-  wg = lax.axis_index("wg")
+def _kernel(refs, *, frame, blocks, work, scratch, scale):
+  """One thread block: the last warpgroup of a team loads, the others compute."""
+  refs, wg, core = open_boxes(refs, frame, blocks), lax.axis_index("wg"), lax.axis_index("core")
+  if blocks.teams > 1:
+    team, wg = stream.div(wg, blocks.warpgroups + 1), lax.rem(wg, jnp.int32(blocks.warpgroups + 1))
+    refs, core = stream.of_team(refs, scratch, team), core * blocks.teams + team
+  work = work.of(refs, core)
 
   @pl.when(wg == blocks.warpgroups)
   def _():
