@@ -22,6 +22,7 @@ from pallas_kernels import blocks
 from pallas_kernels import patterns
 
 BLOCK = 128  # queries and keys of a block: a loaded key serves so many queries
+_AT_THE_END = 4  # lists for every core, dealt together when all others are
 FIELDS = ("b", "h", "kv", "tile", "start", "num_full", "num")  # of an item; see `Lists`
 
 
@@ -147,11 +148,17 @@ def _static(rows, heads, problem: Problem, with_bits: bool, transposed: bool) ->
     columns |= dict(num_full=count[:, 0], num=count.sum(axis=1))
     for name, column in columns.items():
       mine[:, FIELDS.index(name)] = column
-    # Head by head: cores that work at one time share keys in the cache. Long lists first.
-    items.append(mine[np.argsort(-mine[:, FIELDS.index("num")], kind="stable")])
+    items.append(mine)
   items = np.concatenate(items)
   whole = np.tile(items, (problem.B, 1))
   whole[:, FIELDS.index("b")] = np.repeat(np.arange(problem.B), len(items))
+  # Head by head: cores that work at one time share keys in the cache. The last ones together, so
+  # that there are enough short lists at the end. Long ones come first.
+  heads_of = np.arange(len(whole)) // (len(items) // len(heads))
+  last = -(-_AT_THE_END * problem.num_cores // (len(items) // len(heads)))
+  heads_of = np.minimum(heads_of, max(0, problem.B * len(heads) - last))
+  num = whole[:, FIELDS.index("num")]
+  whole = whole[np.lexsort((-num, heads_of))]
   order, cores = _deal(whole[:, FIELDS.index("num")], problem.num_cores)
   joined = lambda parts: np.concatenate([*parts, np.zeros(1, np.int32)])  # none is empty
   return Lists(whole[order], cores, joined(numbers), joined(masks))

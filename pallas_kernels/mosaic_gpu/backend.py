@@ -145,14 +145,24 @@ def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
     return [(every, None)]
   found, rest = [], []
   for heads, group in passes.lower(pattern, q.shape[2]):
-    listed_ones = (one.distance is None and one.view != "summaries" for one in group)
-    # Segments prune the blocks of long rows; windows see little else than their own.
-    natural = all(one.window or one.view == "blocks" for one in group)
-    if any(listed_ones) or (segment_ids is not None and not natural):
+    if _lists_suit(group, q.shape[1], segment_ids is not None):
       rest.extend(heads)
     else:
       found.append((heads, group))
   return found + ([(every if len(rest) == len(every) else tuple(rest), None)] if rest else [])
+
+
+def _lists_suit(group: tuple[Pass, ...], T: int, segments: bool) -> bool:
+  """Whether the heads of a group have no kernel of their own, or lists are faster.
+
+  Segments prune the blocks of long rows; narrow windows and blocks see little else than their own.
+  """
+  if any(one.distance is None and one.view != "summaries" for one in group):
+    return True
+  narrow = sizes.MAX_REACH * gpu.TILE
+  wide = any(one.window is not None and narrow < one.window < T for one in group)
+  own = all(one.view == "blocks" or one.window is not None for one in group)
+  return (wide and len(group) == 1) or (segments and not own)
 
 
 # --------------------------------------------------------------------------- heads and passes
@@ -363,46 +373,44 @@ class _Listed:
   """Heads whose blocks are listed."""
 
   def __init__(self, heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size):
-    (B, T, H, Dk), S = q.shape, k.shape[1]
-    self.heads, self.view = heads, View("natural", T)
-    self.sizes = sizes.listed(Dk, v.shape[-1], segment_ids is not None)
-    heads, group = tuple(heads), H // k.shape[2]
-    # Some heads alone may not be whole groups.
-    problem = lists.Problem(B, T, S, heads, group, len(heads) == H, gpu.num_multiprocessors())
-    each, of_head = listed.formulas(pattern, heads)
-    with_bits = not each
-    if segment_ids is None and block_mask is None:
-      make = lists.by_queries, lists.by_keys
-      by_queries, by_keys = (one(pattern, problem, with_bits) for one in make)
-    else:
-      tables = lists.of_pattern(pattern, problem, with_bits)
-      tables = lists.masked(tables, block_mask, block_size, segment_ids, heads)
-      make = lists.traced_by_queries, lists.traced_by_keys
-      by_queries, by_keys = (one(tables, problem) for one in make)
+    self.heads, self.pattern, self.view = heads, pattern, View("natural", q.shape[1])
+    self.sizes = sizes.listed(q.shape[-1], v.shape[-1], segment_ids is not None)
+    self.masks = block_mask, block_size, segment_ids
     self.own_scores = not scores.only_scale or scores.scale <= 0
-    self.frame = listed.Listed(
-      problem,
-      by_queries,
-      by_keys,
-      each,
-      of_head,
-      lists.bits_of(pattern, heads, T, S) if with_bits else None,
-      segment_ids is not None,
-      scores if self.own_scores else None,
-    )
+    self.scores = scores if self.own_scores else None
+
+  def frame(self, q, k, teams: int = 1, backward: bool = False) -> listed.Listed:
+    """The lists, dealt to so many teams per core."""
+    (B, T, H, _), S, heads = q.shape, k.shape[1], tuple(self.heads)
+    # Some heads alone may not be whole groups.
+    shape = dict(B=B, T=T, S=S, heads=heads, group=H // k.shape[2], joined=len(heads) == H)
+    problem = lists.Problem(**shape, num_cores=teams * gpu.num_multiprocessors())
+    each, of_head = listed.formulas(self.pattern, heads)
+    with_bits, (block_mask, block_size, segment_ids) = not each, self.masks
+    if segment_ids is None and block_mask is None:
+      by_queries = lists.by_queries(self.pattern, problem, with_bits)
+      by_keys = lists.by_keys(self.pattern, problem, with_bits) if backward else None
+    else:
+      tables = lists.of_pattern(self.pattern, problem, with_bits)
+      tables = lists.masked(tables, block_mask, block_size, segment_ids, heads)
+      by_queries = lists.traced_by_queries(tables, problem)
+      by_keys = lists.traced_by_keys(tables, problem) if backward else None
+    bits = lists.bits_of(self.pattern, heads, T, S) if with_bits else None
+    masks = each, of_head, bits, segment_ids is not None
+    return listed.Listed(problem, by_queries, by_keys, *masks, self.scores)
 
   def forward(self, q, k, v, ids, scale):
     """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""
+    frame, blocks = self.frame(q, k, self.sizes.forward.teams), self.sizes.forward
     scale = 1.0 if self.own_scores else scale
-    q = _select(q, self.heads)
-    return stream_forward.sweep(self.frame, q, k, v, ids, scale, self.sizes.forward)
+    return stream_forward.sweep(frame, _select(q, self.heads), k, v, ids, scale, blocks)
 
   def backward(self, q, k, v, ids, out, lse, dout, dlse, scale):
     """dq [B, T, Hg, Dk]; dk and dv of key heads, or of the query heads."""
-    how = dict(scale=1.0 if self.own_scores else scale)
-    q = _select(q, self.heads)
+    frame, how = self.frame(q, k, backward=True), dict(scale=1.0 if self.own_scores else scale)
     dlse = None if dlse is None else _padded(self.view.rows(dlse), lse.shape[-1], axis=3)
-    rest, more = (self.frame, q, k, v, ids, lse), dict(out=out, dlse=dlse, blocks=self.sizes.dq)
+    rest = frame, _select(q, self.heads), k, v, ids, lse
+    more = dict(out=out, dlse=dlse, blocks=self.sizes.dq)
     dq, delta = stream_backward.sweep_keys(*rest, None, dout, **more, **how)
     how.update(blocks=self.sizes.dkv)
     return dq, *stream_backward.sweep_queries(*rest, delta, dout, **how)

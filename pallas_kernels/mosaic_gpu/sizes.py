@@ -161,7 +161,7 @@ def listed(Dk: int, Dv: int, segments: bool) -> Streamed:
   sizes, D = stream.BlockSizes, max(Dk, Dv)
   if D <= 64:
     return Streamed(
-      forward=sizes(step=128, stages=4, held=2, ahead=True),
+      forward=sizes(step=64, stages=3, held=2, teams=2),
       dq=sizes(step=128, stages=3, held=2),
       dkv=sizes(step=64, stages=4),
     )

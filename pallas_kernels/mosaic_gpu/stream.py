@@ -435,7 +435,22 @@ def of_teams(scratch: dict, teams: int) -> dict:
 
 def of_team(refs: dict, scratch: dict, team) -> dict:
   """The refs of one team, of those that `of_teams` made of `scratch`."""
-  return refs | {name: refs[name].at[team] for name in scratch}
+  mine = lambda ref, one: Row(ref, team) if isinstance(one, gpu.Barrier) else ref.at[team]
+  return refs | {name: mine(refs[name], one) for name, one in scratch.items()}
+
+
+class Row:
+  """A row of barriers. The simulator takes all indices at once alone."""
+
+  def __init__(self, ref, n):
+    self.ref, self.n = ref, n
+
+  @property
+  def at(self):
+    return self
+
+  def __getitem__(self, place):
+    return self.ref.at[self.n, place]
 
 
 class Work:
