@@ -238,26 +238,28 @@ def test_random_calls_match_the_reference(name, part, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_random_calls_match_the_reference_on_a_gpu():
+@pytest.mark.parametrize("part", range(6))  # which processes may share
+def test_random_calls_match_the_reference_on_a_gpu(part):
   found = {}
 
-  @hypothesis.settings(max_examples=400, phases=[Phase.generate], **SETTINGS)
+  @hypothesis.seed(part)
+  @hypothesis.settings(max_examples=80, phases=[Phase.generate], **SETTINGS)
   @hypothesis.given(calls(**KERNELS, longest=1_000))
   def draw(call):
-    hypothesis.assume(is_supported(call))
+    hypothesis.assume(len(found) < 10 and is_supported(call))
     found.setdefault(call.T, call)  # hypothesis likes to draw the same with a small change
 
   draw()
-  some = list(found.values())[:60]
+  assert len(found) == 10
   names = "mosaic_gpu", "reference"
-  programs = [lowered(call, name) for call in some for name in names]
+  programs = [lowered(call, name) for call in found.values() for name in names]
   with concurrent.futures.ThreadPoolExecutor(16) as pool:  # XLA compiles without the interpreter
     compiled = list(pool.map(lambda program: program[0].compile(), programs))
   results = [f(*arguments) for f, (_, arguments) in zip(compiled, programs, strict=True)]
   wrong = []
-  for call, got, truth in zip(some, results[::2], results[1::2], strict=True):
+  for call, got, truth in zip(found.values(), results[::2], results[1::2], strict=True):
     try:
       check(call, got, truth)
     except AssertionError as error:
       wrong.append(f"{call!r}: {error}")
-  assert not wrong, "\n".join([f"{len(wrong)} of {len(some)} calls", *wrong])
+  assert not wrong, "\n".join([f"{len(wrong)} of {len(found)} calls", *wrong])
