@@ -50,10 +50,10 @@ def sparse_attention(
   from the cotangent of the log-sum-exp; only `reference` has second derivatives.
 
   `mosaic_gpu` runs on NVIDIA Hopper GPUs, and by name on a CPU in a simulator, which is for tests:
-  bfloat16 and float16, head sizes 32, 64, 96, 128 and 256, the paper's patterns and `PerHead` of
-  them, segment ids for `Dense`, `Local` and `Block`; T = S, no later keys, no block mask, neither
-  function nor cap of scores. It calls cuDNN for `Dense` without `return_lse` where cuDNN can do it;
-  that alone gives equal bits only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+  bfloat16 and float16, head sizes 32, 64, 96, 128, 192 and 256, every pattern (if its blocks of 128
+  have at most 32,768 different masks), block masks of whole multiples of 128, score functions of
+  operators and element by element. It calls cuDNN for `Dense` without `return_lse` where cuDNN can
+  do it; that alone gives equal bits only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
   Args:
     q: queries, float32, bfloat16 or float16.
