@@ -75,8 +75,8 @@ def _masks(one: patterns.Pattern, rows, columns, size: int):
   """The packed masks [n, size, size / 8] of some blocks, a few at a time."""
 
   def pairs(n, m, xp):
-    i = n[:, None, None] * size + xp.arange(size, dtype=np.int32)[:, None]
-    j = m[:, None, None] * size + xp.arange(size, dtype=np.int32)
+    i = n[:, None, None] * size + xp.arange(size, dtype=np.int32)[None, :, None]
+    j = m[:, None, None] * size + xp.arange(size, dtype=np.int32)[None, None, :]
     return xp.broadcast_to(one.allowed(i, j), (len(n), size, size))
 
   rows, columns = (x.astype(np.int32) for x in (rows, columns))

@@ -33,14 +33,15 @@ class Lists(NamedTuple):
     items: int32 [N, 8], the fields of an item: batch row `b`, head `h` whose result it makes, key
       head `kv` that it reads, `tile` of its own rows, and its list: `num` entries of `numbers` from
       `start` on, of which the first `num_full` need no mask.
-    cores: int32 [cores, 2]: first item, and number of items.
+    cores: int32 [cores + 1, 2]: first item, and number of items; the last one, which may lack a
+      team to share a thread block with, has none.
     numbers: int32: blocks of keys; where keys are the rows, blocks of queries, those of query head
       g of a group numbered from g times the number of blocks on.
     masks: int32: the mask of each of these blocks (`pallas_kernels.bits`), where there are any.
   """
 
   items: Int[Any, "N 8"]
-  cores: Int[Any, "cores 2"]
+  cores: Int[Any, "cores+1 2"]
   numbers: Int[Any, "L"]
   masks: Int[Any, "M"]
 
@@ -182,7 +183,7 @@ def _deal(num, num_cores: int):
     load, core = heapq.heappop(loads)
     mine[core].append(n)
     heapq.heappush(loads, (load + steps + 1, core))  # and about a step to begin and to end
-  counts = np.array([len(x) for x in mine], np.int32)
+  counts = np.array([*map(len, mine), 0], np.int32)
   return np.concatenate(mine).astype(np.int64), np.stack([np.cumsum(counts) - counts, counts], 1)
 
 
@@ -306,4 +307,5 @@ def _traced(found: Tables, heads, problem: Problem) -> Lists:
   counts = (order < len(items)).sum(axis=1)
   items = items[np.minimum(order, len(items) - 1).reshape(-1)]
   dealt = np.stack([cores * rounds, counts], axis=1).astype(np.int32)
+  dealt = np.pad(dealt, [(0, 1), (0, 0)])
   return Lists(items, dealt, numbers.reshape(-1), masks.reshape(-1))

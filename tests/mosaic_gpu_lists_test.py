@@ -115,18 +115,27 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+def quick(names, *some):
+  """All names; those that are not among `some` are for `make test-long`."""
+  return [pytest.param(name, marks=[pytest.mark.slow] * (name not in some)) for name in names]
+
+
+@pytest.mark.parametrize(
+  "name", quick(PATTERNS, "layout", "small_blocks", "remainder", "window_both", "per_head")
+)
 def test_every_pattern(name):
   check(*call(PATTERNS[name](2), T=213))
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize(
+  "name", quick(ARGUMENTS, "groups", "more_keys", "segments_of_bits", "blocks", "bent")
+)
 def test_every_argument(name):
   how = dict(ARGUMENTS[name])
   check(*call(how.pop("pattern")(2), T=190, **how))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", quick(SIZES, "128", "256"))
 def test_head_sizes(size):
   D, Dv = SIZES[size]
   check(*call(PATTERNS["window_and_sinks"](2), T=200, H=1, D=D, Dv=Dv), dtype="float16")
@@ -162,7 +171,7 @@ def test_head_sizes_on_a_gpu(size):
 
 
 # The simulator knows no layouts of registers: only these tests see what does not compile.
-@pytest.mark.parametrize("D", [32, 64, 128, 256])
+@pytest.mark.parametrize("D", quick((32, 64, 128, 256), 64, 128))
 @pytest.mark.parametrize("name", PATTERNS)
 def test_lowering_of_every_pattern(name, D, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
@@ -173,7 +182,7 @@ def test_lowering_of_every_pattern(name, D, monkeypatch):
   assert program.count("custom_call @mosaic_gpu") >= 3
 
 
-@pytest.mark.parametrize("D", [64, 128, 192])
+@pytest.mark.parametrize("D", quick((64, 128, 192), 128))
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_lowering_of_every_argument(name, D, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")

@@ -151,7 +151,7 @@ def test_inside_shard_map(name):
 
 
 @pytest.mark.parametrize(
-  "Dk,Dv", [(32, 32), (64, 128), (128, 64), (96, 96), (128, 128), (256, 256)]
+  "Dk,Dv", [(32, 32), (64, 128), (128, 64), (96, 96), (128, 128), (192, 192), (256, 256)]
 )
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_head_size(name, Dk, Dv):

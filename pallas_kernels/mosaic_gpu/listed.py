@@ -81,7 +81,7 @@ class Listed(stream.Frame):
   def work(self, blocks: stream.BlockSizes, batch: int, transposed: bool) -> "Work":
     del batch
     found = self.by_keys if transposed else self.by_queries
-    return Work(found.cores.shape[0], blocks.teams, lists.BLOCK // blocks.rows)
+    return Work(found.cores.shape[0] - 1, lists.BLOCK // blocks.rows)
 
   def first_row(self, item, rows: int):
     return item["tile"] * rows
@@ -129,18 +129,16 @@ class Work:
   """The items of a launch as lists deal them to cores.
 
   Args:
-    num_cores: of the lists.
-    teams: that take the items of a core each.
+    num_cores: of the lists; a team of warpgroups takes the items of one.
     halves: items of the kernel to one of the lists.
   """
 
-  def __init__(self, num_cores: int, teams: int, halves: int, refs=None, core=None):
-    self.num_blocks, self.teams, self.halves = num_cores, teams, halves
-    self.refs, self.core = refs, core
+  def __init__(self, num_cores: int, halves: int, refs=None, core=None):
+    self.num_blocks, self.halves, self.refs, self.core = num_cores, halves, refs, core
 
   def of(self, refs, core=None) -> "Work":
     core = lax.axis_index("core") if core is None else core
-    return Work(self.num_blocks, self.teams, self.halves, refs, core)
+    return Work(self.num_blocks, self.halves, refs, core)
 
   def count(self):
     return self.refs["cores"][self.core, 1] * self.halves
