@@ -27,6 +27,7 @@ from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
 from pallas_kernels.mosaic_gpu import backend
+from pallas_kernels.scores import Scores
 
 TINY = gpu.Shape(B=2, T=24, H=2, D=8, stride=4, width=2)
 SIZES = tuning.BlockSizes(block_q=128, block_k=64, stages=2, warpgroups=2)
@@ -325,7 +326,7 @@ def test_there_are_few_candidates():
 def test_effective_sizes_are_what_the_backend_uses(kind, name):
   shape = gpu.SHAPES[name]
   x = jax.ShapeDtypeStruct((shape.B, shape.T, shape.H, shape.D), jnp.bfloat16)
-  (group,) = backend._groups(attention.PATTERNS[kind](shape), x, x)
+  (group,) = backend._groups(attention.PATTERNS[kind](shape), x, x, x, None, None, Scores(1.0), 128)
   (sweep,) = group.sweeps
   used = sweep.resident or sweep.window or sweep.streamed.forward
   assert tune.effective(kind, shape, "fwd", None) == used

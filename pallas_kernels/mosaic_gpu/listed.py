@@ -29,7 +29,7 @@ class Listed(stream.Frame):
     problem: sizes and heads; q and all that belongs to queries has these heads alone.
     by_queries, by_keys: the lists.
     formulas: (i, j) -> which pairs of a block attend that is not full; `formula_of` says which one
-      is a head's. None where masks are bits.
+      is a head's. Empty where masks are bits.
     formula_of: for each head of the launch.
     bits: the masks of blocks, where pairs are no formula.
     segments: whether segment ids mask as well.
