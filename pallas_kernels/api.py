@@ -92,6 +92,8 @@ def sparse_attention(
   soft_cap = None if logits_soft_cap is None else float(logits_soft_cap)
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   how = dict(pattern=pattern, scores=Scores(scale, soft_cap, score_fn), block_size=block_size)
+  if segment_ids is not None:
+    segment_ids = segment_ids.astype(jnp.int32)  # as the kernels compare them
   masks = segment_ids, block_mask
   if implementation == "reference":
     how |= dict(segment_ids=segment_ids, block_mask=block_mask)

@@ -39,29 +39,22 @@ def bits_of(each: tuple[patterns.Pattern, ...], T: int, S: int, size: int) -> Bi
 
   Pairs past the ends are in no mask's promise.
   """
-  found, places = [np.ones((1, size, size // 8), np.uint8) * 255], []
+  names = {(np.ones((size, size // 8), np.uint8) * 255).tobytes(): 0}
+  which = {}
   for one in each:
     some, every = blocks.blocks_of(one, T, S, size, size)
-    places.append(np.nonzero(some & ~every))
+    rows, columns = np.nonzero(some & ~every)
+    table, place = np.zeros(some.shape, np.int32), 0
     with jax.ensure_compile_time_eval():  # also where a program that needs them is traced
-      found.extend(_masks(one, *places[-1], size))
-  found = np.concatenate(found).reshape(-1, size * size // 8)
-  # Rows of bytes as single values, which numpy can sort.
-  _, first, names = np.unique(
-    found.view(f"V{found.shape[1]}"), return_index=True, return_inverse=True
-  )
-  if len(first) > MOST:
-    return None
-  names, start = names.reshape(-1), 1
-  # The one that has all pairs comes first.
-  order = np.argsort(np.arange(len(first)) != names[0], kind="stable")
-  rank = np.argsort(order).astype(np.int32)
-  which = {}
-  for one, (row, column) in zip(each, places, strict=True):
-    table = np.zeros((-(-T // size), -(-S // size)), np.int32)
-    table[row, column] = rank[names[start : start + len(row)]]
-    which[one], start = table, start + len(row)
-  masks = np.unpackbits(found[first[order]].reshape(-1, size, size // 8), axis=2, bitorder="little")
+      for masks in _masks(one, rows, columns, size):
+        for mask in masks:
+          name = names.setdefault(mask.tobytes(), len(names))
+          table[rows[place], columns[place]], place = name, place + 1
+        if len(names) > MOST:
+          return None
+    which[one] = table
+  found = np.frombuffer(b"".join(names), np.uint8).reshape(-1, size, size // 8)
+  masks = np.unpackbits(found, axis=2, bitorder="little")
   return Bits(_words(masks), _words(masks.swapaxes(1, 2)), which)
 
 

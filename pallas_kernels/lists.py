@@ -55,7 +55,9 @@ class Problem:
     heads: the query heads of a launch.
     group: query heads of a key head.
     joined: whether the heads of a group have the gradients of their keys together.
-    num_cores: thread blocks to deal items to; fewer, where there are fewer items.
+    num_cores: to deal items to; fewer, where there are fewer items.
+    own_scores: whether logits are more than products, so that queries past the end have to be
+      masked like others: there they may be anything.
   """
 
   B: int
@@ -65,6 +67,12 @@ class Problem:
   group: int
   joined: bool
   num_cores: int
+  own_scores: bool = False
+
+  @property
+  def rows_end(self) -> bool:
+    """Whether masks have to hide queries past the last one."""
+    return self.own_scores and self.T % BLOCK > 0
 
   @property
   def nq(self) -> int:
@@ -81,11 +89,14 @@ class Problem:
     return tuple(tuple(range(n, n + size)) for n in range(0, len(self.heads), size))
 
 
-def tables(pattern: patterns.Pattern, T: int, S: int) -> blocks.Blocks:
+def tables(pattern: patterns.Pattern, problem: Problem) -> blocks.Blocks:
   """`blocks_of` for a head's lists: keys past the end are masked like others."""
-  some, every = blocks.blocks_of(pattern, T, S, BLOCK, BLOCK)
-  inside = (np.arange(some.shape[1]) + 1) * BLOCK <= S
-  return blocks.Blocks(some, every & some & inside)
+  some, every = blocks.blocks_of(pattern, problem.T, problem.S, BLOCK, BLOCK)
+  ends = lambda n: (np.arange(n) + 1) * BLOCK
+  every = every & some & (ends(problem.nk) <= problem.S)
+  if problem.rows_end:
+    every = every & (ends(problem.nq) <= problem.T)[:, None]
+  return blocks.Blocks(some, every)
 
 
 # ------------------------------------------------------------------------------- of patterns alone
@@ -96,7 +107,7 @@ def by_queries(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> 
   """The key blocks of every block of queries; `with_bits`: and their masks."""
   rows = [(pattern.of_head(h),) for h in problem.heads]
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
-  return _static(rows, heads, problem, with_bits, transposed=False)
+  return _static(rows, heads, problem, which_of(pattern, problem, with_bits), transposed=False)
 
 
 @functools.lru_cache(maxsize=64)
@@ -104,7 +115,7 @@ def by_keys(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Lis
   """The query blocks of every block of keys, of all heads of a group."""
   rows = [tuple(pattern.of_head(problem.heads[h]) for h in owner) for owner in problem.owners]
   heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(problem.owners)]
-  return _static(rows, heads, problem, with_bits, transposed=True)
+  return _static(rows, heads, problem, which_of(pattern, problem, with_bits), transposed=True)
 
 
 def bits_of(pattern: patterns.Pattern, heads: tuple[int, ...], T: int, S: int) -> bits.Bits | None:
@@ -113,23 +124,23 @@ def bits_of(pattern: patterns.Pattern, heads: tuple[int, ...], T: int, S: int) -
   return bits.bits_of(tuple(each), T, S, BLOCK)
 
 
-def _static(rows, heads, problem: Problem, with_bits: bool, transposed: bool) -> Lists:
+def which_of(pattern: patterns.Pattern, problem: Problem, with_bits: bool):
+  """For the heads' patterns the mask of each block; None without bits."""
+  return bits_of(pattern, problem.heads, problem.T, problem.S).which if with_bits else None
+
+
+def _static(rows, heads, problem: Problem, which, transposed: bool) -> Lists:
   """Lists for `heads` (result, key head); `rows` are the patterns that each one's lists join."""
-  T, S = problem.T, problem.S
-  which = None
-  if with_bits:
-    every = tuple(dict.fromkeys(one for key in rows for one in key))
-    which = bits.bits_of(every, T, S, BLOCK).which
   numbers, masks, place, size = [], [], {}, 0  # equal heads share their lists
   for key in rows:
     if key in place:
       continue
-    found = [tables(one, T, S) for one in key]
+    found = [tables(one, problem) for one in key]
     kinds = [(every, some & ~every) for some, every in found]
-    mine = [which[one] for one in key] if with_bits else None
+    mine = [which[one] for one in key] if which else None
     if transposed:
       kinds = [tuple(table.T for table in pair) for pair in kinds]
-      mine = [table.T for table in mine] if with_bits else None
+      mine = [table.T for table in mine] if which else None
     full, partial = (np.concatenate(each, axis=1) for each in zip(*kinds, strict=True))
     if not transposed:  # a column behind the last key
       nobody = ~(full | partial).any(axis=1, keepdims=True)
@@ -137,7 +148,7 @@ def _static(rows, heads, problem: Problem, with_bits: bool, transposed: bool) ->
     row, column, count = _compressed(full, partial)
     place[key] = (size + np.cumsum(count.sum(axis=1)) - count.sum(axis=1), count)
     numbers.append(column)
-    if with_bits:
+    if which:
       mine = np.concatenate(mine, axis=1)
       masks.append(np.pad(mine, [(0, 0), (0, 0 if transposed else 1)])[row, column])
     size += len(column)
@@ -205,14 +216,14 @@ class Tables(NamedTuple):
 
 def of_pattern(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Tables:
   """The tables of a launch's heads, once if they agree."""
-  T, S = problem.T, problem.S
   each = [pattern.of_head(h) for h in problem.heads]
   if len(set(each)) == 1:
     each = each[:1]
-  some, every = (np.stack(x)[None] for x in zip(*(tables(one, T, S) for one in each), strict=True))
-  if not with_bits:
+  some, every = (
+    np.stack(x)[None] for x in zip(*(tables(one, problem) for one in each), strict=True)
+  )
+  if (which := which_of(pattern, problem, with_bits)) is None:
     return Tables(some, every)
-  which = bits_of(pattern, problem.heads, T, S).which
   return Tables(some, every, np.stack([which[one] for one in each])[None])
 
 

@@ -191,6 +191,62 @@ def test_lowering_of_every_argument(name, D, monkeypatch):
     assert lowered(attend, *shapes).count("custom_call @mosaic_gpu") >= 3
 
 
+# Functions that need some of their arguments alone, or what has no instruction of that name.
+FUNCTIONS = {
+  "of_logits": dict(score_fn=lambda s, i, j, h: jnp.tanh(s)),
+  "of_keys": dict(score_fn=lambda s, i, j, h: s + jnp.asarray(j, jnp.float32)),
+  "of_heads": dict(score_fn=lambda s, i, j, h: s * jnp.asarray(h + 1, jnp.float32)),
+  "power": dict(score_fn=lambda s, i, j, h: s - 2.0 ** jnp.asarray(-h - 1, jnp.float32)),
+  "keys": dict(pattern=patterns.Where(lambda i, j: j < 5, causal=False)),
+  "queries": dict(pattern=patterns.Where(lambda i, j: i < 5, causal=False)),
+  "not": dict(pattern=patterns.Where(lambda i, j: ~(i == j))),
+  "even": dict(pattern=patterns.Where(lambda i, j: i % 2 == 0, causal=False)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lowering_of_functions(name, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  x, ids = array(2, 1_000, 4, 64), jnp.zeros((2, 1_000), jnp.int16)
+  attend = functools.partial(sparse_attention, implementation="mosaic_gpu", **FUNCTIONS[name])
+  with mesh():
+    for more in (dict(), dict(segment_ids=ids)):
+      assert lowered(functools.partial(attend, **more), x, x, x, x).count("@mosaic_gpu") >= 3
+
+
+@pytest.mark.parametrize("of", ["queries", "keys"])
+def test_logits_of_hidden_pairs_may_be_anything(of):
+  def roots(score, i, j, h):
+    return score * jnp.sqrt(jnp.asarray(40 - (i if of == "queries" else j), jnp.float32))
+
+  check(*call(patterns.Dense(), T=40, H=1, score_fn=roots))
+
+
+REFUSED = {
+  "loop": lambda s, i, j, h: jax.lax.fori_loop(0, 3, lambda n, x: x * 2, s),
+  "remainder": lambda s, i, j, h: s % 3.0,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_functions_that_kernels_cannot_compute_are_refused(name):
+  q = jnp.ones((1, 40, 1, 64), jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match="score_fn"):
+    sparse_attention(q, q, q, score_fn=REFUSED[name], implementation="mosaic_gpu")
+
+
+def test_functions_that_hold_a_traced_value_are_refused():
+  q = jnp.ones((1, 40, 1, 64), jnp.bfloat16)
+
+  @jax.jit
+  def attend(c):
+    how = dict(score_fn=lambda s, i, j, h: s * c, implementation="mosaic_gpu")
+    return sparse_attention(q, q, q, **how)
+
+  with pytest.raises(NotImplementedError, match="score_fn"):
+    attend(jnp.float32(2))
+
+
 def test_a_model_may_choose_its_blocks_while_it_runs():
   (q, k, v, *_), _ = call(patterns.Dense(), T=256, H=1)
   q, k, v = (x.astype("bfloat16") for x in (q, k, v))

@@ -384,7 +384,8 @@ class _Listed:
     (B, T, H, _), S, heads = q.shape, k.shape[1], tuple(self.heads)
     # Some heads alone may not be whole groups.
     shape = dict(B=B, T=T, S=S, heads=heads, group=H // k.shape[2], joined=len(heads) == H)
-    problem = lists.Problem(**shape, num_cores=teams * gpu.num_multiprocessors())
+    shape.update(num_cores=teams * gpu.num_multiprocessors(), own_scores=self.own_scores)
+    problem = lists.Problem(**shape)
     each, of_head = listed.formulas(self.pattern, heads)
     with_bits, (block_mask, block_size, segment_ids) = not each, self.masks
     if segment_ids is None and block_mask is None:

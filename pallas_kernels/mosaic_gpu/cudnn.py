@@ -26,7 +26,7 @@ def cudnn_serves(
   del block_size
   is_dense = pattern.period == 1 and pattern.of_head(0) == Dense()
   equal = q.shape[-1] == v.shape[-1] and q.shape[1] == k.shape[1]
-  plain = segment_ids is None and block_mask is None and scores.only_scale
+  plain = segment_ids is None and block_mask is None and scores.only_scale and scores.scale > 0
   # Programs for a GPU that is not here cannot ask for its version of cuDNN.
   here = jax.default_backend() == "gpu" and not gpu.simulated()
   return is_dense and equal and plain and here

@@ -5,12 +5,15 @@ A kernel cannot look up an array by position, and its arrays have one shape, or 
 
 import functools
 from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from pallas_kernels import lists
 from pallas_kernels import patterns
@@ -20,7 +23,7 @@ _SHAPE = (8, 16)  # stands for a tile's
 # What the kernels have instructions for.
 _KNOWN = frozenset(
   """
-  add sub mul div rem neg abs sign max min clamp and or xor not eq ne lt le gt ge select_n
+  add sub mul div neg abs sign max min clamp and or xor not eq ne lt le gt ge select_n
   shift_left shift_right_logical shift_right_arithmetic convert_element_type broadcast_in_dim
   integer_pow square one_minus_square sqrt rsqrt exp exp2 log tanh logistic sin cos
   add_any stop_gradient copy
@@ -28,11 +31,35 @@ _KNOWN = frozenset(
 )
 
 
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+
+
+class Traced(NamedTuple):
+  """A function of arrays of one shape.
+
+  Attributes:
+    jaxpr, consts: of what the results need.
+    used: which of the arguments they need. A kernel must not make the others: what nothing needs
+      has no layout.
+  """
+
+  jaxpr: Any
+  consts: tuple
+  used: tuple[bool, ...]
+
+  def __call__(self, shape: tuple[int, ...], *make: Callable) -> list:
+    """The results for arguments of a shape, each of which a function makes."""
+    args = [one() for one, used in zip(make, self.used, strict=True) if used]
+    results = _evaluate(self.jaxpr, self.consts, args, shape)
+    kinds = (var.aval.dtype for var in self.jaxpr.outvars)
+    return [_wide(x, dtype, shape) for x, dtype in zip(results, kinds, strict=True)]
+
+
 @functools.lru_cache(maxsize=256)
 def of_pattern(pattern: patterns.Pattern) -> Callable | None:
-  """(i, j) -> which pairs attend, for blocks that `lists` visits and that are not full.
+  """(shape, i, j) -> which pairs attend, for blocks that `lists` visits and that are not full.
 
-  None where that is no formula.
+  i and j are functions that make the positions. None where that is no formula.
   """
   if isinstance(pattern, patterns.BlockLayout) and pattern.block_size % lists.BLOCK == 0:
     # The layout holds all pairs of a block that is visited, or none.
@@ -41,12 +68,10 @@ def of_pattern(pattern: patterns.Pattern) -> Callable | None:
     parts = [of_pattern(one) for one in pattern.patterns]
     if None in parts:
       return None
-    return lambda i, j: functools.reduce(jnp.logical_and, (part(i, j) for part in parts))
+    return lambda *how: functools.reduce(jnp.logical_and, (part(*how) for part in parts))
   position = jax.ShapeDtypeStruct(_SHAPE, jnp.int32)
-  closed = _jaxpr(pattern.allowed, position, position)
-  if closed is None:
-    return None
-  return lambda i, j: _wide(evaluate(closed, i, j)[0], jnp.bool_, i.shape)
+  traced = _trace(pattern.allowed, position, position)
+  return None if traced is None else lambda *how: traced(*how)[0]
 
 
 def computes(scores: Scores) -> bool:
@@ -55,54 +80,55 @@ def computes(scores: Scores) -> bool:
 
 
 def logits(scores: Scores, products, i, j, h):
-  """The logits of products, and their derivatives by them."""
-  return evaluate(_with_derivative(scores), products, i, j, h)
-
-
-def evaluate(closed, *args):
-  """The results of a function, traced for arrays of another shape, for these arrays."""
-  shape = args[0].shape
-  return _evaluate(closed.jaxpr, closed.consts, args, shape)
+  """The logits of products, and their derivatives by them; functions make i, j and h."""
+  return _with_derivative(scores)(products.shape, lambda: products, i, j, h)
 
 
 @functools.lru_cache(maxsize=64)
-def _with_derivative(scores: Scores):
+def _with_derivative(scores: Scores) -> Traced | None:
   def both(products, i, j, h):
     return jax.jvp(lambda x: scores(x, i, j, h), (products,), (jnp.ones_like(products),))
 
   position = jax.ShapeDtypeStruct(_SHAPE, jnp.int32)
-  return _jaxpr(both, jax.ShapeDtypeStruct(_SHAPE, jnp.float32), *(position,) * 3)
+  return _trace(both, jax.ShapeDtypeStruct(_SHAPE, jnp.float32), *(position,) * 3)
 
 
-def _jaxpr(function: Callable, *args):
-  """The traced function; None where a kernel has not what it needs."""
+def _trace(function: Callable, *args) -> Traced | None:
+  """None where a kernel has not what the function needs."""
   try:
     closed = jax.make_jaxpr(function)(*args)
   except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):  # it wants arrays of numpy
     return None
-  return closed if _is_known(closed.jaxpr, closed.consts) else None
+  if not _is_known(closed.jaxpr, closed.consts):
+    return None
+  jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+  return Traced(jaxpr, tuple(closed.consts), tuple(used))
 
 
 def _is_known(jaxpr, consts) -> bool:
-  if any(jnp.ndim(const) for const in consts):
+  # A value that another function is traced with is not known when the kernel is.
+  if any(jnp.ndim(const) or isinstance(const, jax.core.Tracer) for const in consts):
     return False
   for eqn in jaxpr.eqns:
-    if (inner := _inner(eqn)) is not None:
-      if not _is_known(inner.jaxpr, inner.consts):
-        return False
-    elif eqn.primitive.name not in _KNOWN:
-      return False
-    if any(var.aval.shape not in ((), _SHAPE) for var in eqn.outvars):
+    inner = _inner(eqn)
+    known = _is_known(inner.jaxpr, inner.consts) if inner is not None else _has_instruction(eqn)
+    if not known or any(var.aval.shape not in ((), _SHAPE) for var in eqn.outvars):
       return False
   return True
 
 
+def _has_instruction(eqn) -> bool:
+  name, first = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
+  if name == "rem":
+    return bool(jnp.issubdtype(first.aval.dtype, jnp.integer))
+  if name == "pow":
+    return isinstance(first, core.Literal) and bool(first.val > 0)
+  return name in _KNOWN
+
+
 def _inner(eqn):
-  """The function that an equation calls."""
-  for name in ("jaxpr", "call_jaxpr"):
-    if isinstance(eqn.params.get(name), core.ClosedJaxpr):
-      return eqn.params[name]
-  return None
+  """The function that an equation calls once."""
+  return eqn.params.get(_CALLS.get(eqn.primitive.name))
 
 
 def _evaluate(jaxpr, consts, args, shape):
@@ -110,8 +136,7 @@ def _evaluate(jaxpr, consts, args, shape):
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
   read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
   for eqn in jaxpr.eqns:
-    operands = [read(atom) for atom in eqn.invars]
-    name = eqn.primitive.name
+    operands, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
     if (inner := _inner(eqn)) is not None:
       results = _evaluate(inner.jaxpr, inner.consts, operands, shape)
     elif name == "broadcast_in_dim":
@@ -120,6 +145,10 @@ def _evaluate(jaxpr, consts, args, shape):
       results = [lax.add(*operands)]
     elif name == "logistic":
       results = [1 / (1 + jnp.exp(-operands[0]))]
+    elif name == "not" and eqn.invars[0].aval.dtype == bool:
+      results = [operands[0] ^ True]
+    elif name == "pow":
+      results = [jnp.exp2(operands[1] * float(np.log2(operands[0])))]
     elif name in ("stop_gradient", "copy"):
       results = operands
     else:

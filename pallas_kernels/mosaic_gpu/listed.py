@@ -28,8 +28,8 @@ class Listed(stream.Frame):
   Args:
     problem: sizes and heads; q and all that belongs to queries has these heads alone.
     by_queries, by_keys: the lists.
-    formulas: (i, j) -> which pairs of a block attend that is not full; `formula_of` says which one
-      is a head's. Empty where masks are bits.
+    formulas: which pairs of a block attend that is not full (`formula.of_pattern`); `formula_of`
+      says which one is a head's. Empty where masks are bits.
     formula_of: for each head of the launch.
     bits: the masks of blocks, where pairs are no formula.
     segments: whether segment ids mask as well.
@@ -177,15 +177,17 @@ class Masks:
       self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
   def places(self, i):
-    """Positions of queries and of keys, [64, step] each."""
-    return (self.columns(i), self.rows()) if self.transposed else (self.rows(), self.columns(i))
+    """What makes the positions of queries and of keys, [64, step] each.
 
-  def rows(self):
-    return gpu.over_columns(self.base + gpu.iota((TILE,), layout=gpu.ROW), self.step)
+    One that nothing needs must not be made: it would have no layout.
+    """
+    rows = lambda: gpu.over_columns(self.base + gpu.iota((TILE,), layout=gpu.ROW), self.step)
 
-  def columns(self, i):
-    first = self.sweep.tiles.tile(i) * self.step
-    return gpu.over_rows(first + gpu.iota((self.step,), layout=gpu.COLUMN), TILE)
+    def columns():
+      first = self.sweep.tiles.tile(i) * self.step
+      return gpu.over_rows(first + gpu.iota((self.step,), layout=gpu.COLUMN), TILE)
+
+    return (columns, rows) if self.transposed else (rows, columns)
 
   def head(self, i):
     """The query head, of the launch."""
@@ -195,26 +197,27 @@ class Masks:
 
   def logits(self, i, products):
     """Of products, and their derivatives."""
-    frame, where = self.frame, (None, None, None)
-    if frame.scores.score_fn is not None:
-      h = jnp.int32(0) + head_of(frame.problem.heads, self.head(i))
-      where = (*self.places(i), lax.broadcast(h, products.shape))
-    return formula.logits(frame.scores, products, *where)
+    heads = self.frame.problem.heads
+    h = lambda: lax.broadcast(jnp.int32(0) + head_of(heads, self.head(i)), products.shape)
+    return formula.logits(self.frame.scores, products, *self.places(i), h)
 
   def __call__(self, i, s, kind: str | None = None):
     """Which of [64, step] attend in step i, whose tile lies in slot s."""
     del kind
-    frame = self.frame
+    frame, shape = self.frame, (TILE, self.step)
+    queries, keys = self.places(i)
     if frame.bits is not None:
       mask = self.bits(i)
     elif len(frame.formulas) == 1:
-      mask = frame.formulas[0](*self.places(i))
+      mask = frame.formulas[0](shape, queries, keys)
     else:
-      turn = lax.broadcast(head_of(frame.formula_of, self.head(i)), (TILE, self.step))
-      found = [(turn == n) & one(*self.places(i)) for n, one in enumerate(frame.formulas)]
+      turn = lax.broadcast(head_of(frame.formula_of, self.head(i)), shape)
+      found = [(turn == n) & one(shape, queries, keys) for n, one in enumerate(frame.formulas)]
       mask = functools.reduce(jnp.logical_or, found)
-    if frame.ends_inside:  # a position that nothing needs has no layout: not all of `places`
-      mask = mask & ((self.rows() if self.transposed else self.columns(i)) < frame.num_keys)
+    if frame.ends_inside:
+      mask = mask & (keys() < frame.num_keys)
+    if self.transposed and frame.problem.rows_end:
+      mask = mask & (queries() < frame.problem.T)
     if frame.segments:
       ids = gpu.load(self.refs["ids_s"].at[s], layout=gpu.COLUMN, optimized=False)
       mask = mask & (gpu.over_columns(self.ids, self.step) == gpu.over_rows(ids, TILE))

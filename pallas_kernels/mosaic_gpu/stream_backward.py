@@ -246,7 +246,7 @@ class _Queries(stream_forward.Queries):
     gpu.barrier_wait(self.refs["v_full"].at[s])
 
   def weights(self, i, kind, logits, dp, meanwhile=None):
-    """P and dP of step i, in float32; `meanwhile` starts one more product."""
+    """P, times the logits' derivative, and dP of step i; `meanwhile` starts one more product."""
     s, refs = self.slot(i), self.refs
     columns = lambda x: gpu.over_columns(x, self.blocks.step)
     logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
@@ -259,9 +259,16 @@ class _Queries(stream_forward.Queries):
     if self.frame.scores is not None:
       x, slope = self.masks.logits(i, x)
     p = exp2_of(x * self.scale - columns(self.lse), mask)
+    if slope is not None:
+      p = p * seen(slope, mask)
     dp = dp.get(under_way=more)
     gpu.barrier_arrive(refs["v_free"].at[s])
-    return p, dp if slope is None else dp * slope
+    return p, dp
+
+
+def seen(slope, mask):
+  """The derivative where pairs attend: of others it may be anything."""
+  return slope if mask is None else jnp.where(mask, slope, 0.0)
 
 
 def exp2_of(x, mask):
@@ -559,7 +566,7 @@ class _Keys:
       if dk is not None:
         dlogits = p * dp[0].get(under_way=0 if dv is None else 1)
         if slope is not None:
-          dlogits = dlogits * slope
+          dlogits = dlogits * seen(slope, mask)
         dk.add_from_registers(narrow(dlogits), q)
       return tuple(x.get() for x in (dk, dv) if x is not None)
 
