@@ -45,7 +45,7 @@ def bits_of(each: tuple[patterns.Pattern, ...], T: int, S: int, size: int) -> Bi
     some, every = blocks.blocks_of(one, T, S, size, size)
     rows, columns = np.nonzero(some & ~every)
     table, place = np.zeros(some.shape, np.int32), 0
-    with jax.ensure_compile_time_eval():  # also where a program that needs them is traced
+    with blocks.here():
       for masks in _masks(one, rows, columns, size):
         for mask in masks:
           name = names.setdefault(mask.tobytes(), len(names))

@@ -4,7 +4,9 @@ By the corners of a block where a pattern has a formula; for any other, by one c
 all pairs. The tables are cached by the pattern.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -81,6 +83,14 @@ def blocks_of(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: 
   return Blocks(np.broadcast_to(some, shape), np.broadcast_to(every, shape))
 
 
+@contextlib.contextmanager
+def here() -> Iterator[None]:
+  """JAX computes at once, on a device that is here, also where a program is traced for another."""
+  no_mesh = jax.sharding.AbstractMesh((), ())
+  with jax.sharding.use_abstract_mesh(no_mesh), jax.ensure_compile_time_eval():
+    yield
+
+
 def _of_layout(pattern: patterns.BlockLayout, i0, i1, j0, j1):
   """The blocks from the corner (0, 0) to any other, counted: a block may span several."""
   layout, size = pattern.of_head(0).layout, pattern.block_size
@@ -106,7 +116,7 @@ def _swept(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: int
     cut = lambda x: xp.broadcast_to(x, real.shape).reshape(block_q, nk, block_k)
     return cut(pairs & real).any((0, 2)), cut(pairs | ~real).all((0, 2))
 
-  with jax.ensure_compile_time_eval():  # also where a program that needs the tables is traced
+  with here():
     if T * S <= _BY_NUMPY:
       rows = [row(np.int32(n), np) for n in range(nq)]
       return tuple(np.stack(table) for table in zip(*rows, strict=True))
