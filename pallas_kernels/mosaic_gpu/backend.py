@@ -398,7 +398,8 @@ class _Listed:
       by_keys = lists.traced_by_keys(tables, problem) if backward else None
     bits = lists.bits_of(self.pattern, heads, T, S) if with_bits else None
     masks = each, of_head, bits, segment_ids is not None
-    return listed.Listed(problem, by_queries, by_keys, *masks, self.scores)
+    causal = self.pattern.causal
+    return listed.Listed(problem, causal, by_queries, by_keys, *masks, self.scores)
 
   def forward(self, q, k, v, ids, scale):
     """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""

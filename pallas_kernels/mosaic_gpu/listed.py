@@ -27,6 +27,7 @@ class Listed(stream.Frame):
 
   Args:
     problem: sizes and heads; q and all that belongs to queries has these heads alone.
+    causal: whether no query attends to a later key.
     by_queries, by_keys: the lists.
     formulas: which pairs of a block attend that is not full (`formula.of_pattern`); `formula_of`
       says which one is a head's. Empty where masks are bits.
@@ -42,6 +43,7 @@ class Listed(stream.Frame):
   def __init__(
     self,
     problem: lists.Problem,
+    causal: bool,
     by_queries: lists.Lists,
     by_keys: lists.Lists | None,
     formulas: tuple[Callable, ...],
@@ -53,7 +55,8 @@ class Listed(stream.Frame):
     heads = range(len(problem.heads))
     one = stream.Schedule(view="natural")
     super().__init__(one, problem.T, len(heads), len(heads), heads, segments)
-    self.problem, self.by_queries, self.by_keys = problem, by_queries, by_keys
+    self.problem, self.causal = problem, causal
+    self.by_queries, self.by_keys = by_queries, by_keys
     self.formulas, self.formula_of, self.bits = formulas, formula_of, bits
     self.scores, self.has_full, self.num_keys = scores, True, problem.S
     numbers = by_queries.numbers
@@ -94,9 +97,9 @@ class Listed(stream.Frame):
     del k0, keys
     return Tiles(item, lists.BLOCK // step, self.problem.nq)
 
-  def query_head(self, item, tiles, i):
+  def query_head(self, item, tiles, i, number=None):
     size = len(self.problem.owners[0])
-    return item["h"] if size == 1 else item["h"] * size + tiles.group(i)
+    return item["h"] if size == 1 else item["h"] * size + tiles.group(i, number)
 
 
 class Tiles:
@@ -106,23 +109,33 @@ class Tiles:
     self.item, self.parts, self.per_head = item, parts, per_head
     self.num, self.num_full = item["num"] * parts, item["num_full"] * parts
 
-  def tile(self, i):
-    """The tile of step i."""
-    number = self._number(i)
+  def tile(self, i, number=None):
+    """The tile of step i, of a block whose number was read before or is read now."""
+    number = self.number(i) if number is None else number
     if self.per_head is not None:
       number = lax.rem(number, jnp.int32(self.per_head))
     return number if self.parts == 1 else number * self.parts + lax.rem(i, jnp.int32(self.parts))
 
-  def group(self, i):
+  def group(self, i, number=None):
     """Whose block of queries it is, of the heads of a group."""
-    return stream.div(self._number(i), self.per_head)
+    return stream.div(self.number(i) if number is None else number, self.per_head)
 
   def place(self, i):
     """Where the block of step i is in the lists."""
     return self.item["start"] + (i if self.parts == 1 else stream.div(i, self.parts))
 
-  def _number(self, i):
-    return self.item["numbers"][self.place(i)]
+  def number(self, i):
+    """Of the block of step i; of no one's, one step after the last."""
+    numbers = self.item["numbers"]
+    return numbers[jnp.minimum(self.place(i), numbers.shape[0] - 1)]
+
+  def each(self, start, number, body: Callable, carry):
+    """carry = body(i, number of its block, carry) for steps from `start` on, whose is `number`.
+
+    A number comes from memory while the step before runs.
+    """
+    step = lambda i, both: (self.number(i + 1), body(i, *both))
+    return lax.fori_loop(start, self.num, step, (number, carry))[1]
 
 
 class Work:
@@ -166,17 +179,16 @@ class Work:
 class Masks:
   """The pairs of 64 rows and the columns of a step that attend; rows are queries, or keys."""
 
-  hides = False
-
   def __init__(self, refs, frame: Listed, sweep, item, base, transposed: bool = False):
     self.refs, self.frame, self.sweep, self.item = refs, frame, sweep, item
     self.base, self.transposed = base, transposed
     self.step = sweep.blocks.step if transposed else sweep.step
+    self.hides = frame.causal and self.step < lists.BLOCK
     if frame.segments:
       ids = refs["ids"].at[item["b"], 0, pl.ds(base, TILE)]
       self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
-  def places(self, i):
+  def places(self, i, number=None):
     """What makes the positions of queries and of keys, [64, step] each.
 
     One that nothing needs must not be made: it would have no layout.
@@ -184,34 +196,44 @@ class Masks:
     rows = lambda: gpu.over_columns(self.base + gpu.iota((TILE,), layout=gpu.ROW), self.step)
 
     def columns():
-      first = self.sweep.tiles.tile(i) * self.step
+      first = self.sweep.tiles.tile(i, number) * self.step
       return gpu.over_rows(first + gpu.iota((self.step,), layout=gpu.COLUMN), TILE)
 
     return (columns, rows) if self.transposed else (rows, columns)
 
-  def head(self, i):
+  def head(self, i, number=None):
     """The query head, of the launch."""
     if self.transposed:
-      return self.frame.query_head(self.item, self.sweep.tiles, i)
+      return self.frame.query_head(self.item, self.sweep.tiles, i, number)
     return self.item["h"]
 
-  def logits(self, i, products):
+  def hide(self, i, number):
+    """Whether no pair of step i attends, though some of the block do."""
+    first = self.sweep.tiles.tile(i, number) * self.step
+    if self.transposed:
+      return first + self.step <= self.base
+    return first >= self.base + TILE
+
+  def logits(self, i, products, number=None):
     """Of products, and their derivatives."""
     heads = self.frame.problem.heads
-    h = lambda: lax.broadcast(jnp.int32(0) + head_of(heads, self.head(i)), products.shape)
-    return formula.logits(self.frame.scores, products, *self.places(i), h)
+    head = lambda: head_of(heads, self.head(i, number))
+    h = lambda: lax.broadcast(jnp.int32(0) + head(), products.shape)
+    return formula.logits(self.frame.scores, products, *self.places(i, number), h)
 
-  def __call__(self, i, s, kind: str | None = None):
-    """Which of [64, step] attend in step i, whose tile lies in slot s."""
-    del kind
+  def __call__(self, i, s, number=None):
+    """Which of [64, step] attend in step i, whose tile lies in slot s.
+
+    `number` is its block's, where that was read before.
+    """
     frame, shape = self.frame, (TILE, self.step)
-    queries, keys = self.places(i)
+    queries, keys = self.places(i, number)
     if frame.bits is not None:
       mask = self.bits(i)
     elif len(frame.formulas) == 1:
       mask = frame.formulas[0](shape, queries, keys)
     else:
-      turn = lax.broadcast(head_of(frame.formula_of, self.head(i)), shape)
+      turn = lax.broadcast(head_of(frame.formula_of, self.head(i, number)), shape)
       found = [(turn == n) & one(shape, queries, keys) for n, one in enumerate(frame.formulas)]
       mask = functools.reduce(jnp.logical_or, found)
     if frame.ends_inside:

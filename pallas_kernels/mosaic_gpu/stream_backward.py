@@ -257,7 +257,7 @@ class _Queries(stream_forward.Queries):
     mask = None if kind is None else self.masks(i, s, kind)
     x, slope = logits.get(under_way=1 + more), None
     if self.frame.scores is not None:
-      x, slope = self.masks.logits(i, x)
+      x, slope = self.masks.logits(i, x, kind)
     p = exp2_of(x * self.scale - columns(self.lse), mask)
     if slope is not None:
       p = p * seen(slope, mask)
@@ -477,14 +477,7 @@ class _Keys:
     gpu.barrier_wait(refs["k_full"].at[wg])
     buffers = dict(k=self.k_s, v=self.v_s)
     sums = tuple(gpu.zeros((TILE, buffers[x].shape[-1])) for x in self.parts)
-    loop = lambda start, stop, masked, sums: lax.fori_loop(
-      start, stop, functools.partial(self.step, masked=masked), sums
-    )
-    masked, hidden = self.bounds()
-    if frame.has_full:
-      sums = loop(self.first, masked, False, sums)
-    sums = loop(masked, hidden, True, sums)
-    pl.loop(hidden, self.end)(self.skip)
+    sums = self.loops(sums)
     for x, total in zip(self.parts, sums, strict=True):
       buffers[x][...] = (total * self.factor if x == "k" else total).astype(self.dtype)
     gpu.commit_smem()
@@ -494,6 +487,18 @@ class _Keys:
     gpu.wait_to_gmem(0, wait_read_only=True)
     gpu.barrier_arrive(refs["k_free"].at[wg])
     return self.done + self.end - self.first
+
+  def loops(self, sums):
+    """Sums of all steps, a loop for those without a mask."""
+    loop = lambda start, stop, masked, sums: lax.fori_loop(
+      start, stop, functools.partial(self.step, masked=masked), sums
+    )
+    masked, hidden = self.bounds()
+    if self.frame.has_full:
+      sums = loop(self.first, masked, False, sums)
+    sums = loop(masked, hidden, True, sums)
+    pl.loop(hidden, self.end)(self.skip)
+    return sums
 
   def bounds(self):
     """The first step that our own keys need a mask in, and the first one that sees none of them."""
@@ -522,8 +527,9 @@ class _Keys:
       ids = refs["ids"].at[self.b, r, pl.ds(self.base, TILE)]
       self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
-  def mask(self, i, s):
+  def mask(self, i, s, number=None):
     """Which of [64 keys, step queries] attend in step i."""
+    del number
     step = self.blocks.step
     high, low = self.frame.query_bounds(self.tiles.tile(i) * step, step, gpu.COLUMN)
     queries, keys = (lambda x: gpu.over_rows(x, TILE)), (lambda x: gpu.over_columns(x, step))
@@ -535,7 +541,8 @@ class _Keys:
       mask = mask & (queries(ids) == keys(self.ids))
     return mask
 
-  def step(self, i, sums, masked):
+  def step(self, i, sums, masked, number=None):
+    """Adds step i; `number` is its block's, where lists say it."""
     refs, parts = self.refs, self.parts
     s = self.slot(i)
     q, dout = refs["q_s"].at[s], refs["dout_s"].at[s]
@@ -558,8 +565,8 @@ class _Keys:
       lse = rows("lse_s")
       x, slope = logits.get(under_way=len(dp)), None
       if self.frame.scores is not None:
-        x, slope = self.logits(i, x)
-      mask = self.mask(i, s) if masked else None
+        x, slope = self.logits(i, x, number)
+      mask = self.mask(i, s, number) if masked else None
       p = exp2_of(x * self.scale - lse, mask)
       if dv is not None:
         dv.add_from_registers(narrow(p), dout)
@@ -585,14 +592,30 @@ class _ListedKeys(_Keys):
   def prepare_masks(self):
     self.masks = listed.Masks(self.refs, self.frame, self, self.item, self.base, transposed=True)
 
-  def bounds(self):
-    return self.tiles.num_full, self.end
+  def loops(self, sums):
+    tiles = self.tiles
+    number = tiles.number(tiles.num_full)
+    full = functools.partial(self.step, masked=False)
+    sums = lax.fori_loop(jnp.int32(0), tiles.num_full, full, sums)
+    return tiles.each(tiles.num_full, number, self.masked, sums)
 
-  def mask(self, i, s):
-    return self.masks(i, s)
+  def masked(self, i, number, sums):
+    """Adds step i, of a block that is masked, unless all its pairs are hidden."""
+    add = lambda sums: self.step(i, sums, True, number)
+    if not self.masks.hides:
+      return add(sums)
 
-  def logits(self, i, products):
-    return self.masks.logits(i, products)
+    def skip(sums):
+      self.skip(i)
+      return sums
+
+    return lax.cond(self.masks.hide(i, number), skip, add, sums)
+
+  def mask(self, i, s, number=None):
+    return self.masks(i, s, number)
+
+  def logits(self, i, products, number):
+    return self.masks.logits(i, products, number)
 
 
 def backward(

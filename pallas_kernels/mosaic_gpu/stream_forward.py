@@ -341,6 +341,8 @@ class Queries:
     self.p_s = refs["p_s"].at[wg] if "p_s" in refs else None
     self.Dv, self.dtype = refs["v_s"].shape[-1], refs["v_s"].dtype
     self.any_kind = "any" if frame.schedule.own else "view"
+    if isinstance(frame, listed.Listed):
+      self.any_kind = self.sweep.tiles.number(jnp.int32(0))
 
   def slot(self, i):
     return lax.rem(self.done + i, jnp.int32(self.blocks.stages))
@@ -348,23 +350,34 @@ class Queries:
   def loops(self, step, first, carry):
     """Runs step(i, carry, kind) over the steps from `first` on, a loop per kind of mask."""
     full, view = self.sweep.num_full, self.sweep.num_view
-
-    def masked(i, carry, kind):
-      if self.blocks.ahead or not self.masks.hides:
-        return step(i, carry, kind)
-      use = functools.partial(step, i, kind=kind)
-      return lax.cond(self.masks.hide(i, kind), functools.partial(self.skip, i), use, carry)
-
-    def loop(start, stop, kind, carry):
-      one = functools.partial(step if kind is None else masked, kind=kind)
-      return lax.fori_loop(start, stop, one, carry)
-
+    step = self.unless_hidden(step)
+    loop = lambda start, stop, kind, carry: lax.fori_loop(
+      start, stop, functools.partial(step, kind=kind), carry
+    )
+    if isinstance(self.frame, listed.Listed):
+      masked, tiles = jnp.maximum(full, first), self.sweep.tiles
+      number = tiles.number(masked)
+      carry = loop(first, masked, None, carry)
+      return tiles.each(masked, number, lambda i, n, carry: step(i, carry, n), carry)
     if self.frame.has_full:
       carry = loop(first, full, None, carry)
     if not self.frame.schedule.own:
       return loop(jnp.maximum(full, first), self.sweep.num, "view", carry)
     carry = loop(jnp.maximum(full, first), view, "view", carry)
     return loop(jnp.maximum(view, first), self.sweep.num, "own", carry)
+
+  def unless_hidden(self, step):
+    """`step`, but steps whose pairs are all hidden only let their tile pass."""
+    if self.blocks.ahead or not self.masks.hides:
+      return step
+
+    def masked(i, carry, kind):
+      if kind is None:
+        return step(i, carry, kind)
+      use = functools.partial(step, i, kind=kind)
+      return lax.cond(self.masks.hide(i, kind), functools.partial(self.skip, i), use, carry)
+
+    return masked
 
   def skip(self, i, carry):
     """Lets the tile of step i pass."""
@@ -420,7 +433,7 @@ class _Softmax(Queries):
       gpu.barrier_wait(refs["k_full"].at[s])
       (x,) = gpu.matmul((self.q_s, refs["k_s"].at[s].transpose((1, 0))))
       if self.frame.scores is not None:
-        x, _ = self.masks.logits(i, x)
+        x, _ = self.masks.logits(i, x, kind)
       mask = None if kind is None else self.masks(i, s, kind)
       gpu.barrier_arrive(refs["k_free"].at[s])
       p, top, total, keep = self.weights(x, top, total, mask)
@@ -438,7 +451,7 @@ class _Softmax(Queries):
 
     def attend(i, top, total, kind, x):
       if self.frame.scores is not None:
-        x, _ = self.masks.logits(i, x)
+        x, _ = self.masks.logits(i, x, kind)
       mask = None if kind is None else self.masks(i, self.slot(i), kind)
       gpu.barrier_arrive(refs["k_free"].at[self.slot(i)])
       p, *new = self.weights(x, top, total, mask)
