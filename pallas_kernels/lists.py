@@ -22,7 +22,7 @@ from pallas_kernels import blocks
 from pallas_kernels import patterns
 
 BLOCK = 128  # queries and keys of a block: a loaded key serves so many queries
-_AT_THE_END = 4  # lists for every core, dealt together when all others are
+_AT_THE_END = 3  # lists for every core, dealt together when all others are
 FIELDS = ("b", "h", "kv", "tile", "start", "num_full", "num")  # of an item; see `Lists`
 
 
