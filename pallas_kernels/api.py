@@ -19,9 +19,9 @@ from pallas_kernels.patterns import Pattern
 from pallas_kernels.reference import reference_attention
 from pallas_kernels.scores import Scores
 
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "mosaic_gpu")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 # Mosaic GPU's interface moves between releases of JAX: its kernels run with those that were tested.
 TESTED_JAX = ("0.11.2",)
 
@@ -54,6 +54,11 @@ def sparse_attention(
   have at most 32,768 different masks), block masks of whole multiples of 128, score functions of
   operators and element by element. It calls cuDNN for `Dense` without `return_lse` where cuDNN can
   do it; that alone gives equal bits only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+
+  `mosaic_tpu` runs on TPUs, and by name on a CPU in Pallas's interpreter: bfloat16 and float32,
+  heads of up to 256, all patterns that are formulas of positions, layouts and block masks of blocks
+  that fit into blocks of up to 512. It is compiled for TPUs, and was not run on one yet: None does
+  not take it.
 
   Args:
     q: queries, float32, bfloat16 or float16.
@@ -100,11 +105,11 @@ def sparse_attention(
     out, lse = _named(*reference_attention(q, k, v, **how))
     return (out, lse) if return_lse else out
   name = choose(implementation)
-  if name == "mosaic_gpu":
-    if reason := _backend(name).unsupported(q, k, v, *masks, **how):
-      name = _instead(implementation, reason)
-    elif not return_lse and _backend(name).cudnn_serves(q, k, v, *masks, **how):
-      return checkpoint_name(_backend(name).cudnn_attention(q, k, v, scale=scale), "attention_out")
+  if name != "xla" and (reason := _backend(name).unsupported(q, k, v, *masks, **how)):
+    name = _instead(implementation, reason)
+  may_call_cudnn = name == "mosaic_gpu" and not return_lse
+  if may_call_cudnn and _backend(name).cudnn_serves(q, k, v, *masks, **how):
+    return checkpoint_name(_backend(name).cudnn_attention(q, k, v, scale=scale), "attention_out")
   return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks)
 
 
@@ -158,6 +163,10 @@ def _backend(name: Implementation):
     from pallas_kernels import mosaic_gpu  # only now: not every version of JAX can import it
 
     return mosaic_gpu
+  if name == "mosaic_tpu":
+    from pallas_kernels import mosaic_tpu
+
+    return mosaic_tpu
   return xla
 
 

@@ -1,0 +1,8 @@
+"""Kernels for TPUs, in Pallas Mosaic TPU, as a backend of `sparse_attention`."""
+
+from pallas_kernels.mosaic_tpu.backend import backward
+from pallas_kernels.mosaic_tpu.backend import forward
+from pallas_kernels.mosaic_tpu.backend import natural_lse
+from pallas_kernels.mosaic_tpu.backend import unsupported
+
+__all__ = ["backward", "forward", "natural_lse", "unsupported"]
