@@ -243,7 +243,7 @@ class _Sweep:
     wide = lambda size, D: jax.ShapeDtypeStruct((B, size, num * D), q.dtype)
     found, more = self.steps(transposed=False)
     outputs = dict(dq=(wide(T, Dk), ("q_results", Dk)))
-    scratch = dict(lse_s=(block, LANES), delta_s=(block, LANES), acc=(block, Dk))
+    scratch = dict(lse_s=(block, 8), delta_s=(block, 8), acc=(block, Dk))
     rest = self.sweep, found, self.lanes(), inputs | more, outputs, scratch
     (dq,) = kernels.launch("attention_dq", kernels.dq, *rest)
     found, more = self.steps(transposed=True)

@@ -80,17 +80,17 @@ class Sweep:
     logits, slope = jax.jvp(make, (products,), (jnp.ones_like(products),))
     return logits * LOG2E, slope
 
-  def mask(self, queries, keys, refs, cut: Callable):
-    """The pairs that attend; `cut` takes a table's part, as wide as a step's tile."""
+  def mask(self, queries, keys, refs):
+    """The pairs that attend."""
     i, j = self.one.query_position(queries), self.one.key_position(keys)
-    tables = [cut(refs[f"table{n}"]) for n in range(len(self.leaves))]
+    tables = [_spread(refs[f"table{n}"], self.block) for n in range(len(self.leaves))]
     if self.one.pattern is None:
       found = self.one.allowed(i, j)
     else:
       found = _pairs(self.one.pattern, i, j, iter(tables))
     found = jnp.broadcast_to(found, queries.shape)
     if "block_mask" in refs:
-      found = found & cut(refs["block_mask"])
+      found = found & _spread(refs["block_mask"], self.block)
     if self.num_keys % self.block:
       found = found & (keys < self.num_keys)
     if self.rows_end:
@@ -120,8 +120,12 @@ def _pairs(pattern, i, j, tables):
 
 
 def forward(refs, sweep: Sweep, step):
-  """out and lse of a row of blocks, half of the queries at a time: one's products hide the
-  other's softmax."""
+  """out and lse of a row of blocks.
+
+  All keys of a block at once: rows leave the first product one after another, and their softmax
+  follows them.
+  """
+  del sweep
   q, k, v, top, total, acc = (refs[x] for x in ("q", "k", "v", "top", "total", "acc"))
 
   @pl.when(step.flags & FIRST != 0)
@@ -131,16 +135,15 @@ def forward(refs, sweep: Sweep, step):
     acc[...] = jnp.zeros_like(acc)
 
   def attend(masked):
-    for part in _halves(sweep.block):
-      x = step.logits(_dot(q[part, :], k[...], _NT), part, masked)[0]
-      old = top[part, :]
-      # The maximum has to be one number for a row; the sum may stay one for each lane.
-      new = jnp.maximum(old, _wide(_by_lanes(jnp.maximum, x).max(axis=1)[:, None], LANES))
-      p = jnp.exp2(x - _wide(new, x.shape[1]))
-      keep = jnp.exp2(old - new)
-      top[part, :] = new
-      total[part, :] = total[part, :] * keep + _by_lanes(jnp.add, p)
-      acc[part, :] = acc[part, :] * _wide(keep, acc.shape[1]) + _dot(p.astype(v.dtype), v[...])
+    x = step.logits(_dot(q[...], k[...], _NT), masked)[0]
+    # The maximum has to be one number for a row; the sum may stay one for each lane.
+    old = top[...]
+    new = jnp.maximum(old, _wide(_by_lanes(jnp.maximum, x).max(axis=1)[:, None], LANES))
+    p = jnp.exp2(x - _wide(new, x.shape[1]))
+    keep = jnp.exp2(old - new)
+    top[...] = new
+    total[...] = total[...] * keep + _by_lanes(jnp.add, p)
+    acc[...] = acc[...] * _wide(keep, acc.shape[1]) + _dot(p.astype(v.dtype), v[...])
 
   step.each(attend)
 
@@ -153,7 +156,7 @@ def forward(refs, sweep: Sweep, step):
 
 
 def dq(refs, sweep: Sweep, step):
-  """dq of a row of blocks."""
+  """dq of a row of blocks. The unit that crosses lanes is idle: it spreads lse and delta."""
   q, k, v, dout, lse, delta, acc = (
     refs[x] for x in ("q", "k", "v", "dout", "lse_s", "delta_s", "acc")
   )
@@ -161,16 +164,15 @@ def dq(refs, sweep: Sweep, step):
   @pl.when(step.flags & FIRST != 0)
   def _():
     acc[...] = jnp.zeros_like(acc)
-    _to_rows(refs["lse"], lse)
-    _to_rows(refs["delta"], delta)
+    lse[...] = _to_column(refs["lse"][...])
+    delta[...] = _to_column(refs["delta"][...])
 
   def attend(masked):
-    for part in _halves(sweep.block):
-      x, slope = step.logits(_dot(q[part, :], k[...], _NT), part, masked, slopes=True)
-      p = jnp.exp2(x - _wide(lse[part, :], x.shape[1]))
-      ds = p * (_dot(dout[part, :], v[...], _NT) - _wide(delta[part, :], x.shape[1]))
-      ds = ds if slope is None else ds * slope
-      acc[part, :] += _dot(ds.astype(k.dtype), k[...])
+    x, slope = step.logits(_dot(q[...], k[...], _NT), masked, slopes=True)
+    p = jnp.exp2(x - lse[:, :1])
+    ds = p * (_dot(dout[...], v[...], _NT) - delta[:, :1])
+    ds = ds if slope is None else ds * slope
+    acc[...] += _dot(ds.astype(k.dtype), k[...])
 
   step.each(attend)
 
@@ -191,13 +193,12 @@ def dkv(refs, sweep: Sweep, step):
     dv[...] = jnp.zeros_like(dv)
 
   def attend(masked):
-    for part in _halves(sweep.block):
-      x, slope = step.logits(_dot(k[part, :], q[...], _NT), part, masked, slopes=True)
-      p = jnp.exp2(x - lse[...])
-      ds = p * (_dot(v[part, :], dout[...], _NT) - delta[...])
-      ds = ds if slope is None else ds * slope
-      dv[part, :] += _dot(p.astype(dout.dtype), dout[...])
-      dk[part, :] += _dot(ds.astype(q.dtype), q[...])
+    x, slope = step.logits(_dot(k[...], q[...], _NT), masked, slopes=True)
+    p = jnp.exp2(x - lse[...])
+    ds = p * (_dot(v[...], dout[...], _NT) - delta[...])
+    ds = ds if slope is None else ds * slope
+    dv[...] += _dot(p.astype(dout.dtype), dout[...])
+    dk[...] += _dot(ds.astype(q.dtype), q[...])
 
   step.each(attend)
 
@@ -219,34 +220,27 @@ class _Step:
     pl.when(self.flags & FULL != 0)(functools.partial(attend, False))
     pl.when(self.flags & PARTIAL != 0)(functools.partial(attend, True))
 
-  def logits(self, products, part: slice, masked: bool, slopes: bool = False):
-    """In base 2, -inf where a pair does not attend, and derivatives; `part` of the lines."""
-    sweep, shape = self.sweep, products.shape
+  def logits(self, products, masked: bool, slopes: bool = False):
+    """In base 2, -inf where a pair does not attend, and derivatives."""
+    sweep = self.sweep
     row, column = self.row * sweep.block, self.column * sweep.block
-    row, column = (row, column + part.start) if self.transposed else (row + part.start, column)
-    queries, keys = sweep.positions(shape, row, column, self.transposed)
+    queries, keys = sweep.positions(products.shape, row, column, self.transposed)
     x, slope = sweep.logits(products, queries, keys, self.h, slopes)
     if not masked:
       return x, slope
-    mask = sweep.mask(queries, keys, self.refs, functools.partial(self.cut, part))
+    mask = sweep.mask(queries, keys, self.refs)
     if "ids_of_lines" in self.refs:
-      lines, others = self.refs["ids_of_lines"][part, :], self.refs["ids_of_others"][...]
-      mask = mask & (lines == others)
+      mask = mask & (self.refs["ids_of_lines"][...] == self.refs["ids_of_others"][...])
     slope = None if slope is None else jnp.where(mask, slope, 0.0)
     return jnp.where(mask, x, -jnp.inf), slope
 
-  def cut(self, part: slice, table):
-    """A part of the lines of a table [groups of lines, others]."""
-    found = table[...].astype(jnp.int32)
-    size = self.sweep.block // found.shape[0]
-    found = jnp.broadcast_to(found[:, None, :], (found.shape[0], size, found.shape[1]))
-    return found.reshape(self.sweep.block, -1)[part] != 0
 
-
-def _halves(block: int):
-  """Parts of a block's lines."""
-  size = block // 2 if block % (2 * LANES) == 0 else block
-  return [slice(n, n + size) for n in range(0, block, size)]
+def _spread(table, block: int):
+  """A table [groups of lines, others] as which of [block, others] attend."""
+  found = table[...].astype(jnp.int32)
+  size = block // found.shape[0]
+  found = jnp.broadcast_to(found[:, None, :], (found.shape[0], size, found.shape[1]))
+  return found.reshape(block, -1) != 0
 
 
 def _dot(a, b, dims=_NN):
@@ -278,11 +272,9 @@ def _to_lanes(x):
   return jnp.concatenate(rows, axis=1)
 
 
-def _to_rows(source, target):
-  """[1, rows] -> [rows, 128] of equal lanes."""
-  for n in range(0, target.shape[0], LANES):
-    x = jnp.where(_diagonal(), source[:, n : n + LANES], 0.0).sum(axis=1)[:, None]
-    target[n : n + LANES, :] = _wide(x, LANES)
+def _to_column(x):
+  """[1, rows] -> [rows, 8] of equal lanes."""
+  return jnp.transpose(jnp.broadcast_to(x, (8, x.shape[1])))
 
 
 # ------------------------------------------------------------------------------------------ launch
