@@ -70,7 +70,7 @@ class Sweep:
     return queries, column + lax.broadcasted_iota(jnp.int32, shape, 0 if transposed else 1)
 
   def logits(self, products, queries, keys, h, slopes: bool = False):
-    """In base 2, and their derivatives times ln 2 / log2(e) where asked for and not constant."""
+    """In base 2; where asked for and not constant, the derivatives of the natural ones."""
     if self.scores.only_scale:
       return products * (self.scores.scale * LOG2E), None
     heads = jnp.full(products.shape, h, jnp.int32)
