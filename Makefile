@@ -47,6 +47,7 @@ lint: .venv
 .venv: .venv/installed
 
 # uv, where it is installed, brings a Python of its own when the machine has none.
+# The TPU compiler lies where JAX does not look for it: on a machine without a TPU it would complain.
 .venv/installed: setup.py constraints.txt
 	@rm -rf .venv; \
 	for python in $(CANDIDATES); do \
@@ -65,4 +66,7 @@ lint: .venv
 	  exit 1; \
 	fi
 	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[test]"
+	case "$$(uname -sm)" in "Linux x86_64") $(RUN) pip install --quiet \
+	  --disable-pip-version-check --no-deps --constraint constraints.txt --target .venv/tpu libtpu;; \
+	esac
 	@touch $@

@@ -14,6 +14,7 @@ from pallas_kernels import patterns
 from pallas_kernels import reference
 from pallas_kernels import sparse_attention
 from sparse_flax import decode
+from sparse_flax import sharding
 
 
 class SparseSelfAttention(nnx.Module):
@@ -75,7 +76,9 @@ class SparseSelfAttention(nnx.Module):
 
   def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
     q, k, v = self._heads(x)
-    out = sparse_attention(q, k, v, pattern=self.pattern, implementation=self.implementation)
+    how = dict(pattern=self.pattern, implementation=self.implementation)
+    attend = functools.partial(sparse_attention, **how)
+    out = sharding.over_devices(attend, q, k, v, pattern=self.pattern)
     return self.out(out.reshape(*x.shape[:-1], -1))
 
   def weights(

@@ -171,6 +171,7 @@ def train(
   shapes = checkpoint.abstract(init, init_key, sharding=everywhere)
   checkpoint.start_workdir(workdir, config, data=identity)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
     first = checkpoints.latest_step() or 0
     say(f"RESUMING {workdir} at step {first:,}" if first else f"FRESH RUN in {workdir}")

@@ -16,7 +16,8 @@ from jaxtyping import Int
 from pallas_kernels import blocks
 from pallas_kernels.passes import Pass
 
-FIRST, LAST, FULL, PARTIAL = 1, 2, 4, 8  # of a line; without a mask, with one; neither: skipped
+# Of a line; without a mask, with one (neither: skipped); nothing but a store of what is complete.
+FIRST, LAST, FULL, PARTIAL, STORE = 1, 2, 4, 8, 16
 MOST = 200_000  # words: scalar memory has 1 MiB, 262,144 of them
 
 
@@ -48,8 +49,17 @@ class Steps(NamedTuple):
     some, every = (x[:, :, self.rows, self.columns] for x in (some, every))
     visit, full = self.flags & (FULL | PARTIAL) != 0, self.flags & FULL != 0
     kind = jnp.where(full & every, FULL, PARTIAL)
-    ends = self.flags & (FIRST | LAST)
+    ends = self.flags & (FIRST | LAST | STORE)
     return self._replace(flags=ends | jnp.where(visit & some, kind, 0).astype(jnp.int32))
+
+  def with_stores(self, num: int) -> "Steps":
+    """Followed by a step for each of `num` blocks of queries."""
+    place = np.arange(num) << 16 | self.place[-1] & 0xFFFF
+    flags = np.full((*self.flags.shape[:2], num), STORE, np.int32)
+    join = np if isinstance(self.flags, np.ndarray) else jnp
+    return Steps(
+      np.append(self.place, place).astype(np.int32), join.concatenate([self.flags, flags], axis=2)
+    )
 
 
 @functools.lru_cache(maxsize=64)
