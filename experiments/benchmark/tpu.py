@@ -7,6 +7,7 @@ cycle; bundles say nothing of waiting for memory.
 
 import dataclasses
 import glob
+import itertools
 import math
 import os
 import pathlib
@@ -129,7 +130,7 @@ class Program:
     for n, line in enumerate(lines[first:]):
       if found := re.search(r"sbr\.rel \((!?%p\w+)\) target", line):
         jumps.append((n, found.group(1)))
-    parts = [(b[0] - a[0], a[1]) for a, b in zip(jumps, jumps[1:], strict=False)]
+    parts = [(b[0] - a[0], a[1]) for a, b in itertools.pairwise(jumps)]
     while parts and parts[-1][1].startswith("!"):
       parts.pop()  # the loop's end, and copies to and from memory
     last = max((n for n, (_, name) in enumerate(parts) if name.startswith("!")), default=-1)
@@ -171,7 +172,7 @@ class Program:
     return windows(self.jaxpr), int(analysis.get("bytes accessed", 0))
 
 
-# ------------------------------------------------------------------------- what kernels' windows move
+# ----------------------------------------------------------------------------- what windows move
 
 
 def windows(jaxpr: Any) -> int:

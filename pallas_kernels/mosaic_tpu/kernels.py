@@ -31,7 +31,6 @@ from pallas_kernels.passes import Pass
 from pallas_kernels.scores import Scores
 
 LOG2E = math.log2(math.e)
-TOGETHER = 2  # heads of a step whose instructions are interleaved, at least
 VMEM = 64 << 20  # bytes that a kernel may use; TPU7x has that, the others twice
 _NO_MAXIMUM = -1e30  # finite: exp2(-inf - it) is 0, also in a row without keys
 _NT = (((1,), (1,)), ((), ()))
@@ -272,7 +271,8 @@ class _Step:
     self.number, self.flags, self.first_head = pl.program_id(2), flags, first_head
     self.row, self.column, self.transposed = place >> 16, place & 0xFFFF, transposed
     self.heads = range(operands["q"].num)
-    self.together = max(TOGETHER, 2 * operands["q"].count if operands["q"].sublanes else 1)
+    pair = 2 * operands["q"].count if operands["q"].sublanes else 1
+    self.together = max(2 if transposed else 4, pair)
 
   def each(self, attend: Callable) -> None:
     """A body for steps without masks, and one for those with: no mask code in the first."""
