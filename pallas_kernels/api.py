@@ -57,8 +57,7 @@ def sparse_attention(
 
   `mosaic_tpu` runs on TPUs, and by name on a CPU in Pallas's interpreter: bfloat16 and float32,
   heads of up to 256, all patterns that are formulas of positions, layouts and block masks of blocks
-  that fit into blocks of up to 512. It is compiled for TPUs, and was not run on one yet: None does
-  not take it.
+  that fit into blocks of up to 512. It is compiled for TPUs, and was not run on one yet.
 
   Args:
     q: queries, float32, bfloat16 or float16.
@@ -76,7 +75,8 @@ def sparse_attention(
     segment_ids: attention stays inside equal ids (packed sequences); for T = S.
     logits_soft_cap: c > 0 of c tanh(logit / c), which keeps logits inside -c ... c.
     implementation: None for the best that works here, or the name of the one to use. On a GPU
-      None is `mosaic_gpu`, and `xla`, with one line in the log, for what that does not support.
+      None is `mosaic_gpu`, on a TPU `mosaic_tpu`, and `xla`, with one line in the log, for what
+      those do not support.
     deterministic: whether equal inputs must give equal bits; all our own kernels do.
     return_lse: whether to return the log-sum-exp too.
 
@@ -116,8 +116,10 @@ def sparse_attention(
 def choose(implementation: Implementation | None) -> Implementation:
   """The implementation that a call will use: the one named, or the best that works here.
 
-  Of `mosaic_gpu` it says what device and version allow; `xla` serves what that does not support.
+  Of kernels it says what device and version allow; `xla` serves what those do not support.
   """
+  if implementation is None and _platform() == "tpu":
+    return "mosaic_tpu"
   on_gpu = _platform() == "gpu"
   if implementation != "mosaic_gpu" and (implementation is not None or not on_gpu):
     return implementation or "xla"

@@ -121,6 +121,25 @@ def train_step(
   return new | {"step": state["step"] + 1}, record
 
 
+def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
+  """What a config trains: init(key) -> state, and step(state, tokens, key) -> (state, record)."""
+  build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+  rates = {name: config.optim[name] for name in ("learning_rate", "warmup_steps", "final_lr_ratio")}
+  schedule = optim.make_schedule(**rates, steps=config.train.steps)
+  adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
+  tx = optim.make_optimizer(schedule=schedule, **adam)
+
+  def init(key):
+    return init_state(key, build=build, tx=tx, loss_scale=config.optim.loss_scale)
+
+  def step(state, tokens, key):
+    options = dict(accumulation=config.train.accumulation, ema_decay=config.train.ema_decay)
+    return train_step(state, tokens, key, graphdef=graphdef, tx=tx, schedule=schedule, **options)
+
+  return init, step
+
+
 def train(
   config: ml_collections.ConfigDict, workdir: str, *, say: Callable[[str], None] = print
 ) -> dict:
@@ -155,18 +174,12 @@ def train(
   )
 
   # ------------------------------------------------------ Model and optimizer
-  mesh = sharding.make_mesh(**config.mesh)
-  build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
-  graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
   steps = config.train.steps
-  rates = {name: config.optim[name] for name in ("learning_rate", "warmup_steps", "final_lr_ratio")}
-  schedule = optim.make_schedule(**rates, steps=steps)
-  adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-  tx = optim.make_optimizer(schedule=schedule, **adam)
+  mesh = sharding.make_mesh(**config.mesh)
+  init, one_step = make_step(config)
 
   # -------------------------------------------------------------------- State
   everywhere, by_batch = sharding.replicated(mesh), sharding.by_batch(mesh)
-  init = lambda key: init_state(key, build=build, tx=tx, loss_scale=config.optim.loss_scale)
   init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
   shapes = checkpoint.abstract(init, init_key, sharding=everywhere)
   checkpoint.start_workdir(workdir, config, data=identity)
@@ -195,10 +208,6 @@ def train(
       peak_seconds=peak and step_flops / (peak * mesh.size),
       say=say,
     )
-
-    def one_step(state, tokens, key):
-      options = dict(accumulation=config.train.accumulation, ema_decay=config.train.ema_decay)
-      return train_step(state, tokens, key, graphdef=graphdef, tx=tx, schedule=schedule, **options)
 
     step_fn = chex.assert_max_traces(one_step, n=1)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=everywhere)

@@ -193,7 +193,8 @@ class SparseTransformer(nnx.Module):
     x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
     cycle = len(self.patterns)
     keys = None if layers_key is None else jax.random.split(layers_key, (self.num_groups, cycle))
-    run_block = _rematerialised(lambda layer, x, key: layer(x, dropout_key=key), self.remat)
+    run_block = lambda layer, x, key: layer(x, dropout_key=key)
+    run_block = _rematerialised(run_block, self.remat, one_by_one=cycle > 1)
 
     def run_group(x, group_and_keys):
       group, keys = group_and_keys
@@ -253,8 +254,15 @@ class SparseTransformer(nnx.Module):
     return self.embedding(tokens)
 
 
-def _rematerialised(run_block, remat: str):
-  """`run_block`, with the backward pass told what to compute again."""
+def _rematerialised(run_block, remat: str, *, one_by_one: bool):
+  """`run_block`, with the backward pass told what to compute again.
+
+  Args:
+    run_block: (layer, x, key) -> x.
+    remat: what the forward pass keeps.
+    one_by_one: whether there are several blocks in the body of a scan, of which a compiler would
+      compute all again at once, and need memory for all.
+  """
   if remat == "none":
     return run_block
   policy = None
@@ -264,8 +272,8 @@ def _rematerialised(run_block, remat: str):
       policies.dots_with_no_batch_dims_saveable,  # products with weights, not scores of attention
       policies.save_only_these_names("attention_out", "attention_lse"),
     )
-  # scan already keeps the compiler from merging the two computations.
-  return jax.checkpoint(run_block, prevent_cse=False, policy=policy)
+  # scan already keeps the compiler from merging the two computations; barriers keep an order.
+  return jax.checkpoint(run_block, prevent_cse=one_by_one, policy=policy)
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

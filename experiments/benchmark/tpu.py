@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -58,9 +59,12 @@ def library() -> str | None:
   return None
 
 
-def environment(folder: str) -> dict[str, str]:
-  """Of a process that compiles for TPUs; `folder` gets the compiler's notes."""
-  flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+def environment(folder: str | None) -> dict[str, str]:
+  """Of a process that compiles for TPUs; `folder` gets the compiler's notes, gigabytes of a model.
+
+  Without it programs know nothing of their kernels.
+  """
+  flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true" if folder else ""
   return {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "cpu",
@@ -86,7 +90,8 @@ class Program:
 
   def __init__(self, function: Callable, arguments: tuple, mesh: jax.sharding.Mesh, **options):
     """Compiles `function` of arguments that are ShapeDtypeStructs for the devices of a mesh."""
-    folder = re.search(r"--xla_jf_dump_to=(\S+)", os.environ["LIBTPU_INIT_ARGS"]).group(1)
+    found = re.search(r"--xla_jf_dump_to=(\S+)", os.environ["LIBTPU_INIT_ARGS"])
+    folder = found.group(1) if found else None
     for old in glob.glob(f"{folder}/*"):
       os.remove(old)
     with jax.set_mesh(mesh):
@@ -147,6 +152,8 @@ class Program:
       if not match or match.group(4) not in _MOVES:
         continue
       dtype, shape, layout, name, rest = match.groups()
+      if (dims := re.search(r"dimensions=\{([\d,]*)\}", rest)) and _is_sorted(dims.group(1)):
+        continue
       if math.prod(int(n) for n in shape.split(",") if n) < least:
         continue
       order = lambda text: re.sub(r"S\(\d\)", "", text or "")
@@ -166,21 +173,41 @@ class Program:
     count = lambda name: len(re.findall(rf" {name}(?:-start)?\(", self.hlo))
     return {name: n for name in COLLECTIVES if (n := count(name))}
 
-  def bytes_moved(self) -> tuple[int, int]:
-    """Bytes to and from HBM: by kernels' windows, and by everything else."""
-    analysis = self.compiled.cost_analysis()
-    return windows(self.jaxpr), int(analysis.get("bytes accessed", 0))
+  def other_bytes(self) -> int:
+    """Bytes that all but the kernels read and write."""
+    return int(self.compiled.cost_analysis().get("bytes accessed", 0))
 
 
-# ----------------------------------------------------------------------------- what windows move
+def _is_sorted(numbers: str) -> bool:
+  return numbers.split(",") == sorted(numbers.split(","), key=int)
 
 
-def windows(jaxpr: Any) -> int:
-  """Bytes that the windows of all kernels move: a block moves when its index changes."""
-  total = 0
+# ----------------------------------------------------------------------------- launches of kernels
+
+
+class Launch(NamedTuple):
+  """One kernel in a program.
+
+  Attributes:
+    name: of the kernel.
+    grid: its sizes.
+    scalars: the arrays in scalar memory that drive it.
+    bytes: what its windows move: a block moves when its index changes.
+    blocks: the shapes of the windows.
+  """
+
+  name: str
+  grid: tuple[int, ...]
+  scalars: list[np.ndarray]
+  bytes: int
+  blocks: list[tuple[int, ...]]
+
+
+def launches(jaxpr: Any) -> list[Launch]:
+  """The kernels of one device's program, whose scalars have to be constants."""
+  found = []
 
   def run(jaxpr, consts, inputs):
-    nonlocal total
     known = dict(zip(jaxpr.constvars, consts, strict=True))
     known |= dict(zip(jaxpr.invars, inputs, strict=True))
     value = lambda x: x.val if isinstance(x, jex.Literal) else known.get(x)
@@ -188,10 +215,8 @@ def windows(jaxpr: Any) -> int:
       values = [value(x) for x in eqn.invars]
       inner = next((eqn.params[x] for x in ("jaxpr", "call_jaxpr") if x in eqn.params), None)
       if eqn.primitive.name == "pallas_call":
-        total += _windows_of(eqn.params["grid_mapping"], values)
+        found.append(_launch(eqn.params, values))
         results = [None] * len(eqn.outvars)
-      elif eqn.primitive.name == "shard_map":
-        raise NotImplementedError("windows of one device's program only")
       elif inner is not None and hasattr(inner, "consts"):
         results = run(inner.jaxpr, inner.consts, values[: len(inner.jaxpr.invars)])
       elif inner is not None:
@@ -205,10 +230,11 @@ def windows(jaxpr: Any) -> int:
     return [value(x) for x in jaxpr.outvars]
 
   run(jaxpr.jaxpr, jaxpr.consts, [None] * len(jaxpr.jaxpr.invars))
-  return total
+  return found
 
 
-def _windows_of(mapping: pallas_core.GridMapping, values: list) -> int:
+def _launch(params: dict, values: list) -> Launch:
+  mapping = params["grid_mapping"]
   scalars = [np.asarray(x) for x in values[: mapping.num_index_operands]]
   axes = [np.arange(n) for n in mapping.grid]
   points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
@@ -223,7 +249,9 @@ def _windows_of(mapping: pallas_core.GridMapping, values: list) -> int:
       for axis, (n, size) in enumerate(zip(shape, sizes, strict=True))
     ]
     total += int(np.prod(inside, axis=0).sum()) * block.array_aval.dtype.itemsize
-  return total
+  name = params["name"]
+  shapes = [tuple(_sizes(block)) for block in mapping.block_mappings]
+  return Launch(name, tuple(mapping.grid), scalars, total, shapes)
 
 
 def _block_index(block: pallas_core.BlockMapping, at, scalars):

@@ -115,7 +115,7 @@ def backward(
   block_size: int,
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
-  delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1)
+  delta = _row_sums(out, dout)
   delta = delta if dlse is None else delta - dlse
   empty = lse == -jnp.inf
   delta, lse = jnp.where(empty, 0.0, delta), jnp.where(empty, jnp.inf, lse)
@@ -126,7 +126,7 @@ def backward(
     some = len(heads) < q.shape[2]
     mine = [x[:, :, np.asarray(heads)] if some else x for x in (dout, lse, delta)]
     grads = [Launches(heads, one, q, k, v, *masks).backward(q, k, v, *mine) for one in group]
-    parts.append([sum(x[1:], x[0]) for x in zip(*grads, strict=True)])
+    parts.append([_sum(x) for x in zip(*grads, strict=True)])
   dq, dk, dv = (_join(x, groups) for x in zip(*parts, strict=True))
   dk, dv = (add_heads(x, k.shape[2]) for x in (dk, dv))
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
@@ -181,3 +181,24 @@ def _join(parts, groups):
     return parts[0]
   heads = np.concatenate([np.asarray(heads) for heads, _ in groups])
   return jnp.concatenate(parts, axis=2)[:, :, np.argsort(heads)]
+
+
+def _row_sums(a, b):
+  """The sums of a * b over the last axis, [B, T, H, D] -> [B, T, H], float32.
+
+  Of heads that are no whole lanes as a product with ones: [B, T, H, D] of those in float32 would
+  take many times its size.
+  """
+  B, T, H, D = a.shape
+  if D % LANES == 0:
+    return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum(axis=-1)
+  flat = lambda x: x.reshape(B, T, H * D).astype(jnp.float32)
+  ones = jnp.repeat(jnp.eye(H, dtype=jnp.float32), D, axis=0)
+  return jnp.dot(flat(a) * flat(b), ones, precision=jax.lax.Precision.HIGHEST)
+
+
+def _sum(parts):
+  """In float32, where there are several."""
+  if len(parts) == 1:
+    return parts[0]
+  return sum(x.astype(jnp.float32) for x in parts)

@@ -190,7 +190,7 @@ class Launches:
     return out, self.from_rows(lse, place) * math.log(2)
 
   def backward(self, q, k, v, dout, lse, delta):
-    """dq [B, T, Hg, Dk]; dk and dv [B, S, Hg or Hkv, D], of the latter for all heads; float32."""
+    """dq [B, T, Hg, Dk]; dk and dv [B, S, Hg or Hkv, D], of the latter for all heads."""
     place = self._one_backward()
     if place is not None:
       *dq, dk, dv = self._backward(place, True, q, k, v, dout, lse, delta)
@@ -198,7 +198,7 @@ class Launches:
       place = self.place()
       dq = [self._dq(place, q, k, v, dout, lse, delta)]
       dk, dv = self._backward(place, False, q, k, v, dout, lse, delta)
-    return tuple(x.astype(jnp.float32) for x in (*dq, dk, dv))
+    return *dq, dk, dv
 
   def _one_backward(self) -> Place | None:
     """Where heads lie in a kernel that has all of dq in memory; None if that is too much."""
