@@ -210,14 +210,15 @@ def backward(step: "_Step") -> None:
   lse, delta, dk, dv = (step.refs[x] for x in ("lse", "delta", "dk_s", "dv_s"))
   dq, block = step.refs.get("dq_s"), step.sweep.block
   mine = pl.ds(pl.multiple_of(step.row * block, block), block)
-  step.hold("k")
-  step.hold("v")
 
   if dq is not None:
 
     @pl.when(step.number == 0)
     def _():
       dq[...] = jnp.zeros_like(dq)
+
+  step.hold("k")
+  step.hold("v")
 
   @pl.when(step.flags & FIRST != 0)
   def _():
@@ -272,7 +273,7 @@ class _Step:
     self.row, self.column, self.transposed = place >> 16, place & 0xFFFF, transposed
     self.heads = range(operands["q"].num)
     pair = 2 * operands["q"].count if operands["q"].sublanes else 1
-    self.together = max(2 if transposed else 4, pair)
+    self.together = max(4, pair)
 
   def each(self, attend: Callable) -> None:
     """A body for steps without masks, and one for those with: no mask code in the first."""
