@@ -19,7 +19,7 @@ GPU_TESTS = $(wildcard tests/attention_test.py tests/attention_patterns_test.py 
 GPU_PYTEST = -q -m "not slow" -W default \
   -o addopts="--strict-markers --import-mode=importlib"
 
-.PHONY: quickstart test test-long test-gpu bench lint
+.PHONY: quickstart test test-long test-tpu-aot test-gpu bench lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples and attention
@@ -30,6 +30,9 @@ test: .venv lint  ## the test suite
 
 test-long: .venv lint  ## everything that does not fit there, in full
 	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"
+
+test-tpu-aot: .venv  ## kernels and training steps through the TPU compiler; no TPU is needed
+	$(RUN) pytest -q tests/tpu_aot_test.py
 
 test-gpu:  ## the attention suites on this machine's GPU, with the running interpreter
 	@$(GPU_PYTHON) -c "import jax, sys; sys.exit(jax.default_backend() != 'gpu')" || \

@@ -253,7 +253,7 @@ def step(chip: str, name: str, devices: str) -> list[dict]:
     hbm_need=program.hbm_need(),
     hbm=tpu.CHIPS[chip].hbm,
     collectives=program.collectives(),
-    kernels=program.hlo.count('custom_call_target="tpu_custom_call"'),
+    num_kernels=program.hlo.count('custom_call_target="tpu_custom_call"'),
     moves=len(program.moves(config.model.seq_len * config.model.width // 2)),
     compile_seconds=round(time.monotonic() - start, 1),
   )

@@ -1,0 +1,113 @@
+"""What the TPU compiler makes of our kernels and of the paper's training steps; no TPU is needed.
+
+Kernels: bundles (a bundle issues in a cycle) of a step without and with a mask, and of all that is
+issued for a visited block and head; memory; bytes of HBM, by walking the windows of the kernels and
+adding what the compiler counts for everything else; and the copies that only move q, k or v. Beside
+them JAX's splash attention. Steps: whether they fit a chip, and what crosses between chips.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from experiments.benchmark import report
+from experiments.benchmark import tpu
+
+# What every chip has in full; of the rest others than v5e have smaller blocks, for time.
+_IN_FULL = ("dense", "local", "column", "dense_lanes", "long", "enwik8", "enwik8_column")
+# One case for each kernel and each way to read heads.
+QUICK = ("column", "enwik8_column", "long", "masks")
+CASES = (
+  *("dense", "local", "column", "strided", "fixed", "layout", "dense_lanes", "local_lanes", "long"),
+  *("where", "grouped", "per_head", "cap", "segments", "masks", "float32", "wide"),
+  *("enwik8", "enwik8_local", "enwik8_column", "imagenet64", "cifar10_column"),
+)
+CONFIGS = ("cifar10", "enwik8", "imagenet64", "audio", "audio:1m")
+PARTS = ("kernels", "splash", "step")
+
+
+def jobs() -> list[str]:
+  """All of the table."""
+  small = lambda chip, case: "" if chip == "v5e" or case in _IN_FULL else "small:"
+  return [
+    *(f"{small(chip, case)}kernels/{chip}/{case}" for chip in tpu.CHIPS for case in CASES),
+    *(
+      f"splash/{chip}/{mask}/{block}"
+      for chip in tpu.CHIPS
+      for mask in ("dense", "local")
+      for block in (512, 1_024)
+    ),
+    *(f"step/{chip}/{name}/1" for chip in tpu.CHIPS for name in CONFIGS),
+    *(f"step/{chip}/{name}/256" for chip in tpu.PODS for name in CONFIGS),
+  ]
+
+
+def compile_job(name: str, timeout: float = 3_600) -> list[dict]:
+  """The rows of a job, each with its "job", and an "error" if it failed.
+
+  In a process of its own: the compiler reads its flags once, and some of its failures abort.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    notes = None if name.startswith("step") else folder
+    environment = os.environ | tpu.environment(notes)
+    command = [sys.executable, "-m", "experiments.benchmark.tpu_jobs", name]
+    how = dict(capture_output=True, text=True, env=environment, timeout=timeout)
+    try:
+      done = subprocess.run(command, **how)
+    except subprocess.TimeoutExpired:
+      return [dict(job=name, error=f"not done after {timeout:.0f} s")]
+  for line in done.stdout.splitlines():
+    if line.startswith("{"):
+      return [dict(job=name) | row for row in json.loads(line)["rows"]]
+  return [dict(job=name, error=(done.stderr or done.stdout).strip()[-2_000:])]
+
+
+def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
+  """Prints the table and writes tpu_aot.json; whether everything was compiled."""
+  print(__doc__, flush=True)
+  if tpu.library() is None:
+    print("libtpu is missing: pip install libtpu, on Linux on x86-64")
+    return False
+  names = [name for name in jobs() if not only or any(part in name for part in only)]
+  rows, workers = [], os.cpu_count() or 2
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    for n, found in enumerate(pool.map(lambda name: _compile(name, 3_600), names), 1):
+      rows += found
+      print(
+        f"  {n} of {len(names)}: {found[0]['job']}", found[0].get("error", "")[-300:], flush=True
+      )
+  kernels = [
+    (
+      f"{row['chip']} {row.get('case') or 'splash ' + row['mask']} {row.get('direction', '')}",
+      kernel["kernel"],
+      row.get("block", ""),
+      *(f"{kernel.get(x, 0):,.0f}" for x in _FIGURES),
+      f"{kernel['vmem_bytes'] / 2**20:,.1f}",
+      f"{row['hbm_bytes'] / row['hbm_bytes_of_arrays']:.2f}" if "hbm_bytes" in row else "",
+      len(row["moves"]) if "moves" in row else "",
+    )
+    for row in rows
+    for kernel in row.get("kernels", ())
+  ]
+  header = ("kernel", "", "block", "full", "masked", "per block", "VMEM MiB", "HBM", "moves")
+  report.print_table(header, kernels)
+  steps = [
+    (
+      f"{row['chip']} x {row['devices']} {row['config']}",
+      f"{row['hbm_need'] / tpu.GIB:.2f} of {row['hbm'] / tpu.GIB:.0f}",
+      ", ".join(f"{count} {name}" for name, count in row["collectives"].items()),
+      row["moves"],
+    )
+    for row in rows
+    if "hbm" in row
+  ]
+  report.print_table(("step", "HBM GiB", "collectives", "moves"), steps)
+  report.write(out / "tpu_aot.json", rows)
+  return not any("error" in row for row in rows)
+
+
+_FIGURES = ("bundles_full", "bundles_masked", "bundles_per_block")

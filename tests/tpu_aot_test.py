@@ -1,0 +1,120 @@
+"""Our kernels and training steps through the real TPU compiler, which runs without a TPU."""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments.benchmark import tpu
+from experiments.benchmark import tpu_aot
+from experiments.benchmark import tpu_jobs
+
+pytestmark = pytest.mark.skipif(tpu.library() is None, reason="libtpu is for Linux on x86-64")
+TABLE = pathlib.Path(__file__).parent.parent / "benchmarks" / "tpu_aot.json"
+FLOOR = 512 * 512 * 128 * 2 // 131_072  # bundles of one product of a block, on a v5e
+# 8 heads of 128, as the arguments of a program lie: nothing may be moved.
+AS_THEY_LIE = ("dense", "local", "column", "strided", "fixed", "layout")
+
+
+@functools.cache
+def rows(job: str) -> list[dict]:
+  found = tpu_aot.compile_job(job)
+  assert "error" not in found[0], found[0]["error"]
+  return found
+
+
+def check_kernels(chip: str, case: str, small: bool) -> None:
+  found = rows(f"{'small:' if small else ''}kernels/{chip}/{case}")
+  for row in found:
+    assert row["kernels"], "no kernel of ours was compiled"
+    assert row["hbm_need"] <= tpu.CHIPS[chip].hbm
+    if case in AS_THEY_LIE:
+      assert row["moves"] == []
+
+
+@pytest.mark.parametrize("chip", tpu.CHIPS)
+@pytest.mark.parametrize("case", tpu_aot.QUICK)
+def test_every_kernel_compiles(chip, case):
+  check_kernels(chip, case, small=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", tpu.CHIPS)
+@pytest.mark.parametrize("case", [x for x in tpu_aot.CASES if x not in tpu_aot.QUICK])
+def test_every_call_compiles(chip, case):
+  check_kernels(chip, case, small=True)
+
+
+def kernel_of(found: list[dict], direction: str, kernel: str) -> dict:
+  row = next(x for x in found if x["direction"] == direction)
+  return next(x for x in row["kernels"] if x["kernel"] == kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["dense", "dense_lanes", "local", "local_lanes"])
+def test_bundles_of_a_block(case):
+  found = rows(f"kernels/v5e/{case}")
+  forward = kernel_of(found, "forward", "attention_forward")
+  assert forward["bundles_full"] <= 1.12 * 2 * FLOOR
+  assert forward["bundles_masked"] <= 1.15 * 2 * FLOOR
+  backward = kernel_of(found, "forward and backward", "attention_backward")
+  assert max(backward["bundles_full"], backward["bundles_masked"]) <= 1.25 * 5 * FLOOR
+  mask = tpu_jobs.CASES[case].pattern.mask(8_192)
+  blocks = mask.reshape(16, 512, 16, 512).any(axis=(1, 3))
+  assert forward["visited"] == backward["visited"] == np.count_nonzero(blocks)
+
+
+@pytest.mark.slow
+def test_bundles_of_a_block_where_gradients_have_a_kernel_each():
+  found = rows("kernels/v5e/long")
+  for kernel, products in (("attention_dq", 3), ("attention_dkv", 4)):
+    one = kernel_of(found, "forward and backward", kernel)
+    assert max(one["bundles_full"], one["bundles_masked"]) <= 1.25 * products * FLOOR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["dense", "local"])
+def test_fewer_bundles_than_splash_attention(mask):
+  theirs = [rows(f"splash/v5e/{mask}/{block}")[0]["kernels"] for block in (512, 1_024)]
+  found = rows(f"kernels/v5e/{mask}")
+  for n, kernel in enumerate(("attention_forward", "attention_backward")):
+    ours = kernel_of(found, "forward and backward", kernel)["bundles_per_block"]
+    assert ours < min(kernels[n]["bundles_per_block"] for kernels in theirs)
+
+
+def test_columns_move_their_arrays_once():
+  forward, _ = rows("small:kernels/v5e/column")
+  assert forward["hbm_bytes"] <= 1.1 * forward["hbm_bytes_of_arrays"]
+
+
+def check_step(chip: str, config: str, devices: int) -> None:
+  (row,) = rows(f"step/{chip}/{config}/{devices}")
+  assert row["hbm_need"] <= row["hbm"]
+  assert row["num_kernels"] > 0, "attention was computed by something else"
+  assert row["collectives"].keys() <= ({"all-reduce"} if devices > 1 else set())
+
+
+def test_a_training_step_compiles_and_fits():
+  check_step("v5e", "audio:1m", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", tpu_aot.CONFIGS)
+@pytest.mark.parametrize(
+  ("chip", "devices"), [*((chip, 1) for chip in tpu.CHIPS), *((chip, 256) for chip in tpu.PODS)]
+)
+def test_every_training_step_compiles_and_fits(chip, devices, config):
+  check_step(chip, config, devices)
+
+
+def test_the_table_has_every_job():
+  found = json.loads(TABLE.read_text())["rows"]
+  assert {row["job"] for row in found} == set(tpu_aot.jobs())
+  assert not [row["job"] for row in found if "error" in row]
+
+
+def test_names_of_cases_are_those_of_the_jobs():
+  assert set(tpu_aot.CASES) == set(tpu_jobs.CASES)
+  assert set(tpu_aot.CONFIGS) == set(tpu_jobs.BODIES)
