@@ -1,5 +1,6 @@
 """SparseSelfAttention as a layer of somebody else's model."""
 
+import functools
 import re
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import assert_close
 
 from pallas_kernels import patterns
+from pallas_kernels import sparse_attention
+from sparse_flax import sharding
 from sparse_flax import SparseSelfAttention
 from sparse_flax.attention import apart
 from tests.model_helpers import fast_compilation  # noqa: F401
@@ -113,3 +117,32 @@ def test_sizes_that_do_not_fit_are_refused(overrides, message):
   options = {**dict(width=12, num_heads=2, pattern=PATTERN), **overrides}
   with pytest.raises(ValueError, match=message):
     SparseSelfAttention(**options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("pattern", [patterns.Strided(4), patterns.Fixed(8, 2, 4)], ids=str)
+def test_devices_share_sequences_and_heads_and_gather_nothing(pattern):
+  """Heads are shared out where they keep their numbers in the pattern."""
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 24, 4, 8))
+  attend = functools.partial(sparse_attention, pattern=pattern)
+  loss = lambda attend, *x: (attend(*x) ** 2).sum()
+  expected = jax.grad(functools.partial(loss, attend), (0, 1, 2))(q, k, v)
+  mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2, sequence=1)
+  shared = functools.partial(sharding.over_devices, attend, pattern=pattern)
+  with jax.set_mesh(mesh):
+    by_batch = jax.NamedSharding(mesh, jax.P("data"))
+    x = jax.device_put((q, k, v), by_batch)
+    program = jax.jit(jax.grad(functools.partial(loss, shared), (0, 1, 2)), out_shardings=by_batch)
+    compiled = program.lower(*x).compile()
+    got = compiled(*x)
+  for a, b in zip(got, expected, strict=True):
+    assert_close(a, b, tolerance=1e-5, what=str(pattern))
+  whole = re.findall(r"all-gather[^=]*= f32\[4,24", compiled.as_text())
+  assert not whole, "sequences of other devices were gathered"
+
+
+def test_what_does_not_come_out_even_is_computed_everywhere():
+  q = jax.random.normal(jax.random.key(0), (3, 24, 4, 8))
+  attend = functools.partial(sparse_attention, pattern=patterns.Local(4))
+  with jax.set_mesh(sharding.make_mesh(data=2, fsdp=1, tensor=1, sequence=1)):
+    got = sharding.over_devices(attend, q, q, q, pattern=patterns.Local(4))
+  assert_close(got, attend(q, q, q), tolerance=1e-6, what="out")

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_test import CASES as SUITE
+from attention_test import KERNEL_CASES
 from helpers import assert_close
 from helpers import Case
 from helpers import EVERY_PATTERN
@@ -15,26 +17,43 @@ from pallas_kernels import passes
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels.mosaic_tpu import steps
+from pallas_kernels.mosaic_tpu import views
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 _RNG = np.random.default_rng(3)
 _LAYOUT = _RNG.random((2, 9, 9)) < 0.4
-_small = functools.partial(Case, B=2, T=150, H=4, Hkv=2, Dk=16, Dv=16)
+_small = functools.partial(Case, B=2, T=150, H=2, Hkv=1, Dk=16, Dv=16)
+_grouped = functools.partial(_small, H=4, Hkv=2)
+_alike = functools.partial(_small, B=1, H=2, Hkv=2, dtype="bfloat16")
+_whole = functools.partial(_alike, H=8, Hkv=8, Dk=128, Dv=128)
+_SEVERAL_HEADS = ("per_head", "fixed", "dense")
 CASES = [
-  *(_small(pattern, name=name) for name, pattern in EVERY_PATTERN.items() if name != "layout"),
+  *(
+    (_grouped if name in _SEVERAL_HEADS else _small)(pattern, name=name)
+    for name, pattern in EVERY_PATTERN.items()
+    if name != "layout"
+  ),
   _small(patterns.Strided(16), dtype="bfloat16"),
-  _small(patterns.Fixed(16, 4, 2), T=1),
+  _grouped(patterns.Fixed(16, 4, 2), T=1),
   _small(patterns.Summary(200, 8), name="no_summary"),
   _small(patterns.Dense(), segments=3),
   _small(patterns.Dense(causal=False), name="full", T=300, H=1, Hkv=1),
   _small(patterns.BlockLayout(_LAYOUT, 24), name="layout", T=230),
   _small(patterns.BlockLayout(_LAYOUT, 16) | patterns.Local(5), name="layout_or_local"),
-  _small(patterns.Local(99), T=130, H=2, Hkv=1, Dk=256, Dv=64, dtype="bfloat16"),
+  _small(patterns.Local(99), T=130, Dk=256, Dv=64, dtype="bfloat16"),
   # Several blocks of 512, and layouts whose blocks are smaller and larger than those.
   _small(patterns.Local(600), name="blocks", B=1, T=1_201, H=1, Hkv=1),
   _small(patterns.BlockLayout(_LAYOUT[0], 128), name="blocks", B=1, T=1_100, H=1, Hkv=1),
   _small(patterns.BlockLayout(_LAYOUT[0], 1_024), name="blocks", B=1, T=2_100, H=1, Hkv=1),
+  # Heads share lanes; 8 heads or 8 columns lie in sublanes.
+  _alike(patterns.Local(20), name="shared_lanes", H=4, Hkv=4, Dk=64, Dv=64),
+  _alike(patterns.Fixed(16, 4, 2), name="shared_lanes", Dk=64, Dv=128),
+  _whole(patterns.Local(70), name="heads"),
+  _whole(patterns.Column(3), name="heads", T=100, dtype="float32"),
+  _alike(patterns.Column(8), name="columns", H=1, Hkv=1, Dk=32, Dv=32, dtype="float32"),
+  _alike(patterns.Column(8), name="columns", T=203, H=1, Hkv=1, Dk=128, Dv=128),
 ]
+SHARED = [case for case in (*SUITE, *KERNEL_CASES) if case.dtype != "float16"]
 
 
 def check(case, **how):
@@ -56,9 +75,26 @@ def test_out_lse_and_gradients_match_the_reference(case):
   check(case)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_the_shared_suite(case):
+  check(case)
+
+
+@pytest.mark.slow
+def test_narrow_heads_share_lanes_in_columns():
+  check(_alike(patterns.Column(8), H=4, Hkv=4, Dk=32, Dv=64))
+
+
+def test_gradients_of_a_sequence_that_does_not_fit_have_a_kernel_each(monkeypatch):
+  monkeypatch.setattr(views, "_DQ", 0)
+  check(_grouped(patterns.Local(50)))
+  check(_whole(patterns.Local(50)))
+
+
 @pytest.mark.parametrize("size", [16, 1_024])
 def test_a_traced_block_mask_matches_the_reference(size):
-  case, n = _small(patterns.Local(90)), -(-150 // size)
+  case, n = _grouped(patterns.Local(90)), -(-150 // size)
   mask = jnp.asarray(_RNG.random((2, 4, n, n)) < 0.6)
   check(case, block_mask=mask, block_size=size)
 
@@ -92,7 +128,7 @@ def test_steps_visit_what_holds_pairs_and_mask_what_is_not_full(name, transposed
   table = np.zeros((8, 8), int)
   np.add.at(table, (rows[visited], columns[visited]), 1)
   assert table.max() == 1
-  assert np.all(table[pairs > 0] == 1)
+  np.testing.assert_array_equal(table > 0, pairs > 0)
   full = flags & steps.FULL != 0
   assert np.all(pairs[rows[full], columns[full]] == queries[rows[full], columns[full]] * block)
   lines = columns if transposed else rows

@@ -104,42 +104,30 @@ class Launches:
   def _masks_per_head(self) -> bool:
     return self.masks[1] is not None and self.masks[1].shape[1] > 1
 
-  @functools.cache  # noqa: B019  (lives for one call)
   def place(self, most: int = _UNROLLED) -> Place:
-    """The cheapest place, with `most` heads in a step's lanes at most."""
-    H, (first, num) = self.H, (self.heads[0], len(self.heads))
+    """The cheapest place, with `most` heads in a step's lanes, or one tile of them."""
+    H, first, num, group = self.H, self.heads[0], len(self.heads), self.group
     together = self.heads == tuple(range(first, first + num)) and not self._masks_per_head
+    even = lambda count: H % count == first % count == num % count == 0
     sizes, columns = (self.Dk, self.Dv), self.one.view == "columns"
-    if together and self.group == 1:
-      if sizes == (LANES, LANES) and H % SUBLANES == first % SUBLANES == num % SUBLANES == 0:
+    if together and group == 1:
+      if sizes == (LANES, LANES) and even(SUBLANES):
         return Place("heads", 1, 1, *sizes)
       if columns and self.stride % SUBLANES == 0 and max(sizes) <= LANES:
         for count in (LANES // min(sizes), H):
-          if first % count == num % count == 0 and self._whole(count, count, sizes):
+          if even(count) and all(_are_tiles(count, size, H) for size in sizes):
             return Place("tokens", count, count, *sizes)
-    padded = tuple(-(-size // LANES) * LANES for size in sizes)
-    for sizes in (sizes, padded):  # noqa: B020
+    rows = self.stride if columns else 1
+    for Dk, Dv in (sizes, [_up(size) for size in sizes]):
       for count in (_UNROLLED, 2, 1, H):
-        keys = max(1, count // self.group)
-        fits = together and H % count == first % count == num % count == 0
-        fits = fits and (count % self.group == 0 or self.group % count == 0)
-        fits = fits and (self.group == 1 or min(sizes) >= LANES)
-        fits = fits or count == 1
-        small = count <= most or (count > 1 and count * min(sizes) <= LANES)
-        if fits and small and self._whole(count, keys, sizes):
-          return Place(None, count, keys, *sizes)
+        keys = max(1, count // group)
+        fits = count == 1 or (together and even(count) and 0 in (count % group, group % count))
+        fits &= group == 1 or min(Dk, Dv) >= LANES  # narrow heads meet in one place of a tile
+        fits &= count <= most or count * min(Dk, Dv) <= LANES
+        arrays = ((count, rows * H), (keys, rows * self.Hkv))
+        if fits and all(_are_tiles(n, size, total) for n, total in arrays for size in (Dk, Dv)):
+          return Place(None, count, keys, Dk, Dv)
     raise AssertionError("a single padded head always fits")
-
-  def _whole(self, count: int, keys: int, sizes) -> bool:
-    """Whether so many heads are whole tiles of every array, or all that it has."""
-    num_all = self.stride if self.one.view == "columns" else 1
-    for n, total in ((count, self.H), (keys, self.Hkv)):
-      for size in sizes:
-        tiles = n * size % LANES == 0 and (size % LANES == 0 or LANES % size == 0)
-        everything = num_all == 1 and n == total and n * size <= LANES
-        if not (tiles or everything):
-          return False
-    return True
 
   def operand(self, place: Place, size: int, of_keys: bool = False) -> Operand:
     count = place.keys if of_keys else place.count
@@ -405,6 +393,18 @@ def add_heads(x, num: int):
   """[B, S, H, D] of queries' heads -> [B, S, num, D], added for each of keys."""
   x = x.reshape(*x.shape[:2], num, -1, x.shape[-1])
   return x[:, :, :, 0] if x.shape[3] == 1 else x.astype(jnp.float32).sum(axis=3)
+
+
+def _are_tiles(count: int, size: int, total: int) -> bool:
+  """Whether so many heads side by side are whole tiles, or all that an array has in one."""
+  if count == total and total * size <= LANES:
+    return True
+  return count * size % LANES == 0 and (size % LANES == 0 or LANES % size == 0)
+
+
+def _up(size: int) -> int:
+  """Features as whole lanes."""
+  return -(-size // LANES) * LANES
 
 
 def _block(length: int, sizes) -> int | None:
