@@ -44,6 +44,7 @@ class Case:
   H: int = 8
   Hkv: int = 8
   D: int = 128
+  Dv: int = 0  # 0: as D
   dtype: str = "bfloat16"
   soft_cap: float | None = None
   segments: bool = False
@@ -77,7 +78,7 @@ CASES = {
   "enwik8_local": _narrow(patterns.Local(128)),
   "enwik8_column": _narrow(patterns.Column(128)),
   "imagenet64": _narrow(patterns.Strided(128), H=16, Hkv=16, D=32),
-  "cifar10_column": Case(patterns.Column(96), T=3_072, H=2, Hkv=2),
+  "cifar10_column": Case(patterns.Column(96), T=3_072, H=2, Hkv=2, D=64, Dv=128),
 }
 
 
@@ -94,7 +95,9 @@ def kernels(chip: str, name: str) -> list[dict]:
   one = lambda *shape, dtype=case.dtype: jax.ShapeDtypeStruct(
     shape, dtype, sharding=sharding.replicated(mesh)
   )
+  Dv = case.Dv or case.D
   q, k = (one(1, case.T, heads, case.D) for heads in (case.H, case.Hkv))
+  v, dout = (one(1, case.T, heads, Dv) for heads in (case.Hkv, case.H))
   masks = {}
   if case.segments:
     masks["segment_ids"] = one(1, case.T, dtype=jnp.int32)
@@ -110,7 +113,7 @@ def kernels(chip: str, name: str) -> list[dict]:
     return out, *vjp(dout)
 
   rows = []
-  for direction, arguments in ((attend, (q, k, k)), (both, (q, k, k, q))):
+  for direction, arguments in ((attend, (q, k, v)), (both, (q, k, v, dout))):
     start = time.monotonic()
     program = tpu.Program(direction, (*arguments, masks), mesh)
     seconds = time.monotonic() - start
@@ -119,13 +122,13 @@ def kernels(chip: str, name: str) -> list[dict]:
       case=name,
       direction="forward" if direction is attend else "forward and backward",
       pattern=repr(case.pattern) if name != "layout" else "BlockLayout(64 x 64, 128)",
-      **{field: getattr(case, field) for field in ("T", "H", "Hkv", "D", "dtype")},
+      **{field: getattr(case, field) for field in ("T", "H", "Hkv", "D", "Dv", "dtype")},
       moves=program.moves(case.T * case.D),
       hbm_need=program.hbm_need(),
       compile_seconds=round(seconds, 1),
     )
     found = [] if masks else tpu.launches(program.jaxpr)
-    arrays = (4 if direction is attend else 12) * case.T * case.H * case.D
+    arrays = (2 if direction is attend else 6) * case.T * case.H * (case.D + Dv)
     if found:
       about["hbm_bytes"] = sum(x.bytes for x in found) + program.other_bytes()
       about["hbm_bytes_of_arrays"] = arrays * jnp.dtype(case.dtype).itemsize

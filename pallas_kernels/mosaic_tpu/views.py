@@ -109,16 +109,19 @@ class Launches:
     H, first, num, group = self.H, self.heads[0], len(self.heads), self.group
     together = self.heads == tuple(range(first, first + num)) and not self._masks_per_head
     even = lambda count: H % count == first % count == num % count == 0
-    sizes, columns = (self.Dk, self.Dv), self.one.view == "columns"
+    sizes, padded = (self.Dk, self.Dv), (_up(self.Dk), _up(self.Dv))
+    columns = self.one.view == "columns"
     if together and group == 1:
       if sizes == (LANES, LANES) and even(SUBLANES):
         return Place("heads", 1, 1, *sizes)
       if columns and self.stride % SUBLANES == 0 and max(sizes) <= LANES:
-        for count in (LANES // min(sizes), H):
-          if even(count) and all(_are_tiles(count, size, H) for size in sizes):
-            return Place("tokens", count, count, *sizes)
+        for Dk, Dv in (sizes, padded):
+          for count in (LANES // min(Dk, Dv), H):
+            one_tile = count * max(Dk, Dv) <= LANES  # loads with a stride know no second one
+            if one_tile and even(count) and all(_are_tiles(count, n, H) for n in (Dk, Dv)):
+              return Place("tokens", count, count, Dk, Dv)
     rows = self.stride if columns else 1
-    for Dk, Dv in (sizes, [_up(size) for size in sizes]):
+    for Dk, Dv in (sizes, padded):
       for count in (_UNROLLED, 2, 1, H):
         keys = max(1, count // group)
         fits = count == 1 or (together and even(count) and 0 in (count % group, group % count))
