@@ -13,6 +13,7 @@ from helpers import assert_close
 from helpers import assert_near
 from helpers import Case
 from helpers import EVERY_PATTERN
+from helpers import in_turn
 from helpers import jitted_vjp
 from helpers import vjp_program
 
@@ -190,7 +191,7 @@ def check_kernels(case, runs: int = 1):
     assert_near(got[n], truth[n], cotangent=dout, tolerance=bound, what=what)
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+@pytest.mark.parametrize("case", in_turn(KERNEL_CASES), ids=str)
 def test_kernels_match_the_reference(case):
   check_kernels(case)
 
@@ -227,7 +228,7 @@ def check_windows(direction, block_k, stages, warpgroups, case, runs: int = 1):
     check_kernels(case, runs)
 
 
-@pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", WINDOWS, ids=str)
+@pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", in_turn(WINDOWS), ids=str)
 def test_windows(direction, block_k, stages, warpgroups, case):
   check_windows(direction, block_k, stages, warpgroups, case)
 
