@@ -20,7 +20,7 @@ from experiments.benchmark import tpu
 # What every chip has in full; of the rest others than v5e have smaller blocks, for time.
 _IN_FULL = ("dense", "local", "column", "dense_lanes", "long", "enwik8", "enwik8_column")
 # One case for each kernel and each way to read heads.
-QUICK = ("column", "enwik8_column", "long")
+QUICK = ("column", "cifar10_column", "long")
 CASES = (
   *("dense", "local", "column", "strided", "fixed", "layout", "dense_lanes", "local_lanes", "long"),
   *("where", "grouped", "per_head", "cap", "segments", "masks", "float32", "wide"),
