@@ -59,6 +59,12 @@ def library() -> str | None:
   return None
 
 
+def version() -> str:
+  """Of libtpu, from what is installed beside it."""
+  found = pathlib.Path(library() or "").parent.parent.glob("libtpu-*.dist-info")
+  return next((x.name.removesuffix(".dist-info") for x in found), "unknown")
+
+
 def environment(folder: str | None) -> dict[str, str]:
   """Of a process that compiles for TPUs; `folder` gets the compiler's notes, gigabytes of a model.
 

@@ -110,7 +110,7 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
     if "hbm" in row
   ]
   report.print_table(("step", "HBM GiB", "collectives", "moves"), steps)
-  report.write(out / "tpu_aot.json", rows)
+  report.write(out / "tpu_aot.json", rows, compiler=tpu.version())
   return not any("error" in row for row in rows)
 
 
