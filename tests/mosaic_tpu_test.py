@@ -53,7 +53,12 @@ CASES = [
   _alike(patterns.Column(8), name="columns", H=1, Hkv=1, Dk=32, Dv=32, dtype="float32"),
   _alike(patterns.Column(8), name="columns", T=203, H=1, Hkv=1, Dk=128, Dv=128),
 ]
-SHARED = [case for case in (*SUITE, *KERNEL_CASES) if case.dtype != "float16"]
+# Layouts there have blocks that these kernels refuse; those above have others.
+SHARED = [
+  case
+  for case in (*SUITE, *KERNEL_CASES)
+  if case.dtype != "float16" and not isinstance(case.pattern, patterns.BlockLayout)
+]
 
 
 def check(case, **how):
