@@ -1,6 +1,7 @@
 """Our kernels and training steps through the real TPU compiler, which runs without a TPU."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -11,7 +12,7 @@ from experiments.benchmark import tpu
 from experiments.benchmark import tpu_aot
 from experiments.benchmark import tpu_jobs
 
-pytestmark = pytest.mark.skipif(tpu.library() is None, reason="libtpu is for Linux on x86-64")
+pytestmark = pytest.mark.skipif(tpu.libtpu_path() is None, reason="libtpu is for Linux on x86-64")
 TABLE = pathlib.Path(__file__).parent.parent / "benchmarks" / "tpu_aot.json"
 FLOOR = 512 * 512 * 128 * 2 // 131_072  # bundles of one product of a block, on a v5e
 # 8 heads of 128, as the arguments of a program lie: nothing may be moved.
@@ -121,6 +122,15 @@ def test_the_table_has_what_is_claimed_and_no_failure():
   assert there >= {*claimed, "step/v5p/audio:1m/1"}
 
 
-def test_names_of_cases_are_those_of_the_jobs():
-  assert set(tpu_aot.CASES) == set(tpu_jobs.CASES)
-  assert set(tpu_aot.CONFIGS) == set(tpu_jobs.BODIES)
+def test_the_command_prints_and_writes_the_table(tmp_path, monkeypatch, capsys):
+  there = {}
+  for row in json.loads(TABLE.read_text())["rows"]:
+    there.setdefault(row["job"], []).append(row)
+  failed = dict(job="step/v5e/none/1", error="no such config")
+  monkeypatch.setattr(tpu_aot, "jobs", lambda: [*there, failed["job"]])
+  monkeypatch.setattr(tpu_aot, "compile_jobs", lambda name: there.get(name, [failed]))
+  assert not tpu_aot.run(tmp_path)
+  written = json.loads((tmp_path / "tpu_aot.json").read_text())
+  assert written["rows"] == [*itertools.chain(*there.values()), failed]
+  assert written["compiler"].startswith("libtpu-")
+  assert "no such config" in capsys.readouterr().out

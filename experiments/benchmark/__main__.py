@@ -13,7 +13,7 @@ BENCHMARKS = {
   "block_sparse": "block-sparse attention on a GPU beside cuDNN's dense attention",
   "memory": "the published memory table, and what XLA needs",
   "step": "training steps of the paper's models on a GPU: none, sparse and dense attention",
-  "tpu_aot": "what the TPU compiler makes of kernels and training steps, an hour; only when named",
+  "tpu_aot": "what the TPU compiler makes of kernels and training steps, hours; only when named",
   "tune": "measures tile sizes into pallas_kernels/tuning.json, on a GPU; only when named",
   "xla": "time and memory of the xla backend up to T = 65,536",
 }

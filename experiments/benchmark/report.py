@@ -76,7 +76,7 @@ def _nvidia_smi(*fields: str) -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
   """Of JAX, and of CUDA's parts and the driver where there are any."""
-  wanted = r"jax|jaxlib|flax|libtpu|jax-cuda\d+-plugin|nvidia-(cudnn|cuda-runtime|cuda-nvcc).*"
+  wanted = r"jax|jaxlib|flax|jax-cuda\d+-plugin|nvidia-(cudnn|cuda-runtime|cuda-nvcc).*"
   installed = {}
   for package in importlib.metadata.distributions():
     name = (package.name or "").lower().replace("_", "-")

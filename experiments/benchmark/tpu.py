@@ -50,8 +50,8 @@ CHIPS = {
 PODS = {"v5e": "v5e:16x16", "v5p": "v5p:4x8x8"}  # 256 chips
 
 
-def library() -> str | None:
-  """The path of libtpu: of the package, or where `make` puts it; None where there is none."""
+def libtpu_path() -> str | None:
+  """The TPU compiler: of the package, or where `make` puts it; None where there is none."""
   for folder in (*sys.path, f"{sys.prefix}/tpu"):
     path = pathlib.Path(folder, "libtpu", "libtpu.so")
     if path.is_file():
@@ -59,9 +59,9 @@ def library() -> str | None:
   return None
 
 
-def version() -> str:
+def libtpu_version() -> str:
   """Of libtpu, from what is installed beside it."""
-  found = pathlib.Path(library() or "").parent.parent.glob("libtpu-*.dist-info")
+  found = pathlib.Path(libtpu_path() or "").parent.parent.glob("libtpu-*.dist-info")
   return next((x.name.removesuffix(".dist-info") for x in found), "unknown")
 
 
@@ -76,7 +76,7 @@ def environment(folder: str | None) -> dict[str, str]:
     "JAX_PLATFORMS": "cpu",
     "LIBTPU_INIT_ARGS": flags,
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_LIBRARY_PATH": library() or "",
+    "TPU_LIBRARY_PATH": libtpu_path() or "",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
   }
@@ -129,11 +129,10 @@ class Program:
     found = re.findall(r"^ *#allocation\d+ \[.*space=vmem, size = (0x[0-9a-f]+)", text, re.M)
     return sum(int(size, 16) for size in found)
 
-  def bundles(self, kernel: str) -> list[tuple[int, str]]:
-    """Of a kernel: the whole, and of each part that is run on a condition, in their order.
+  def bundles(self, kernel: str, num_parts: int) -> tuple[int, list[int]]:
+    """Of the whole kernel, and of its last `num_parts` parts that are run on a condition.
 
-    Returns:
-      (bundles, condition), the whole first. Conditions are registers; equal ones are one.
+    Before those, some parts of a few bundles belong to every step.
     """
     lines = self._notes[kernel][0].splitlines()
     first = next(n for n, line in enumerate(lines) if re.match(r" *0 ", line))
@@ -144,8 +143,10 @@ class Program:
     parts = [(b[0] - a[0], a[1]) for a, b in itertools.pairwise(jumps)]
     while parts and parts[-1][1].startswith("!"):
       parts.pop()  # the loop's end, and copies to and from memory
-    last = max((n for n, (_, name) in enumerate(parts) if name.startswith("!")), default=-1)
-    return [(len(lines) - first, ""), *parts[last + 1 :]]
+    last = parts[max(0, len(parts) - num_parts) :]
+    if len(last) < num_parts or any(name.startswith("!") for _, name in last):
+      raise ValueError(f"{kernel}: {len(parts)} parts, {num_parts} were expected")
+    return len(lines) - first, [size for size, _ in last]
 
   def moves(self, least: int) -> list[str]:
     """Operations that only move an array of `least` elements or more into another order.

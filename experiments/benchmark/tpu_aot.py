@@ -16,18 +16,15 @@ import tempfile
 
 from experiments.benchmark import report
 from experiments.benchmark import tpu
+from experiments.benchmark import tpu_jobs
 
 # What every chip has in full; of the rest others than v5e have smaller blocks, for time.
 _IN_FULL = ("dense", "local", "column", "dense_lanes", "long", "enwik8", "enwik8_column")
 # One case for each kernel and each way to read heads.
 QUICK = ("column", "cifar10_column", "long")
-CASES = (
-  *("dense", "local", "column", "strided", "fixed", "layout", "dense_lanes", "local_lanes", "long"),
-  *("where", "grouped", "per_head", "cap", "segments", "masks", "float32", "wide"),
-  *("enwik8", "enwik8_local", "enwik8_column", "imagenet64", "cifar10_column"),
-)
-CONFIGS = ("cifar10", "enwik8", "imagenet64", "audio", "audio:1m")
+CASES, CONFIGS = tuple(tpu_jobs.CASES), tuple(tpu_jobs.BODIES)
 PARTS = ("kernels", "splash", "step")
+_FIGURES = ("bundles_full", "bundles_masked", "bundles_per_block")
 
 
 def jobs() -> list[str]:
@@ -73,17 +70,16 @@ def compile_jobs(*names: str, timeout: float = 3_600) -> list[dict]:
 def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   """Prints the table and writes tpu_aot.json; whether everything was compiled."""
   print(__doc__, flush=True)
-  if tpu.library() is None:
+  if tpu.libtpu_path() is None:
     print("libtpu is missing: pip install libtpu, on Linux on x86-64")
     return False
   names = [name for name in jobs() if not only or any(part in name for part in only)]
   rows, workers = [], os.cpu_count() or 2
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    for n, found in enumerate(pool.map(lambda name: _compile(name, 3_600), names), 1):
+    for n, found in enumerate(pool.map(compile_jobs, names), 1):
       rows += found
-      print(
-        f"  {n} of {len(names)}: {found[0]['job']}", found[0].get("error", "")[-300:], flush=True
-      )
+      error = found[-1].get("error", "")[-300:]
+      print(f"  {n} of {len(names)}: {found[0]['job']} {error}", flush=True)
   kernels = [
     (
       f"{row['chip']} {row.get('case') or 'splash ' + row['mask']} {row.get('direction', '')}",
@@ -110,8 +106,5 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
     if "hbm" in row
   ]
   report.print_table(("step", "HBM GiB", "collectives", "moves"), steps)
-  report.write(out / "tpu_aot.json", rows, compiler=tpu.version())
+  report.write(out / "tpu_aot.json", rows, compiler=tpu.libtpu_version())
   return not any("error" in row for row in rows)
-
-
-_FIGURES = ("bundles_full", "bundles_masked", "bundles_per_block")

@@ -27,6 +27,7 @@ from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels.mosaic_tpu import steps
 from pallas_kernels.mosaic_tpu import views
+from pallas_kernels.mosaic_tpu.kernels import INTERLEAVED
 from sparse_flax import sharding
 from sparse_flax import train
 
@@ -141,7 +142,7 @@ def kernels(chip: str, name: str) -> list[dict]:
 
 def _kernel(program: tpu.Program, name: str, found: list[tpu.Launch]) -> dict:
   """Bundles and memory of a kernel, and its steps where they are constants and its own."""
-  (whole, _), *parts = program.bundles(name)
+  whole, _ = program.bundles(name, 0)
   row = dict(kernel=name.partition(".")[0], bundles=whole, vmem_bytes=program.vmem(name))
   mine = [x for x in found if x.name == row["kernel"]]
   if len(mine) != 1:
@@ -149,38 +150,36 @@ def _kernel(program: tpu.Program, name: str, found: list[tpu.Launch]) -> dict:
   flags = mine[0].scalars[1]
   count = lambda flag: int((flags & flag != 0).sum()) * mine[0].grid[0] * mine[0].grid[1]
   row |= dict(grid=mine[0].grid, visited=count(steps.FULL | steps.PARTIAL), windows=mine[0].bytes)
-  # A condition that begins every step comes first; then those of the kernel, in its order.
-  while parts and parts[0][0] < 100:
-    parts.pop(0)
-  sizes = [size for size, _ in parts]
-  once = sizes.pop(0) if row["kernel"] == "attention_backward" else 0
-  store = sizes.pop() if row["kernel"] == "attention_backward" else 0
-  first, *bodies, last = sizes
-  full, masked = bodies[::2], bodies[1::2]
-  if not count(steps.FULL):
-    full, masked = [], bodies
-  if not count(steps.PARTIAL):
-    full, masked = bodies, []
-  heads = _heads(program, mine[0])
+  heads, kinds = _heads(mine[0]), [kind for kind in (steps.FULL, steps.PARTIAL) if count(kind)]
+  bodies = 1  # neighbours of one condition are one part
+  if len(kinds) == 2:
+    bodies = 2 * -(-heads // max(INTERLEAVED, heads // 4))  # two of 8 sublanes, at least
+  # The kernel's conditions, in its order: the very first step, a line's first, bodies, its last.
+  has_dq = row["kernel"] == "attention_backward"
+  _, parts = program.bundles(name, bodies + (4 if has_dq else 2))
+  once, store = (parts.pop(0), parts.pop()) if has_dq else (0, 0)
+  first, *bodies, last = parts
+  of_kind = {kind: sum(bodies[n :: len(kinds)]) for n, kind in enumerate(kinds)}
+  full, masked = (of_kind.get(kind, 0) for kind in (steps.FULL, steps.PARTIAL))
   issued = (
-    (whole - once - store - first - last - sum(bodies)) * int(np.prod(mine[0].grid))
+    (whole - once - store - first - last - full - masked) * int(np.prod(mine[0].grid))
     + once * mine[0].grid[0] * mine[0].grid[1]
     + first * count(steps.FIRST)
     + last * count(steps.LAST)
     + store * count(steps.STORE)
-    + sum(full) * count(steps.FULL)
-    + sum(masked) * count(steps.PARTIAL)
+    + full * count(steps.FULL)
+    + masked * count(steps.PARTIAL)
   )
   return row | dict(
     heads_of_step=heads,
-    bundles_full=sum(full) / heads,
-    bundles_masked=sum(masked) / heads,
+    bundles_full=full / heads,
+    bundles_masked=masked / heads,
     bundles_issued=issued,
     bundles_per_block=issued / row["visited"] / heads,
   )
 
 
-def _heads(program: tpu.Program, launch: tpu.Launch) -> int:
+def _heads(launch: tpu.Launch) -> int:
   """Heads of a step: rows of the log-sum-exps' block."""
   found = [shape for shape in launch.blocks if len(shape) == 4 and shape[:2] == (1, 1)]
   return found[0][2]
@@ -213,12 +212,10 @@ def splash_attention(chip: str, mask: str, block: str) -> list[dict]:
   needed = int(blocks.blocks_of(pattern, T, T, 512, 512).some.sum())
   kernels = []
   for name in program.kernels("splash_mha"):
-    (whole, _), *parts = program.bundles(name)
-    parts = [size for size, _ in parts if size >= 100]
-    first, body, last = parts
+    whole, (first, body, last) = program.bundles(name, 3)
     found = next(x for x in tpu.launches(program.jaxpr) if x.name == name.partition(".")[0])
     grid_steps, lines = int(np.prod(found.grid)) // H, T // size
-    rest = whole - sum(parts)
+    rest = whole - first - body - last
     issued = rest * grid_steps + (first + last) * lines + body * int(some.sum())
     kernels.append(
       dict(
@@ -267,11 +264,10 @@ def step(chip: str, name: str, devices: str) -> list[dict]:
 
 def main(names: list[str]) -> None:
   """Prints {"job": name, "rows": [...]} for each."""
+  block = views.BLOCK
   for name in names:
-    small, _, rest = name.rpartition("small:")
-    del small
-    views.BLOCK = 128 if rest != name else 512
-    what, *arguments = rest.split("/")
+    views.BLOCK = 128 if name.startswith("small:") else block
+    what, *arguments = name.removeprefix("small:").split("/")
     run = {"kernels": kernels, "splash": splash_attention, "step": step}[what]
     print(json.dumps(dict(job=name, rows=run(*arguments))), flush=True)
     jax.clear_caches()

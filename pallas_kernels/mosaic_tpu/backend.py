@@ -49,13 +49,13 @@ def unsupported(
     for one in group:
       if one.pattern is not None and not _is_formula(one.pattern):
         return f"mosaic_tpu: {one.pattern} is not supported, its pairs are no formula"
-      sweep = Launches(heads, one, q, k, v, segment_ids, block_mask, scores, block_size)
-      if sweep.block is None:
-        sizes = ", ".join(map(str, sweep.block_sizes))
+      launches = Launches(heads, one, q, k, v, segment_ids, block_mask, scores, block_size)
+      if launches.block is None:
+        sizes = ", ".join(map(str, launches.block_sizes))
         return (
           f"mosaic_tpu: blocks of {sizes} are not supported, multiples of 8 that divide 512 are"
         )
-      words = sweep.words()
+      words = launches.words()
       if words > steps.MOST:
         return f"mosaic_tpu: lists of {words:,} words exceed {steps.MOST:,} of scalar memory"
   return None
@@ -77,8 +77,8 @@ def forward(
   groups = _lowered(pattern, q, k, segment_ids, block_mask, scores)
   parts = []
   for heads, group in groups:
-    sweeps = [Launches(heads, one, q, k, v, *masks) for one in group]
-    parts.append(functools.reduce(_merge, [sweep.forward(q, k, v) for sweep in sweeps]))
+    found = [Launches(heads, one, q, k, v, *masks).forward(q, k, v) for one in group]
+    parts.append(functools.reduce(_merge, found))
   return tuple(_join(x, groups) for x in zip(*parts, strict=True))
 
 
@@ -141,7 +141,7 @@ def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
     return lowered
   groups = []
   for heads, group in lowered:
-    several = max(1, max(len(one.starts) for one in group))
+    several = max(len(one.starts) or 1 for one in group)
     for n in range(several):  # heads of queries that share keys, but not their summaries
       mine = tuple(heads[n::several])
       with_start = lambda one, n=n: dataclasses.replace(one, starts=one.starts[n : n + 1])

@@ -31,6 +31,7 @@ from pallas_kernels.passes import Pass
 from pallas_kernels.scores import Scores
 
 LOG2E = math.log2(math.e)
+INTERLEAVED = 4  # heads whose instructions fill each other's gaps
 VMEM = 64 << 20  # bytes that a kernel may use; TPU7x has that, the others twice
 _NO_MAXIMUM = -1e30  # finite: exp2(-inf - it) is 0, also in a row without keys
 _NT = (((1,), (1,)), ((), ()))
@@ -59,11 +60,12 @@ class Sweep:
 
   @property
   def queries_end(self) -> bool:
-    """Whether the last block has more queries than there are; keys_end: more keys."""
+    """Whether the last block has more queries than there are."""
     return self.num_queries % self.block > 0
 
   @property
   def keys_end(self) -> bool:
+    """The same of keys."""
     return self.num_keys % self.block > 0
 
   @property
@@ -273,7 +275,7 @@ class _Step:
     self.row, self.column, self.transposed = place >> 16, place & 0xFFFF, transposed
     self.heads = range(operands["q"].num)
     pair = 2 * operands["q"].count if operands["q"].sublanes else 1
-    self.together = max(4, pair)
+    self.together = max(INTERLEAVED, pair)
 
   def each(self, attend: Callable) -> None:
     """A body for steps without masks, and one for those with: no mask code in the first."""
@@ -383,8 +385,8 @@ def _diagonal(rows: int):
 def _to_lanes(x):
   """[rows, 128] of equal lanes -> [1, rows]: diagonals of squares, summed over sublanes."""
   squares = [x[n : n + LANES] for n in range(0, x.shape[0], LANES)]
-  rows = [jnp.where(_diagonal(x.shape[0]), x, 0.0).sum(axis=0)[None] for x in squares]
-  return jnp.concatenate([row[:, : len(x)] for row, x in zip(rows, squares, strict=True)], axis=1)
+  row = lambda one: jnp.where(_diagonal(len(one)), one, 0.0).sum(axis=0)[None, : len(one)]
+  return jnp.concatenate([row(one) for one in squares], axis=1)
 
 
 def _to_column(x):

@@ -27,7 +27,6 @@ from pallas_kernels.mosaic_tpu.operands import SUBLANES
 from pallas_kernels.passes import Pass
 
 BLOCK = 512  # tokens at most; blocks of layouts have to fit
-_UNROLLED = 4  # heads of a step whose instructions are interleaved
 _DQ = 32 << 20  # bytes of memory that dq of a sequence may take, for one backward kernel
 
 
@@ -104,7 +103,7 @@ class Launches:
   def _masks_per_head(self) -> bool:
     return self.masks[1] is not None and self.masks[1].shape[1] > 1
 
-  def place(self, most: int = _UNROLLED) -> Place:
+  def place(self, most: int = kernels.INTERLEAVED) -> Place:
     """The cheapest place, with `most` heads in a step's lanes, or one tile of them."""
     H, first, num, group = self.H, self.heads[0], len(self.heads), self.group
     together = self.heads == tuple(range(first, first + num)) and not self._masks_per_head
@@ -122,7 +121,7 @@ class Launches:
               return Place("tokens", count, count, Dk, Dv)
     rows = self.stride if columns else 1
     for Dk, Dv in (sizes, padded):
-      for count in (_UNROLLED, 2, 1, H):
+      for count in (kernels.INTERLEAVED, 2, 1, H):
         keys = max(1, count // group)
         fits = count == 1 or (together and even(count) and 0 in (count % group, group % count))
         fits &= group == 1 or min(Dk, Dv) >= LANES  # narrow heads meet in one place of a tile
@@ -161,13 +160,7 @@ class Launches:
   def forward(self, q, k, v):
     """out [B, T, Hg, Dv] and the natural lse [B, T, Hg]."""
     place, block = self.place(), self.block
-    q_op, k_op = self.operand(place, place.Dk), self.operand(place, place.Dk, of_keys=True)
-    v_op, out_op = self.operand(place, place.Dv, of_keys=True), self.operand(place, place.Dv)
-    inputs = dict(
-      q=(self.array(q, place, place.Dk), ("queries", q_op)),
-      k=(self.array(self.keys(k), place, place.Dk), ("keys", k_op)),
-      v=(self.array(self.keys(v), place, place.Dv), ("keys", v_op)),
-    )
+    inputs, out_op = self._inputs(place, q, k, v), self.operand(place, place.Dv)
     found, more = self.steps(transposed=False)
     outputs = dict(
       out=(self.result(place, inputs["q"], place.Dv, place.count), ("q_results", out_op)),
@@ -194,21 +187,24 @@ class Launches:
   def _one_backward(self) -> Place | None:
     """Where heads lie in a kernel that has all of dq in memory; None if that is too much."""
     padded = -(-self.sweep.num_queries // self.block) * self.block
-    for most in (_UNROLLED, 2, 1):
+    for most in (kernels.INTERLEAVED, 2, 1):
       place = self.place(most)
       q_op = self.operand(place, place.Dk)
       if q_op.num_tiles * max(q_op.tile, LANES) * padded * 4 <= _DQ:
         return place
     return None
 
-  def _gradients(self, place: Place, q, k, v, dout, lse, delta):
-    q_op, k_op = self.operand(place, place.Dk), self.operand(place, place.Dk, of_keys=True)
-    v_op, out_op = self.operand(place, place.Dv, of_keys=True), self.operand(place, place.Dv)
+  def _inputs(self, place: Place, q, k, v):
+    operand = functools.partial(self.operand, place)
     return dict(
-      q=(self.array(q, place, place.Dk), ("queries", q_op)),
-      k=(self.array(self.keys(k), place, place.Dk), ("keys", k_op)),
-      v=(self.array(self.keys(v), place, place.Dv), ("keys", v_op)),
-      dout=(self.array(dout, place, place.Dv), ("q_results", out_op)),
+      q=(self.array(q, place, place.Dk), ("queries", operand(place.Dk))),
+      k=(self.array(self.keys(k), place, place.Dk), ("keys", operand(place.Dk, of_keys=True))),
+      v=(self.array(self.keys(v), place, place.Dv), ("keys", operand(place.Dv, of_keys=True))),
+    )
+
+  def _gradients(self, place: Place, q, k, v, dout, lse, delta):
+    return self._inputs(place, q, k, v) | dict(
+      dout=(self.array(dout, place, place.Dv), ("q_results", self.operand(place, place.Dv))),
       lse=(self.rows(lse * kernels.LOG2E, place, jnp.inf), ("rows", place.num)),
       delta=(self.rows(delta, place, 0.0), ("rows", place.num)),
     )
@@ -298,15 +294,11 @@ class Launches:
     width, starts = self.one.width, self.one.starts
     x = _padded(x, 1, -(-x.shape[1] // self.stride) * self.stride)
     x = x.reshape(x.shape[0], -1, self.stride, *x.shape[2:])
-    parts = [x[:, :, start : start + width] for start in starts]
-    if len(parts) > 1:  # head h has those of starts[h % len(starts)]
-      which = jnp.arange(x.shape[3])[:, None] % len(starts)
-      parts = [
-        functools.reduce(
-          lambda a, n: jnp.where(which == n, parts[n], a), range(1, len(parts)), parts[0]
-        )
-      ]
-    return parts[0].reshape(x.shape[0], -1, *x.shape[3:])
+    found, *others = (x[:, :, start : start + width] for start in starts)
+    which = jnp.arange(x.shape[3])[:, None] % len(starts)  # start of every head
+    for n, part in enumerate(others, 1):
+      found = jnp.where(which == n, part, found)
+    return found.reshape(x.shape[0], -1, *x.shape[3:])
 
   def array(self, x, place: Place, D: int):
     """[B, T, H, D] as kernels read it: [sequences, rows, lanes], or with sublanes before lanes."""
