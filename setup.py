@@ -28,6 +28,7 @@ LAUNCH = [
   "chex>=0.1.91",
   "matplotlib>=3.10",
   "ml_collections>=1.1,<2",
+  "safetensors>=0.6",
   "tensorboardX>=2.6.4",
 ]
 

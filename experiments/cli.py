@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import os
 import pathlib
 import re
 import sys
@@ -13,12 +12,15 @@ from typing import NoReturn
 
 import ml_collections
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from sparse_flax import checkpoint
+from sparse_flax import errors
 from sparse_flax import validate
 
-BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130
+# Exit statuses beside 0. PREEMPTED is sysexits' EX_TEMPFAIL: start it again.
+FAILED, BAD_INPUT, NOT_FINITE, DAMAGED, PREEMPTED, INTERRUPTED = 1, 2, 3, 4, 75, 130
 
 
 def fail(*lines: str, status: int = BAD_INPUT) -> NoReturn:
@@ -32,6 +34,10 @@ def readable_errors() -> Iterator[None]:
   """Turns a user's mistake (ValueError) and a file that cannot be used (OSError) into a message."""
   try:
     yield
+  except errors.StorageError as error:
+    fail(str(error), status=FAILED)
+  except errors.DamagedError as error:
+    fail(str(error), status=DAMAGED)
   except OSError as error:
     fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
   except ValueError as error:
@@ -79,8 +85,18 @@ def parse_config(
   config, _ = _load(first)
   _check_names(config, [x.partition("=")[0] for x in overrides])
   config, filename = _load(first + overrides)
+  return own, config, run_name(filename)
+
+
+def run_name(filename: str) -> str:
+  """CONFIG or CONFIG-VARIANT of a --config, as the name of one folder.
+
+  >>> run_name("configs/cifar10.py:quick"), run_name("../mine.py:a/../../b")
+  ('cifar10-quick', 'mine-a_.._.._b')
+  """
   path, _, variant = filename.partition(":")
-  return own, config, "-".join(filter(None, (pathlib.Path(path).stem, variant)))
+  name = "-".join(filter(None, (pathlib.Path(path).stem, variant)))
+  return re.sub(r"[^\w.,=-]+", "_", name).lstrip(".") or "run"
 
 
 def _load(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
@@ -132,14 +148,15 @@ def _nearest(name: str, known: Sequence[str]) -> str:
   return f"; did you mean {close[0]}?" if close else ""
 
 
-def open_workdir(workdir: str) -> pathlib.Path:
+def open_workdir(workdir: str) -> epath.Path:
   """The folder of an existing run; leaves with a message if it is none."""
   if not workdir:
     fail("--workdir=DIR is missing: the folder of a training run")
-  if not os.path.isdir(workdir):
+  folder = epath.Path(workdir)
+  if not folder.is_dir():
     fail(f"--workdir={workdir}: no such folder")
-  if not os.path.isfile(os.path.join(workdir, "config.json")):
+  if not (folder / "config.json").is_file():
     fail(f"--workdir={workdir}: has no config.json, so it is not the folder of a training run")
-  if checkpoint.latest_step(workdir) is None:
+  if checkpoint.latest_step(folder) is None:
     fail(f"--workdir={workdir}: holds no checkpoint yet; train first")
-  return pathlib.Path(workdir)
+  return folder

@@ -5,7 +5,6 @@
 The result is printed and appended to DIR/evaluations.jsonl.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 
@@ -26,8 +25,7 @@ def run(
   )
   if sys.stderr.isatty():
     print("\r\033[K", end="", file=sys.stderr)
-  with (folder / "evaluations.jsonl").open("a") as lines:
-    lines.write(json.dumps(result, allow_nan=False) + "\n")
+  metrics.append_line(folder / "evaluations.jsonl", result)
   print(describe(result, unit=metrics.UNIT[config.model.modality]), flush=True)
   return result
 

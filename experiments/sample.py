@@ -10,7 +10,6 @@ The files are written into DIR/samples/STEP/.
 """
 
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import jax
 import ml_collections
 import numpy as np
 import PIL.Image
+from etils import epath
 
 from experiments import cli
 from sparse_flax import checkpoint
@@ -58,7 +58,7 @@ def run(
   keep: float | None = None,
   seed: int = 0,
   step: int | None = None,
-) -> list[pathlib.Path]:
+) -> list[epath.Path]:
   """Draws `num` samples from the run in `workdir`; returns the files written.
 
   Raises:
@@ -87,7 +87,7 @@ def run(
     on_progress=progress,
   )
   progress.end()
-  folder = pathlib.Path(workdir) / "samples" / str(step)
+  folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
   kind = "samples" if examples is None else "completions"
   stem = folder / f"{kind}-seed{seed}"
@@ -138,13 +138,13 @@ def read_prompt(path: str | os.PathLike, model: ml_collections.ConfigDict) -> np
     ValueError: no file of the kind that `model.modality` asks for, or a picture of another size.
   """
   if model.modality == "text":
-    example = np.frombuffer(pathlib.Path(path).read_bytes(), np.uint8)
+    example = np.frombuffer(epath.Path(path).read_bytes(), np.uint8)
   elif model.modality == "audio":
     example = recordings.load_codes(path)
   else:
     rows, columns, channels = model.position_shape
     try:
-      with PIL.Image.open(path) as image:
+      with epath.Path(path).open("rb") as file, PIL.Image.open(file) as image:
         pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     except (PIL.UnidentifiedImageError, SyntaxError) as error:
       raise ValueError(f"--prompt={path}: is not a picture that can be read") from error
@@ -181,7 +181,7 @@ class Progress:
     print(f"sampled {self.num} x {self.done:,} bytes in {seconds:.1f} s, {rate:,.0f} bytes/s")
 
 
-def _write_grid(path, config, samples, examples, kept) -> pathlib.Path:
+def _write_grid(path, config, samples, examples, kept) -> epath.Path:
   image = lambda tokens: tokens.reshape(config.model.position_shape)
   if examples is None:
     columns = min(_GRID_COLUMNS, -(-len(samples) // max(1, round(len(samples) ** 0.5))))
@@ -200,7 +200,7 @@ def _write_grid(path, config, samples, examples, kept) -> pathlib.Path:
   return path
 
 
-def _write_files(stem, modality, samples, examples, kept) -> list[pathlib.Path]:
+def _write_files(stem, modality, samples, examples, kept) -> list[epath.Path]:
   """One file per sample; for completions also what was given and the original."""
   files = {f"{n:02}": tokens for n, tokens in enumerate(samples)}
   if examples is not None:

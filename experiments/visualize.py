@@ -10,7 +10,6 @@ and needs no run.
 
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import ml_collections
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from experiments import cli
@@ -57,9 +57,9 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
-def draw_masks(path: str | os.PathLike) -> pathlib.Path:
+def draw_masks(path: str | os.PathLike) -> epath.Path:
   """Writes the README's picture."""
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   if path.suffix != ".png":
     raise ValueError(f"--masks={path}: must end in .png")
   return _save(mask_pictures.draw_overview(), path)
@@ -72,7 +72,7 @@ def run(
   num: int = 4,
   seed: int = 0,
   step: int | None = None,
-) -> list[pathlib.Path]:
+) -> list[epath.Path]:
   """Draws what the run in `workdir` has learned; returns the files written.
 
   Args:
@@ -103,14 +103,14 @@ def run(
   weights = np.asarray(weights)[:, 0].reshape(*weights.shape[:1], -1, num, channels, model.seq_len)
   weights = weights.swapaxes(1, 2)
 
-  folder = pathlib.Path(workdir) / "samples" / str(step)
+  folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
   paths = []
   for layer in layers:
     figure = _draw_layer(model, layer, tokens[0], places, weights[layer])
     paths.append(_save(figure, folder / f"attention-layer{layer:03}-seed{seed}.png"))
   paths.append(_save(_draw_patterns(model), folder / "patterns.png"))
-  records = _read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+  records = _read_metrics(epath.Path(workdir) / "metrics.jsonl")
   if any("bits_per_byte" in record for record in records):
     paths.append(_save(_draw_curve(config, records), folder / "curve.png"))
   return paths
@@ -175,7 +175,7 @@ def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure
   return mask_pictures.draw_layers(list(named.items()), T=T, num_heads=model.num_heads)
 
 
-def _read_metrics(path: pathlib.Path) -> list[dict]:
+def _read_metrics(path: epath.Path) -> list[dict]:
   if not path.exists():
     return []
   # A line without its end is being written now.
@@ -204,9 +204,10 @@ def _draw_curve(
   return figure
 
 
-def _save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> pathlib.Path:
+def _save(figure: matplotlib.figure.Figure, path: epath.Path) -> epath.Path:
   # Neither date nor version inside: the same picture is the same file.
-  figure.savefig(path, dpi=110, metadata={"Software": None})
+  with path.open("wb") as file:
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
   return path
 
 

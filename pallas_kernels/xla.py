@@ -52,7 +52,7 @@ def forward(
       view = _View(one, heads, q.shape, natural)
       (qs, ks, vs), problem = view.arrays(q, k, v), view.problem(scores, *masks)
       new = view.restore(*_map(problem, problem.forward, (qs, ks, vs)))
-      part = new if part is None else _merge(*part, *new)
+      part = new if part is None else merge(*part, *new)
     out.append(part[0])
     lse.append(part[1])
     heads_in_order.extend(heads)
@@ -101,6 +101,27 @@ def backward(
   return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
 
 
+def merge(
+  out_a: Float[Array, "B T H D"],
+  lse_a: Float[Array, "B T H"],
+  out_b: Float[Array, "B T H D"],
+  lse_b: Float[Array, "B T H"],
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+  """One softmax over two disjoint key sets, from each one's result and log-sum-exp.
+
+  A row may have no keys in one set or in both. Differentiable, in float32.
+  """
+  top = jnp.maximum(lse_a, lse_b)
+  # Any number serves: it keeps exp in range, and cancels.
+  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+  weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+  total = weight_a + weight_b
+  safe = jnp.where(total == 0, 1.0, total)
+  out_a, out_b = out_a.astype(jnp.float32), out_b.astype(jnp.float32)
+  out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
+  return out, jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
+
+
 def natural_lse(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T H"]:
   """The public log-sum-exp: of this backend, what `forward` returned."""
   del arrays, how
@@ -110,17 +131,6 @@ def natural_lse(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T
 def _natural(q, k, block_mask, scores: Scores) -> bool:
   """Whether original positions count: only the natural view has them."""
   return q.shape[1] != k.shape[1] or block_mask is not None or scores.score_fn is not None
-
-
-def _merge(out_a, lse_a, out_b, lse_b):
-  """One softmax over two disjoint key sets, from each one's result [B, T, H, D] and lse."""
-  top = jnp.maximum(lse_a, lse_b)
-  top = jnp.where(jnp.isfinite(top), top, 0.0)  # both parts empty
-  weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
-  total = weight_a + weight_b
-  safe = jnp.where(total == 0, 1.0, total)
-  out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
-  return out, jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
 
 
 # --------------------------------------------------------------------------------------- views

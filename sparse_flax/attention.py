@@ -12,7 +12,6 @@ from jaxtyping import Integer
 
 from pallas_kernels import patterns
 from pallas_kernels import reference
-from pallas_kernels import sparse_attention
 from sparse_flax import decode
 from sparse_flax import sharding
 
@@ -77,8 +76,7 @@ class SparseSelfAttention(nnx.Module):
   def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
     q, k, v = self._heads(x)
     how = dict(pattern=self.pattern, implementation=self.implementation)
-    attend = functools.partial(sparse_attention, **how)
-    out = sharding.over_devices(attend, q, k, v, pattern=self.pattern)
+    out = sharding.over_devices(q, k, v, **how)
     return self.out(out.reshape(*x.shape[:-1], -1))
 
   def weights(

@@ -1,100 +1,248 @@
-"""A run's folder: its config, the identity of its data, and Orbax checkpoints of its state."""
+"""Orbax checkpoints of a run's state, with digests: what comes back is what was saved, or nothing.
 
-import json
+Orbax writes a step whole or not at all, but does not notice when bits change later. Each step
+therefore carries `about`: a digest of every array, the validation result, a digest of the config,
+and a digest of all that. Restoring checks them and falls back to the newest step that is sound.
+"""
+
+import dataclasses
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 
+from sparse_flax import digest
+from sparse_flax import errors
 from sparse_flax import transformer
-from sparse_flax import validate
+from sparse_flax import workdir as workdir_lib
 
-METRIC = "bits_per_byte"  # of the validation split: what "best" means
+_DAMAGED = "checkpoints-damaged"  # where steps that were refused are moved to, beside checkpoints/
 
 
 class Checkpoints:
   """Saves and restores the state of a run: params, ema, opt, step, ... as plain trees.
 
-  Kept are the two newest steps and the best one. Saving goes on in the background; leaving the
-  `with` block waits for it.
+  Kept are the two newest steps, the best one, and every `keep_every` steps. Saving goes on in the
+  background; leaving the `with` block waits for it. All processes of a run make the same calls.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    config: ml_collections.ConfigDict | None = None,
+    keep_every: int = 0,
+    read_only: bool = False,
+    say: Callable[[str], None] = print,
+  ):
+    """Args:
+    workdir: the run's folder.
+    config: of the run, which checkpoints then have to be of.
+    keep_every: steps; 0 keeps none for being a multiple.
+    read_only: nothing is written, made or moved.
+    say: takes a line for each step that is refused.
+    """
     import orbax.checkpoint as ocp  # slow to import, and errors in flags should come fast
 
+    self._ocp, self._read_only, self._say = ocp, read_only, say
+    self._workdir = epath.Path(workdir).resolve()
+    self._directory = self._workdir / "checkpoints"
+    self._config_digest = config and workdir_lib.config_digest(config)
+    self._bits_per_byte = {}  # step -> of the validation split
     policies = ocp.checkpoint_managers
-    best = policies.BestN(
-      n=1,
-      get_metric_fn=lambda metrics: metrics[METRIC],
-      reverse=True,
-      keep_checkpoints_without_metrics=False,
-    )
-    self._args = ocp.args
+    kept = [policies.LatestN(2), _Best(self._bits_per_byte)]
+    kept += [policies.EveryNSteps(keep_every)] if keep_every else []
     self._manager = ocp.CheckpointManager(
-      epath.Path(workdir).resolve() / "checkpoints",
+      self._directory,
       options=ocp.CheckpointManagerOptions(
         # Orbax has a read_only of its own, which warns about itself on stderr.
         create=not read_only,
         cleanup_tmp_directories=not read_only,
         save_root_metadata=not read_only,
-        # Without it Orbax does not write the metrics.
-        best_fn=lambda metrics: metrics[METRIC],
-        best_mode="min",
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
+        preservation_policy=policies.AnyPreservationPolicy(kept),
       ),
       # The averages lie apart: evaluation and sampling read nothing else.
-      item_names=("state", "ema"),
+      item_names=("state", "ema", "about"),
     )
+    if not read_only:
+      for step in self._manager.all_steps():
+        about, _ = self._about(step)
+        self._bits_per_byte[step] = about.get("bits_per_byte")
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *error) -> None:
-    self._manager.close()
+  def __exit__(self, kind, *error) -> None:
+    try:
+      self._manager.close()
+    except Exception as failure:
+      if kind is None:
+        raise self._storage_error(failure) from failure
+
+  def steps(self) -> list[int]:
+    """All saved steps, the newest last."""
+    return sorted(self._manager.all_steps())
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
+  def reached_preemption(self, step: int) -> bool:
+    """Whether a process was told to end, and all have agreed on this step to save and stop at."""
+    return self._manager.reached_preemption(step)
+
   def save(self, state: dict, *, bits_per_byte: float | None = None) -> None:
-    """Saves `state` under state["step"], with the validation result where there is one."""
+    """Saves `state` under state["step"], with the validation result where there is one.
+
+    Raises:
+      errors.StorageError: this one, or the one before, could not be written.
+    """
+    step = int(state["step"])
     rest = {name: value for name, value in state.items() if name != "ema"}
-    save = self._args.StandardSave
-    self._manager.save(
-      int(state["step"]),
-      args=self._args.Composite(state=save(rest), ema=save(state["ema"])),
-      metrics=None if bits_per_byte is None else {METRIC: bits_per_byte},
-      force=True,
-    )
+    about = {
+      "step": step,
+      "digests": digest.digests(state),
+      "bits_per_byte": bits_per_byte,
+      "config": self._config_digest,
+    }
+    about["sha256"] = digest.of_json(about)
+    self._bits_per_byte[step] = bits_per_byte
+    args = self._ocp.args
+    items = dict(state=args.StandardSave(rest), ema=args.StandardSave(state["ema"]))
+    try:
+      self._manager.save(step, args=args.Composite(**items, about=args.JsonSave(about)), force=True)
+    except Exception as error:
+      raise self._storage_error(error) from error
+
+  def wait(self) -> None:
+    """Returns when everything is on the disk.
+
+    Raises:
+      errors.StorageError: it could not be written.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._storage_error(error) from error
 
   def restore(self, step: int, shapes: dict) -> dict:
     """The state saved at `step`.
 
     Args:
       step: a step that was saved.
-      shapes: the state as jax.ShapeDtypeStruct with shardings: where each leaf shall lie.
-    """
-    rest = {name: value for name, value in shapes.items() if name != "ema"}
-    items = self._restore(step, state=rest, ema=shapes["ema"])
-    return {**items.state, "ema": items.ema}
-
-  def restore_ema(self, step: int | None, shapes: dict) -> tuple[dict, int]:
-    """The averaged weights of `step` (None: the newest), and that step.
+      shapes: the state as jax.ShapeDtypeStruct with shardings: where each leaf shall lie. With
+        "ema" alone nothing else is read.
 
     Raises:
-      ValueError: no such checkpoint; the message lists those there are.
+      ValueError: no such step; the message lists those there are.
+      errors.DamagedError: it is not what was saved; the message names what.
     """
-    steps = sorted(self._manager.all_steps())
-    step = steps[-1] if step is None and steps else step
-    if step not in steps:
-      raise ValueError(f"step={step}: no checkpoint of it in {self._manager.directory}: {steps}")
-    return self._restore(step, ema=shapes).ema, step
+    if step not in self.steps():
+      raise ValueError(f"step={step}: no checkpoint of it in {self._directory}: {self.steps()}")
+    state, problems = self._restore(step, shapes)
+    if problems:
+      raise errors.DamagedError(_refusal(self._directory / str(step), problems))
+    return state
 
-  def _restore(self, step: int, **items: dict) -> Any:
-    items = {name: self._args.StandardRestore(shapes) for name, shapes in items.items()}
-    return self._manager.restore(step, args=self._args.Composite(**items))
+  def restore_newest(self, shapes: dict) -> tuple[dict, int] | None:
+    """The state of the newest sound step, and that step; None where nothing was ever saved.
+
+    Steps that are refused are named through `say` and, unless this is read-only, moved aside.
+
+    Raises:
+      errors.DamagedError: there are steps, but none is sound.
+    """
+    refused, lines = [], []
+    for step in reversed(self.steps()):
+      state, problems = self._restore(step, shapes)
+      if not problems:
+        self._set_aside(refused)
+        return state, step
+      refused.append(step)
+      lines.append(_refusal(self._directory / str(step), problems))
+      self._say(lines[-1])
+    if refused:
+      raise errors.DamagedError("\n".join([f"{self._directory}: no step is sound", *lines]))
+    return None
+
+  def _restore(self, step: int, shapes: dict) -> tuple[dict, list[str]]:
+    """A state, and what is wrong with it."""
+    about, problems = self._about(step)
+    state = {}
+    if not problems:
+      if self._config_digest and about["config"] not in (None, self._config_digest):
+        problems = ["about: is of another config than config.json"]
+      rest = {name: value for name, value in shapes.items() if name != "ema"}
+      items = dict(state=rest, ema=shapes["ema"])
+      # Without the manager, which would wait for all processes after each one.
+      handler = self._ocp.StandardCheckpointHandler()
+      for item, wanted in items.items():
+        if not wanted or problems:
+          continue
+        try:
+          args = self._ocp.args.StandardRestore(wanted)
+          found = handler.restore(self._directory / str(step) / item, args=args)
+          state |= {"ema": found} if item == "ema" else found
+        except Exception as error:  # Orbax reports damage in many ways
+          problems.append(f"{item}: {_first_line(error)}")
+      handler.close()
+    if not _everywhere(not problems):
+      return {}, problems or ["another process cannot read it"]
+    found = digest.digests(state)
+    saved = {x: y for x, y in about["digests"].items() if x.partition("/")[0] in shapes}
+    names = sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x))
+    return state, [f"{name}: differs from what was saved" for name in names]
+
+  def _about(self, step: int) -> tuple[dict, list[str]]:
+    """What a step says of itself, and what is wrong with that."""
+    try:
+      handler = self._ocp.JsonCheckpointHandler()
+      about = handler.restore(self._directory / str(step) / "about", self._ocp.args.JsonRestore())
+      handler.close()
+      rest = {name: value for name, value in about.items() if name != "sha256"}
+      if about["sha256"] == digest.of_json(rest) and about["step"] == step:
+        return about, []
+      return {}, ["about: differs from what was saved"]
+    except Exception as error:
+      return {}, [f"about: {_first_line(error)}"]
+
+  def _set_aside(self, steps: Sequence[int]) -> None:
+    """Moves damaged steps to where they are in nobody's way, and can be looked at."""
+    if not steps or self._read_only:
+      return
+    if jax.process_index() == 0:
+      for step in steps:
+        target = self._workdir / _DAMAGED
+        target.mkdir(exist_ok=True)
+        number = sum(path.name.startswith(f"{step}-") for path in target.iterdir())
+        (self._directory / str(step)).rename(target / f"{step}-{number}")
+    _everywhere(True)
+    for step in steps:
+      self._bits_per_byte.pop(step, None)
+    self._manager.reload()
+
+  def _storage_error(self, error: Exception) -> errors.StorageError:
+    return errors.StorageError(
+      f"{self._directory}: a checkpoint could not be written: {_first_line(error)}"
+    )
+
+
+@dataclasses.dataclass
+class _Best:
+  """Orbax's policy for the step with the lowest of `bits_per_byte`."""
+
+  bits_per_byte: dict[int, float | None]
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    bits = [self.bits_per_byte.get(info.step) for info in checkpoints]
+    best = min((x for x in bits if x is not None), default=None)
+    return [x is not None and x == best for x in bits]
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
@@ -105,20 +253,23 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     return checkpoints.latest_step()
 
 
-def abstract(make: Callable, *args, sharding: jax.sharding.Sharding) -> Any:
-  """The shapes of make(*args), each leaf to lie on `sharding`; nothing is computed."""
-  shapes = jax.eval_shape(make, *args)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+def laid_out(shapes: Any, shardings: Any) -> Any:
+  """`shapes`, each leaf to lie on its sharding (or all on the one given)."""
+  if isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda _: shardings, shapes)
+  struct = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(struct, shapes, shardings)
 
 
 def restore_params(
-  workdir: epath.PathLike, step: int | None = None
+  workdir: epath.PathLike, step: int | None = None, *, say: Callable[[str], None] = print
 ) -> tuple[ml_collections.ConfigDict, nnx.GraphDef, dict, int]:
   """What evaluation, samples and pictures need of a run.
 
   Args:
     workdir: the run's folder.
-    step: of the checkpoint; None is the newest.
+    step: of the checkpoint; None is the newest that is sound.
+    say: takes a line for each step that is refused.
 
   Returns:
     The run's config, the model's graph, its averaged weights for nnx.merge(graph, weights), and
@@ -126,86 +277,34 @@ def restore_params(
 
   Raises:
     ValueError: the folder is not that of a run, or there is no such checkpoint.
+    errors.DamagedError: the checkpoint is not what was saved.
   """
-  config = load_config(workdir)
+  config = workdir_lib.load_config(workdir)
   build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(config.seed))
   graphdef, params = nnx.split(nnx.eval_shape(build), nnx.Param)
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shapes = abstract(lambda: nnx.to_pure_dict(params), sharding=sharding)
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    ema, step = checkpoints.restore_ema(step, shapes)
-  return config, graphdef, ema, step
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = {"ema": laid_out(nnx.to_pure_dict(params), where)}
+  with Checkpoints(workdir, config=config, read_only=True, say=say) as checkpoints:
+    if step is not None:
+      return config, graphdef, checkpoints.restore(step, shapes)["ema"], step
+    found = checkpoints.restore_newest(shapes)
+  if found is None:
+    raise ValueError(f"{workdir}: holds no checkpoint yet; train first")
+  return config, graphdef, found[0]["ema"], found[1]
 
 
-def load_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
-  """The config that a run was started with.
-
-  Raises:
-    ValueError: there is none, or it is not one that this version can read.
-  """
-  path = epath.Path(workdir) / "config.json"
-  if not path.exists():
-    raise ValueError(f"{workdir}: has no config.json, so it is not the folder of a training run")
-  try:
-    values = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path}: is not valid JSON: {error}") from error
-  config = ml_collections.ConfigDict(_with_tuples(values)).lock()
-  problems = validate.validate_fields(config)
-  if problems:
-    raise ValueError("\n".join([f"{path}: is not a config of this version", *problems]))
-  return config
+def _everywhere(ok: bool) -> bool:
+  """Whether it holds in all processes, which all have to ask."""
+  if jax.process_count() == 1:
+    return ok
+  return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
-def check_workdir(
-  workdir: epath.PathLike, config: ml_collections.ConfigDict, *, data: dict | None = None
-) -> None:
-  """Makes sure that a run in `workdir`, if any, has this config and these data; writes nothing.
-
-  Args:
-    workdir: the run's folder, which need not exist.
-    config: of the command given now.
-    data: {split: identity} of the data opened now; None before they are.
-
-  Raises:
-    ValueError: one line per difference, `field: old -> new`.
-  """
-  for name, now in (("config", config.to_dict()), ("data", data)):
-    path = epath.Path(workdir) / f"{name}.json"
-    if now is None or not path.exists():
-      continue
-    old, new = (validate.flatten(json.loads(text)) for text in (path.read_text(), _dump(now)))
-    lines = [
-      f"  {name}.{field}: {old.get(field, 'absent')!r} -> {new.get(field, 'absent')!r}"
-      for field in sorted(old.keys() | new.keys())
-      if field not in old or field not in new or old[field] != new[field]
-    ]
-    if lines:
-      what = "another config" if name == "config" else "other data"
-      head = f"{workdir}: this run was started with {what}; choose another --workdir\n"
-      raise ValueError(head + "\n".join(lines))
+def _refusal(path: epath.Path, problems: list[str]) -> str:
+  more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+  return f"DAMAGED {path} is refused: {'; '.join(problems[:3])}{more}"
 
 
-def start_workdir(
-  workdir: epath.PathLike, config: ml_collections.ConfigDict, *, data: dict
-) -> None:
-  """Makes the folder of a run with `config.json` and `data.json`, each whole or not at all."""
-  workdir = epath.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  for name, values in (("data", data), ("config", config.to_dict())):
-    temporary = workdir / f"{name}.json.tmp"
-    temporary.write_text(_dump(values))
-    temporary.replace(workdir / f"{name}.json")
-
-
-def _dump(values: dict) -> str:
-  return json.dumps(values, indent=2, allow_nan=False) + "\n"
-
-
-def _with_tuples(values: Any) -> Any:
-  """JSON has no tuples, and patterns have to be hashable."""
-  if isinstance(values, dict):
-    return {name: _with_tuples(value) for name, value in values.items()}
-  if isinstance(values, list):
-    return tuple(_with_tuples(value) for value in values)
-  return values
+def _first_line(error: BaseException) -> str:
+  lines = str(error).strip().splitlines() or [""]
+  return f"{type(error).__name__}: {lines[0][:200]}"

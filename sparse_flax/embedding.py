@@ -52,19 +52,25 @@ class Embedding(nnx.Module):
 
   def __call__(self, tokens: Integer[Array, "B T"]) -> Float[Array, "B T E"]:
     """The network's input: slot t for predicting tokens[:, t]."""
-    B, T = tokens.shape
+    T = tokens.shape[1]
     if math.prod(self.position_shape) < T:
       raise ValueError(f"{T=} tokens have no positions in position_shape={self.position_shape}")
-    x = self.tokens(tokens) + self._at(jnp.arange(T))[None]
-    start = jnp.broadcast_to(self.start[...], (B, 1, x.shape[-1]))
-    return jnp.concatenate([start, x[:, :-1]], axis=1).astype(self.dtype)
+    # Shifted as bytes, before the embedding: devices that share a sequence pass on a byte.
+    before = jax.lax.pad(tokens, jnp.zeros((), tokens.dtype), [(0, 0, 0), (1, -1, 0)])
+    return self._slots(before, jnp.arange(T))
 
   def decode_step(
     self, token: Integer[Array, "B"], step: Integer[Array, ""]
   ) -> Float[Array, "B E"]:
     """Slot `step` alone: `token` is the byte before it (ignored at step 0)."""
-    x = self.tokens(token) + self._at(jnp.maximum(step - 1, 0))[None]
-    return jnp.where(step == 0, self.start[0], x).astype(self.dtype)
+    return self._slots(token[:, None], jnp.reshape(step, (1,)))[:, 0]
+
+  def _slots(
+    self, before: Integer[Array, "B T"], steps: Integer[Array, "T"]
+  ) -> Float[Array, "B T E"]:
+    """Slots `steps`, given the byte before each of them."""
+    x = self.tokens(before) + self._at(jnp.maximum(steps - 1, 0))[None]
+    return jnp.where(steps[None, :, None] == 0, self.start[...], x).astype(self.dtype)
 
   def _at(self, index: Integer[Array, "*T"]) -> Float[Array, "*T E"]:
     digits = jnp.unravel_index(index, self.position_shape)

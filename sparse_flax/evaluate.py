@@ -74,18 +74,18 @@ class Evaluator:
     build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(config.seed))
     graphdef, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
     mesh = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
-    rows = mesh.shape["data"]
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = batch_size or config.data.batch_size // config.train.accumulation
     self._config, self._dataset, self._min_context = config, dataset, min_context
     self._batch_size = rows * -(-batch_size // rows)
     self._by_batch = sharding.by_batch(mesh)
 
-    @jax.jit
     def nats_of_rows(params, tokens, scored: Bool[Array, "B T"]) -> Float[Array, "B"]:
       nats = token_nats(nnx.merge(graphdef, params)(tokens), tokens)
       return jnp.where(scored, nats, 0.0).sum(axis=1)
 
-    self._nats_of_rows = nats_of_rows
+    # Every process gets the whole result.
+    self._nats_of_rows = jax.jit(nats_of_rows, out_shardings=sharding.replicated(mesh))
 
   def __call__(
     self,
@@ -118,7 +118,10 @@ class Evaluator:
     )
     nats, num_bytes, waiting = 0.0, 0, None
     for tokens, scored in itertools.islice(batches, max_batches):
-      sums = self._nats_of_rows(params, *jax.device_put((tokens, scored), self._by_batch))
+      placed = (
+        sharding.place(lambda rows, x=x: x[rows], self._by_batch, x.shape) for x in (tokens, scored)
+      )
+      sums = self._nats_of_rows(params, *placed)
       if waiting is not None:  # fetched one batch late: the device is at work on the next
         nats += _total(waiting)
         on_progress(num_bytes)

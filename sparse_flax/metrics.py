@@ -5,56 +5,112 @@ import json
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 
 from etils import epath
 
+_REMOTE_SECONDS = 30.0
+
 UNIT = {"image": "bits/dim", "text": "bits/byte", "audio": "bits/byte"}
 
 
 class Writer:
-  """Appends to `metrics.jsonl` (a flushed line per record) and `tensorboard/` in a run's folder."""
+  """Appends to `metrics.jsonl` (a line per record) and `tensorboard/` in a run's folder.
+
+  On a local disk each line is flushed when it is written. Object stores cannot append: there both
+  are written anew, every `_REMOTE_SECONDS` at most, and at the end.
+  """
 
   def __init__(self, workdir: epath.PathLike, *, step: int):
     """Opens both for appending; what an earlier process wrote beyond `step` is dropped."""
     import tensorboardX  # only training needs it: other commands start faster without
 
     workdir = epath.Path(workdir)
-    _drop_later_lines(workdir / "metrics.jsonl", step)
-    self._lines = (workdir / "metrics.jsonl").open("a")
-    self._board = tensorboardX.SummaryWriter(
-      os.fspath(workdir / "tensorboard"), purge_step=step + 1 if step else None
-    )
+    self._path, self._folder = workdir / "metrics.jsonl", workdir / "tensorboard"
+    self._kept = _drop_later_lines(self._path, step)
+    self._remote = is_remote(workdir)
+    self._copied = time.monotonic()
+    local = self._folder
+    if self._remote:
+      self._temporary = tempfile.TemporaryDirectory()
+      local = self._temporary.name
+    else:
+      self._lines = self._path.open("a")
+    purge = step + 1 if step else None
+    self._board = tensorboardX.SummaryWriter(os.fspath(local), purge_step=purge)
 
   def write(self, step: int, **values: float | int) -> None:
     """One record: the step, the time in seconds since 1970, and what is finite of `values`."""
     values = {name: value for name, value in values.items() if math.isfinite(value)}
     record = {"step": step, "time": round(time.time(), 3), **values}
-    self._lines.write(json.dumps(record, allow_nan=False) + "\n")
-    self._lines.flush()
+    line = json.dumps(record, allow_nan=False) + "\n"
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    if not self._remote:
+      self._lines.write(line)
+      self._lines.flush()
+      return
+    self._kept.append(line)
+    if time.monotonic() - self._copied > _REMOTE_SECONDS:
+      self._copy()
 
   def __enter__(self) -> "Writer":
     return self
 
   def __exit__(self, *error) -> None:
-    self._lines.close()
     self._board.close()
+    if self._remote:
+      self._copy()
+      self._temporary.cleanup()
+    else:
+      self._lines.close()
+
+  def _copy(self) -> None:
+    self._copied = time.monotonic()
+    self._path.write_text("".join(self._kept))
+    self._board.flush()
+    self._folder.mkdir(parents=True, exist_ok=True)
+    for path in epath.Path(self._temporary.name).iterdir():
+      path.copy(self._folder / path.name, overwrite=True)
 
 
-def _drop_later_lines(path: epath.Path, step: int) -> None:
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether a path is that of an object store, such as gs://..., which cannot append."""
+  return "://" in os.fspath(path)
+
+
+def append_line(path: epath.Path, record: dict) -> None:
+  """Adds a JSON line to a file anywhere."""
+  line = json.dumps(record, allow_nan=False) + "\n"
+  if is_remote(path):
+    path.write_text((path.read_text() if path.exists() else "") + line)
+  else:
+    with path.open("a") as lines:
+      lines.write(line)
+
+
+def _drop_later_lines(path: epath.Path, step: int) -> list[str]:
+  """Leaves what was written up to `step`, and returns it."""
   if not path.exists():
-    return
+    return []
   lines = path.read_text().splitlines(keepends=True)
-  # A line without its end is what a killed process was writing.
-  kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+  kept = [line for line in lines if _step_of(line) <= step]
   if kept != lines:
     temporary = path.parent / (path.name + ".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
+  return kept
+
+
+def _step_of(line: str) -> int | float:
+  """Infinite for what a killed process was writing, or a disk has damaged."""
+  try:
+    return json.loads(line)["step"] if line.endswith("\n") else math.inf
+  except (ValueError, KeyError, TypeError):
+    return math.inf
 
 
 class Progress:
@@ -66,7 +122,7 @@ class Progress:
 
   def __init__(
     self,
-    writer: Writer,
+    writer: Writer | None,
     *,
     steps: int,
     log_every: int,
@@ -76,7 +132,7 @@ class Progress:
     say: Callable[[str], None],
   ):
     """Args:
-    writer: takes the records.
+    writer: takes the records; None where another process has it.
     steps: of the whole run.
     log_every: steps between two lines; the first and the last step always have one.
     unit: of UNIT.
@@ -136,7 +192,7 @@ class Progress:
     self._say(
       progress_line(now[0], self._steps, values, unit=self._unit, seconds_left=seconds_left)
     )
-    self._writer.write(now[0], **values)
+    self._write(now[0], **values)
 
   def evaluated(self, result: dict) -> None:
     """Takes what evaluation found after the newest step."""
@@ -145,7 +201,11 @@ class Progress:
       f"step {step:,}/{self._steps:,}  {result['split']} {bits:.3f} {self._unit}  "
       f"averaged weights, {result['bytes_scored']:,} bytes"
     )
-    self._writer.write(step, validation_bits_per_byte=bits)
+    self._write(step, validation_bits_per_byte=bits)
+
+  def _write(self, step: int, **values: float | int) -> None:
+    if self._writer is not None:
+      self._writer.write(step, **values)
 
 
 def progress_line(

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+from etils import epath
 from jaxtyping import UInt8
 
 Pixels = UInt8[np.ndarray, "rows columns channels"]
@@ -56,7 +57,8 @@ def save_grid(
   captions: Sequence[str] = (),
 ) -> None:
   """Writes `draw_grid(rows, captions=captions)` as a PNG file."""
-  draw_grid(rows, captions=captions).save(path, format="PNG")
+  with epath.Path(path).open("wb") as file:
+    draw_grid(rows, captions=captions).save(file, format="PNG")
 
 
 def with_unknown(pixels: Pixels, *, known: int) -> Pixels:

@@ -1,15 +1,31 @@
-"""The device mesh, and where state and batches lie on it."""
+"""The device mesh, and where state, batches and attention lie on it: rules, not annotations."""
 
+import math
+import re
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import Array
 from jaxtyping import Float
 
+from pallas_kernels import sparse_attention
 from pallas_kernels.patterns import Pattern
+from sparse_flax import sequence
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH = ("data", "fsdp")  # the axes that sequences are dealt out over
+
+# The last axes of a leaf, by the end of its path; moments and averages are named like weights. A
+# layer's weights are cut twice: by heads or hidden features over "tensor", by the model's width
+# over "fsdp". What no rule names every device has whole: embeddings and logits, less than a layer,
+# norms, biases of the width, counters.
+RULES = (
+  (r"(query|key|value|up)/kernel", ("fsdp", "tensor")),
+  (r"(query|key|value|up)/bias", ("tensor",)),
+  (r"(out|down)/kernel", ("tensor", "fsdp")),
+)
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.sharding.Mesh:
@@ -32,40 +48,88 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.shardi
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-  """A copy on every device: what parameters and optimizer state have."""
+  """A copy on every device."""
   return jax.NamedSharding(mesh, jax.P())
 
 
 def by_batch(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-  """The rows of a batch shared out over the data axis."""
-  return jax.NamedSharding(mesh, jax.P("data"))
+  """A batch [B, T]: sequences over data and fsdp, their tokens over sequence."""
+  return jax.NamedSharding(mesh, jax.P(BATCH, "sequence"))
+
+
+def by_rules(shapes: dict, mesh: jax.sharding.Mesh) -> dict:
+  """The sharding of every leaf of a state (arrays or shapes) by RULES.
+
+  An axis that does not come out even is not cut.
+  """
+
+  def of(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = next((axes for rule, axes in RULES if re.search(f"{rule}$", name)), ())
+    axes = (None,) * (leaf.ndim - len(axes)) + axes[max(0, len(axes) - leaf.ndim) :]
+    even = zip(leaf.shape, axes, strict=True)
+    return jax.NamedSharding(
+      mesh, jax.P(*(x if x and size % mesh.shape[x] == 0 else None for size, x in even))
+    )
+
+  return jax.tree.map_with_path(of, shapes)
+
+
+def place(read: Callable[[np.ndarray], np.ndarray], where: jax.NamedSharding, shape: tuple):
+  """An array of `shape` [B, ...] on the devices of `where`, of which every process reads its rows.
+
+  Args:
+    read: row numbers -> those rows, [len(rows), ...].
+    where: how rows, and what they hold, are dealt out.
+    shape: of the whole array.
+  """
+  mine = where.addressable_devices_indices_map(shape).values()
+  rows = np.unique([row for index in mine for row in range(*index[0].indices(shape[0]))])
+  local = read(rows)
+
+  def piece(index):
+    first, last = np.searchsorted(rows, index[0].indices(shape[0])[:2])
+    return local[(slice(first, last), *index[1:])]
+
+  return jax.make_array_from_callback(shape, where, piece)
 
 
 def over_devices(
-  attend: Callable[..., Array],
   q: Float[Array, "B T H Dk"],
   k: Float[Array, "B T H Dk"],
   v: Float[Array, "B T H Dv"],
   *,
   pattern: Pattern,
+  implementation: str | None = None,
 ) -> Float[Array, "B T H Dv"]:
-  """attend(q, k, v), where every device has its share of the sequences and heads.
+  """`sparse_attention`, where every device has its share of the sequences, heads and tokens.
 
   The compiler cannot split kernels by itself: it would gather q, k and v on every device. The mesh
-  is that of `jax.set_mesh`; without one, or inside another shard_map, this is a plain call. What
-  does not come out even, or would give a head another number in the pattern, is not shared out.
+  is that of `jax.set_mesh`; without one, or inside another shard_map, this is a plain call. Batch
+  or heads that do not come out even, or would give a head another number in the pattern, are not
+  shared out.
+
+  Raises:
+    ValueError: the mesh has a sequence axis over which the pattern cannot be shared out.
   """
   mesh = jax.sharding.get_abstract_mesh()
   there = {name: size for name, size in mesh.shape.items() if size > 1}
+  plain = lambda q, k, v: sparse_attention(q, k, v, pattern=pattern, implementation=implementation)
   if not there or mesh.manual_axes:
-    return attend(q, k, v)
-  batch = tuple(name for name in ("data", "fsdp") if name in there)
-  rows, heads = 1, there.get("tensor", 1)
-  for name in batch:
-    rows *= there[name]
+    return plain(q, k, v)
+  rows = math.prod(there.get(name, 1) for name in BATCH)
+  heads, n = there.get("tensor", 1), there.get("sequence", 1)
+  # Axes of one device stand in it too: gradients are summed over those that do not.
+  named = lambda *names: tuple(name for name in names if name in mesh.axis_names) or None
   spec = jax.P(
-    batch if q.shape[0] % rows == 0 else None,
-    None,
-    "tensor" if heads > 1 and q.shape[2] % (heads * pattern.period) == 0 else None,
+    named(*BATCH) if q.shape[0] % rows == 0 else None,
+    named("sequence"),
+    named("tensor") if q.shape[2] % (heads * pattern.period) == 0 else None,
   )
+  attend = plain
+  if n > 1:
+    if text := sequence.problem(pattern, q.shape[1], n):
+      raise ValueError(f"mesh axis sequence={n}: must {text}")
+    how = dict(pattern=pattern, axis="sequence", implementation=implementation)
+    attend = lambda q, k, v: sequence.attend(q, k, v, **how)
   return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import math
 from collections.abc import Callable
 
 import chex
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Key
@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 
 from sparse_flax import checkpoint
 from sparse_flax import data
+from sparse_flax import errors
 from sparse_flax import evaluate
 from sparse_flax import flops
 from sparse_flax import metrics
@@ -26,13 +27,11 @@ from sparse_flax import optim
 from sparse_flax import sharding
 from sparse_flax import transformer
 from sparse_flax import validate
+from sparse_flax import watchdog
+from sparse_flax import workdir as workdir_lib
 
-# A scale that is halved at every step reaches its floor sooner; then there is nothing left to try.
-_MOST_SKIPPED_IN_A_ROW = 10
-
-
-class NonFiniteError(ArithmeticError):
-  """The loss or the weights are no numbers any more."""
+# So many times longer than a step compiling, evaluating and saving may take for the watchdog.
+_PATIENCE = 20.0
 
 
 def init_state(
@@ -64,8 +63,8 @@ def train_step(
 ) -> tuple[dict, dict]:
   """One update: the new state, and fp32 scalars. The model shifts the tokens by itself.
 
-  With a dynamic loss scale an overflow changes nothing but the scale and the step, so that the
-  data move on.
+  Where the loss or a gradient is not finite, nothing changes but the step, so that the data move
+  on, and a dynamic loss scale.
 
   Args:
     state: of `init_state`.
@@ -112,12 +111,13 @@ def train_step(
     "grad_norm": norm,
     "learning_rate": schedule(optim.updates_done(state["opt"])),
   }
+  loss_ok, grads_ok = jnp.isfinite(nats), jnp.isfinite(norm)
+  ok = loss_ok & grads_ok
+  new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {k: state[k] for k in new})
+  record["skipped"] = 1.0 - ok.astype(jnp.float32)
   if "loss_scale" in state:
-    loss_ok, grads_ok = jnp.isfinite(nats), jnp.isfinite(norm)
-    ok = loss_ok & grads_ok
-    new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {k: state[k] for k in new})
     new["loss_scale"] = optim.next_loss_scale(scale, loss_ok=loss_ok, grads_ok=grads_ok)
-    record |= {"loss_scale": scale, "skipped": 1.0 - ok.astype(jnp.float32)}
+    record["loss_scale"] = scale
   return new | {"step": state["step"] + 1}, record
 
 
@@ -141,14 +141,24 @@ def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: str, *, say: Callable[[str], None] = print
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  say: Callable[[str], None] = print,
+  stop: Callable[[], bool] = lambda: False,
+  watched: watchdog.Watchdog | None = None,
 ) -> dict:
   """Trains as `config` says; picks up again if `workdir` holds a checkpoint.
 
+  Of many processes each makes the same call; the first one writes and says what is to be read.
+
   Args:
     config: of a file in configs.
-    workdir: the run's folder, made when it is not there.
+    workdir: the run's folder, made when it is not there; for many hosts one that all can reach.
     say: takes the lines that a person shall read.
+    stop: whether to save and end after this step; with many processes their preemption service
+      is asked instead.
+    watched: gets a beat for every step.
 
   Returns:
     The last evaluation on the validation split, as `evaluate.evaluate` gives it.
@@ -156,18 +166,24 @@ def train(
   Raises:
     ValueError: a mistake in the config, other data, or the folder of another run; nothing has
       been written then.
-    NonFiniteError: the loss or a weight is not finite; such weights are never saved.
+    errors.Preempted: the run was stopped and saved.
+    errors.NonFiniteError: the loss or a weight is not finite; such weights are never saved.
+    errors.StorageError: a disk or a file failed; what had been saved is intact.
+    errors.DamagedError: there are checkpoints, but none is sound.
   """
   problems = validate.validate(config)
   if problems:
     raise ValueError("\n".join(problems))
   chex.clear_trace_counter()  # of an earlier run in this process
+  leads, several = jax.process_index() == 0, jax.process_count() > 1
+  say = say if leads else lambda line: None
+  watched = watched or watchdog.Watchdog()
 
   # --------------------------------------------------------------------- Data
-  checkpoint.check_workdir(workdir, config)  # before data are prepared for it
+  workdir_lib.check(workdir, config)  # before data are prepared for it
   splits = {split: evaluate.open_dataset(config, split) for split in ("train", "validation")}
   identity = {split: dataset.identity for split, dataset in splits.items()}
-  checkpoint.check_workdir(workdir, config, data=identity)
+  workdir_lib.check(workdir, config, data=identity)
   seq_len, batch_size = config.model.seq_len, config.data.batch_size
   batch_at = data.make_batches(
     splits["train"], seq_len=seq_len, batch_size=batch_size, seed=config.seed
@@ -181,21 +197,28 @@ def train(
   # -------------------------------------------------------------------- State
   everywhere, by_batch = sharding.replicated(mesh), sharding.by_batch(mesh)
   init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-  shapes = checkpoint.abstract(init, init_key, sharding=everywhere)
-  checkpoint.start_workdir(workdir, config, data=identity)
+  shapes = jax.eval_shape(init, init_key)
+  layout = sharding.by_rules(shapes, mesh)
+  shapes = checkpoint.laid_out(shapes, layout)
+  if leads:
+    workdir_lib.start(workdir, config, data=identity)
+  if several:  # no process may look for what the first one has not written
+    multihost_utils.sync_global_devices("the folder is there")
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
-    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
-    first = checkpoints.latest_step() or 0
-    say(f"RESUMING {workdir} at step {first:,}" if first else f"FRESH RUN in {workdir}")
+    stack.enter_context(watched)
+    watched.beat(patience=_PATIENCE)
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(workdir, config=config, keep_every=config.train.keep_every, say=say)
+    )
+    found = checkpoints.restore_newest(shapes)
+    first = found[1] if found else 0
+    say(f"RESUMING {workdir} at step {first:,}" if found else f"FRESH RUN in {workdir}")
     say(_banner(config, workdir, params=shapes["params"], splits=splits, mesh=mesh))
-    if first:
-      state = checkpoints.restore(first, shapes)
-    else:
-      state = jax.jit(init, out_shardings=everywhere)(init_key)
+    state = found[0] if found else jax.jit(init, out_shardings=layout)(init_key)
 
     # ------------------------------------------------------------------- Loop
-    writer = stack.enter_context(metrics.Writer(workdir, step=first))
+    writer = stack.enter_context(metrics.Writer(workdir, step=first)) if leads else None
     evaluator = evaluate.Evaluator(config, splits["validation"], min_context=0, mesh=mesh)
     peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
     step_flops = flops.train_flops(config.model, batch_size=batch_size)
@@ -210,58 +233,89 @@ def train(
     )
 
     step_fn = chex.assert_max_traces(one_step, n=1)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=everywhere)
-    waiting = collections.deque()
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, everywhere))
+    waiting, saved = collections.deque(), first
 
     def settle(leave: int) -> None:  # fetches metrics until `leave` steps of them are waiting
       while len(waiting) > leave:
         done, record = waiting.popleft()
         record = {name: float(value) for name, value in jax.device_get(record).items()}
         progress.add(done, record)
-        _stop_if_hopeless(done, record, skipped=progress.skipped_in_a_row)
+        if progress.skipped_in_a_row >= config.train.max_skipped:
+          raise _hopeless(done, record, skipped=progress.skipped_in_a_row, saved=saved)
+
+    def evaluated(step: int) -> dict:
+      return evaluator(
+        state["ema"],
+        step=step,
+        max_batches=config.eval.monitor_batches or None,
+        on_progress=lambda num_bytes: watched.beat(patience=_PATIENCE),
+      )
+
+    def batch(step: int):
+      read = lambda rows: batch_at(step, rows)
+      return sharding.place(read, by_batch, (batch_size, seq_len))
 
     result = None
     reader = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-    upcoming = reader.submit(batch_at, first)
+    upcoming = reader.submit(batch, first)
     say("compiling ..." if first < steps else "nothing left to train")
     for step in range(first + 1, steps + 1):  # step: how many are done when this one is
-      tokens = jax.device_put(upcoming.result(), by_batch)
+      try:
+        tokens = upcoming.result()
+      except OSError as error:
+        raise errors.StorageError(
+          f"step {step:,}: the data cannot be read any more: {error}; the same command goes on "
+          f"from step {saved:,} when they are back"
+        ) from error
       if step < steps:
-        upcoming = reader.submit(batch_at, step)
+        upcoming = reader.submit(batch, step)
       state, record = step_fn(state, tokens, dropout_key)
       waiting.append((step, record))
       settle(leave=1)  # one step late: the device is already at work on this one
+      watched.beat(patience=_PATIENCE if step == first + 1 else 1.0)
+      # All processes have to come to the same answer.
+      stop_now = checkpoints.reached_preemption(step) if several else stop()
       evaluate_now, save_now = (
         step == steps or step % config.train[f"{what}_every"] == 0 for what in ("eval", "save")
       )
-      if evaluate_now or save_now:
+      if evaluate_now or save_now or stop_now:
         settle(leave=0)
+        watched.beat(patience=_PATIENCE)
         with progress.pause():
           result = None
           if evaluate_now:
-            result = evaluator(
-              state["ema"], step=step, max_batches=config.eval.monitor_batches or None
-            )
+            result = evaluated(step)
             progress.evaluated(result)
-          if save_now:
-            _stop_if_not_finite(state)
+          # While updates are skipped, the step to come back to is one before that began.
+          if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
+            _stop_if_not_finite(state, saved=saved)
             checkpoints.save(state, bits_per_byte=result and result["bits_per_byte"])
-    return result or evaluator(
-      state["ema"], step=steps, max_batches=config.eval.monitor_batches or None
-    )
+            saved = step
+        watched.beat()
+      if stop_now and step < steps:
+        checkpoints.wait()
+        raise errors.Preempted(f"STOPPED at step {step:,}, saved is step {saved:,}")
+    if result is None:  # nothing was left to train
+      result = evaluated(steps)
+    watched.beat(patience=_PATIENCE)  # the last save
+    return result
 
 
-def _stop_if_hopeless(step: int, record: dict[str, float], *, skipped: int) -> None:
-  """Raises NonFiniteError when this step, or too many in a row, had no finite loss and gradient."""
-  finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
-  if finite or ("skipped" in record and skipped < _MOST_SKIPPED_IN_A_ROW):
-    return
-  raise NonFiniteError(
+def _hopeless(
+  step: int, record: dict[str, float], *, skipped: int, saved: int
+) -> errors.NonFiniteError:
+  return errors.NonFiniteError(
     f"step {step:,}: loss {record['loss']}, norm of the gradient {record['grad_norm']}, learning "
-    f"rate {record['learning_rate']:.3g}. Nothing of this has been saved. A lower "
-    "config.optim.learning_rate, a longer warmup_steps or compute_dtype='float32' may help; "
-    "the same command goes on from the last checkpoint."
+    f"rate {record['learning_rate']:.3g}; {skipped} updates in a row were skipped. Nothing of this "
+    "has been saved. A lower config.optim.learning_rate, a longer warmup_steps or "
+    f"compute_dtype='float32' may help; {_way_on(saved)}."
   )
+
+
+def _way_on(saved: int) -> str:
+  step = f"step {saved:,}, the last good checkpoint" if saved else "the beginning: none was saved"
+  return f"the same command goes on from {step}"
 
 
 @jax.jit
@@ -270,11 +324,11 @@ def _all_finite(state: dict) -> Bool[Array, ""]:
   return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
-def _stop_if_not_finite(state: dict) -> None:
+def _stop_if_not_finite(state: dict, *, saved: int) -> None:
   if not _all_finite(state):
-    raise NonFiniteError(
-      f"step {int(state['step']):,}: a weight or a moment is not finite; not saved. The same "
-      "command goes on from the last checkpoint."
+    raise errors.NonFiniteError(
+      f"step {int(state['step']):,}: a weight or a moment is not finite; not saved. "
+      f"{_way_on(saved).capitalize()}."
     )
 
 

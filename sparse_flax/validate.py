@@ -15,6 +15,7 @@ from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import initialization
 from sparse_flax import layer_patterns
+from sparse_flax import sequence
 from sparse_flax import transformer
 
 
@@ -90,6 +91,8 @@ _RULES = {
   "train.log_every": _whole(1),
   "train.eval_every": _whole(1),
   "train.save_every": _whole(1),
+  "train.keep_every": _whole(0),
+  "train.max_skipped": _whole(1),
   "train.accumulation": _whole(1),
   "train.ema_decay": _RATE,
   "optim.learning_rate": _POSITIVE,
@@ -102,9 +105,9 @@ _RULES = {
   "optim.final_lr_ratio": _number(lambda x: 0 <= x <= 1, "a number in [0, 1]"),
   "optim.loss_scale": _one_of("none", "dynamic"),
   "mesh.data": Rule((int,), lambda x: x == -1 or x >= 1, "-1 (all devices) or a number >= 1"),
-  "mesh.fsdp": Rule((int,), lambda x: x == 1, "1: only the data axis shares out work so far"),
-  "mesh.tensor": Rule((int,), lambda x: x == 1, "1: only the data axis shares out work so far"),
-  "mesh.sequence": Rule((int,), lambda x: x == 1, "1: only the data axis shares out work so far"),
+  "mesh.fsdp": _whole(1),
+  "mesh.tensor": _whole(1),
+  "mesh.sequence": _whole(1),
   "eval.min_context": _whole(0),
   "eval.monitor_batches": _whole(0),
 }
@@ -116,8 +119,10 @@ def validate(config: ml_collections.ConfigDict) -> list[str]:
   Reads what it must of the data's folder, builds the model without memory, and writes nothing.
   """
   problems = validate_fields(config)
-  if not any(x.startswith(("config.mesh", "config.data", "config.train")) for x in problems):
-    problems += _check_batch(config)
+  if not any(
+    x.startswith(("config.mesh", "config.data", "config.train", "config.model")) for x in problems
+  ):
+    problems += _check_mesh(config)
   if not any(x.startswith(("config.data", "config.model.seq_len")) for x in problems):
     problems += [
       "config." + problem.removeprefix("config.")
@@ -193,19 +198,37 @@ def _check_model(config: ml_collections.ConfigDict) -> list[str]:
   return problems
 
 
-def _check_batch(config: ml_collections.ConfigDict) -> list[str]:
-  """The batch has to come out even over micro-batches and devices."""
-  size, parts = config.data.batch_size, config.train.accumulation
-  devices = config.mesh.data
-  if devices > jax.device_count():
-    return [f"config.mesh.data={devices}: must be at most {jax.device_count()}, the devices here"]
-  devices = jax.device_count() if devices == -1 else devices
-  if size % (parts * devices):
-    return [
-      f"config.data.batch_size={size}: must be a multiple of {parts * devices} = "
-      f"train.accumulation {parts} x {devices} devices on the data axis"
-    ]
-  return []
+def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
+  """The mesh has to fit the devices, and its axes what they share out."""
+  mesh, model, there = config.mesh, config.model, jax.device_count()
+  inner = mesh.fsdp * mesh.tensor * mesh.sequence
+  data = there // inner if mesh.data == -1 else mesh.data
+  if data < 1 or data * inner > there:
+    axes = {name: mesh[name] for name in ("data", "fsdp", "tensor", "sequence")}
+    return [f"config.mesh={axes}: must fit the {there} devices here"]
+  problems = []
+  parts, rows = config.train.accumulation, data * mesh.fsdp
+  if config.data.batch_size % (parts * rows):
+    problems.append(
+      f"config.data.batch_size={config.data.batch_size}: must be a multiple of {parts * rows} = "
+      f"train.accumulation {parts} x {rows} devices on the axes data and fsdp"
+    )
+  layers = [layer_patterns.make_pattern(x, **_pattern_sizes(model)) for x in model.attention_layers]
+  period = math.lcm(*(pattern.period for pattern in layers))
+  if model.num_heads % (mesh.tensor * period):
+    heads = f"num_heads={model.num_heads}" + (f" / {period} patterns" if period > 1 else "")
+    problems.append(f"config.mesh.tensor={mesh.tensor}: must divide {heads}")
+  if round(model.ff_mult * model.width) % mesh.tensor:
+    width = round(model.ff_mult * model.width)
+    problems.append(f"config.mesh.tensor={mesh.tensor}: must divide ff_mult * width = {width}")
+  for pattern in dict.fromkeys(layers):
+    if text := sequence.problem(pattern, model.seq_len, mesh.sequence):
+      problems.append(f"config.mesh.sequence={mesh.sequence}: must {text}")
+  return problems
+
+
+def _pattern_sizes(model: ml_collections.ConfigDict) -> dict:
+  return {x: model[x] for x in ("num_heads", "stride", "summary_width", "sub_blocks")}
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

@@ -127,7 +127,7 @@ def test_devices_share_sequences_and_heads_and_gather_nothing(pattern):
   loss = lambda attend, *x: (attend(*x) ** 2).sum()
   expected = jax.grad(functools.partial(loss, attend), (0, 1, 2))(q, k, v)
   mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2, sequence=1)
-  shared = functools.partial(sharding.over_devices, attend, pattern=pattern)
+  shared = functools.partial(sharding.over_devices, pattern=pattern)
   with jax.set_mesh(mesh):
     by_batch = jax.NamedSharding(mesh, jax.P("data"))
     x = jax.device_put((q, k, v), by_batch)
@@ -144,5 +144,5 @@ def test_what_does_not_come_out_even_is_computed_everywhere():
   q = jax.random.normal(jax.random.key(0), (3, 24, 4, 8))
   attend = functools.partial(sparse_attention, pattern=patterns.Local(4))
   with jax.set_mesh(sharding.make_mesh(data=2, fsdp=1, tensor=1, sequence=1)):
-    got = sharding.over_devices(attend, q, q, q, pattern=patterns.Local(4))
+    got = sharding.over_devices(q, q, q, pattern=patterns.Local(4))
   assert_close(got, attend(q, q, q), tolerance=1e-6, what="out")

@@ -210,6 +210,7 @@ def tiny_body(no_gpu, monkeypatch):
   return body
 
 
+@pytest.mark.slow
 def test_step_measures_every_mode_and_reports_the_one_that_fails(tiny_body, tmp_path, capsys):
   assert not step.run(tmp_path)  # there is no cuDNN on a CPU
   (path,) = tmp_path.iterdir()
@@ -237,6 +238,7 @@ def test_steps_are_compared_with_none_and_dense():
   assert [row.get("dense_ratio") for row in rows] == [4.6, 4.0, 5.75, 4.6, 1.0, None]
 
 
+@pytest.mark.slow
 def test_a_step_learns_the_same_under_every_policy(tiny_body):
   params, _, tokens = step.start(tiny_body, jax.random.key(0))
   params["head"] = 0.1 * jnp.ones_like(params["head"])

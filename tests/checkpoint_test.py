@@ -8,6 +8,7 @@ from flax import nnx
 from sparse_flax import checkpoint
 from sparse_flax import sharding
 from sparse_flax import transformer
+from sparse_flax import workdir as workdir_lib
 from tests import tiny
 
 
@@ -47,7 +48,7 @@ def test_state_comes_back_with_every_bit_where_it_is_wanted(tmp_path, devices):
   save_all(tmp_path, {3: 4.0})
   mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1)
   where = sharding.replicated(mesh)
-  shapes = checkpoint.abstract(lambda: state_at(0), sharding=where)
+  shapes = checkpoint.laid_out(jax.eval_shape(lambda: state_at(0)), where)
   with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
     state = checkpoints.restore(3, shapes)
   assert tiny.leaf_bytes(state) == tiny.leaf_bytes(state_at(3))
@@ -58,7 +59,7 @@ def make_run(workdir, config, *, step=5):
   """The folder of a run whose averaged weights are all ones."""
   model = transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(0))
   ones = jax.tree.map(jnp.ones_like, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-  checkpoint.start_workdir(workdir, config, data={"train": {"digest": "sha256:1"}})
+  workdir_lib.start(workdir, config, data={"train": {"digest": "sha256:1"}})
   with checkpoint.Checkpoints(workdir) as checkpoints:
     checkpoints.save({"step": jnp.int32(step), "params": {"none": jnp.zeros(1)}, "ema": ones})
   return ones
@@ -89,18 +90,18 @@ def test_config_of_a_folder_that_is_no_run(tmp_path, text, message):
   if text is not None:
     (tmp_path / "config.json").write_text(text)
   with pytest.raises(ValueError, match=message):
-    checkpoint.load_config(tmp_path)
+    workdir_lib.load_config(tmp_path)
 
 
 def test_every_difference_of_a_config_is_named(tmp_path):
   config, data = tiny.config(tmp_path / "text"), {"train": {"digest": "sha256:1"}}
-  checkpoint.check_workdir(tmp_path / "run", config, data=data)  # nothing there yet
-  checkpoint.start_workdir(tmp_path / "run", config, data=data)
-  checkpoint.check_workdir(tmp_path / "run", config, data=data)
+  workdir_lib.check(tmp_path / "run", config, data=data)  # nothing there yet
+  workdir_lib.start(tmp_path / "run", config, data=data)
+  workdir_lib.check(tmp_path / "run", config, data=data)
   other = tiny.config(tmp_path / "text", model=dict(width=32), data=dict(name="enwik8"))
   with pytest.raises(ValueError) as error:
-    checkpoint.check_workdir(tmp_path / "run", other, data=data)
+    workdir_lib.check(tmp_path / "run", other, data=data)
   lines = str(error.value).splitlines()
   assert lines[1:] == ["  config.data.name: 'bytes' -> 'enwik8'", "  config.model.width: 16 -> 32"]
   with pytest.raises(ValueError, match=r"data\.train\.digest: 'sha256:1' -> 'sha256:2'"):
-    checkpoint.check_workdir(tmp_path / "run", config, data={"train": {"digest": "sha256:2"}})
+    workdir_lib.check(tmp_path / "run", config, data={"train": {"digest": "sha256:2"}})

@@ -10,6 +10,7 @@ import pytest
 from experiments import cli
 from experiments import evaluate
 from experiments import train
+from sparse_flax import errors
 from tests import tiny
 
 # ml_collections loads config files the old way.
@@ -120,8 +121,8 @@ def test_train_and_evaluate_from_the_command_line(tmp_path, capsys, monkeypatch)
 
 @pytest.mark.promotes
 def test_run_that_diverges_has_a_status_of_its_own(tmp_path, capsys, monkeypatch):
-  def diverge(config, workdir, *, say):
-    raise train.train.NonFiniteError("step 3: loss nan")
+  def diverge(config, workdir, **how):
+    raise errors.NonFiniteError("step 3: loss nan")
 
   monkeypatch.setattr(train.train, "train", diverge)
   assert failure(train.main, [CONFIG, f"--workdir={tmp_path}"], capsys) == (3, "step 3: loss nan")

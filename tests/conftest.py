@@ -12,6 +12,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 TIMEOUT = 600  # seconds of one test: a kernel whose barriers do not match waits forever
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Of the cases of a test marked in_turn(n) all but every n-th are slow."""
+  seen = {}
+  for item in items:
+    if turn := item.get_closest_marker("in_turn"):
+      name = item.nodeid.partition("[")[0]
+      seen[name] = seen.get(name, -1) + 1
+      if seen[name] % turn.args[0]:
+        item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_promoted_in_silence(request):
   dtypes = "standard" if request.node.get_closest_marker("promotes") else "strict"

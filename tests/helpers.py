@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from pallas_kernels import patterns
 from pallas_kernels.patterns import Pattern
@@ -66,13 +65,6 @@ EVERY_PATTERN = {
   "union_of_any": patterns.Block(4) | patterns.Column(3),
   "intersection": patterns.Local(9) & patterns.Column(2),
 }
-
-
-def in_turn(cases, of: int = 2) -> list:
-  """One of every `of` cases; the others are for `make test-long`."""
-  as_tuple = lambda case: case if isinstance(case, tuple) else (case,)
-  slow = lambda n: [pytest.mark.slow] * (n % of > 0)
-  return [pytest.param(*as_tuple(case), marks=slow(n)) for n, case in enumerate(cases)]
 
 
 def assert_close(got, expected, *, tolerance: float, what: str) -> None:

@@ -8,7 +8,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import in_turn
 from jax.sharding import AbstractDevice
 from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
@@ -79,7 +78,8 @@ def attend_with(pattern, implementation="mosaic_gpu"):
   return functools.partial(sparse_attention, pattern=pattern, implementation=implementation)
 
 
-@pytest.mark.parametrize("shape", in_turn(SHAPES))
+@pytest.mark.in_turn(4)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_nothing_large_is_copied(name, shape):
   B, T, H, D, stride, width = SHAPES[shape]
@@ -90,7 +90,8 @@ def test_nothing_large_is_copied(name, shape):
   assert not large_moves(program, B * T * H * D // 2)  # per_head moves half the heads at once
 
 
-@pytest.mark.parametrize("T", in_turn([1_111, 1_024]))
+@pytest.mark.in_turn(5)
+@pytest.mark.parametrize("T", [1_111, 1_024])
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("name", ["dense", "local", "block"])
 def test_segments(name, D, T):
@@ -111,7 +112,8 @@ def test_windows_as_the_tuning_table_may_have_them(direction, block_k, D):
         assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
 
 
-@pytest.mark.parametrize("name", in_turn(PATTERNS))
+@pytest.mark.in_turn(3)
+@pytest.mark.parametrize("name", PATTERNS)
 def test_two_levels_of_vmap_copy_nothing(name):
   x = array(2, 3, 1, 1024, 4, 64)
   attend = jax.vmap(jax.vmap(attend_with(PATTERNS[name](128, 32))))
@@ -120,7 +122,8 @@ def test_two_levels_of_vmap_copy_nothing(name):
   assert not large_moves(program, 3 * 1024 * 64)
 
 
-@pytest.mark.parametrize("name", in_turn(PATTERNS))
+@pytest.mark.in_turn(3)
+@pytest.mark.parametrize("name", PATTERNS)
 def test_layers_that_are_computed_again(name):
   x = array(2, 1024, 4, 64)
   attend = attend_with(PATTERNS[name](128, 32))
@@ -138,7 +141,8 @@ def test_layers_that_are_computed_again(name):
   assert 0 < kept < again
 
 
-@pytest.mark.parametrize("name", in_turn(PATTERNS))
+@pytest.mark.in_turn(3)
+@pytest.mark.parametrize("name", PATTERNS)
 def test_inside_shard_map(name):
   x = array(8, 1024, 4, 64)
   spec = PartitionSpec("data", None, "model", None)
@@ -151,9 +155,10 @@ def test_inside_shard_map(name):
   assert not large_moves(program, 2 * 1024 * 2 * 64)
 
 
+@pytest.mark.in_turn(8)
 @pytest.mark.parametrize(
   "Dk,Dv",
-  in_turn([(32, 32), (64, 128), (128, 64), (96, 96), (128, 128), (192, 192), (256, 256)]),
+  [(32, 32), (64, 128), (128, 64), (96, 96), (128, 128), (192, 192), (256, 256)],
 )
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_head_size(name, Dk, Dv):
@@ -168,6 +173,7 @@ def test_every_head_size(name, Dk, Dv):
   assert not large_moves(program, 1024 * 2 * 32)
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_odd_lengths(name):
   x = array(2, 777, 4, 64)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import in_turn
 
 from pallas_kernels import patterns
 from pallas_kernels import reference
@@ -141,7 +140,8 @@ def expected(case, q, k, v, ids):
   return out, lse, lambda *cotangents: [x[:, :, heads] for x in pull(cotangents)]
 
 
-@pytest.mark.parametrize("case", in_turn(CASES.values()), ids=CASES)
+@pytest.mark.in_turn(4)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_equals_the_reference(case):
   q, k, v, _, ids = arrays(case)
   out, lse = stream_forward.forward(
@@ -155,7 +155,8 @@ def test_forward_equals_the_reference(case):
   )
 
 
-@pytest.mark.parametrize("case", in_turn(CASES.values()), ids=CASES)
+@pytest.mark.in_turn(4)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradients_equal_the_reference(case):
   q, k, v, dout, ids = arrays(case)
   out, lse, pull = expected(case, q, k, v, ids)
@@ -220,7 +221,8 @@ SHAPES = {  # B, T, H, D, stride, width
 
 
 @pytest.mark.parametrize("view", ["summary", "fixed", "columns"])
-@pytest.mark.parametrize("shape", in_turn(SHAPES))
+@pytest.mark.in_turn(2)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_lower_for_an_h100_without_copies(shape, view):
   B, T, H, D, stride, width = SHAPES[shape]
   schedule = {

@@ -17,6 +17,7 @@ from sparse_flax import checkpoint
 from sparse_flax import pictures
 from sparse_flax import sample
 from sparse_flax import SparseTransformer
+from sparse_flax import workdir
 from tests import tiny
 from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import SMALL
@@ -134,7 +135,7 @@ def make_run(folder, config, *, step=3):
   """A run's folder with weights as they are at first."""
   model = SparseTransformer(**config.model, rngs=nnx.Rngs(0))
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  checkpoint.start_workdir(folder, config, data={})
+  workdir.start(folder, config, data={})
   with checkpoint.Checkpoints(folder) as checkpoints:
     checkpoints.save({"step": jnp.asarray(step), "params": params, "ema": params})
   return folder

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from sparse_flax import checkpoint
+from sparse_flax import errors
 from sparse_flax import optim
 from sparse_flax import sharding
 from sparse_flax import train
@@ -59,7 +60,7 @@ def restore(config, workdir):
   tx = make_tx(config)[0]
   init = functools.partial(train.init_state, build=build, tx=tx, loss_scale="none")
   where = sharding.replicated(sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1))
-  shapes = checkpoint.abstract(init, jax.random.key(0), sharding=where)
+  shapes = checkpoint.laid_out(jax.eval_shape(init, jax.random.key(0)), where)
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
     return checkpoints.restore(checkpoints.latest_step(), shapes)
 
@@ -143,8 +144,10 @@ def test_other_data_are_refused(runs):
 
 
 def test_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
-  config = tiny.config(tiny.text_file(tmp_path / "text"), optim=dict(learning_rate=1e30))
-  with pytest.raises(train.NonFiniteError, match=r"step \d: loss .*learning_rate"):
+  config = tiny.config(
+    tiny.text_file(tmp_path / "text"), optim=dict(learning_rate=1e30), train=dict(max_skipped=3)
+  )
+  with pytest.raises(errors.NonFiniteError, match=r"step \d: loss .*learning_rate"):
     run(config, tmp_path / "run")
   assert checkpoint.latest_step(tmp_path / "run") is None
 

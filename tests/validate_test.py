@@ -38,7 +38,7 @@ def test_a_good_config_has_no_problems(path):
     ("optim.weight_decay", -0.1, "a finite number >= 0"),
     ("optim.final_lr_ratio", 1.5, "a number in [0, 1]"),
     ("optim.loss_scale", "static", "'none', 'dynamic'"),
-    ("mesh.tensor", 2, "1: only the data axis"),
+    ("mesh.tensor", 0, "a whole number >= 1"),
     ("mesh.data", 0, "-1 (all devices)"),
     ("eval.min_context", -1, "a whole number >= 0"),
     ("seed", -1, "a whole number in [0, 2**32)"),
@@ -80,10 +80,22 @@ def test_field_by_itself(path, field, value, right):
     (dict(eval=dict(min_context=32)), "config.eval.min_context=32: must be less than"),
     (
       dict(train=dict(accumulation=3)),
-      "config.data.batch_size=4: must be a multiple of 3 = train.accumulation 3 x 1 devices",
+      "config.data.batch_size=4: must be a multiple of 3 = train.accumulation 3 x 1 devices on",
     ),
     (dict(mesh=dict(data=-1)), "config.data.batch_size=4: must be a multiple of 8"),
-    (dict(mesh=dict(data=16)), "config.mesh.data=16: must be at most 8, the devices here"),
+    (
+      dict(mesh=dict(tensor=2)),
+      "config.mesh.tensor=2: must divide num_heads=2 / 2 patterns",
+    ),
+    (
+      dict(mesh=dict(sequence=8)),
+      "config.mesh.sequence=8: must divide the 4 rows of stride=8 of a sequence",
+    ),
+    (
+      dict(mesh=dict(sequence=2), model=dict(attention_layers=("dense",))),
+      "config.mesh.sequence=2: must be 1 for Dense(causal=True), which would gather",
+    ),
+    (dict(mesh=dict(data=16)), "config.mesh={'data': 16, 'fsdp': 1, "),
     (dict(data=dict(path="/no/where")), "config.data.path='/no/where': "),
     (dict(data=dict(name="enwik9")), "config.data.name='enwik9' must be one of "),
   ],

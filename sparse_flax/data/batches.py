@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
+from jaxtyping import Integer
 from jaxtyping import UInt8
 
 from sparse_flax.data import dataset as dataset_lib
 
 BatchAt = Callable[..., UInt8[np.ndarray, "B T"]]
+Rows = Sequence[int] | Integer[np.ndarray, "B"]
 
 
 def make_batches(
@@ -61,7 +63,7 @@ def make_batches(
     counts = (lengths - offsets) // seq_len
     return offsets, counts, np.cumsum(counts), random.permutation(int(counts.sum()))
 
-  def batch_at(step: int, rows: Sequence[int] | None = None) -> UInt8[np.ndarray, "B T"]:
+  def batch_at(step: int, rows: Rows | None = None) -> UInt8[np.ndarray, "B T"]:
     number, position = divmod(int(step), steps_per_epoch)
     offsets, counts, ends, order = epoch_of(number)
     batch = order[position * batch_size : (position + 1) * batch_size]

@@ -1,0 +1,134 @@
+"""Weights for other programs: `model.safetensors` and `config.json`, in one canonical naming.
+
+    embedding.tokens.embedding              [256, E]
+    embedding.positions.N.embedding         [rows, E]
+    embedding.start                         [1, 1, E]
+    layers.N.attention_norm.scale, .bias    [E]
+    layers.N.attention.query.kernel, .bias  [E, H Dk], [H Dk]; also key, and value and out with Dv
+    layers.N.feed_forward_norm.scale, .bias [E]
+    layers.N.feed_forward.up.kernel, .bias  [E, F], [F]; down back
+    final_norm.scale, .bias                 [E]
+    logits.kernel                           [E, 256]
+
+N of a layer counts them in the order in which they run, whatever the cycle of patterns. A kernel
+is applied as x @ kernel. The file's metadata hold a digest of every array, which `load` checks.
+"""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors
+import safetensors.flax
+from etils import epath
+from flax import nnx
+
+from sparse_flax import digest
+from sparse_flax import errors
+from sparse_flax import transformer
+from sparse_flax import workdir
+
+MODEL, CONFIG = "model.safetensors", "config.json"
+
+
+def save(
+  folder: epath.PathLike, config: ml_collections.ConfigDict, params: dict, *, step: int
+) -> list[epath.Path]:
+  """Writes the two files, each whole or not at all; returns their paths.
+
+  Args:
+    folder: made if it is not there.
+    config: of the run.
+    params: its averaged weights, as checkpoint.restore_params returns them.
+    step: of the checkpoint they are from.
+
+  Raises:
+    ValueError: the folder holds an exported model already, or cannot be written.
+  """
+  folder = epath.Path(folder)
+  if (folder / MODEL).exists():
+    raise ValueError(f"{folder}: holds a {MODEL} already; choose another folder")
+  arrays = flatten(params, cycle=len(config.model.attention_layers))
+  metadata = dict(format="flax", step=str(step), digests=json.dumps(digest.digests(arrays)))
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+      (MODEL, safetensors.flax.save(arrays, metadata=metadata)),
+      (CONFIG, workdir.to_json(config.to_dict()).encode()),
+    ):
+      temporary = folder / f"{name}.tmp"
+      temporary.write_bytes(content)
+      temporary.replace(folder / name)
+  except OSError as error:
+    raise ValueError(f"{folder}: cannot be written: {error.strerror or error}") from error
+  return [folder / MODEL, folder / CONFIG]
+
+
+def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDef, dict]:
+  """The config, the model's graph and the weights, for nnx.merge(graph, weights).
+
+  Raises:
+    ValueError: a file is missing, or is not that of an exported model.
+    errors.DamagedError: a weight is not what was exported; the message names it.
+  """
+  config = workdir.load_config(folder)
+  path = epath.Path(folder) / MODEL
+  if not path.exists():
+    raise ValueError(f"{path}: is missing")
+  content = path.read_bytes()
+  try:
+    arrays = safetensors.flax.load(content)
+    size = int.from_bytes(content[:8], "little")
+    saved = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["digests"])
+  except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    raise errors.DamagedError(f"{path}: is not an exported model: {error}") from error
+  found = digest.digests(arrays)
+  if bad := sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x)):
+    raise errors.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
+  build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(config.seed))
+  graphdef, state = nnx.split(nnx.eval_shape(build), nnx.Param)
+  params = unflatten(arrays, nnx.to_pure_dict(state), cycle=len(config.model.attention_layers))
+  return config, graphdef, params
+
+
+def flatten(params: dict, *, cycle: int) -> dict[str, jax.Array]:
+  """{canonical name: array} of weights whose layers are stacked in groups of one cycle."""
+  arrays = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    if found := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
+      first, rest = int(found.group(1)), found.group(2)
+      for n, one in enumerate(leaf):
+        arrays[f"layers.{n * cycle + first}.{rest}"] = one
+    else:
+      arrays[name] = leaf
+  return arrays
+
+
+def unflatten(arrays: dict[str, jax.Array], shapes: dict, *, cycle: int) -> dict:
+  """The inverse of `flatten`, for a model of these shapes.
+
+  Raises:
+    ValueError: an array is missing, unknown or of another shape.
+  """
+  wanted = flatten(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes), cycle=cycle)
+  if odd := sorted(wanted.keys() ^ arrays.keys()):
+    there = "unknown" if odd[0] in arrays else "missing"
+    raise ValueError(f"{MODEL}: {odd[0]} is {there}")
+  if odd := [name for name in wanted if wanted[name].shape != arrays[name].shape]:
+    raise ValueError(
+      f"{MODEL}: {odd[0]} is {arrays[odd[0]].shape}, must be {wanted[odd[0]].shape} as in {CONFIG}"
+    )
+
+  def of(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    if found := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
+      first, rest = int(found.group(1)), found.group(2)
+      layers = range(first, leaf.shape[0] * cycle, cycle)
+      return jnp.stack([arrays[f"layers.{n}.{rest}"] for n in layers])
+    return arrays[name]
+
+  return jax.tree.map_with_path(of, shapes)
