@@ -5,8 +5,12 @@ therefore carries `about`: a digest of every array, the validation result, a dig
 and a digest of all that. Restoring checks them and falls back to the newest step that is sound.
 """
 
+import contextlib
 import dataclasses
+import gc
+import sys
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,30 +177,36 @@ class Checkpoints:
   def _restore(self, step: int, shapes: dict) -> tuple[dict, list[str]]:
     """A state, and what is wrong with it."""
     about, problems = self._about(step)
+    if not problems and self._config_digest and about["config"] not in (None, self._config_digest):
+      problems = ["about: is of another config than config.json"]
     state = {}
     if not problems:
-      if self._config_digest and about["config"] not in (None, self._config_digest):
-        problems = ["about: is of another config than config.json"]
-      rest = {name: value for name, value in shapes.items() if name != "ema"}
-      items = dict(state=rest, ema=shapes["ema"])
-      # Without the manager, which would wait for all processes after each one.
-      handler = self._ocp.StandardCheckpointHandler()
-      for item, wanted in items.items():
-        if not wanted or problems:
-          continue
-        try:
-          args = self._ocp.args.StandardRestore(wanted)
-          found = handler.restore(self._directory / str(step) / item, args=args)
-          state |= {"ema": found} if item == "ema" else found
-        except Exception as error:  # Orbax reports damage in many ways
-          problems.append(f"{item}: {_first_line(error)}")
-      handler.close()
+      with _no_noise():
+        state, problems = self._read(step, shapes)
     if not _everywhere(not problems):
       return {}, problems or ["another process cannot read it"]
     found = digest.digests(state)
     saved = {x: y for x, y in about["digests"].items() if x.partition("/")[0] in shapes}
     names = sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x))
     return state, [f"{name}: differs from what was saved" for name in names]
+
+  def _read(self, step: int, shapes: dict) -> tuple[dict, list[str]]:
+    """What Orbax makes of a step, and what it does not like."""
+    state, problems = {}, []
+    rest = {name: value for name, value in shapes.items() if name != "ema"}
+    # Without the manager, which would wait for all processes after each one.
+    handler = self._ocp.StandardCheckpointHandler()
+    for item, wanted in dict(state=rest, ema=shapes["ema"]).items():
+      if not wanted or problems:
+        continue
+      try:
+        args = self._ocp.args.StandardRestore(wanted)
+        found = handler.restore(self._directory / str(step) / item, args=args)
+        state |= {"ema": found} if item == "ema" else found
+      except Exception as error:  # Orbax reports damage in many ways
+        problems.append(f"{item}: {_first_line(error)}")
+    handler.close()
+    return state, problems
 
   def _about(self, step: int) -> tuple[dict, list[str]]:
     """What a step says of itself, and what is wrong with that."""
@@ -291,6 +301,17 @@ def restore_params(
   if found is None:
     raise ValueError(f"{workdir}: holds no checkpoint yet; train first")
   return config, graphdef, found[0]["ema"], found[1]
+
+
+@contextlib.contextmanager
+def _no_noise() -> Iterator[None]:
+  """Orbax drops other reads when one fails; each would print a traceback when it is collected."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    yield
+  finally:
+    gc.collect()
+    sys.unraisablehook = hook
 
 
 def _everywhere(ok: bool) -> bool:

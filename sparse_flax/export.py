@@ -14,13 +14,13 @@ N of a layer counts them in the order in which they run, whatever the cycle of p
 is applied as x @ kernel. The file's metadata hold a digest of every array, which `load` checks.
 """
 
+import functools
 import json
 import re
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import safetensors
 import safetensors.flax
 from etils import epath
@@ -114,7 +114,7 @@ def unflatten(arrays: dict[str, jax.Array], shapes: dict, *, cycle: int) -> dict
   Raises:
     ValueError: an array is missing, unknown or of another shape.
   """
-  wanted = flatten(jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), shapes), cycle=cycle)
+  wanted = jax.eval_shape(functools.partial(flatten, cycle=cycle), shapes)
   if odd := sorted(wanted.keys() ^ arrays.keys()):
     there = "unknown" if odd[0] in arrays else "missing"
     raise ValueError(f"{MODEL}: {odd[0]} is {there}")

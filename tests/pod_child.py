@@ -17,6 +17,7 @@ from jax._src.lib import _jax  # gloo listens on the host's address, and no publ
 from experiments import train as launcher
 from sparse_flax import evaluate
 from sparse_flax import metrics
+from sparse_flax import sharding
 from sparse_flax import train
 from tests import pod
 
@@ -64,9 +65,8 @@ if runs := os.environ.get("WORKDIRS"):
     for item in runs.split(";"):
       mesh, folder = item.split("=")
       config = config.copy_and_resolve_references()
-      config.mesh.update(
-        zip(("data", "fsdp", "tensor", "sequence"), map(int, mesh.split(",")), strict=True)
-      )
+      sizes = map(int, mesh.split(","))
+      config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
       plain(config, folder)
 
   launcher.run = run_all
