@@ -9,6 +9,7 @@ is not finite; 4 no checkpoint is sound; 75 stopped (SIGTERM, a preemption) and 
 again; 1 anything else, such as a full disk or the watchdog.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -45,7 +46,8 @@ def run(
   except errors.DamagedError as error:
     cli.fail(str(error), status=cli.DAMAGED)
   except errors.StorageError as error:
-    cli.fail(str(error), status=cli.FAILED)
+    print(error, file=sys.stderr, flush=True)
+    os._exit(cli.FAILED)  # else everything that still holds a file has its say, with tracebacks
   except errors.Preempted as end:
     cli.fail(f"{end}; start the same command again to go on", status=cli.PREEMPTED)
 
@@ -70,8 +72,20 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--{flag}={getattr(args, flag)}: must be a number of seconds >= 0")
     watched = watchdog.Watchdog(report_after=args.stall_report, end_after=args.stall_exit)
     distributed.join(args)
+    hush()
     run(config, workdir, stop=stop_by_signal(), watched=watched)
   return 0
+
+
+def hush() -> None:
+  """Of a save that fails, Orbax says the same for every array, with tracebacks; we say it once."""
+  for name in ("asyncio", "absl"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  hook = sys.unraisablehook
+  closed = lambda what: (
+    isinstance(what.exc_value, RuntimeError) and "loop is" in str(what.exc_value)
+  )
+  sys.unraisablehook = lambda what: None if closed(what) else hook(what)
 
 
 def stop_by_signal() -> Callable[[], bool]:

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 from collections.abc import Callable
+from collections.abc import Iterator
 
 import chex
 import jax
@@ -205,6 +206,7 @@ def train(
   if several:  # no process may look for what the first one has not written
     multihost_utils.sync_global_devices("the folder is there")
   with contextlib.ExitStack() as stack:
+    stack.enter_context(_storage_errors(workdir))
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(watched)
     watched.beat(patience=_PATIENCE)
@@ -261,13 +263,7 @@ def train(
     upcoming = reader.submit(batch, first)
     say("compiling ..." if first < steps else "nothing left to train")
     for step in range(first + 1, steps + 1):  # step: how many are done when this one is
-      try:
-        tokens = upcoming.result()
-      except OSError as error:
-        raise errors.StorageError(
-          f"step {step:,}: the data cannot be read any more: {error}; the same command goes on "
-          f"from step {saved:,} when they are back"
-        ) from error
+      tokens = upcoming.result()
       if step < steps:
         upcoming = reader.submit(batch, step)
       state, record = step_fn(state, tokens, dropout_key)
@@ -300,6 +296,20 @@ def train(
       result = evaluated(steps)
     watched.beat(patience=_PATIENCE)  # the last save
     return result
+
+
+@contextlib.contextmanager
+def _storage_errors(workdir: str) -> Iterator[None]:
+  """From here on a file that fails is no mistake of who gave the command."""
+  try:
+    yield
+  except errors.StorageError:
+    raise
+  except OSError as error:
+    raise errors.StorageError(
+      f"{error.filename or workdir}: {error.strerror or error}; the same command goes on from the "
+      "last checkpoint when that is mended"
+    ) from error
 
 
 def _hopeless(

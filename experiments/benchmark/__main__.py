@@ -11,6 +11,7 @@ import jax
 BENCHMARKS = {
   "attention": "attention on a GPU beside cuDNN and the roofline",
   "block_sparse": "block-sparse attention on a GPU beside cuDNN's dense attention",
+  "checkpoints": "a save and a restore of a state of 2.4 GB, with digests",
   "memory": "the published memory table, and what XLA needs",
   "step": "training steps of the paper's models on a GPU: none, sparse and dense attention",
   "tpu_aot": "what the TPU compiler makes of kernels and training steps, hours; only when named",
