@@ -9,6 +9,8 @@ RUN = .venv/bin/python -m
 # Two cores: one worker each. Compilation, most of the time, uses one core.
 WORKERS ?= 2
 
+SOAK_RESTARTS ?= 200
+
 # What the GPU's own tests need, with whatever else that machine has: its Python, no .venv.
 GPU_PYTHON = $(or $(PYTHON),python3)
 GPU_TESTS = $(wildcard tests/attention_test.py tests/attention_patterns_test.py \
@@ -19,7 +21,7 @@ GPU_TESTS = $(wildcard tests/attention_test.py tests/attention_patterns_test.py 
 GPU_PYTEST = -q -m "not slow" -W default \
   -o addopts="--strict-markers --import-mode=importlib"
 
-.PHONY: quickstart test test-long test-tpu-aot test-gpu bench lint
+.PHONY: quickstart test test-long soak test-tpu-aot test-gpu bench lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples and attention
@@ -30,6 +32,9 @@ test: .venv lint  ## the test suite
 
 test-long: .venv lint  ## everything that does not fit there, in full
 	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"
+
+soak: .venv  ## a run with SOAK_RESTARTS faults, 200 by default, ends like one without
+	SOAK_RESTARTS=$(SOAK_RESTARTS) $(RUN) pytest -q tests/soak_test.py
 
 test-tpu-aot: .venv  ## kernels and training steps through the TPU compiler; no TPU is needed
 	$(RUN) pytest -q tests/tpu_aot_test.py

@@ -14,7 +14,7 @@ from experiments import cli
 
 _MODES = ("auto", "on", "off")
 # What JAX finds a cluster by, and what tells that this process is one of several.
-_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
+_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,8 @@ def is_one_of_many(environment: Mapping[str, str]) -> bool:
     return True
   if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "JAX_COORDINATOR_ADDRESS" in environment:
     return True
-  if "JOBSET_NAME" in environment:  # GKE
+  # GKE, and several TPU slices.
+  if "JOBSET_NAME" in environment or "MEGASCALE_NUM_SLICES" in environment:
     return True
   return _on_cloud_tpu_vm()
 

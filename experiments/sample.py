@@ -30,6 +30,7 @@ from sparse_flax.data import recordings
 
 _PER_ROW = 4  # completions of one example, beside each other
 _GRID_COLUMNS = 8
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")  # of prompts; other decoders may start programs
 
 
 def main(argv: Sequence[str]) -> int:
@@ -144,7 +145,7 @@ def read_prompt(path: str | os.PathLike, model: ml_collections.ConfigDict) -> np
   else:
     rows, columns, channels = model.position_shape
     try:
-      with epath.Path(path).open("rb") as file, PIL.Image.open(file) as image:
+      with epath.Path(path).open("rb") as file, PIL.Image.open(file, formats=_FORMATS) as image:
         pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     except (PIL.UnidentifiedImageError, SyntaxError) as error:
       raise ValueError(f"--prompt={path}: is not a picture that can be read") from error

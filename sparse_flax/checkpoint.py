@@ -8,6 +8,7 @@ and a digest of all that. Restoring checks them and falls back to the newest ste
 import contextlib
 import dataclasses
 import gc
+import itertools
 import sys
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from sparse_flax import errors
 from sparse_flax import transformer
 from sparse_flax import workdir as workdir_lib
 
+# What TensorStore says when storage cannot be reached; a step is not damaged by that.
+_OUTAGES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _DAMAGED = "checkpoints-damaged"  # where steps that were refused are moved to, beside checkpoints/
 
 
@@ -204,6 +207,8 @@ class Checkpoints:
         found = handler.restore(self._directory / str(step) / item, args=args)
         state |= {"ema": found} if item == "ema" else found
       except Exception as error:  # Orbax reports damage in many ways
+        if str(error).startswith(_OUTAGES):
+          raise errors.StorageError(f"{self._directory}: {_first_line(error)}") from error
         problems.append(f"{item}: {_first_line(error)}")
     handler.close()
     return state, problems
@@ -227,10 +232,10 @@ class Checkpoints:
       return
     if jax.process_index() == 0:
       for step in steps:
-        target = self._workdir / _DAMAGED
-        target.mkdir(exist_ok=True)
-        number = sum(path.name.startswith(f"{step}-") for path in target.iterdir())
-        (self._directory / str(step)).rename(target / f"{step}-{number}")
+        folder = self._workdir / _DAMAGED
+        folder.mkdir(exist_ok=True)
+        names = (folder / f"{step}-{n}" for n in itertools.count())
+        (self._directory / str(step)).rename(next(path for path in names if not path.exists()))
     _everywhere(True)
     for step in steps:
       self._bits_per_byte.pop(step, None)

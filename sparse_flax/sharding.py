@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jaxtyping import Array
 from jaxtyping import Float
@@ -42,9 +43,30 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.shardi
       f"config.mesh={dict(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)}: "
       f"must fit the {there} devices here"
     )
-  devices = jax.devices()[: data * inner]
   shape = (data, fsdp, tensor, sequence)
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+  return jax.sharding.Mesh(_arranged(shape), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _arranged(shape: tuple[int, ...]) -> np.ndarray:
+  """The devices of a mesh; the inner axes on those that are near to each other.
+
+  Several TPU slices are dealt out over the outermost axis they divide. Hosts of GPUs, each of which
+  is a slice to JAX, need no such care: the order of their processes is that of `jax.devices()`.
+  """
+  devices = jax.devices()[: math.prod(shape)]
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if devices[0].platform != "tpu":
+    return np.asarray(devices).reshape(shape)
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  outer = next((n for n, size in enumerate(shape) if size % slices == 0), None)
+  if outer is None:
+    raise ValueError(f"config.mesh={shape}: one axis must be a multiple of the {slices} TPU slices")
+  between = tuple(slices if n == outer else 1 for n in range(4))
+  inside = tuple(size // n for size, n in zip(shape, between, strict=True))
+  return mesh_utils.create_hybrid_device_mesh(
+    inside, between, devices, allow_split_physical_axes=True
+  )
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:

@@ -318,8 +318,8 @@ def _hopeless(
   return errors.NonFiniteError(
     f"step {step:,}: loss {record['loss']}, norm of the gradient {record['grad_norm']}, learning "
     f"rate {record['learning_rate']:.3g}; {skipped} updates in a row were skipped. Nothing of this "
-    "has been saved. A lower config.optim.learning_rate, a longer warmup_steps or "
-    f"compute_dtype='float32' may help; {_way_on(saved)}."
+    f"has been saved. {_way_on(saved).capitalize()}. If it ends here again, another --workdir with "
+    "a lower config.optim.learning_rate, a longer warmup_steps or compute_dtype='float32' may help."
   )
 
 

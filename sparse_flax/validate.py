@@ -206,6 +206,10 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
   if data < 1 or data * inner > there:
     axes = {name: mesh[name] for name in ("data", "fsdp", "tensor", "sequence")}
     return [f"config.mesh={axes}: must fit the {there} devices here"]
+  if jax.process_count() > 1 and data * inner != there:
+    return [
+      f"config.mesh.data={mesh.data}: must give every process a share: {there // inner}, or -1"
+    ]
   problems = []
   parts, rows = config.train.accumulation, data * mesh.fsdp
   if config.data.batch_size % (parts * rows):

@@ -1,6 +1,7 @@
 """The training command, with what only tests want: gloo on the loopback, and faults on demand.
 
-NAN_STEPS=3,4,5: the loss of these steps (done before them: 2, 3, 4) is not a number.
+NAN_STEPS=3,4,5: the loss of these steps (done before them: 2, 3, 4) is not a number; with
+NAN_EVERY=100 of these in every 100.
 WORKDIRS=MESH=DIR;...: one run after the other in this process, MESH as data,fsdp,tensor,sequence.
 FILE_LIMIT=STEP:BYTES: from that step on no file can grow beyond so many bytes, as on a full disk.
 HANG=STEP: the process sleeps after that step.
@@ -25,11 +26,11 @@ _make_gloo = _jax.make_gloo_tcp_collectives
 _jax.make_gloo_tcp_collectives = lambda **how: _make_gloo(**how, hostname=pod.LOOPBACK)
 
 
-def poison(steps: tuple[int, ...]) -> None:
+def poison(steps: tuple[int, ...], every: int) -> None:
   honest, nats_of = train.train_step, evaluate.token_nats
 
   def train_step(state, tokens, key, **how):
-    bad = jnp.isin(state["step"] + 1, jnp.asarray(steps, jnp.int32))
+    bad = jnp.isin((state["step"] + 1) % every, jnp.asarray(steps, jnp.int32))
     factor = jnp.where(bad, jnp.nan, jnp.float32(1))
     evaluate.token_nats = lambda logits, tokens: nats_of(logits, tokens) * factor
     try:
@@ -52,7 +53,7 @@ def after_step(number: int, act) -> None:
 
 
 if steps := os.environ.get("NAN_STEPS"):
-  poison(tuple(map(int, steps.split(","))))
+  poison(tuple(map(int, steps.split(","))), int(os.environ.get("NAN_EVERY", 10**9)))
 if limit := os.environ.get("FILE_LIMIT"):
   step, size = map(int, limit.split(":"))
   after_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))

@@ -74,7 +74,7 @@ class Records:
 def decode_image(data: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "H W 3"]:
   """The pixels of an encoded image; ValueError if it is none, or not of `shape`."""
   try:
-    with PIL.Image.open(io.BytesIO(data)) as image:
+    with PIL.Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
       pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
   except (OSError, SyntaxError) as error:  # how Pillow reports broken files
     raise ValueError(f"cannot be decoded ({error})") from error

@@ -117,7 +117,7 @@ def tar_images(file: epath.Path) -> Iterator[tuple[int, bytes]]:
 
 def _check_png(name, png):
   try:
-    with PIL.Image.open(io.BytesIO(png)) as image:  # reads the header only
+    with PIL.Image.open(io.BytesIO(png), formats=("PNG",)) as image:  # reads the header only
       size, kind = image.size, image.format
   except OSError as error:
     raise ValueError(f"{name} is not a PNG image") from error
