@@ -32,7 +32,7 @@ from sparse_flax import watchdog
 from sparse_flax import workdir as workdir_lib
 
 # So many times longer than a step compiling, evaluating and saving may take for the watchdog.
-_PATIENCE = 20.0
+_PATIENCE = 4.0
 
 
 def init_state(
@@ -285,7 +285,7 @@ def train(
             progress.evaluated(result)
           # While updates are skipped, the step to come back to is one before that began.
           if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
-            _stop_if_not_finite(state, saved=saved)
+            stop_if_not_finite(state, saved=saved)
             checkpoints.save(state, bits_per_byte=result and result["bits_per_byte"])
             saved = step
         watched.beat()
@@ -334,7 +334,8 @@ def _all_finite(state: dict) -> Bool[Array, ""]:
   return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
-def _stop_if_not_finite(state: dict, *, saved: int) -> None:
+def stop_if_not_finite(state: dict, *, saved: int) -> None:
+  """Raises NonFiniteError if a weight or moment is no number; `saved` is the newest checkpoint."""
   if not _all_finite(state):
     raise errors.NonFiniteError(
       f"step {int(state['step']):,}: a weight or a moment is not finite; not saved. "

@@ -45,6 +45,7 @@ def run(out: pathlib.Path) -> None:
       for step in (1, 2):
         state["step"] = jnp.int32(step)
         start = time.perf_counter()
+        train.stop_if_not_finite(state, saved=0)  # as training does
         checkpoints.save(state)
         held = time.perf_counter() - start
         checkpoints.wait()
