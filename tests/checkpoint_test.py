@@ -39,6 +39,13 @@ def test_two_newest_and_the_best_are_kept(tmp_path):
   assert checkpoint.latest_step(tmp_path) == 6
 
 
+def test_multiples_of_keep_every_are_kept_for_good(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep_every=4) as checkpoints:
+    for step in range(1, 10):
+      checkpoints.save(state_at(step), bits_per_byte=1.0 if step == 2 else None)
+  assert kept(tmp_path) == [2, 4, 8, 9]
+
+
 def test_no_checkpoint_yet(tmp_path):
   assert checkpoint.latest_step(tmp_path) is None
 
