@@ -13,6 +13,7 @@ BENCHMARKS = {
   "block_sparse": "block-sparse attention on a GPU beside cuDNN's dense attention",
   "checkpoints": "a save and a restore of a state of 2.4 GB, with digests",
   "memory": "the published memory table, and what XLA needs",
+  "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
   "step": "training steps of the paper's models on a GPU: none, sparse and dense attention",
   "tpu_aot": "what the TPU compiler makes of kernels and training steps, hours; only when named",
   "tune": "measures tile sizes into pallas_kernels/tuning.json, on a GPU; only when named",
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if unknown := sorted(set(args.names) - set(BENCHMARKS)):
     parser.error(f"NAME={unknown[0]!r}: must be one of {', '.join(BENCHMARKS)}")
-  names = args.names or [name for name in BENCHMARKS if name not in ("tpu_aot", "tune")]
+  names = args.names or [name for name in BENCHMARKS if name not in ("mesh", "tpu_aot", "tune")]
   if IN_WORKERS & set(names):
     # Read when JAX finds the GPU: the memory must be left to the processes that measure.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
