@@ -86,14 +86,8 @@ def is_one_of_many(environment: Mapping[str, str]) -> bool:
   # GKE, and several TPU slices.
   if "JOBSET_NAME" in environment or "MEGASCALE_NUM_SLICES" in environment:
     return True
-  return _on_cloud_tpu_vm()
-
-
-def _on_cloud_tpu_vm() -> bool:
-  """A Cloud TPU VM tells its hosts by its metadata server; a slice of one host joins itself."""
-  return bool(list(pathlib.Path("/dev").glob("accel*"))) or (
-    pathlib.Path("/dev/vfio").is_dir() and "TPU_SKIP_MDS_QUERY" not in os.environ and _has_tpu()
-  )
+  # A Cloud TPU VM tells its hosts by its metadata server; a slice of one host joins itself.
+  return "TPU_SKIP_MDS_QUERY" not in environment and _has_tpu()
 
 
 def _has_tpu() -> bool:

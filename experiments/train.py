@@ -43,8 +43,6 @@ def run(
     return train.train(config, workdir, say=say, stop=stop, watched=watched)
   except errors.NonFiniteError as error:
     cli.fail(str(error), status=cli.NOT_FINITE)
-  except errors.DamagedError as error:
-    cli.fail(str(error), status=cli.DAMAGED)
   except errors.StorageError as error:
     print(error, file=sys.stderr, flush=True)
     os._exit(cli.FAILED)  # else everything that still holds a file has its say, with tracebacks
@@ -68,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
   workdir = args.workdir or os.path.join("runs", name)
   with cli.readable_errors():
     for flag in ("stall_report", "stall_exit"):
-      if not getattr(args, flag) >= 0:
-        raise ValueError(f"--{flag}={getattr(args, flag)}: must be a number of seconds >= 0")
+      if not 0 <= getattr(args, flag) <= 1e7:
+        raise ValueError(f"--{flag}={getattr(args, flag)}: must be seconds in [0, 10,000,000]")
     watched = watchdog.Watchdog(report_after=args.stall_report, end_after=args.stall_exit)
     distributed.join(args)
     hush()

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -110,6 +111,8 @@ class Checkpoints:
       errors.StorageError: this one, or the one before, could not be written.
     """
     step = int(state["step"])
+    if bits_per_byte is not None and not math.isfinite(bits_per_byte):
+      bits_per_byte = None  # no result that could be the best
     rest = {name: value for name, value in state.items() if name != "ema"}
     about = {
       "step": step,
@@ -207,8 +210,7 @@ class Checkpoints:
         found = handler.restore(self._directory / str(step) / item, args=args)
         state |= {"ema": found} if item == "ema" else found
       except Exception as error:  # Orbax reports damage in many ways
-        if str(error).startswith(_OUTAGES):
-          raise errors.StorageError(f"{self._directory}: {_first_line(error)}") from error
+        _stop_at_outage(error, self._directory)
         problems.append(f"{item}: {_first_line(error)}")
     handler.close()
     return state, problems
@@ -224,6 +226,7 @@ class Checkpoints:
         return about, []
       return {}, ["about: differs from what was saved"]
     except Exception as error:
+      _stop_at_outage(error, self._directory)
       return {}, [f"about: {_first_line(error)}"]
 
   def _set_aside(self, steps: Sequence[int]) -> None:
@@ -324,6 +327,13 @@ def _everywhere(ok: bool) -> bool:
   if jax.process_count() == 1:
     return ok
   return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
+
+
+def _stop_at_outage(error: Exception, path: epath.Path) -> None:
+  """Raises StorageError if a step could not be reached, which does not make it a damaged one."""
+  away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+  if away or str(error).startswith(_OUTAGES):
+    raise errors.StorageError(f"{path}: {_first_line(error)}") from error
 
 
 def _refusal(path: epath.Path, problems: list[str]) -> str:

@@ -49,15 +49,21 @@ def save(
     ValueError: the folder holds an exported model already, or cannot be written.
   """
   folder = epath.Path(folder)
-  if (folder / MODEL).exists():
-    raise ValueError(f"{folder}: holds a {MODEL} already; choose another folder")
+  for name in (MODEL, CONFIG):
+    if (folder / name).exists():
+      raise ValueError(f"{folder}: holds a {name} already; choose another folder")
   arrays = flatten(params, cycle=len(config.model.attention_layers))
-  metadata = dict(format="flax", step=str(step), digests=json.dumps(digest.digests(arrays)))
+  metadata = dict(
+    format="flax",
+    step=str(step),
+    config=workdir.config_digest(config),
+    digests=json.dumps(digest.digests(arrays)),
+  )
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (
-      (MODEL, safetensors.flax.save(arrays, metadata=metadata)),
       (CONFIG, workdir.to_json(config.to_dict()).encode()),
+      (MODEL, safetensors.flax.save(arrays, metadata=metadata)),
     ):
       temporary = folder / f"{name}.tmp"
       temporary.write_bytes(content)
@@ -82,9 +88,12 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
   try:
     arrays = safetensors.flax.load(content)
     size = int.from_bytes(content[:8], "little")
-    saved = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["digests"])
+    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+    saved, config_digest = json.loads(metadata["digests"]), metadata["config"]
   except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
     raise errors.DamagedError(f"{path}: is not an exported model: {error}") from error
+  if config_digest != workdir.config_digest(config):
+    raise errors.DamagedError(f"{epath.Path(folder) / CONFIG}: not what was exported")
   found = digest.digests(arrays)
   if bad := sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x)):
     raise errors.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
@@ -98,7 +107,7 @@ def flatten(params: dict, *, cycle: int) -> dict[str, jax.Array]:
   """{canonical name: array} of weights whose layers are stacked in groups of one cycle."""
   arrays = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = digest.name_of(path).replace("/", ".")
     if found := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
       first, rest = int(found.group(1)), found.group(2)
       for n, one in enumerate(leaf):
@@ -124,7 +133,7 @@ def unflatten(arrays: dict[str, jax.Array], shapes: dict, *, cycle: int) -> dict
     )
 
   def of(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = digest.name_of(path).replace("/", ".")
     if found := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
       first, rest = int(found.group(1)), found.group(2)
       layers = range(first, leaf.shape[0] * cycle, cycle)

@@ -84,7 +84,8 @@ def is_remote(path: epath.PathLike) -> bool:
 
 def append_line(path: epath.Path, record: dict) -> None:
   """Adds a JSON line to a file anywhere."""
-  line = json.dumps(record, allow_nan=False) + "\n"
+  finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+  line = json.dumps({name: finite(x) for name, x in record.items()}, allow_nan=False) + "\n"
   if is_remote(path):
     path.write_text((path.read_text() if path.exists() else "") + line)
   else:
@@ -96,7 +97,7 @@ def _drop_later_lines(path: epath.Path, step: int) -> list[str]:
   """Leaves what was written up to `step`, and returns it."""
   if not path.exists():
     return []
-  lines = path.read_text().splitlines(keepends=True)
+  lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
   kept = [line for line in lines if _step_of(line) <= step]
   if kept != lines:
     temporary = path.parent / (path.name + ".tmp")
@@ -108,9 +109,10 @@ def _drop_later_lines(path: epath.Path, step: int) -> list[str]:
 def _step_of(line: str) -> int | float:
   """Infinite for what a killed process was writing, or a disk has damaged."""
   try:
-    return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    step = json.loads(line)["step"] if line.endswith("\n") else None
   except (ValueError, KeyError, TypeError):
-    return math.inf
+    step = None
+  return step if isinstance(step, int) else math.inf
 
 
 class Progress:

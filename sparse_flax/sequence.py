@@ -44,21 +44,31 @@ def problem(pattern: patterns.Pattern, length: int, n: int) -> str | None:
   if length % n:
     return f"divide the {length} tokens of a sequence"
   own = length // n
-  for one in {pattern.of_head(h) for h in range(pattern.period)}:
-    for part in one.patterns if isinstance(one, patterns.Union) else (one,):
-      match part:
-        case patterns.Local(window=window, causal=True):
-          if window > own:
-            return f"leave every device a window of {window} tokens, not {own}"
-        case patterns.Column(stride=stride) | patterns.Strided(stride=stride):
-          if own % stride or stride % n:
-            return f"divide stride={stride} and the {length / stride:g} rows of that length"
-        case patterns.Block(stride=stride) | patterns.Summary(stride=stride):
-          if own % stride:
-            return f"divide the {length / stride:g} rows of stride={stride} of a sequence"
-        case _:
-          return f"be 1 for {part}, which would gather the whole sequence"
+  for one in dict.fromkeys(pattern.of_head(h) for h in range(pattern.period)):
+    match one:
+      case patterns.Local(window=window, causal=True):
+        if window > own:
+          return f"leave every device a window of {window} tokens, not {own}"
+      case patterns.Column(stride=stride) | patterns.Strided(stride=stride):
+        if own % stride or stride % n:
+          return f"divide stride={stride} and the {length / stride:g} rows of that length"
+      case patterns.Block(stride=stride) | patterns.Summary(stride=stride):
+        if own % stride:
+          return f"divide the {length / stride:g} rows of stride={stride} of a sequence"
+      case patterns.Union() if summary := _summary_of(one):
+        if own % summary.stride:
+          return f"divide the {length / summary.stride:g} rows of stride={summary.stride}"
+      case _:
+        return f"be 1 for {one}, which would gather the whole sequence"
   return None
+
+
+def _summary_of(union: patterns.Union) -> patterns.Summary | None:
+  """The second part of blocks with their summaries, `Fixed` for one head; None for other unions."""
+  if {type(part) for part in union.patterns} != {patterns.Block, patterns.Summary}:
+    return None
+  block, summary = sorted(union.patterns, key=lambda part: type(part) is patterns.Summary)
+  return summary if len(union.patterns) == 2 and block.stride == summary.stride else None
 
 
 def attend(
@@ -85,11 +95,10 @@ def attend(
   if text := problem(pattern, n * q.shape[1], n):
     raise ValueError(f"sequence={n} devices must {text}")
   call = functools.partial(sparse_attention, implementation=implementation, return_lse=True)
-  heads_of = {pattern: list(range(q.shape[2]))}
-  if not isinstance(pattern, patterns.Fixed) and pattern.period > 1:
-    heads_of = {}
-    for h in range(q.shape[2]):
-      heads_of.setdefault(pattern.of_head(h), []).append(h)
+  shifts = isinstance(pattern, patterns.Fixed) and q.shape[2] % pattern.period == 0
+  heads_of = {pattern: [*range(q.shape[2])]} if shifts else {}
+  for h in range(0 if shifts else q.shape[2]):
+    heads_of.setdefault(pattern.of_head(h), []).append(h)
   results = []
   for one, heads in heads_of.items():
     rows = (q, k, v) if len(heads) == q.shape[2] else (x[:, :, np.array(heads)] for x in (q, k, v))
@@ -119,11 +128,10 @@ def _attend(q, k, v, *, pattern, axis, call) -> Part:
       how = dict(stride=stride, width=width, starts=(start,))
     case patterns.Fixed(stride=stride, summary=width, num_subblocks=num):
       how = dict(stride=stride, width=width, starts=[stride - (1 + x) * width for x in range(num)])
-    case patterns.Union():
-      block, summary = sorted(pattern.patterns, key=lambda x: isinstance(x, patterns.Summary))
-      if not isinstance(block, patterns.Block) or not isinstance(summary, patterns.Summary):
-        raise ValueError(f"{pattern}: of unions only blocks with their summaries can be shared out")
-      how = dict(stride=block.stride, width=summary.width, starts=(summary.start,))
+    case patterns.Union() if summary := _summary_of(pattern):
+      how = dict(stride=summary.stride, width=summary.width, starts=(summary.start,))
+    case _:
+      raise ValueError(f"{pattern}: cannot be shared out over a sequence axis")
   near = call(q, k, v, pattern=pattern)
   return xla.merge(*near, *_summaries_before(q, k, v, axis=axis, call=call, **how))
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from pallas_kernels import sparse_attention
 from pallas_kernels.patterns import Pattern
+from sparse_flax import digest
 from sparse_flax import sequence
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -33,7 +34,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.shardi
   """A mesh over the first data x fsdp x tensor x sequence devices; data=-1 takes all there are.
 
   Raises:
-    ValueError: fewer devices than that, or a share that does not come out even.
+    ValueError: fewer devices than that.
   """
   inner, there = fsdp * tensor * sequence, jax.device_count()
   if data == -1:
@@ -86,7 +87,7 @@ def by_rules(shapes: dict, mesh: jax.sharding.Mesh) -> dict:
   """
 
   def of(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = digest.name_of(path)
     axes = next((axes for rule, axes in RULES if re.search(f"{rule}$", name)), ())
     axes = (None,) * (leaf.ndim - len(axes)) + axes[max(0, len(axes) - leaf.ndim) :]
     even = zip(leaf.shape, axes, strict=True)

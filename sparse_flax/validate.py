@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from sparse_flax import data
 from sparse_flax import initialization
 from sparse_flax import layer_patterns
 from sparse_flax import sequence
+from sparse_flax import sharding
 from sparse_flax import transformer
 
 
@@ -122,7 +124,7 @@ def validate(config: ml_collections.ConfigDict) -> list[str]:
   if not any(
     x.startswith(("config.mesh", "config.data", "config.train", "config.model")) for x in problems
   ):
-    problems += _check_mesh(config)
+    problems += _check_mesh(config) or _check_memory(config)
   if not any(x.startswith(("config.data", "config.model.seq_len")) for x in problems):
     problems += [
       "config." + problem.removeprefix("config.")
@@ -204,8 +206,10 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
   inner = mesh.fsdp * mesh.tensor * mesh.sequence
   data = there // inner if mesh.data == -1 else mesh.data
   if data < 1 or data * inner > there:
-    axes = {name: mesh[name] for name in ("data", "fsdp", "tensor", "sequence")}
+    axes = {name: mesh[name] for name in sharding.AXES}
     return [f"config.mesh={axes}: must fit the {there} devices here"]
+  if mesh.data == -1 and there % inner:
+    return [f"config.mesh.data=-1: fsdp * tensor * sequence = {inner} must divide {there} devices"]
   if jax.process_count() > 1 and data * inner != there:
     return [
       f"config.mesh.data={mesh.data}: must give every process a share: {there // inner}, or -1"
@@ -229,6 +233,31 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
     if text := sequence.problem(pattern, model.seq_len, mesh.sequence):
       problems.append(f"config.mesh.sequence={mesh.sequence}: must {text}")
   return problems
+
+
+def _check_memory(config: ml_collections.ConfigDict) -> list[str]:
+  """The state has to fit; what a step needs beside it is known only when it is compiled."""
+  build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(0))
+  shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param))
+  params = sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
+  # Weights, averages, two moments and gradients.
+  need = 5 * params // (config.mesh.fsdp * config.mesh.tensor)
+  there = _device_memory()
+  if there is None or need <= there:
+    return []
+  count = sum(math.prod(x.shape) for x in shapes)
+  return [
+    f"config.model.width={config.model.width}: {count:,} parameters with moments, averages and "
+    f"gradients must fit a device's {there / 2**30:,.1f} GiB, not take {need / 2**30:,.1f} GiB"
+  ]
+
+
+def _device_memory() -> int | None:
+  """Bytes that a device has; None where nothing tells."""
+  device = jax.local_devices()[0]
+  if device.platform == "cpu":
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _pattern_sizes(model: ml_collections.ConfigDict) -> dict:

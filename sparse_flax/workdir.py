@@ -44,6 +44,9 @@ def check(
   Raises:
     ValueError: one line per difference, `field: old -> new`.
   """
+  steps = epath.Path(workdir) / "checkpoints"
+  if not (epath.Path(workdir) / "config.json").exists() and steps.is_dir() and any(steps.iterdir()):
+    raise ValueError(f"{workdir}: holds checkpoints but no config.json; choose another --workdir")
   for name, now in (("config", config.to_dict()), ("data", data)):
     path = epath.Path(workdir) / f"{name}.json"
     if now is None or not path.exists():

@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from sparse_flax import checkpoint
@@ -110,6 +111,19 @@ def test_a_run_without_a_sound_step_says_so_and_loses_nothing(run, tmp_path):
   ):
     restore(tmp_path / "run")
   assert len(list((tmp_path / "run" / "checkpoints").iterdir())) >= 2
+
+
+def test_storage_that_is_away_is_no_damage(run, tmp_path, monkeypatch):
+  shutil.copytree(run, tmp_path / "run")
+
+  def away(self, *args, **how):
+    raise PermissionError("no token")
+
+  with checkpoint.Checkpoints(tmp_path / "run", say=str) as checkpoints:
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "restore", away)
+    with pytest.raises(errors.StorageError, match="no token"):
+      checkpoints.restore_newest(shapes())
+  assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 def test_reading_moves_nothing(run, tmp_path):

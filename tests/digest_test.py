@@ -51,5 +51,5 @@ def test_order_sign_of_zero_and_shape_count():
 
 
 def test_what_has_no_digest_is_refused():
-  with pytest.raises(TypeError, match="bool leaves have no digest"):
+  with pytest.raises(ValueError, match="bool leaf: has no digest"):
     digest.digests({"x": jnp.ones(3, bool)})

@@ -87,13 +87,17 @@ def test_a_flipped_bit_is_named(run, tmp_path):
     export.load(tmp_path)
 
 
-def test_a_model_of_another_shape_is_refused(run, tmp_path):
+def test_another_config_or_shape_is_refused(run, tmp_path):
   config = json.loads((run["root"] / "out" / export.CONFIG).read_text())
   config["model"]["num_layers"] = 2
   (tmp_path / export.CONFIG).write_text(json.dumps(config))
   (tmp_path / export.MODEL).write_bytes((run["root"] / "out" / export.MODEL).read_bytes())
-  with pytest.raises(ValueError, match=r"layers\.2\.\S+ is unknown"):
+  with pytest.raises(errors.DamagedError, match=r"config\.json: not what was exported"):
     export.load(tmp_path)
+  arrays = export.flatten(run["params"], cycle=2)
+  shapes = jax.eval_shape(lambda: jax.tree.map(lambda x: x[:1] if x.ndim > 1 else x, run["params"]))
+  with pytest.raises(ValueError, match=r"model\.safetensors: layers\.2\.\S+ is unknown"):
+    export.unflatten(arrays, shapes, cycle=2)
 
 
 def test_what_is_there_is_not_overwritten(run, capsys):

@@ -71,8 +71,8 @@ def test_each_trains_a_step_or_ends_with_a_message(count, tmp_path, capsys, as_a
   for n in range(count):
     config, workdir = base(text, chance), tmp_path / f"run{n}"
     what = mutate(config, chance)
-    if config.train.steps in (64, 10**9, 1e9) or config.model.width in (10**9,):
-      continue  # valid, and too much for a test
+    if config.train.steps in (7, 16, 64, 10**9, 1e9):
+      continue  # valid, and too long for a test
     try:
       with cli.readable_errors():
         train.run(config, str(workdir))

@@ -102,14 +102,14 @@ def losses(workdir: pathlib.Path) -> list[float]:
   return [x["loss"] for x in records(workdir) if "loss" in x]
 
 
-def weights(workdir: pathlib.Path, kind: str = "fixed", step: int | None = None) -> str:
-  """SHA-256 of the whole state at `step`, the newest by default."""
-  config = tiny_config.get_config(f"{kind},none")
+def weights(workdir: pathlib.Path) -> str:
+  """SHA-256 of the whole newest state of a run of kind "fixed"."""
+  config = tiny_config.get_config("fixed,none")
   init, _ = train.make_step(config)
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
   shapes = jax.eval_shape(init, jax.random.key(0))
   shapes = checkpoint.laid_out(shapes, sharding.replicated(mesh))
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    state = checkpoints.restore(step or checkpoints.latest_step(), shapes)
+    state = checkpoints.restore(checkpoints.latest_step(), shapes)
   leaves = sorted(tiny.leaf_bytes(state).items())
   return hashlib.sha256(b"".join(name.encode() + value for name, value in leaves)).hexdigest()

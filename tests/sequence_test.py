@@ -22,6 +22,8 @@ PATTERNS = {
   "summary": patterns.Summary(8, 3, 1),
   "union": patterns.Block(8) | patterns.Summary(8, 2),
   "per_head": patterns.PerHead((patterns.Local(8), patterns.Column(8))),
+  "all_heads_alike": patterns.PerHead((patterns.Local(8), patterns.Local(8))),
+  "fixed_of_three": patterns.Fixed(8, 2, 3),  # 4 heads: the summaries do not come out even
 }
 
 
@@ -78,6 +80,8 @@ def test_kernels_for_tpus_serve_the_parts(name, arrays):
     (patterns.Column(6), 2, "must divide stride=6 and the 10.6667 rows"),
     (patterns.Column(2), 4, "must divide stride=2 and the 32 rows"),
     (patterns.Fixed(16, 2), 8, "must divide the 4 rows of stride=16"),
+    (patterns.Block(16) | patterns.Summary(8, 2), 2, "must be 1 for Block"),
+    (patterns.Local(8) | patterns.Column(4), 2, "must be 1 for Local"),
   ],
   ids=str,
 )
@@ -85,15 +89,3 @@ def test_what_cannot_be_shared_out_is_refused(pattern, n, message, arrays):
   assert sequence.problem(pattern, T, 1) is None
   with pytest.raises(ValueError, match=f"mesh axis sequence={n}: {message}"):
     shared(pattern, arrays, sequence=n)
-
-
-def test_no_device_gathers_a_sequence(arrays):
-  attend = functools.partial(sharding.over_devices, implementation="xla")
-  with jax.set_mesh(sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=4)):
-    for name in ("local", "column", "strided", "fixed"):
-      program = jax.jit(functools.partial(run, functools.partial(attend, pattern=PATTERNS[name])))
-      where = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, "sequence"))
-      shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in arrays]
-      text = program.lower(*shapes).as_text()
-      gathered = "all_gather" in text
-      assert gathered == (name == "fixed"), name

@@ -52,7 +52,7 @@ def test_an_axis_that_does_not_come_out_even_is_not_cut():
   assert sharding.by_rules(shapes, mesh)["query"]["kernel"].spec == jax.P(None, "tensor")
 
 
-def test_every_process_reads_the_rows_of_its_devices_only():
+def test_rows_are_read_once_and_dealt_out():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1, sequence=2)
   whole, asked = np.arange(8 * 6, dtype=np.uint8).reshape(8, 6), []
   read = lambda rows: asked.append(rows) or whole[rows]

@@ -10,7 +10,7 @@ MODELS = {
   "fixed": {},
   # All that a mesh can share out, dropout apart, which is drawn for the whole batch anyway.
   "mixed": dict(
-    attention_layers=("fixed", "strided"), num_layers=2, num_heads=4, implementation="xla"
+    attention_layers=("fixed", "strided"), num_layers=2, num_heads=8, implementation="xla"
   ),
 }
 

@@ -96,6 +96,10 @@ def test_field_by_itself(path, field, value, right):
       "config.mesh.sequence=2: must be 1 for Dense(causal=True), which would gather",
     ),
     (dict(mesh=dict(data=16)), "config.mesh={'data': 16, 'fsdp': 1, "),
+    (
+      dict(model=dict(qk_ratio=1e9)),
+      "config.model.width=16: 544,000,",
+    ),
     (dict(data=dict(path="/no/where")), "config.data.path='/no/where': "),
     (dict(data=dict(name="enwik9")), "config.data.name='enwik9' must be one of "),
   ],
