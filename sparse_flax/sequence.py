@@ -54,10 +54,10 @@ def problem(pattern: patterns.Pattern, length: int, n: int) -> str | None:
           return f"divide stride={stride} and the {length / stride:g} rows of that length"
       case patterns.Block(stride=stride) | patterns.Summary(stride=stride):
         if own % stride:
-          return f"divide the {length / stride:g} rows of stride={stride} of a sequence"
+          return f"divide the {length / stride:g} rows of {stride} tokens"
       case patterns.Union() if summary := _summary_of(one):
         if own % summary.stride:
-          return f"divide the {length / summary.stride:g} rows of stride={summary.stride}"
+          return f"divide the {length / summary.stride:g} rows of {summary.stride} tokens"
       case _:
         return f"be 1 for {one}, which would gather the whole sequence"
   return None

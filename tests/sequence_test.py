@@ -79,9 +79,9 @@ def test_kernels_for_tpus_serve_the_parts(name, arrays):
     (patterns.Local(33), 2, "must leave every device a window of 33 tokens, not 32"),
     (patterns.Column(6), 2, "must divide stride=6 and the 10.6667 rows"),
     (patterns.Column(2), 4, "must divide stride=2 and the 32 rows"),
-    (patterns.Fixed(16, 2), 8, "must divide the 4 rows of stride=16"),
-    (patterns.Block(16) | patterns.Summary(8, 2), 2, "must be 1 for Block"),
-    (patterns.Local(8) | patterns.Column(4), 2, "must be 1 for Local"),
+    (patterns.Fixed(16, 2), 8, "must divide the 4 rows of 16 tokens"),
+    (patterns.Block(16) | patterns.Summary(8, 2), 2, r"must be 1 for Union\(patterns=\(Block"),
+    (patterns.Local(8) | patterns.Column(4), 2, r"must be 1 for Union\(patterns=\(Local"),
   ],
   ids=str,
 )

@@ -14,7 +14,7 @@ from tests import tiny
 
 FAULTS = ("kill", "kill", "term", "nan", "truncate")
 STATUS = {"kill": -signal.SIGKILL, "truncate": -signal.SIGKILL, "term": 75, "nan": 3}
-STEPS_PER_RESTART = 20
+STEPS_PER_RESTART = 10
 # One batch in 100 is bad in the undisturbed run too: it is skipped in both.
 BAD_BATCHES = dict(NAN_STEPS="17", NAN_EVERY="100")
 ALL_BAD = dict(NAN_STEPS="0", NAN_EVERY="1")
@@ -36,8 +36,9 @@ def step_of(workdir: pathlib.Path) -> int:
 def disturb(child: pod.Pod, fault: str, chance: random.Random, *, workdir, limit: int) -> int:
   """Does harm at a random moment, before step `limit`; returns the exit status."""
   if fault != "nan":  # that one ends by itself
-    child.wait_for("compiling")
-    end = time.monotonic() + 3 * chance.random()
+    # Most after some steps, saves among them; some before the first one.
+    child.wait_for("compiling" if chance.random() < 0.2 else " nats")
+    end = time.monotonic() + 2 * chance.random()
     while time.monotonic() < end and step_of(workdir) < limit:
       time.sleep(0.005)
     child.children[0].send_signal(signal.SIGTERM if fault == "term" else signal.SIGKILL)

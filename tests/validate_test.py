@@ -89,7 +89,7 @@ def test_field_by_itself(path, field, value, right):
     ),
     (
       dict(mesh=dict(sequence=8)),
-      "config.mesh.sequence=8: must divide the 4 rows of stride=8 of a sequence",
+      "config.mesh.sequence=8: must divide the 4 rows of 8 tokens",
     ),
     (
       dict(mesh=dict(sequence=2), model=dict(attention_layers=("dense",))),

@@ -11,14 +11,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from configs import audio
-from configs import enwik8
+from experiments import cli
 from experiments.benchmark import report
 from sparse_flax import sharding
 from sparse_flax import train
 
-# The recipe, and sequences per step.
-BODIES = {"audio": (audio.get_config, 1), "enwik8": (enwik8.get_config, 2)}
+CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
+BODIES = {"audio": 1, "enwik8": 2}  # sequences per step
 PARTS = tuple(BODIES)
 AXES = ("fsdp", "tensor", "sequence")
 WARM, STEPS = 4, 8
@@ -53,13 +52,13 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
     print("needs two devices")
     return False
   rows = []
-  for name, (get_config, batch_size) in BODIES.items():
+  for name, batch_size in BODIES.items():
     if only and name not in only:
       continue
     for axis in (None, *AXES):
       if axis == "fsdp" and batch_size % 2:
         continue
-      config = get_config().copy_and_resolve_references()
+      _, config, _ = cli.parse_config(cli.Parser(""), [f"--config={CONFIGS / name}.py"])
       config.mesh.update(dict.fromkeys(sharding.AXES, 1) | ({axis: 2} if axis else {}))
       config.data.batch_size = batch_size
       config.train.accumulation = 1
