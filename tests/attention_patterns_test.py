@@ -219,7 +219,7 @@ def check(call: Call, got, truth) -> None:
     assert error <= BOUNDS[call.dtype][bound], f"{what}: relative error {error:.2e}"
 
 
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize("name,part", PARTS)
 def test_random_calls_match_the_reference(name, part, monkeypatch):
   how, examples, _ = SEARCHES[name]

@@ -162,7 +162,7 @@ def attend(case, implementation, ids):
   return functools.partial(sparse_attention, implementation=implementation, **how)
 
 
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_out_lse_and_gradients_match_the_reference(case):
   q, k, v, ids, dout, dlse = case.arrays()
@@ -362,7 +362,7 @@ def test_reference_matches_plain_numpy(name):
   assert_close(lse, expected_lse, tolerance=1e-5, what="lse")
 
 
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_the_support_of_the_gradient_is_the_mask(name, implementation):

@@ -158,6 +158,7 @@ def test_the_crossover_is_the_highest_density_that_is_faster():
 # --------------------------------------------------------------------------------------------- rows
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_every_row_has_its_figures(tiny, tmp_path, capsys):
   assert block_sparse.run(tmp_path, ("window", "documents", "gqa"))

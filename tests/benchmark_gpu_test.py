@@ -155,6 +155,7 @@ def test_no_kernel_is_an_error(monkeypatch):
 # ---------------------------------------------------------------------------------------- attention
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 def test_attention_writes_every_row(no_gpu, tmp_path, capsys):
   assert attention.run(tmp_path)
@@ -250,6 +251,7 @@ def test_a_step_learns_the_same_under_every_policy(tiny_body):
     assert_close(a, b, tolerance=2e-2, what="gradient")
 
 
+@pytest.mark.slow
 def test_dots_keeps_the_result_of_attention(tiny_body):
   params, _, tokens = step.start(tiny_body, jax.random.key(0))
 
@@ -400,6 +402,7 @@ def tuning_of(no_gpu, monkeypatch):
   return rows_of
 
 
+@pytest.mark.slow
 def test_tuning_keeps_the_best_and_refuses_what_is_wrong(tuning_of):
   times = dict(fast=[1.0, 1.1], slow=[2.0], broken=[], wrong=[0.1], nan=[0.1])
   rows = tuning_of(default=[3.0, 2.9], **times)
@@ -434,6 +437,7 @@ def test_what_works_is_the_best_where_the_default_fails(tuning_of):
   assert rows[1]["best"] and "relative error" in rows[2]["error"]
 
 
+@pytest.mark.slow
 def test_tune_covers_every_kernel(no_gpu, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(tune, "candidates", lambda *_: [])
   monkeypatch.setattr(tune, "DENSE_SHAPES", ("tiny",))

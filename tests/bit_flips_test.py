@@ -53,7 +53,7 @@ def restore(workdir):
 
 
 @pytest.mark.parametrize(
-  "flips", [30, pytest.param(FLIPS, marks=pytest.mark.slow)], ids=lambda n: f"{n}-flips"
+  "flips", [12, pytest.param(FLIPS, marks=pytest.mark.slow)], ids=lambda n: f"{n}-flips"
 )
 def test_no_flip_restores_a_wrong_value(run, flips, tmp_path, capsys):
   """The files of a step are flipped in proportion to their sizes."""
