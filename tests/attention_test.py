@@ -191,7 +191,7 @@ def check_kernels(case, runs: int = 1):
     assert_near(got[n], truth[n], cotangent=dout, tolerance=bound, what=what)
 
 
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(8)
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_kernels_match_the_reference(case):
   check_kernels(case)
@@ -229,7 +229,7 @@ def check_windows(direction, block_k, stages, warpgroups, case, runs: int = 1):
     check_kernels(case, runs)
 
 
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(8)
 @pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", WINDOWS, ids=str)
 def test_windows(direction, block_k, stages, warpgroups, case):
   check_windows(direction, block_k, stages, warpgroups, case)

@@ -126,7 +126,7 @@ def test_every_pattern(name):
   check(*call(PATTERNS[name](2), T=213))
 
 
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(8)
 @pytest.mark.parametrize("name", quick(ARGUMENTS, "groups", "segments_of_bits", "blocks", "bent"))
 def test_every_argument(name):
   how = dict(ARGUMENTS[name])
@@ -170,7 +170,7 @@ def test_head_sizes_on_a_gpu(size):
   check(*call(PATTERNS["window_and_sinks"](8), T=1_100, D=D, Dv=Dv), dtype="float16", runs=3)
 
 
-@pytest.mark.in_turn(5)
+@pytest.mark.in_turn(9)
 # The simulator knows no layouts of registers: only these tests see what does not compile.
 @pytest.mark.parametrize("D", quick((32, 64, 128, 256), 64, 128))
 @pytest.mark.parametrize("name", PATTERNS)
@@ -183,7 +183,7 @@ def test_lowering_of_every_pattern(name, D, monkeypatch):
   assert program.count("custom_call @mosaic_gpu") >= 3
 
 
-@pytest.mark.in_turn(5)
+@pytest.mark.in_turn(9)
 @pytest.mark.parametrize("D", quick((64, 128, 192), 128))
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_lowering_of_every_argument(name, D, monkeypatch):

@@ -78,7 +78,7 @@ def attend_with(pattern, implementation="mosaic_gpu"):
   return functools.partial(sparse_attention, pattern=pattern, implementation=implementation)
 
 
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(7)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_nothing_large_is_copied(name, shape):
@@ -155,7 +155,7 @@ def test_inside_shard_map(name):
   assert not large_moves(program, 2 * 1024 * 2 * 64)
 
 
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(17)
 @pytest.mark.parametrize(
   "Dk,Dv",
   [(32, 32), (64, 128), (128, 64), (96, 96), (128, 128), (192, 192), (256, 256)],

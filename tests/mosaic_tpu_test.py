@@ -75,6 +75,7 @@ def check(case, **how):
   return got
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_out_lse_and_gradients_match_the_reference(case):
   check(case)
