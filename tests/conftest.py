@@ -32,8 +32,9 @@ def nothing_is_promoted_in_silence(request):
 
 
 @pytest.fixture(autouse=True)
-def nothing_hangs():
-  faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+def nothing_hangs(request):
+  slow = request.node.get_closest_marker("slow")
+  faulthandler.dump_traceback_later(20 * TIMEOUT if slow else TIMEOUT, exit=True)
   yield
   faulthandler.cancel_dump_traceback_later()
 

@@ -1,6 +1,5 @@
 """A week in an hour: a run that is killed, stopped, poisoned and damaged, and started again."""
 
-import faulthandler
 import os
 import pathlib
 import random
@@ -60,7 +59,6 @@ def truncate(workdir: pathlib.Path, chance: random.Random) -> bool:
 @pytest.mark.slow
 def test_a_run_survives_a_week(tmp_path, capsys):
   """SOAK_RESTARTS restarts; the end is that of the run that nothing happens to."""
-  faulthandler.cancel_dump_traceback_later()  # of conftest.py: this takes as long as it takes
   restarts = int(os.environ.get("SOAK_RESTARTS", "20"))
   steps, workdir = STEPS_PER_RESTART * restarts, tmp_path / "soaked"
   tiny.text_file(tmp_path / "text", size=4_000)
