@@ -19,6 +19,7 @@ from sparse_flax import checkpoint
 from sparse_flax import errors
 from sparse_flax import validate
 
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # Exit statuses beside 0. PREEMPTED is sysexits' EX_TEMPFAIL: start it again.
 FAILED, BAD_INPUT, NOT_FINITE, DAMAGED, PREEMPTED, INTERRUPTED = 1, 2, 3, 4, 75, 130
 
@@ -86,6 +87,13 @@ def parse_config(
   _check_names(config, [x.partition("=")[0] for x in overrides])
   config, filename = _load(first + overrides)
   return own, config, run_name(filename)
+
+
+def recipe(name: str) -> ml_collections.ConfigDict:
+  """The config NAME or NAME:VARIANT of this repository: recipe("cifar10:quick")."""
+  path, _, variant = name.partition(":")
+  flag = f"--config={CONFIGS / path}.py" + (f":{variant}" if variant else "")
+  return parse_config(Parser(""), [flag])[1]
 
 
 def run_name(filename: str) -> str:

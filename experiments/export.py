@@ -19,10 +19,10 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--out", help="the folder to write to, made if it is not there")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   args = parser.parse_args(argv)
-  folder = cli.open_workdir(args.workdir)
   if not args.out:
     cli.fail("--out=DIR is missing: the folder to write to")
   with cli.readable_errors():
+    folder = cli.open_workdir(args.workdir)
     config, _, params, step = checkpoint.restore_params(folder, args.step)
     for path in export.save(args.out, config, params, step=step):
       print(path)

@@ -6,7 +6,6 @@ What `make quickstart` runs: the launchers train, evaluate, sample and visualize
 other in one process.
 """
 
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -17,13 +16,11 @@ from experiments import sample
 from experiments import train
 from experiments import visualize
 
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "cifar10.py"
-
 
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
   parser.add_argument("--workdir", default="runs/quickstart", help="the run's folder")
-  own = ["--config", f"{CONFIG}:quick"]
+  own = ["--config", f"{cli.CONFIGS / 'cifar10.py'}:quick"]
   args, config, _ = cli.parse_config(parser, [*argv, *own])
   start = time.monotonic()
   with cli.readable_errors():

@@ -298,10 +298,8 @@ def restore_params(
     errors.DamagedError: the checkpoint is not what was saved.
   """
   config = workdir_lib.load_config(workdir)
-  build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(config.seed))
-  graphdef, params = nnx.split(nnx.eval_shape(build), nnx.Param)
-  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shapes = {"ema": laid_out(nnx.to_pure_dict(params), where)}
+  graphdef, shapes = transformer.graph_and_shapes(**config.model)
+  shapes = {"ema": laid_out(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
   with Checkpoints(workdir, config=config, read_only=True, say=say) as checkpoints:
     if step is not None:
       return config, graphdef, checkpoints.restore(step, shapes)["ema"], step

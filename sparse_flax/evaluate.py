@@ -71,8 +71,7 @@ class Evaluator:
     batch_size: sequences at a time; None is a micro-batch of training. The result is the same.
     mesh: None is one device.
     """
-    build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(config.seed))
-    graphdef, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
+    graphdef, _ = transformer.graph_and_shapes(**config.model)
     mesh = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = batch_size or config.data.batch_size // config.train.accumulation

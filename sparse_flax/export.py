@@ -97,10 +97,8 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
   found = digest.digests(arrays)
   if bad := sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x)):
     raise errors.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
-  build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(config.seed))
-  graphdef, state = nnx.split(nnx.eval_shape(build), nnx.Param)
-  params = unflatten(arrays, nnx.to_pure_dict(state), cycle=len(config.model.attention_layers))
-  return config, graphdef, params
+  graphdef, shapes = transformer.graph_and_shapes(**config.model)
+  return config, graphdef, unflatten(arrays, shapes, cycle=len(config.model.attention_layers))
 
 
 def flatten(params: dict, *, cycle: int) -> dict[str, jax.Array]:

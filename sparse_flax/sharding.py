@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import Shaped
 
 from pallas_kernels import sparse_attention
 from pallas_kernels.patterns import Pattern
@@ -30,21 +31,31 @@ RULES = (
 )
 
 
+def mesh_shape(*, data: int, fsdp: int, tensor: int, sequence: int) -> tuple[int, ...]:
+  """The sizes of AXES on the devices there are; data=-1 takes all that the others leave.
+
+  Raises:
+    ValueError: fewer devices than that, or with data=-1 a share that does not come out even.
+  """
+  inner, there = fsdp * tensor * sequence, jax.device_count()
+  shape = (there // inner if data == -1 else data, fsdp, tensor, sequence)
+  if not 1 <= math.prod(shape) <= there:
+    given = dict(zip(AXES, (data, *shape[1:]), strict=True))
+    raise ValueError(f"config.mesh={given}: must fit the {there} devices here")
+  if data == -1 and there % inner:
+    raise ValueError(
+      f"config.mesh.data=-1: fsdp * tensor * sequence = {inner} must divide {there} devices"
+    )
+  return shape
+
+
 def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.sharding.Mesh:
   """A mesh over the first data x fsdp x tensor x sequence devices; data=-1 takes all there are.
 
   Raises:
-    ValueError: fewer devices than that.
+    ValueError: as `mesh_shape`, or several TPU slices that no axis can be dealt out over.
   """
-  inner, there = fsdp * tensor * sequence, jax.device_count()
-  if data == -1:
-    data = there // inner
-  if data < 1 or data * inner > there:
-    raise ValueError(
-      f"config.mesh={dict(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)}: "
-      f"must fit the {there} devices here"
-    )
-  shape = (data, fsdp, tensor, sequence)
+  shape = mesh_shape(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
   return jax.sharding.Mesh(_arranged(shape), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
@@ -98,7 +109,9 @@ def by_rules(shapes: dict, mesh: jax.sharding.Mesh) -> dict:
   return jax.tree.map_with_path(of, shapes)
 
 
-def place(read: Callable[[np.ndarray], np.ndarray], where: jax.NamedSharding, shape: tuple):
+def place(
+  read: Callable[[np.ndarray], np.ndarray], where: jax.NamedSharding, shape: tuple[int, ...]
+) -> Shaped[Array, "B *rest"]:
   """An array of `shape` [B, ...] on the devices of `where`, of which every process reads its rows.
 
   Args:

@@ -123,14 +123,21 @@ def train_step(
   return new | {"step": state["step"] + 1}, record
 
 
-def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
-  """What a config trains: init(key) -> state, and step(state, tokens, key) -> (state, record)."""
-  build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
-  graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+def optimizer_of(
+  config: ml_collections.ConfigDict,
+) -> tuple[optax.GradientTransformation, Callable]:
+  """The optimizer that a config describes, and its learning rate as a function of the update."""
   rates = {name: config.optim[name] for name in ("learning_rate", "warmup_steps", "final_lr_ratio")}
   schedule = optim.make_schedule(**rates, steps=config.train.steps)
   adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-  tx = optim.make_optimizer(schedule=schedule, **adam)
+  return optim.make_optimizer(schedule=schedule, **adam), schedule
+
+
+def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
+  """What a config trains: init(key) -> state, and step(state, tokens, key) -> (state, record)."""
+  build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
+  graphdef, _ = transformer.graph_and_shapes(**config.model)
+  tx, schedule = optimizer_of(config)
 
   def init(key):
     return init_state(key, build=build, tx=tx, loss_scale=config.optim.loss_scale)

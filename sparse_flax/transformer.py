@@ -254,6 +254,17 @@ class SparseTransformer(nnx.Module):
     return self.embedding(tokens)
 
 
+def graph_and_shapes(**model) -> tuple[nnx.GraphDef, dict]:
+  """Of SparseTransformer(**model): what nnx.merge(graph, weights) needs; no memory is used.
+
+  Returns:
+    The graph, and the weights as a dict of jax.ShapeDtypeStruct.
+  """
+  build = lambda: SparseTransformer(**model, rngs=nnx.Rngs(0))
+  graph, shapes = nnx.split(nnx.eval_shape(build), nnx.Param)
+  return graph, nnx.to_pure_dict(shapes)
+
+
 def _rematerialised(run_block, remat: str, *, one_by_one: bool):
   """`run_block`, with the backward pass told what to compute again.
 

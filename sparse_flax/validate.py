@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from flax import nnx
 
 from pallas_kernels import api
 from sparse_flax import data
@@ -193,7 +192,7 @@ def _check_model(config: ml_collections.ConfigDict) -> list[str]:
   if problems:
     return problems
   try:
-    nnx.eval_shape(lambda: transformer.SparseTransformer(**model, rngs=nnx.Rngs(0)))
+    transformer.graph_and_shapes(**model)
   except ValueError as error:
     text = str(error)
     problems.append("config.model." + text if re.match(r"\w+=", text) else f"config.model: {text}")
@@ -203,17 +202,12 @@ def _check_model(config: ml_collections.ConfigDict) -> list[str]:
 def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
   """The mesh has to fit the devices, and its axes what they share out."""
   mesh, model, there = config.mesh, config.model, jax.device_count()
-  inner = mesh.fsdp * mesh.tensor * mesh.sequence
-  data = there // inner if mesh.data == -1 else mesh.data
-  if data < 1 or data * inner > there:
-    axes = {name: mesh[name] for name in sharding.AXES}
-    return [f"config.mesh={axes}: must fit the {there} devices here"]
-  if mesh.data == -1 and there % inner:
-    return [f"config.mesh.data=-1: fsdp * tensor * sequence = {inner} must divide {there} devices"]
-  if jax.process_count() > 1 and data * inner != there:
-    return [
-      f"config.mesh.data={mesh.data}: must give every process a share: {there // inner}, or -1"
-    ]
+  try:
+    data, *_ = shape = sharding.mesh_shape(**mesh)
+  except ValueError as error:
+    return [str(error)]
+  if jax.process_count() > 1 and math.prod(shape) != there:
+    return [f"config.mesh.data={mesh.data}: must give every process a share, as -1 does"]
   problems = []
   parts, rows = config.train.accumulation, data * mesh.fsdp
   if config.data.batch_size % (parts * rows):
@@ -237,8 +231,7 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
 
 def _check_memory(config: ml_collections.ConfigDict) -> list[str]:
   """The state has to fit; what a step needs beside it is known only when it is compiled."""
-  build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(0))
-  shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param))
+  shapes = jax.tree.leaves(transformer.graph_and_shapes(**config.model)[1])
   params = sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
   # Weights, averages, two moments and gradients.
   need = 5 * params // (config.mesh.fsdp * config.mesh.tensor)

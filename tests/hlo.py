@@ -4,14 +4,15 @@ import math
 import re
 
 _SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8}
+_LEAST = 64  # bytes
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 
 
-def bytes_moved(text: str, *, least: int = 64) -> dict[str, int]:
+def bytes_moved(text: str) -> dict[str, int]:
   """{kind: bytes that a device receives in one run of an optimised program}.
 
   An all-reduce counts the array once, an all-gather what the others had, an all-to-all what came
-  from others. Bodies of loops count as often as they run; operations of less than `least` bytes,
+  from others. Bodies of loops count as often as they run; operations of less than 64 bytes,
   and those of a device with itself, do not, nor do scalars.
   """
   bodies, entry, name = {}, None, None
@@ -28,7 +29,7 @@ def bytes_moved(text: str, *, least: int = 64) -> dict[str, int]:
     for line in bodies[name]:
       if found := re.search(rf"= (.*?) ({_KINDS})(-start)?\(", line):
         moved = _moved(found.group(2), found.group(1), line)
-        if moved >= least:
+        if moved >= _LEAST:
           sums[found.group(2)] = sums.get(found.group(2), 0) + moved
       elif found := re.search(r" while\(.*body=%([\w.-]+)", line):
         times = int(re.search(r'known_trip_count":\{"n":"(\d+)"', line).group(1))

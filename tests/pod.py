@@ -10,11 +10,6 @@ import subprocess
 import sys
 import time
 
-import jax
-
-from sparse_flax import checkpoint
-from sparse_flax import sharding
-from sparse_flax import train
 from tests import tiny
 from tests import tiny_config
 
@@ -104,12 +99,6 @@ def losses(workdir: pathlib.Path) -> list[float]:
 
 def weights(workdir: pathlib.Path) -> str:
   """SHA-256 of the whole newest state of a run of kind "fixed"."""
-  config = tiny_config.get_config("fixed,none")
-  init, _ = train.make_step(config)
-  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
-  shapes = jax.eval_shape(init, jax.random.key(0))
-  shapes = checkpoint.laid_out(shapes, sharding.replicated(mesh))
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    state = checkpoints.restore(checkpoints.latest_step(), shapes)
+  state = tiny.restore(tiny_config.get_config("fixed,none"), workdir)
   leaves = sorted(tiny.leaf_bytes(state).items())
   return hashlib.sha256(b"".join(name.encode() + value for name, value in leaves)).hexdigest()

@@ -12,7 +12,6 @@ from flax import nnx
 from configs import cifar10
 from sparse_flax import checkpoint
 from sparse_flax import evaluate
-from sparse_flax import optim
 from sparse_flax import sharding
 from sparse_flax import train
 from sparse_flax import transformer
@@ -20,7 +19,6 @@ from tests import hlo
 from tests import tiny
 
 pytestmark = pytest.mark.promotes
-AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def test_rules_cut_the_matrices_of_a_real_model_and_all_that_is_named_like_them():
@@ -69,7 +67,7 @@ def step_bytes(mesh: tuple[int, ...], layers: tuple[str, ...], **model) -> tuple
   """The config, and {kind: bytes} that a device receives in one step."""
   model = dict(attention_layers=layers, num_layers=2 * len(layers), num_heads=4, **model)
   model |= dict(implementation="reference", compute_dtype="float32", dropout=0.0, remat="full")
-  mesh = dict(zip(AXES, mesh, strict=True))
+  mesh = dict(zip(sharding.AXES, mesh, strict=True))
   config = tiny.config("none", model=model, mesh=mesh, data=dict(batch_size=8))
   init, step = train.make_step(config)
   mesh = sharding.make_mesh(**config.mesh)
@@ -85,7 +83,7 @@ def step_bytes(mesh: tuple[int, ...], layers: tuple[str, ...], **model) -> tuple
 
 def formula(config) -> dict[str, int]:
   """docs/sharding.md, for float32, remat="full" and one micro-batch."""
-  model, (d, f, t, s) = config.model, (config.mesh[name] for name in AXES)
+  model, (d, f, t, s) = config.model, (config.mesh[name] for name in sharding.AXES)
   B, T, E = config.data.batch_size // (d * f), model.seq_len // s, model.width
   F, L, rows = round(model.ff_mult * E), model.num_layers, sum(model.position_shape)
   H, D, stride = model.num_heads // t, E // model.num_heads, model.stride
@@ -157,12 +155,8 @@ def test_three_steps_under_pmap_lose_what_the_jitted_step_loses(tmp_path):
     now, record = jitted(now, tokens, jax.random.key(1))
     expected.append(float(record["loss"]))
 
-  build = lambda: transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(0))
-  graphdef, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
-  rates = {name: config.optim[name] for name in ("learning_rate", "warmup_steps", "final_lr_ratio")}
-  schedule = optim.make_schedule(**rates, steps=config.train.steps)
-  adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-  tx = optim.make_optimizer(schedule=schedule, **adam)
+  graphdef, _ = transformer.graph_and_shapes(**config.model)
+  tx, _ = train.optimizer_of(config)
 
   def one_device(params, opt, tokens):
     def loss_fn(params):

@@ -9,6 +9,9 @@ import ml_collections
 import numpy as np
 
 from configs import enwik8
+from sparse_flax import checkpoint
+from sparse_flax import sharding
+from sparse_flax import train
 
 
 def config(path: pathlib.Path, **groups: dict) -> ml_collections.ConfigDict:
@@ -31,6 +34,14 @@ def text_file(path: pathlib.Path, *, seed: int = 0, size: int = 2_000) -> pathli
   """A file of `size` bytes between "a" and "z": 100 of them are validation, 100 test."""
   path.write_bytes(np.random.RandomState(seed).randint(97, 123, size).astype(np.uint8).tobytes())
   return path
+
+
+def restore(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+  """The newest state of a run, on one device."""
+  shapes = jax.eval_shape(train.make_step(config)[0], jax.random.key(0))
+  where = sharding.replicated(sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1))
+  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+    return checkpoints.restore(checkpoints.latest_step(), checkpoint.laid_out(shapes, where))
 
 
 def leaf_bytes(tree) -> dict[str, bytes]:

@@ -55,24 +55,8 @@ def runs(tmp_path_factory):
   return dict(root=root, config=config, straight=straight, resumed=resumed)
 
 
-def restore(config, workdir):
-  build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
-  tx = make_tx(config)[0]
-  init = functools.partial(train.init_state, build=build, tx=tx, loss_scale="none")
-  where = sharding.replicated(sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1))
-  shapes = checkpoint.laid_out(jax.eval_shape(init, jax.random.key(0)), where)
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    return checkpoints.restore(checkpoints.latest_step(), shapes)
-
-
-def make_tx(config):
-  schedule = optim.make_schedule(learning_rate=1e-2, warmup_steps=2, steps=6)
-  adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-  return optim.make_optimizer(schedule=schedule, **adam), schedule
-
-
 def test_resumed_run_ends_with_the_same_bits(runs):
-  states = [restore(runs["config"], runs["root"] / name) for name in ("straight", "stopped")]
+  states = [tiny.restore(runs["config"], runs["root"] / name) for name in ("straight", "stopped")]
   assert int(states[0]["step"]) == 6
   assert tiny.leaf_bytes(states[0]) == tiny.leaf_bytes(states[1])
   assert runs["straight"][0] == runs["resumed"][0]
@@ -156,7 +140,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
 def stepper(tmp_path_factory):
   """(fresh state, jitted step) for settings of the step."""
   config = tiny.config(tiny.text_file(tmp_path_factory.mktemp("data") / "text"))
-  tx, schedule = make_tx(config)
+  tx, schedule = train.optimizer_of(config)
 
   def make(*, accumulation=1, loss_scale="none", **model):
     build = lambda rngs: transformer.SparseTransformer(**{**config.model, **model}, rngs=rngs)

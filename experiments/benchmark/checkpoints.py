@@ -17,13 +17,11 @@ from sparse_flax import checkpoint
 from sparse_flax import sharding
 from sparse_flax import train
 
-CONFIG = pathlib.Path(__file__).parent.parent.parent / "configs" / "imagenet64.py"
-
 
 def run(out: pathlib.Path) -> None:
   """Prints the table and writes checkpoints_BACKEND.json."""
   print(__doc__, flush=True)
-  _, config, _ = cli.parse_config(cli.Parser(""), [f"--config={CONFIG}"])
+  config = cli.recipe("imagenet64")
   init, _ = train.make_step(config)
   shapes = jax.eval_shape(init, jax.random.key(0))
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)

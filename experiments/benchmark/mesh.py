@@ -16,7 +16,6 @@ from experiments.benchmark import report
 from sparse_flax import sharding
 from sparse_flax import train
 
-CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
 BODIES = {"audio": 1, "enwik8": 2}  # sequences per step
 PARTS = tuple(BODIES)
 AXES = ("fsdp", "tensor", "sequence")
@@ -58,7 +57,7 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
     for axis in (None, *AXES):
       if axis == "fsdp" and batch_size % 2:
         continue
-      _, config, _ = cli.parse_config(cli.Parser(""), [f"--config={CONFIGS / name}.py"])
+      config = cli.recipe(name)
       config.mesh.update(dict.fromkeys(sharding.AXES, 1) | ({axis: 2} if axis else {}))
       config.data.batch_size = batch_size
       config.train.accumulation = 1

@@ -6,11 +6,9 @@ Names: kernels/CHIP/CASE, splash/CHIP/MASK/BLOCK, step/CHIP/CONFIG/DEVICES. With
 a kernel has blocks of 128, which compile in seconds, instead of those it runs with.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
-import pathlib
 import sys
 import time
 
@@ -31,7 +29,6 @@ from pallas_kernels.mosaic_tpu.kernels import INTERLEAVED
 from sparse_flax import sharding
 from sparse_flax import train
 
-CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
 # The paper's bodies, and how many sequences a chip has at a time.
 BODIES = {"cifar10": 16, "enwik8": 4, "imagenet64": 4, "audio": 1, "audio:1m": 1}
 
@@ -231,9 +228,7 @@ def splash_attention(chip: str, mask: str, block: str) -> list[dict]:
 
 def step(chip: str, name: str, devices: str) -> list[dict]:
   """A training step of one of the paper's models, as its config has it."""
-  path, _, variant = name.partition(":")
-  flag = f"--config={CONFIGS / path}.py" + (f":{variant}" if variant else "")
-  _, config, _ = cli.parse_config(argparse.ArgumentParser(), [flag])
+  config = cli.recipe(name)
   many = int(devices) > 1
   topology = tpu.PODS[chip] if many else tpu.CHIPS[chip].topology
   mesh = mesh_of(tpu.devices(topology)[: int(devices)])
