@@ -34,6 +34,7 @@ CASES = [
     if name != "layout"
   ),
   _small(patterns.Strided(16), dtype="bfloat16"),
+  _small(EVERY_PATTERN["per_head"], name="one_and_two_passes", T=23, dtype="bfloat16"),
   _grouped(patterns.Fixed(16, 4, 2), T=1),
   _small(patterns.Summary(200, 8), name="no_summary"),
   _small(patterns.Dense(), segments=3),

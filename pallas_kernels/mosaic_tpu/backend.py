@@ -180,7 +180,8 @@ def _join(parts, groups):
   if len(parts) == 1:
     return parts[0]
   heads = np.concatenate([np.asarray(heads) for heads, _ in groups])
-  return jnp.concatenate(parts, axis=2)[:, :, np.argsort(heads)]
+  widest = max((x.dtype for x in parts), key=lambda dtype: dtype.itemsize)  # sums are wider
+  return jnp.concatenate([x.astype(widest) for x in parts], axis=2)[:, :, np.argsort(heads)]
 
 
 def _row_sums(a, b):
