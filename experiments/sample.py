@@ -1,12 +1,13 @@
 """Draws samples from a run's averaged weights: pictures, texts or sounds.
 
-  python -m experiments.sample --workdir=DIR --num=16 [--temperature=1.0] [--seed=0]
+  python -m experiments.sample --workdir=DIR --num=16 [--temperature=1.0] [--top_k=K] [--top_p=P]
   python -m experiments.sample --workdir=DIR --num=16 --keep=0.5
-  python -m experiments.sample --workdir=DIR --num=16 --prompt=FILE [--keep=0.5]
+  python -m experiments.sample --workdir=DIR --num=16 --prompt=FILE [--prompt=FILE ...] [--keep=0.5]
 
 The first form samples from nothing. --keep completes held-out examples of the test split, of which
-it keeps that share; --prompt completes a file: a picture of the model's size, a text, a WAV file.
-The files are written into DIR/samples/STEP/.
+it keeps that share; --prompt completes files: pictures of the model's size, texts, WAV files, each
+of its own length. Samples are dealt out over the devices there are. The files are written into
+DIR/samples/STEP/; sounds also all in one, with silence between them.
 """
 
 import os
@@ -26,10 +27,13 @@ from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import pictures
 from sparse_flax import sample
+from sparse_flax import sharding
+from sparse_flax.data import audio
 from sparse_flax.data import recordings
 
 _PER_ROW = 4  # completions of one example, beside each other
 _GRID_COLUMNS = 8
+_SILENCE = 0.5  # seconds between two sounds of one file
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")  # of prompts; other decoders may start programs
 
 
@@ -38,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--workdir", help="the folder of a training run")
   parser.add_argument("--num", type=int, default=16, help="samples in all")
   parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest byte")
-  parser.add_argument("--prompt", help="a file to complete")
+  parser.add_argument("--top_k", type=int, help="draw from the K likeliest bytes only")
+  parser.add_argument("--top_p", type=float, default=1.0, help="from the likeliest with this share")
+  parser.add_argument("--prompt", action="append", help="a file to complete; may be given again")
   parser.add_argument("--keep", type=float, help="share of each example to keep, in (0, 1)")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
@@ -55,7 +61,9 @@ def run(
   *,
   num: int = 16,
   temperature: float = 1.0,
-  prompt: str | os.PathLike | None = None,
+  top_k: int | None = None,
+  top_p: float = 1.0,
+  prompt: Sequence[str | os.PathLike] | None = None,
   keep: float | None = None,
   seed: int = 0,
   step: int | None = None,
@@ -69,29 +77,35 @@ def run(
     raise ValueError(f"--num={num}: must be a whole number >= 1")
   if not 0 <= temperature < float("inf"):
     raise ValueError(f"--temperature={temperature}: must be a number >= 0")
+  if top_k is not None and not 1 <= top_k <= 256:
+    raise ValueError(f"--top_k={top_k}: must be a whole number from 1 to 256")
+  if not 0.0 < top_p <= 1.0:
+    raise ValueError(f"--top_p={top_p}: must be in (0, 1]")
   if not 0 <= seed < 2**32:
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if keep is not None and not 0.0 < keep < 1.0:
     raise ValueError(f"--keep={keep}: must be between 0 and 1")
   config, graphdef, params, step = checkpoint.restore_params(workdir, step)
   examples, kept = _examples(config, num=num, prompt=prompt, keep=keep)
-  # Sample r completes example r // _PER_ROW.
-  prompts = None if examples is None else examples[np.arange(num) // _PER_ROW, :kept]
   progress = Progress(num)
+  devices = min(num, jax.device_count())
   samples = sample.generate(
     graphdef,
     params,
     key=jax.random.key(seed),
     num=num,
     temperature=temperature,
-    prompt=prompts,
+    top_k=top_k,
+    top_p=top_p,
+    # Sample r completes example r // _PER_ROW.
+    prompts=[examples[r // _PER_ROW][: kept[r // _PER_ROW]] for r in range(num)] if kept else None,
+    mesh=sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1),
     on_progress=progress,
   )
   progress.end()
   folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
-  kind = "samples" if examples is None else "completions"
-  stem = folder / f"{kind}-seed{seed}"
+  stem = folder / f"{'completions' if kept else 'samples'}-seed{seed}"
   if config.model.modality == "image":
     return [_write_grid(stem.with_suffix(".png"), config, samples, examples, kept)]
   return _write_files(stem, config.model.modality, samples, examples, kept)
@@ -101,24 +115,38 @@ def _examples(
   config: ml_collections.ConfigDict,
   *,
   num: int,
-  prompt: str | os.PathLike | None,
+  prompt: Sequence[str | os.PathLike] | None,
   keep: float | None,
-) -> tuple[np.ndarray | None, int]:
-  """What to complete, one row per _PER_ROW samples, and how many bytes of each to keep."""
+) -> tuple[list[np.ndarray], list[int]]:
+  """What to complete, one for _PER_ROW samples, and how many bytes of each are given."""
   count = -(-num // _PER_ROW)
-  if prompt is not None:
-    example = read_prompt(prompt, config.model)
-    if keep is None and config.model.modality == "image":
-      keep = 0.5
-    known = example.size if keep is None else round(keep * example.size)
+  if prompt is None and keep is None:
+    return [], []
+  if prompt is None:
+    tokens = _held_out(config, count)
+    return list(tokens), [max(1, round(keep * config.model.seq_len))] * count
+  if len(prompt) > count:
+    raise ValueError(
+      f"--num={num}: must be at least {_PER_ROW * (len(prompt) - 1) + 1}, so that each of "
+      f"{len(prompt)} prompts gets some of its {_PER_ROW} completions"
+    )
+  if keep is None and config.model.modality == "image":
+    keep = 0.5
+  examples = [read_prompt(path, config.model) for path in prompt]
+  kept = [x.size if keep is None else round(keep * x.size) for x in examples]
+  for path, known in zip(prompt, kept, strict=True):
     if not 0 < known < config.model.seq_len:
       raise ValueError(
-        f"--prompt={prompt}: {known:,} bytes are to be kept; a sample has "
+        f"--prompt={path}: {known:,} bytes are to be kept; a sample has "
         f"{config.model.seq_len:,}: choose a --keep between 0 and 1 that leaves some to draw"
       )
-    return np.tile(example, (count, 1)), known
-  if keep is None:
-    return None, 0
+  # Prompts take turns where there are more samples than four of each.
+  turns = [n % len(examples) for n in range(count)]
+  return [examples[n] for n in turns], [kept[n] for n in turns]
+
+
+def _held_out(config: ml_collections.ConfigDict, count: int) -> np.ndarray:
+  """The first `count` whole sequences of the test split."""
   dataset = evaluate.open_dataset(config, "test")
   seq_len = config.model.seq_len
   batches = data.eval_batches(dataset, seq_len=seq_len, min_context=0, batch_size=count)
@@ -126,10 +154,11 @@ def _examples(
   tokens = tokens[scored.all(axis=1)]
   if len(tokens) < count:
     raise ValueError(
-      f"--num={num}: at most {_PER_ROW * len(tokens)}; the test split of {dataset.name} has "
-      f"{len(tokens)} examples of {seq_len:,} bytes for {_PER_ROW} completions each"
+      f"--num={_PER_ROW * count}: at most {_PER_ROW * len(tokens)}; the test split of "
+      f"{dataset.name} has {len(tokens)} examples of {seq_len:,} bytes for {_PER_ROW} completions "
+      f"each"
     )
-  return tokens, max(1, round(keep * seq_len))
+  return tokens
 
 
 def read_prompt(path: str | os.PathLike, model: ml_collections.ConfigDict) -> np.ndarray:
@@ -184,17 +213,17 @@ class Progress:
 
 def _write_grid(path, config, samples, examples, kept) -> epath.Path:
   image = lambda tokens: tokens.reshape(config.model.position_shape)
-  if examples is None:
+  if not kept:
     columns = min(_GRID_COLUMNS, -(-len(samples) // max(1, round(len(samples) ** 0.5))))
     starts = range(0, len(samples), columns)
     pictures.save_grid(path, [[image(x) for x in samples[i : i + columns]] for i in starts])
     return path
   columns = min(_PER_ROW, len(samples))
   rows = []
-  for n, example in enumerate(examples):
+  for n, (example, known) in enumerate(zip(examples, kept, strict=True)):
     drawn = [image(x) for x in samples[n * columns : (n + 1) * columns]]
     drawn += [None] * (columns - len(drawn))
-    prompt = pictures.with_unknown(image(example), known=kept)
+    prompt = pictures.with_unknown(image(example), known=known)
     rows.append([prompt, *drawn, image(example)])
   captions = ["given", *(f"drawn {n + 1}" for n in range(columns)), "original"]
   pictures.save_grid(path, rows, captions=captions)
@@ -202,12 +231,12 @@ def _write_grid(path, config, samples, examples, kept) -> epath.Path:
 
 
 def _write_files(stem, modality, samples, examples, kept) -> list[epath.Path]:
-  """One file per sample; for completions also what was given and the original."""
+  """One file per sample; for completions also what was given and the original; sounds joined."""
   files = {f"{n:02}": tokens for n, tokens in enumerate(samples)}
-  if examples is not None:
+  if kept:
     files = {f"{n // _PER_ROW:02}-drawn{n % _PER_ROW + 1}": x for n, x in enumerate(samples)}
-    for n, example in enumerate(examples):
-      files[f"{n:02}-given"] = example[:kept]
+    for n, (example, known) in enumerate(zip(examples, kept, strict=True)):
+      files[f"{n:02}-given"] = example[:known]
       files[f"{n:02}-original"] = example
   paths = []
   for name, tokens in sorted(files.items()):
@@ -217,6 +246,11 @@ def _write_files(stem, modality, samples, examples, kept) -> list[epath.Path]:
     else:
       paths.append(stem.with_name(f"{stem.name}-{name}.txt"))
       paths[-1].write_bytes(tokens.tobytes())
+  if modality == "audio" and len(samples) > 1:
+    silence = np.zeros(round(_SILENCE * audio.SAMPLE_RATE), np.float32)
+    sounds = [x for tokens in samples for x in (silence, data.mu_law_decode(tokens))]
+    paths.append(stem.with_name(f"{stem.name}-all.wav"))
+    data.write_wav(paths[-1], np.concatenate(sounds[1:]))
   return paths
 
 

@@ -74,10 +74,7 @@ class SparseSelfAttention(nnx.Module):
     self.out = linear(width, out_init or kernel_init)
 
   def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-    q, k, v = self._heads(x)
-    how = dict(pattern=self.pattern, implementation=self.implementation)
-    out = sharding.over_devices(q, k, v, **how)
-    return self.out(out.reshape(*x.shape[:-1], -1))
+    return self._attend(*self._heads(x))
 
   def weights(
     self, x: Float[Array, "B T E"], rows: Integer[np.ndarray, "Q"] | None = None
@@ -86,8 +83,16 @@ class SparseSelfAttention(nnx.Module):
     q, k, _ = self._heads(x)
     return reference.attention_weights(q, k, pattern=self.pattern, rows=rows)
 
-  def init_cache(self, batch_size: int, length: int, *, num_layers: int = 1) -> decode.Cache:
+  def init_cache(
+    self, batch_size: int, length: int, *, num_layers: int = 1, sparse: bool = True
+  ) -> decode.Cache:
     """Room for the keys and values of `length` steps, for `num_layers` layers like this one.
+
+    Args:
+      batch_size: B.
+      length: steps.
+      num_layers: L.
+      sparse: keep what the pattern needs; False keeps, and reads, everything.
 
     Raises:
       ValueError: the pattern lets a query attend to later keys.
@@ -95,6 +100,7 @@ class SparseSelfAttention(nnx.Module):
     if not self.pattern.causal:
       raise ValueError(f"pattern={self.pattern}: decoding needs one with causal=True")
     return decode.init_cache(
+      self.pattern,
       num_layers=num_layers,
       length=length,
       num_heads=self.num_heads,
@@ -102,7 +108,16 @@ class SparseSelfAttention(nnx.Module):
       k_size=self.key.out_features // self.num_heads,
       v_size=self.value.out_features // self.num_heads,
       dtype=self.key.dtype or self.key.param_dtype,
+      sparse=sparse,
     )
+
+  def prefill(
+    self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True
+  ) -> tuple[Float[Array, "B P E"], decode.Cache]:
+    """`__call__`, and the cache, without an axis for layers, as P steps of `length` leave it."""
+    q, k, v = self._heads(x)
+    cache = decode.fill(self.pattern, k, v, length=length, sparse=sparse)
+    return self._attend(q, k, v), cache
 
   def decode_step(
     self,
@@ -123,9 +138,13 @@ class SparseSelfAttention(nnx.Module):
     Returns:
       The layer's output of this step, and the cache with this step's key and value.
     """
-    q, k, v = self._heads(x)
-    out, cache = decode.attend(q, k, v, cache, pattern=self.pattern, step=step, layer=layer)
+    out, cache = decode.attend(*self._heads(x), cache, step=step, layer=layer)
     return self.out(out.reshape(*x.shape[:-1], -1)), cache
+
+  def _attend(self, q, k, v) -> Float[Array, "B T E"]:
+    how = dict(pattern=self.pattern, implementation=self.implementation)
+    out = sharding.over_devices(q, k, v, **how)
+    return self.out(out.reshape(*out.shape[:2], -1))
 
   def _heads(self, x: Float[Array, "*B E"]) -> tuple[Float[Array, "*B H D"], ...]:
     layers = self.query, self.key, self.value

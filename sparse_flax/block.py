@@ -92,6 +92,14 @@ class Block(nnx.Module):
     """The block's output, and the attention probabilities of the query rows `rows`."""
     return self(x), self.attention.weights(self._normed(x), rows)
 
+  def prefill(
+    self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True
+  ) -> tuple[Float[Array, "B P E"], decode.Cache]:
+    """`__call__`, and the block's cache, for `length` steps, as P of them leave it."""
+    a, cache = self.attention.prefill(self._normed(x), length, sparse=sparse)
+    x = x + a
+    return x + self._feed(x), cache
+
   def decode_step(
     self,
     x: Float[Array, "B E"],

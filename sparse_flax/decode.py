@@ -1,28 +1,54 @@
-"""Attention of one new query over the keys and values of earlier steps."""
+"""Attention of one new query over the keys and values of earlier steps, of which only those are
+kept and read that the pattern needs."""
 
+import dataclasses
 import functools
+import itertools
 import operator
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
-from jaxtyping import Integer
 
 from pallas_kernels import patterns
+from sparse_flax import decode_rows
+from sparse_flax.decode_rows import Step
 
-Step = int | Integer[Array, ""]
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["key", "value"],
+  meta_fields=["heads", "rows", "pattern"],
+)
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Keys and values that one pattern reads, of some heads of one layer or of several like it.
+
+  Attributes:
+    key: [*L, B, H, rows.length, Dk].
+    value: [*L, B, H, rows.length, Dv].
+    heads: their numbers in the layer.
+    rows: which rows of the sequence lie where.
+    pattern: of each of the heads, which decides what of the rows is seen.
+  """
+
+  key: Any  # an array, or what JAX's transformations put in its place
+  value: Any
+  heads: tuple[int, ...]
+  rows: decode_rows.Rows
+  pattern: patterns.Pattern
 
 
-class Cache(NamedTuple):
-  """Keys and values of earlier steps, of one layer or of several like it."""
-
-  key: Float[Array, "L H B S Dk"]
-  value: Float[Array, "L H B S Dv"]
+# Parts of the same heads follow each other: they share a softmax.
+Cache = tuple[Part, ...]
 
 
 def init_cache(
+  pattern: patterns.Pattern,
   *,
   num_layers: int,
   length: int,
@@ -31,10 +57,43 @@ def init_cache(
   k_size: int,
   v_size: int,
   dtype: jax.typing.DTypeLike,
+  sparse: bool = True,
 ) -> Cache:
-  """An empty cache for `length` steps; k_size and v_size are Dk and Dv, of one head."""
-  room = lambda size: jnp.zeros((num_layers, num_heads, batch_size, length, size), dtype)
-  return Cache(key=room(k_size), value=room(v_size))
+  """An empty cache for `length` steps; k_size and v_size are Dk and Dv, of one head.
+
+  With sparse=False it keeps, and every step reads, all rows; what is computed is the same.
+  """
+  shape = lambda heads, rows: (num_layers, batch_size, len(heads), rows.length)
+  room = lambda size, *part: jnp.zeros((*shape(*part), size), dtype)
+  return tuple(
+    Part(room(k_size, heads, rows), room(v_size, heads, rows), heads, rows, seen)
+    for heads, kept in _kept(pattern, num_heads, length, sparse)
+    for rows, seen in kept
+  )
+
+
+def fill(
+  pattern: patterns.Pattern,
+  k: Float[Array, "B P H Dk"],
+  v: Float[Array, "B P H Dv"],
+  *,
+  length: int,
+  sparse: bool = True,
+) -> Cache:
+  """The cache of one layer, without an axis for layers, as steps 0 to P - 1 leave it."""
+  last = k.shape[1] - 1
+
+  def rows_of(x, heads, rows):
+    row = rows.row(np.arange(rows.length), last)
+    there = (row >= 0) & (row <= last)
+    taken = x[:, np.where(there, row, 0)][:, :, np.asarray(heads)].swapaxes(1, 2)
+    return jnp.where(there[:, None], taken, jnp.zeros((), x.dtype))
+
+  return tuple(
+    Part(rows_of(k, heads, rows), rows_of(v, heads, rows), heads, rows, seen)
+    for heads, kept in _kept(pattern, k.shape[2], length, sparse)
+    for rows, seen in kept
+  )
 
 
 def attend(
@@ -43,83 +102,79 @@ def attend(
   v: Float[Array, "B H Dv"],
   cache: Cache,
   *,
-  pattern: patterns.Pattern,
   step: Step,
   layer: Step = 0,
 ) -> tuple[Float[Array, "B H Dv"], Cache]:
-  """Stores k and v as row `step`, then attends with q to the rows that `pattern` allows.
+  """Stores k and v as row `step`, then attends with q to the rows that the pattern allows.
 
-  Only the keys of the row are read: for a strided pattern about 2 sqrt(S), not S. Scores, softmax
-  and the sum are in float32; a row without keys gives zeros.
+  Scores, softmax and the sum are in float32; a row without keys gives zeros.
 
   Returns:
     The output in q's dtype, and the cache with the new row.
   """
-  heads_first = lambda x: jnp.swapaxes(x, 0, 1)  # [B, H, D] -> [H, B, D], the cache's order
-  store = lambda rows, x: jax.lax.dynamic_update_slice(
-    rows, heads_first(x)[None, :, :, None].astype(rows.dtype), (layer, 0, 0, step, 0)
-  )
-  cache = Cache(key=store(cache.key, k), value=store(cache.value, v))
-  H, B, S = cache.key.shape[1:4]
-  index = _keys_of_heads(pattern, step, S=S, H=H)  # [H, K]
-  if index.shape[1] < S:
-    heads, batch = jnp.arange(H)[:, None, None], jnp.arange(B)[None, :, None]
-    read = lambda rows: rows[layer, heads, batch, index[:, None]]
-    seen = index >= 0
-  else:  # all rows: a slice is cheaper than a gather
-    read = lambda rows: jax.lax.dynamic_index_in_dim(rows, layer, keepdims=False)
-    seen = pattern.allowed(step, jnp.arange(S)[None], jnp.arange(H)[:, None])
-    seen = jnp.broadcast_to(seen, (H, S))
-  q32, k32, v32 = (
-    x.astype(jnp.float32) for x in (heads_first(q), read(cache.key), read(cache.value))
-  )
-  scores = q.shape[-1] ** -0.5 * jnp.einsum("HBD,HBKD->HBK", q32, k32, precision="highest")
+  cache = tuple(_store(part, k, v, step, layer) for part in cache)
+  groups = [list(parts) for _, parts in itertools.groupby(cache, lambda part: part.heads)]
+  outs = [_attend_group(q, parts, step, layer) for parts in groups]
+  if len(groups) == 1:
+    return outs[0].astype(q.dtype), cache
+  order = np.argsort(np.concatenate([parts[0].heads for parts in groups]))
+  return jnp.concatenate(outs, axis=1)[:, order].astype(q.dtype), cache
+
+
+def _kept(pattern: patterns.Pattern, num_heads: int, length: int, sparse: bool):
+  """(heads, what to keep for them) for each different pattern of a head."""
+  heads_of = {}
+  for h in range(num_heads):
+    heads_of.setdefault(pattern.of_head(h), []).append(h)
+  for one, heads in heads_of.items():
+    yield tuple(heads), decode_rows.of_pattern(one, length, sparse=sparse)
+
+
+def _of_heads(x, heads: tuple[int, ...]):
+  """Some heads of [B, H, D]."""
+  return x if len(heads) == x.shape[1] else x[:, np.asarray(heads)]
+
+
+def _store(part: Part, k, v, step: Step, layer: Step) -> Part:
+  def put(room, x):
+    row = _of_heads(x, part.heads)[None, :, :, None].astype(room.dtype)
+    return jax.lax.dynamic_update_slice(room, row, (layer, 0, 0, part.rows.slot(step), 0))
+
+  return dataclasses.replace(part, key=put(part.key, k), value=put(part.value, v))
+
+
+def _attend_group(q, parts: list[Part], step: Step, layer: Step) -> Float[Array, "B H Dv"]:
+  """One softmax over all parts, float32."""
+  q = _of_heads(q, parts[0].heads).astype(jnp.float32) * q.shape[-1] ** -0.5
+
+  def read(part, room):
+    shape = (1, *room.shape[1:3], part.rows.size, room.shape[4])
+    piece = jax.lax.dynamic_slice(room, (layer, 0, 0, part.rows.first(step), 0), shape)
+    return piece[0].astype(jnp.float32)
+
   # The finite floor and the guarded division keep a row without keys at zeros, not NaN.
-  scores = jnp.where(seen[:, None], scores, -jnp.inf)
-  top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e30)
-  weights = jnp.exp(scores - top)
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  out = jnp.einsum("HBK,HBKD->HBD", weights, v32, precision="highest")
-  return heads_first(out / jnp.where(total == 0, 1.0, total)).astype(q.dtype), cache
+  scores = [
+    jnp.where(
+      seen, jnp.einsum("BHD,BHKD->BHK", q, read(part, part.key), precision="highest"), -jnp.inf
+    )
+    for part, seen in zip(parts, _seen(parts, step), strict=True)
+  ]
+  top = functools.reduce(jnp.maximum, (x.max(axis=-1, keepdims=True) for x in scores))
+  weights = [jnp.exp(x - jnp.maximum(top, -1e30)) for x in scores]
+  total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
+  out = sum(
+    jnp.einsum("BHK,BHKD->BHD", x, read(part, part.value), precision="highest")
+    for x, part in zip(weights, parts, strict=True)
+  )
+  return out / jnp.where(total == 0, 1.0, total)
 
 
-def _keys_of_heads(
-  pattern: patterns.Pattern, step: Step, *, S: int, H: int
-) -> Integer[Array, "H K"]:
-  """The keys of row `step` for every head, each once, filled up with -1."""
-  rows = [keys_of_row(pattern.of_head(h), step, S=S) for h in range(min(pattern.period, H))]
-  longest = max(len(row) for row in rows)
-  filled = [jnp.pad(row, (0, longest - len(row)), constant_values=-1) for row in rows]
-  return jnp.stack([filled[h % len(rows)] for h in range(H)])
-
-
-def keys_of_row(pattern: patterns.Pattern, step: Step, *, S: int) -> Integer[Array, "K"]:
-  """The keys among S that row `step` attends to, each once, filled up with -1.
-
-  K depends on the pattern (of one head) and on S alone. `pattern.allowed` has the last word; what
-  is written here is where to look, so that a row of a sparse pattern costs K and not S.
-  """
-  every = lambda stride: stride * jnp.arange(-(-S // stride))  # 0, stride, 2 stride, ... < S
-  match pattern:
-    case patterns.Strided(stride):
-      return keys_of_row(patterns.Local(stride) | patterns.Column(stride), step, S=S)
-    case patterns.Union(members):
-      parts = [keys_of_row(member, step, S=S) for member in members]
-      for n, part in enumerate(parts[1:], start=1):  # a key of several members counts once
-        taken = functools.reduce(operator.or_, (p.allowed(step, part) for p in members[:n]))
-        parts[n] = jnp.where(taken, -1, part)
-      return jnp.concatenate(parts)
-    case patterns.Intersection(members):
-      keys = min((keys_of_row(member, step, S=S) for member in members), key=len)
-    case patterns.Local(window):
-      keys = step - jnp.arange(min(window, S))
-    case patterns.Column(stride):
-      keys = step - every(stride)
-    case patterns.Block(stride):
-      keys = step // stride * stride + jnp.arange(min(stride, S))
-    case patterns.Summary(stride, width):
-      keys = (every(stride)[:, None] + (pattern.start + jnp.arange(width))[None]).reshape(-1)
-    case _:
-      keys = jnp.arange(S)
-  inside = (keys >= 0) & (keys < S)
-  return jnp.where(inside & pattern.allowed(step, keys), keys, -1)
+def _seen(parts: list[Part], step: Step) -> list[Bool[Array, "slots"]]:
+  """What each part shows of what is read; a key that several allow is the first one's."""
+  found = []
+  for n, part in enumerate(parts):
+    row = part.rows.row(part.rows.first(step) + jnp.arange(part.rows.size), step)
+    taken = [earlier.pattern.allowed(step, row) for earlier in parts[:n]]
+    hidden = functools.reduce(operator.or_, taken, row < 0)
+    found.append(part.pattern.allowed(step, row) & ~hidden)
+  return found

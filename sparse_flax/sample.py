@@ -2,14 +2,18 @@
 
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
+from jaxtyping import Float
 from jaxtyping import Key
 from jaxtyping import UInt8
+
+from sparse_flax import sharding
 
 _PIECES = 16  # in which a run that reports its progress is cut
 
@@ -21,13 +25,17 @@ def generate(
   key: Key[Array, ""],
   num: int,
   temperature: int | float = 1.0,
-  prompt: UInt8[np.ndarray, "num P"] | None = None,
+  top_k: int | None = None,
+  top_p: int | float = 1.0,
+  prompts: Sequence[UInt8[np.ndarray, "_"]] | UInt8[np.ndarray, "num P"] | None = None,
+  sparse: bool = True,
+  mesh: jax.sharding.Mesh | None = None,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> UInt8[np.ndarray, "num T"]:
-  """Samples whole sequences from softmax(logits / temperature).
+  """Samples whole sequences from softmax(logits / temperature), or from its likeliest bytes.
 
   Row r is a function of the weights, `key`, r and its prompt: it is the same among 16 rows as
-  alone.
+  alone. What all prompts have in length is read in one pass; the rest is one compiled loop.
 
   Args:
     graphdef: of the SparseTransformer, `nnx.graphdef(model)`.
@@ -35,58 +43,123 @@ def generate(
     key: a typed key, `jax.random.key(seed)`.
     num: number of sequences.
     temperature: 1.0 samples what the model predicts, 0 takes the likeliest byte.
-    prompt: the first P bytes of every row, P < T; they come back unchanged.
+    top_k: draw from the k likeliest bytes only; None is all 256.
+    top_p: draw from the fewest likeliest bytes that have this share of the probability.
+    prompts: the first bytes of each row, 0 to T - 1 of them; they come back unchanged.
+    sparse: False keeps and reads all keys and values at every step: for comparisons.
+    mesh: devices over whose "data" and "fsdp" the rows are dealt out; None is one device.
     on_progress: called with (steps done, steps in all) now and then.
 
   Returns:
     Bytes, T = seq_len of the model.
 
   Raises:
-    ValueError: num, temperature or the prompt's shape make no sense.
+    ValueError: num, temperature, top_k, top_p or the prompts make no sense.
   """
-  T = nnx.merge(graphdef, params).seq_len
+  model = nnx.merge(graphdef, params)
+  T = model.seq_len
   if num < 1:
     raise ValueError(f"{num=}: must be a whole number >= 1")
   if not 0.0 <= temperature < float("inf"):
     raise ValueError(f"{temperature=}: must be a number >= 0")
-  prompt = np.zeros((num, 0), np.uint8) if prompt is None else np.asarray(prompt)
-  P = prompt.shape[1]
-  if prompt.shape[0] != num or P >= T:
+  if top_k is not None and not 1 <= top_k <= 256:
+    raise ValueError(f"{top_k=}: must be a whole number from 1 to 256")
+  if not 0.0 < top_p <= 1.0:
+    raise ValueError(f"{top_p=}: must be in (0, 1]")
+  prompts = [np.zeros(0, np.uint8)] * num if prompts is None else list(prompts)
+  lengths = [len(prompt) for prompt in prompts]
+  if len(prompts) != num or max(lengths) >= T:
     raise ValueError(
-      f"prompt has shape {list(prompt.shape)}: must have {num=} rows, each shorter than seq_len={T}"
+      f"prompts have lengths {lengths}: must be {num=} of them, each shorter than seq_len={T}"
     )
+  mesh = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
+  shares = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = -(-num // shares) * shares  # those beyond num are drawn for nothing
+  P = min(lengths)
   # One compilation serves all pieces: the last may run past the end, and that part is cut off.
-  size = T if on_progress is None else -(-T // _PIECES)
-  forced = jnp.asarray(np.pad(prompt, ((0, 0), (0, size * -(-T // size) - P))))
-  run = jax.jit(functools.partial(_run, graphdef, temperature=temperature, P=P), donate_argnums=1)
-  model = nnx.merge(graphdef, params)
-  carry, pieces = (jnp.zeros(num, jnp.uint8), model.init_cache(num)), []
-  for start in range(0, T, size):
-    piece = jax.lax.dynamic_slice_in_dim(forced, start, size, axis=1)
-    carry, tokens = run(params, carry, key, start, piece)
-    pieces.append(np.asarray(tokens))
-    if on_progress is not None:
-      on_progress(min(start + size, T), T)
-  return np.concatenate(pieces, axis=1)[:, :T]
+  size = T - P if on_progress is None else -(-(T - P) // _PIECES)
+  known = np.zeros((rows, P + -(-(T - P) // size) * size), np.uint8)
+  for row, prompt in enumerate(prompts):
+    known[row, : len(prompt)] = prompt
+  lengths = np.pad(lengths, (0, rows - num), constant_values=P)
+
+  by_row = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
+  with jax.set_mesh(mesh):
+    params = jax.device_put(as_multiplied(model, params), sharding.replicated(mesh))
+    place = lambda x: jax.device_put(x, by_row)
+    start_up = jax.jit(
+      functools.partial(_start, graphdef, sparse=sparse),
+      out_shardings=(by_row, jax.NamedSharding(mesh, jax.P(None, sharding.BATCH))),
+    )
+    run = jax.jit(
+      functools.partial(run_steps, graphdef, temperature=temperature, top_k=top_k, top_p=top_p),
+      donate_argnums=1,
+    )
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(place(np.arange(rows)))
+    carry, pieces = start_up(params, place(known[:, :P])), [known[:, :P]]
+    for start in range(P, T, size):
+      piece = place(known[:, start : start + size])
+      carry, tokens = run(params, carry, keys, start, piece, place(lengths))
+      pieces.append(np.asarray(tokens))
+      if on_progress is not None:
+        on_progress(min(start + size, T), T)
+  return np.concatenate(pieces, axis=1)[:num, :T]
 
 
-def _run(graphdef, params, carry, key, start, forced, *, temperature: int | float, P: int):
-  """Steps start, start + 1, ... for as many columns as `forced` has."""
+def likely(
+  logits: Float[Array, "B V"], *, top_k: int | None = None, top_p: int | float = 1.0
+) -> Float[Array, "B V"]:
+  """The logits of the k likeliest, and of the fewest that have `top_p` of what is left; else -inf.
+
+  Values equal to the last that is kept are kept too.
+  """
+  if top_k is not None:
+    least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
+  if top_p < 1.0:
+    ordered = -jnp.sort(-logits, axis=-1)
+    shares = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    least = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
+  return logits
+
+
+def as_multiplied(model, params: dict) -> dict:
+  """The layers' weights in the dtype of their products: a step mostly reads weights."""
+  dtype = model.groups[0].feed_forward.up.dtype
+  names = ("attention", "feed_forward")
+  of_product = lambda path: any(getattr(entry, "key", None) in names for entry in path)
+  narrow = lambda path, x: jnp.asarray(x, dtype) if of_product(path) else x
+  return jax.tree.map_with_path(narrow, params)
+
+
+def _start(graphdef, params, known, *, sparse: bool):
+  """The last known byte of each row, and the caches after all that is known."""
+  model, (rows, P) = nnx.merge(graphdef, params), known.shape
+  if P == 0:
+    return jnp.zeros(rows, jnp.uint8), model.init_cache(rows, sparse=sparse)
+  _, caches = model.prefill(known, sparse=sparse)
+  return known[:, -1], caches
+
+
+def run_steps(graphdef, params, carry, keys, start, known, lengths, *, temperature, top_k, top_p):
+  """Steps start, start + 1, ... for as many columns as `known` has."""
   model = nnx.merge(graphdef, params)
 
   def draw(logits, step):  # by row, so that a row does not depend on how many there are
     if temperature == 0.0:
       return jnp.argmax(logits, axis=-1)
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))
-    rows = jnp.arange(logits.shape[0])
-    return jax.vmap(jax.random.categorical)(keys(rows), logits / temperature)
+    logits = likely(logits / temperature, top_k=top_k, top_p=top_p)
+    keys_now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    return jax.vmap(jax.random.categorical)(keys_now, logits)
 
-  def one_step(carry, step_and_forced):
-    (token, cache), (step, forced) = carry, step_and_forced
-    logits, cache = model.decode_step(token, step, cache)
-    token = jnp.where(step < P, forced, draw(logits, step).astype(jnp.uint8))
-    return (token, cache), token
+  def one_step(carry, step_and_known):
+    (token, caches), (step, known) = carry, step_and_known
+    logits, caches = model.decode_step(token, step, caches)
+    token = jnp.where(step < lengths, known, draw(logits, step).astype(jnp.uint8))
+    return (token, caches), token
 
-  steps = start + jnp.arange(forced.shape[1])
-  carry, tokens = jax.lax.scan(one_step, carry, (steps, forced.T))
+  steps = start + jnp.arange(known.shape[1])
+  carry, tokens = jax.lax.scan(one_step, carry, (steps, known.T))
   return carry, tokens.T

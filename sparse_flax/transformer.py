@@ -220,33 +220,62 @@ class SparseTransformer(nnx.Module):
     _, weights = jax.lax.scan(run_group, self._embed(tokens), self.groups)
     return weights.reshape(self.num_layers, *weights.shape[2:])
 
-  def init_cache(self, batch_size: int) -> decode.Cache:
-    """An empty cache for decoding `batch_size` sequences of `seq_len` tokens."""
-    return self.groups[0].attention.init_cache(batch_size, self.seq_len, num_layers=self.num_layers)
+  def init_cache(self, batch_size: int, *, sparse: bool = True) -> tuple[decode.Cache, ...]:
+    """Empty caches for decoding `batch_size` sequences of `seq_len` tokens, one per cycle entry.
+
+    With sparse=False they keep every key and value, and every step reads them all: for comparisons.
+    """
+    room = dict(num_layers=self.num_groups, sparse=sparse)
+    return tuple(
+      layer.attention.init_cache(batch_size, self.seq_len, **room) for layer in self.groups
+    )
+
+  def prefill(
+    self, tokens: Integer[Array, "B P"], *, sparse: bool = True
+  ) -> tuple[Float32[Array, "B P 256"], tuple[decode.Cache, ...]]:
+    """Logits of positions 0 to P - 1 in one pass, and the caches as P decoding steps leave them.
+
+    Position P is next: `decode_step(tokens[:, -1], P, caches)`.
+    """
+
+    def run_group(x, group):
+      caches = []
+      for layer in group:
+        x, filled = layer.prefill(x, self.seq_len, sparse=sparse)
+        caches.append(filled)
+      return x, tuple(caches)
+
+    x, caches = jax.lax.scan(run_group, self._embed(tokens), self.groups)
+    return self.logits(self.final_norm(x)), caches
 
   def decode_step(
-    self, token: Integer[Array, "B"], step: Integer[Array, ""] | int, cache: decode.Cache
-  ) -> tuple[Float32[Array, "B 256"], decode.Cache]:
-    """Logits of position `step`, given the byte before it and the cache of the steps before.
+    self,
+    token: Integer[Array, "B"],
+    step: Integer[Array, ""] | int,
+    caches: tuple[decode.Cache, ...],
+  ) -> tuple[Float32[Array, "B 256"], tuple[decode.Cache, ...]]:
+    """Logits of position `step`, given the byte before it and the caches of the steps before.
 
     Args:
       token: tokens[:, step - 1]; ignored at step 0, where the start vector takes its place.
       step: 0, 1, 2, ...; each once and in this order.
-      cache: from `init_cache`, then from the step before; donate it to update it in place.
+      caches: from `init_cache` or `prefill`, then from the step before; donate them to update them
+        in place.
     """
     step = jnp.asarray(step, jnp.int32)
-    cycle = len(self.patterns)
 
-    def run_group(carry, group_and_first):
-      (x, cache), (group, first) = carry, group_and_first
-      for n, layer in enumerate(group):
-        x, cache = layer.decode_step(x, step, cache, layer=first + n)
-      return (x, cache), None
+    def run_group(carry, group_and_number):
+      (x, caches), (group, n) = carry, group_and_number
+      after = []
+      for layer, cache in zip(group, caches, strict=True):
+        x, cache = layer.decode_step(x, step, cache, layer=n)
+        after.append(cache)
+      return (x, tuple(after)), None
 
     x = self.embedding.decode_step(token, step)
-    layers = (self.groups, cycle * jnp.arange(self.num_groups))
-    (x, cache), _ = jax.lax.scan(run_group, (x, cache), layers)
-    return self.logits(self.final_norm(x)), cache
+    layers = (self.groups, jnp.arange(self.num_groups))
+    (x, caches), _ = jax.lax.scan(run_group, (x, caches), layers)
+    return self.logits(self.final_norm(x)), caches
 
   def _embed(self, tokens: Tokens) -> Float[Array, "B T E"]:
     if tokens.shape[1] > self.seq_len:

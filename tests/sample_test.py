@@ -16,6 +16,7 @@ from experiments import sample as launcher
 from sparse_flax import checkpoint
 from sparse_flax import pictures
 from sparse_flax import sample
+from sparse_flax import sharding
 from sparse_flax import SparseTransformer
 from sparse_flax import workdir
 from tests import tiny
@@ -46,11 +47,55 @@ def test_a_row_is_the_same_alone_and_among_others(weights):
 
 
 def test_prompts_come_back_unchanged_and_are_read(weights):
-  prompt = np.random.default_rng(0).integers(0, 256, (3, 9)).astype(np.uint8)
-  got = generate(weights, num=3, prompt=prompt, temperature=0)
-  np.testing.assert_array_equal(got[:, :9], prompt)
+  prompts = np.random.default_rng(0).integers(0, 256, (3, 9)).astype(np.uint8)
+  got = generate(weights, num=3, prompts=prompts, temperature=0)
+  np.testing.assert_array_equal(got[:, :9], prompts)
   assert len({tuple(row) for row in got[:, 9:]}) == 3
-  np.testing.assert_array_equal(generate(weights, num=1, prompt=prompt[:1], temperature=0), got[:1])
+  alone = generate(weights, num=1, prompts=prompts[:1], temperature=0)
+  np.testing.assert_array_equal(alone, got[:1])
+
+
+def test_prompts_of_different_lengths_do_not_see_each_other(weights):
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 256, length).astype(np.uint8) for length in (9, 3, 17)]
+  got = generate(weights, num=3, prompts=prompts)
+  for row, prompt in zip(got, prompts, strict=True):
+    np.testing.assert_array_equal(row[: len(prompt)], prompt)
+  # What is known of all is read at once; alone, a longer prompt is: the samples are the same.
+  np.testing.assert_array_equal(generate(weights, num=1, prompts=prompts[:1]), got[:1])
+  started = [got[0, :9], got[1, :3], got[2, :3]]
+  np.testing.assert_array_equal(generate(weights, num=3, prompts=started)[:2], got[:2])
+
+
+@pytest.mark.parametrize("num", [1, 6, 8])
+def test_devices_share_the_rows_and_change_none(weights, num):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1, sequence=1)
+  prompts = np.random.default_rng(1).integers(0, 256, (num, 5)).astype(np.uint8)
+  expected = generate(weights, num=num, prompts=prompts)
+  np.testing.assert_array_equal(generate(weights, num=num, prompts=prompts, mesh=mesh), expected)
+
+
+def test_dense_caches_draw_the_same(weights):
+  np.testing.assert_array_equal(
+    generate(weights, num=2, sparse=False), generate(weights, num=2, sparse=True)
+  )
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+  logits = jnp.log(jnp.asarray([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.49, 0.01]]))
+  kept = lambda **options: np.isfinite(sample.likely(logits, **options)).tolist()
+  assert kept(top_k=2) == [[False, True, False, True], [True, True, True, False]]  # ties stay
+  assert kept(top_p=0.4)[0] == [False, True, False, False]
+  assert kept(top_p=0.71)[0] == [False, True, True, True]
+  assert kept(top_p=0.7 - 1e-3) == [[False, True, False, True], [True, True, True, False]]
+  assert kept(top_k=3, top_p=0.5)[0] == [False, True, False, True]
+  assert kept() == [[True] * 4] * 2
+
+
+def test_top_k_of_one_is_temperature_zero(weights):
+  greedy = generate(weights, num=2, temperature=0)
+  np.testing.assert_array_equal(generate(weights, num=2, top_k=1), greedy)
+  np.testing.assert_array_equal(generate(weights, num=2, top_p=1e-6), greedy)
 
 
 def test_temperature_zero_takes_the_likeliest_byte_of_the_whole_model(weights):
@@ -94,10 +139,12 @@ def test_frequencies_are_those_of_the_softmax(weights, temperature):
   [
     (dict(num=0), "num=0"),
     (dict(num=1, temperature=-1.0), "temperature=-1.0"),
-    (dict(num=2, prompt=np.zeros((1, 3), np.uint8)), "num=2 rows"),
-    (dict(num=1, prompt=np.zeros((1, LENGTH), np.uint8)), f"seq_len={LENGTH}"),
+    (dict(num=1, top_k=0), "top_k=0"),
+    (dict(num=1, top_p=0.0), "top_p=0.0"),
+    (dict(num=2, prompts=np.zeros((1, 3), np.uint8)), "num=2 of them"),
+    (dict(num=1, prompts=np.zeros((1, LENGTH), np.uint8)), f"seq_len={LENGTH}"),
   ],
-  ids=["num", "temperature", "rows", "length"],
+  ids=["num", "temperature", "top_k", "top_p", "rows", "length"],
 )
 def test_options_without_sense_are_refused(weights, options, message):
   with pytest.raises(ValueError, match=message):
@@ -168,14 +215,28 @@ def test_held_out_text_is_completed_beside_the_original(text_run):
     assert all(text[8:] != example[8:] for text in drawn)
 
 
+def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
+  texts = [b"Once upon", b"Two"]
+  for n, text in enumerate(texts):
+    (tmp_path / f"{n}.txt").write_bytes(text)
+  files = [tmp_path / "0.txt", tmp_path / "1.txt"]
+  paths = {path.stem: path.read_bytes() for path in launcher.run(text_run, num=9, prompt=files)}
+  for n in range(3):  # four of the first, four of the second, one of the first
+    assert paths[f"completions-seed0-{n:02}-given"] == texts[n % 2]
+    drawn = [text for name, text in paths.items() if f"{n:02}-drawn" in name]
+    assert len(drawn) == (4, 4, 1)[n] and all(text.startswith(texts[n % 2]) for text in drawn)
+  with pytest.raises(ValueError, match="--num=4: must be at least 5, so that each of 2 prompts"):
+    launcher.run(text_run, num=4, prompt=files)
+
+
 def test_a_file_is_completed(text_run, tmp_path):
   (tmp_path / "prompt.txt").write_bytes(b"Once upon")
-  paths = launcher.run(text_run, num=2, prompt=tmp_path / "prompt.txt")
+  paths = launcher.run(text_run, num=2, prompt=[tmp_path / "prompt.txt"])
   drawn = [path.read_bytes() for path in paths if "drawn" in path.stem]
   assert len(drawn) == 2 and all(text.startswith(b"Once upon") for text in drawn)
   (tmp_path / "long.txt").write_bytes(bytes(100))
   with pytest.raises(ValueError, match="32 bytes are to be kept; a sample has 32"):
-    launcher.run(text_run, num=2, prompt=tmp_path / "long.txt")
+    launcher.run(text_run, num=2, prompt=[tmp_path / "long.txt"])
 
 
 @pytest.mark.parametrize(
@@ -183,6 +244,8 @@ def test_a_file_is_completed(text_run, tmp_path):
   [
     (["--num=0"], "--num=0: must be a whole number >= 1"),
     (["--temperature=-1"], "--temperature=-1.0"),
+    (["--top_k=0"], "--top_k=0: must be a whole number from 1 to 256"),
+    (["--top_p=1.5"], "--top_p=1.5: must be in (0, 1]"),
     (["--keep=1.5"], "--keep=1.5: must be between 0 and 1"),
     (["--seed=-1"], "--seed=-1"),
     (["--step=7"], "step=7: no checkpoint"),
@@ -227,24 +290,26 @@ def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
   np.testing.assert_array_equal(read, original.reshape(-1))
   PIL.Image.fromarray(original[:20]).save(tmp_path / "prompt.png")
   with pytest.raises(ValueError, match="is 32 x 20 pixels; the model draws 32 x 32"):
-    launcher.run(run, prompt=tmp_path / "prompt.png")
+    launcher.run(run, prompt=[tmp_path / "prompt.png"])
   (tmp_path / "prompt.png").write_bytes(b"no picture")
   with pytest.raises(ValueError, match="is not a picture"):
-    launcher.run(run, prompt=tmp_path / "prompt.png")
+    launcher.run(run, prompt=[tmp_path / "prompt.png"])
 
 
 def test_sounds_become_wav_files(tmp_path):
   config = small(audio.get_config("quick"), seq_len=64, position_shape=(8, 8), stride=8)
   paths = launcher.run(make_run(tmp_path / "run", config), num=2, keep=0.5)
   assert [path.name for path in paths] == [
-    f"completions-seed0-00-{name}.wav" for name in ("drawn1", "drawn2", "given", "original")
+    *(f"completions-seed0-00-{name}.wav" for name in ("drawn1", "drawn2", "given", "original")),
+    "completions-seed0-all.wav",
   ]
-  for path, length in zip(paths, (64, 64, 32, 64), strict=True):
+  for path, length in zip(paths, (64, 64, 32, 64, 64 + 6_000 + 64), strict=True):
     with wave.open(str(path)) as wav:
       assert (wav.getframerate(), wav.getnframes()) == (12_000, length)
-  first, second, given, _ = (path.read_bytes()[44:] for path in paths)
+  first, second, given, _, joined = (path.read_bytes()[44:] for path in paths)
+  assert joined == first + bytes(2 * 6_000) + second  # half a second of silence
   assert first[:64] == second[:64] == given and first[64:] != second[64:]
-  again = launcher.run(tmp_path / "run", num=1, prompt=paths[2])
+  again = launcher.run(tmp_path / "run", num=1, prompt=[paths[2]])
   np.testing.assert_array_equal(
     launcher.read_prompt(again[0], config.model)[:32], launcher.read_prompt(paths[2], config.model)
   )

@@ -87,7 +87,7 @@ def kernel_ms(program: jax.stages.Compiled, *args: jax.Array) -> tuple[float, li
   """
   jax.block_until_ready(program(*args))
   for _ in range(3):
-    kernels = _kernels(program, *args)
+    kernels = kernels_of(lambda: program(*args), ITERATIONS)
     num = len(kernels) // ITERATIONS
     calls = [kernels[n : n + num] for n in range(0, len(kernels), num or 1)]
     names = {tuple(name for name, _ in call) for call in calls}
@@ -100,8 +100,8 @@ def kernel_ms(program: jax.stages.Compiled, *args: jax.Array) -> tuple[float, li
   raise RuntimeError(f"{len(kernels)} kernels are not {ITERATIONS} equal calls, three times")
 
 
-def _kernels(program: jax.stages.Compiled, *args: jax.Array) -> list[tuple[str, float]]:
-  """Name and ms of each kernel of `ITERATIONS` calls.
+def kernels_of(call: Callable[[], Any], times: int = 1) -> list[tuple[str, float]]:
+  """Name and ms of each kernel that so many calls run.
 
   As `profiler.measure`, which keeps the results of all calls: ten times the memory, and no worker
   gives back what it once had.
@@ -109,8 +109,8 @@ def _kernels(program: jax.stages.Compiled, *args: jax.Array) -> list[tuple[str, 
   cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
   cupti._cupti_init()
   try:
-    for _ in range(ITERATIONS):
-      results = program(*args)
+    for _ in range(times):
+      results = call()
     jax.block_until_ready(results)
   finally:
     kernels = cupti._cupti_get_timings(True)
