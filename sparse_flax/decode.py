@@ -4,14 +4,12 @@ kept and read that the pattern needs."""
 import dataclasses
 import functools
 import itertools
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from jaxtyping import Bool
 from jaxtyping import Float
 
 from pallas_kernels import patterns
@@ -152,13 +150,13 @@ def _attend_group(q, parts: list[Part], step: Step, layer: Step) -> Float[Array,
     piece = jax.lax.dynamic_slice(room, (layer, 0, 0, part.rows.first(step), 0), shape)
     return piece[0].astype(jnp.float32)
 
+  def score(n, part):
+    products = jnp.einsum("BHD,BHKD->BHK", q, read(part, part.key), precision="highest")
+    slots = part.rows.first(step) + jnp.arange(part.rows.size)
+    return jnp.where(seen(parts, n, slots, step), products, -jnp.inf)
+
   # The finite floor and the guarded division keep a row without keys at zeros, not NaN.
-  scores = [
-    jnp.where(
-      seen, jnp.einsum("BHD,BHKD->BHK", q, read(part, part.key), precision="highest"), -jnp.inf
-    )
-    for part, seen in zip(parts, _seen(parts, step), strict=True)
-  ]
+  scores = [score(n, part) for n, part in enumerate(parts)]
   top = functools.reduce(jnp.maximum, (x.max(axis=-1, keepdims=True) for x in scores))
   weights = [jnp.exp(x - jnp.maximum(top, -1e30)) for x in scores]
   total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
@@ -169,12 +167,10 @@ def _attend_group(q, parts: list[Part], step: Step, layer: Step) -> Float[Array,
   return out / jnp.where(total == 0, 1.0, total)
 
 
-def _seen(parts: list[Part], step: Step) -> list[Bool[Array, "slots"]]:
-  """What each part shows of what is read; a key that several allow is the first one's."""
-  found = []
-  for n, part in enumerate(parts):
-    row = part.rows.row(part.rows.first(step) + jnp.arange(part.rows.size), step)
-    taken = [earlier.pattern.allowed(step, row) for earlier in parts[:n]]
-    hidden = functools.reduce(operator.or_, taken, row < 0)
-    found.append(part.pattern.allowed(step, row) & ~hidden)
-  return found
+def seen(parts: list[Part], n: int, slots: Any, step: Step) -> Any:
+  """Whether part n shows the row of each slot; a key of several parts is the first one's."""
+  row = parts[n].rows.row(slots, step)
+  shown = (row >= 0) & parts[n].pattern.allowed(step, row)
+  for earlier in parts[:n]:
+    shown &= ~earlier.pattern.allowed(step, row)
+  return shown

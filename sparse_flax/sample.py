@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 
 from sparse_flax import sharding
 
+IMPLEMENTATIONS = ("xla", "triton")
 _PIECES = 16  # in which a run that reports its progress is cut
 
 
@@ -29,6 +30,7 @@ def generate(
   top_p: int | float = 1.0,
   prompts: Sequence[UInt8[np.ndarray, "_"]] | UInt8[np.ndarray, "num P"] | None = None,
   sparse: bool = True,
+  implementation: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> UInt8[np.ndarray, "num T"]:
@@ -47,6 +49,8 @@ def generate(
     top_p: draw from the fewest likeliest bytes that have this share of the probability.
     prompts: the first bytes of each row, 0 to T - 1 of them; they come back unchanged.
     sparse: False keeps and reads all keys and values at every step: for comparisons.
+    implementation: of a step, "xla" or "triton": kernels for NVIDIA GPUs (elsewhere simulated);
+      None is the best one here.
     mesh: devices over whose "data" and "fsdp" the rows are dealt out; None is one device.
     on_progress: called with (steps done, steps in all) now and then.
 
@@ -54,7 +58,7 @@ def generate(
     Bytes, T = seq_len of the model.
 
   Raises:
-    ValueError: num, temperature, top_k, top_p or the prompts make no sense.
+    ValueError: num, temperature, top_k, top_p, implementation or the prompts make no sense.
   """
   model = nnx.merge(graphdef, params)
   T = model.seq_len
@@ -66,6 +70,8 @@ def generate(
     raise ValueError(f"{top_k=}: must be a whole number from 1 to 256")
   if not 0.0 < top_p <= 1.0:
     raise ValueError(f"{top_p=}: must be in (0, 1]")
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(f"{implementation=}: must be None or one of {IMPLEMENTATIONS}")
   prompts = [np.zeros(0, np.uint8)] * num if prompts is None else list(prompts)
   lengths = [len(prompt) for prompt in prompts]
   if len(prompts) != num or max(lengths) >= T:
@@ -83,18 +89,22 @@ def generate(
     known[row, : len(prompt)] = prompt
   lengths = np.pad(lengths, (0, rows - num), constant_values=P)
 
-  by_row = jax.NamedSharding(mesh, jax.P(sharding.BATCH))
+  by_row, of_caches = jax.P(sharding.BATCH), jax.P(None, sharding.BATCH)
+  named = functools.partial(jax.NamedSharding, mesh)
+  place = lambda x: jax.device_put(x, named(by_row))
+  params = jax.device_put(as_multiplied(model, params), sharding.replicated(mesh))
+  start_up = functools.partial(_start, graphdef, sparse=sparse)
+  start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
+  how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+  run = jax.shard_map(  # rows know nothing of each other
+    functools.partial(run_steps, graphdef, **how, implementation=implementation or best()),
+    mesh=mesh,
+    in_specs=(jax.P(), (by_row, of_caches), by_row, jax.P(), by_row, by_row),
+    out_specs=((by_row, of_caches), by_row),
+    check_vma=False,
+  )
+  run = jax.jit(run, donate_argnums=1)
   with jax.set_mesh(mesh):
-    params = jax.device_put(as_multiplied(model, params), sharding.replicated(mesh))
-    place = lambda x: jax.device_put(x, by_row)
-    start_up = jax.jit(
-      functools.partial(_start, graphdef, sparse=sparse),
-      out_shardings=(by_row, jax.NamedSharding(mesh, jax.P(None, sharding.BATCH))),
-    )
-    run = jax.jit(
-      functools.partial(run_steps, graphdef, temperature=temperature, top_k=top_k, top_p=top_p),
-      donate_argnums=1,
-    )
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(place(np.arange(rows)))
     carry, pieces = start_up(params, place(known[:, :P])), [known[:, :P]]
     for start in range(P, T, size):
@@ -104,6 +114,12 @@ def generate(
       if on_progress is not None:
         on_progress(min(start + size, T), T)
   return np.concatenate(pieces, axis=1)[:num, :T]
+
+
+def best() -> str:
+  """The implementation of a step for the devices here."""
+  device = jax.devices()[0]
+  return "triton" if device.platform == "gpu" and "nvidia" in device.device_kind.lower() else "xla"
 
 
 def likely(
@@ -143,9 +159,12 @@ def _start(graphdef, params, known, *, sparse: bool):
   return known[:, -1], caches
 
 
-def run_steps(graphdef, params, carry, keys, start, known, lengths, *, temperature, top_k, top_p):
+def run_steps(
+  graphdef, params, carry, keys, start, known, lengths, *, temperature, top_k, top_p, implementation
+):
   """Steps start, start + 1, ... for as many columns as `known` has."""
   model = nnx.merge(graphdef, params)
+  fused = model.fused_weights() if implementation == "triton" else None
 
   def draw(logits, step):  # by row, so that a row does not depend on how many there are
     if temperature == 0.0:
@@ -156,7 +175,7 @@ def run_steps(graphdef, params, carry, keys, start, known, lengths, *, temperatu
 
   def one_step(carry, step_and_known):
     (token, caches), (step, known) = carry, step_and_known
-    logits, caches = model.decode_step(token, step, caches)
+    logits, caches = model.decode_step(token, step, caches, fused=fused)
     token = jnp.where(step < lengths, known, draw(logits, step).astype(jnp.uint8))
     return (token, caches), token
 

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from pallas_kernels import api
 from sparse_flax import block
 from sparse_flax import decode
+from sparse_flax import decode_fused
 from sparse_flax import embedding
 from sparse_flax import initialization
 from sparse_flax.layer_patterns import Entry
@@ -248,11 +249,17 @@ class SparseTransformer(nnx.Module):
     x, caches = jax.lax.scan(run_group, self._embed(tokens), self.groups)
     return self.logits(self.final_norm(x)), caches
 
+  def fused_weights(self) -> list[decode_fused.Weights]:
+    """The blocks' weights as the kernels of `decode_step` take them; make them once."""
+    return [decode_fused.weights_of(layer) for layer in self.groups]
+
   def decode_step(
     self,
     token: Integer[Array, "B"],
     step: Integer[Array, ""] | int,
     caches: tuple[decode.Cache, ...],
+    *,
+    fused: Sequence[decode_fused.Weights] | None = None,
   ) -> tuple[Float32[Array, "B 256"], tuple[decode.Cache, ...]]:
     """Logits of position `step`, given the byte before it and the caches of the steps before.
 
@@ -261,19 +268,24 @@ class SparseTransformer(nnx.Module):
       step: 0, 1, 2, ...; each once and in this order.
       caches: from `init_cache` or `prefill`, then from the step before; donate them to update them
         in place.
+      fused: of `fused_weights`: takes kernels for NVIDIA GPUs, a few per block.
     """
     step = jnp.asarray(step, jnp.int32)
 
     def run_group(carry, group_and_number):
       (x, caches), (group, n) = carry, group_and_number
       after = []
-      for layer, cache in zip(group, caches, strict=True):
-        x, cache = layer.decode_step(x, step, cache, layer=n)
+      for layer, cache in zip(group or fused, caches, strict=True):
+        if fused is None:
+          x, cache = layer.decode_step(x, step, cache, layer=n)
+        else:
+          x, cache = decode_fused.decode_step(x, layer, step, cache, layer=n)
         after.append(cache)
       return (x, tuple(after)), None
 
     x = self.embedding.decode_step(token, step)
-    layers = (self.groups, jnp.arange(self.num_groups))
+    # Kernels read the weights of all layers where they lie; the scan would cut them up.
+    layers = (self.groups if fused is None else None, jnp.arange(self.num_groups))
     (x, caches), _ = jax.lax.scan(run_group, (x, caches), layers)
     return self.logits(self.final_norm(x)), caches
 

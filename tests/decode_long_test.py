@@ -82,7 +82,8 @@ class Loop:
     start = functools.partial(sample._start, graph, sparse=sparse)
     carry = jax.eval_shape(start, params, jax.ShapeDtypeStruct((batch, 0), jnp.uint8))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    run = functools.partial(sample.run_steps, graph, temperature=1.0, top_k=None, top_p=1.0)
+    how = dict(temperature=1.0, top_k=None, top_p=1.0, implementation="xla")
+    run = functools.partial(sample.run_steps, graph, **how)
     known, lengths = jnp.zeros((batch, 64), jnp.uint8), jnp.zeros(batch, jnp.int32)
     lowered = jax.jit(run, donate_argnums=1).lower(params, carry, keys, 0, known, lengths)
     parts = [part for cache in carry[1] for part in cache]

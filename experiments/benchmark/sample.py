@@ -24,7 +24,7 @@ from sparse_flax import transformer
 
 BATCH = {"cifar10": 64, "imagenet64": 16}
 PARTS = tuple(BATCH)
-STEPS = 32  # of a call that is timed
+STEPS = 128  # of a call that is timed
 CALLS = 7
 COPIED = 2**30  # bytes
 
@@ -41,8 +41,8 @@ def seconds(call: Callable[[], Array]) -> float:
 
 def copy_rate() -> float:
   """Bytes read and written per second by a large copy."""
-  x = jnp.zeros(COPIED, jnp.uint8)
-  copy = jax.jit(lambda x: x + 1)
+  x = jnp.zeros(COPIED // 4, jnp.float32)
+  copy = jax.jit(lambda x: -x)
   jax.block_until_ready(copy(x))
   return 2 * COPIED / seconds(lambda: copy(x))
 
@@ -81,8 +81,8 @@ def measure(name: str, *, sparse: bool, rate: float) -> dict:
     model_ = nnx.merge(graph, params)
     return params, (jnp.zeros(batch, jnp.uint8), model_.init_cache(batch, sparse=sparse))
 
-  run = functools.partial(sample.run_steps, graph, temperature=1.0, top_k=None, top_p=1.0)
-  run = jax.jit(run, donate_argnums=1)
+  how = dict(temperature=1.0, top_k=None, top_p=1.0, implementation=sample.best())
+  run = jax.jit(functools.partial(sample.run_steps, graph, **how), donate_argnums=1)
   params, carry = start(jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), batch)
   known, lengths = jnp.zeros((batch, STEPS), jnp.uint8), jnp.zeros(batch, jnp.int32)
