@@ -19,8 +19,10 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+Place = int | Int[Array, ""]  # a slot of a cache
 _ROWS = 16  # of a tile: the least that tensor cores take
-_MOST = 512  # features of a product that are read at once
+_MOST = 512  # features of a product that are read at once; of more than twice as many, several
+# programs take a share each: one would need too long
 _CHUNK = 128  # slots of a cache that are read at once
 
 
@@ -50,41 +52,56 @@ def linear(
     residual: what is added at last.
   """
   (B, E), F = x.shape, weight.shape[2]
-  columns = min(32 if F >= 512 else 16, _up(F))
-  at_once = _up(E) if norm is not None else min(_up(E), _MOST)
+  columns = 32 if F >= 512 else 16
+  splits = 1 if norm is not None or E <= 2 * _MOST else pl.cdiv(E, _MOST)
+  share = pl.cdiv(E, splits)  # of the features, for each program along the grid's last axis
+  at_once = _up(E) if norm is not None else min(_up(share), _MOST)
 
   def kernel(layer_ref, x_ref, weight_ref, bias_ref, *refs):
     refs, out_ref = list(refs[:-1]), refs[-1]
     n = layer_ref[0]
     row, column = _within(0, _ROWS, B), _within(1, columns, F)
+    here = row.there[:, None] & column.there[None]
     total = jnp.zeros((_ROWS, columns), jnp.float32)
-    for start in range(0, E, at_once):
-      feature = pl.ds(start, at_once)
-      there = start + jnp.arange(at_once) < E
-      piece = _load(x_ref.at[row.at, feature], row.there[:, None] & there[None])
+    for start in range(0, share, at_once):
+      first = pl.program_id(2) * share
+      feature = _from(first + start, at_once, jnp.minimum(first + share, E))
+      piece = _load(x_ref.at[row.at, feature.at], row.there[:, None] & feature.there[None])
       if norm is not None:
-        gain, shift = (_load(ref.at[n, feature], there) for ref in (refs.pop(0), refs.pop(0)))
-        piece = _normed(piece.astype(jnp.float32), there, E, epsilon) * gain[None] + shift[None]
-      matrix = _load(weight_ref.at[n, feature, column.at], there[:, None] & column.there[None])
+        gain, shift = (
+          _load(ref.at[n, feature.at], feature.there) for ref in (refs.pop(0), refs.pop(0))
+        )
+        piece = _normed(piece.astype(jnp.float32), feature.there, E, epsilon)
+        piece = piece * gain[None] + shift[None]
+      there = feature.there[:, None] & column.there[None]
+      matrix = _load(weight_ref.at[n, feature.at, column.at], there)
       how = dict(precision=_precision(x.dtype), preferred_element_type=jnp.float32)
       total += jnp.dot(piece.astype(x.dtype), matrix, **how)
-    total += _load(bias_ref.at[n, column.at], column.there).astype(jnp.float32)[None]
-    if activation is not None:
-      total = activation(total)
-    here = row.there[:, None] & column.there[None]
-    if residual is not None:
-      total += _load(refs.pop(0).at[row.at, column.at], here).astype(jnp.float32)
-    triton.store(out_ref.at[row.at, column.at], total.astype(x.dtype), mask=here)
+    if splits == 1:
+      bias = _load(bias_ref.at[n, column.at], column.there)
+      before = None if residual is None else _load(refs.pop(0).at[row.at, column.at], here)
+      total = finish(total, bias[None], before)
+    triton.store(
+      out_ref.at[pl.program_id(2), row.at, column.at], total.astype(out_ref.dtype), mask=here
+    )
+
+  def finish(total, bias, before):
+    total += bias.astype(jnp.float32)
+    total = total if activation is None else activation(total)
+    return total if before is None else total + before.astype(jnp.float32)
 
   more = [*(norm or ()), *([] if residual is None else [residual])]
-  return pl.pallas_call(
+  out = pl.pallas_call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((B, F), x.dtype),
-    grid=(pl.cdiv(B, _ROWS), pl.cdiv(F, columns)),
+    out_shape=jax.ShapeDtypeStruct((splits, B, F), x.dtype if splits == 1 else jnp.float32),
+    grid=(pl.cdiv(B, _ROWS), pl.cdiv(F, columns), splits),
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     interpret=_simulated(),
     name="decode_linear",
   )(layer.reshape(1), x, weight, bias, *more)
+  if splits == 1:
+    return out[0]
+  return finish(out.sum(axis=0), bias[layer][None], residual).astype(x.dtype)
 
 
 class Kept(NamedTuple):
@@ -108,7 +125,7 @@ def attend(
   kept: Sequence[Kept],
   layer: Int[Array, ""],
   step: Int[Array, ""],
-  places: Sequence[tuple[Int[Array, ""], Int[Array, ""]]],
+  places: Sequence[tuple[Place, Place]],
   *,
   heads: tuple[int, ...],
   num_heads: int,
@@ -129,14 +146,15 @@ def attend(
   """
   B, (Dk, Dv) = qkv.shape[0], (x.shape[-1] for x in kept[0][:2])
   scale = Dk**-0.5
-  where = [layer, step, *(x for place in places for x in place), *heads]
+  # The same for all layers, so that it is made once per step.
+  where = [step, *(x for place in places for x in place), *heads]
   where = jnp.stack([jnp.asarray(x, jnp.int32) for x in where])
 
-  def kernel(where_ref, qkv_ref, *refs):
+  def kernel(layer_ref, where_ref, qkv_ref, *refs):
     rooms, (out_ref, *written) = refs[: 2 * len(kept)], refs[2 * len(kept) :]
     b, h = pl.program_id(0), pl.program_id(1)
-    n, t = where_ref[0], where_ref[1]
-    of, narrow, wide = where_ref[2 + 2 * len(kept) + h], _all(Dk), _all(Dv)
+    n, t = layer_ref[0], where_ref[0]
+    of, narrow, wide = where_ref[1 + 2 * len(kept) + h], _all(Dk), _all(Dv)
     part = lambda start, one: _load(qkv_ref.at[b, pl.ds(start, one.size)], one.there)
     q = part(of * Dk, narrow).astype(jnp.float32) * scale
     new_key = part((num_heads + of) * Dk, narrow)
@@ -144,7 +162,7 @@ def attend(
     top, total = jnp.float32(-1e30), jnp.float32(0.0)
     out = jnp.zeros((wide.size,), jnp.float32)
     for m, cache in enumerate(kept):
-      slot, first = where_ref[2 + 2 * m], where_ref[3 + 2 * m]
+      slot, first = where_ref[1 + 2 * m], where_ref[2 + 2 * m]
       for room, new, one in ((0, new_key, narrow), (1, new_value, wide)):
         to = written[2 * m + room].at[n, b, h, slot, one.at]
         triton.store(to, new.astype(cache[room].dtype), mask=one.there)
@@ -184,12 +202,12 @@ def attend(
       jax.ShapeDtypeStruct((B, len(heads), Dv), qkv.dtype),
       *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in rooms),
     ],
-    input_output_aliases={2 + n: 1 + n for n in range(len(rooms))},
+    input_output_aliases={3 + n: 1 + n for n in range(len(rooms))},
     grid=(B, len(heads)),
-    compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+    compiler_params=triton.CompilerParams(num_warps=8),
     interpret=_simulated(),
     name="decode_attend",
-  )(where, qkv, *rooms)
+  )(layer.reshape(1), where, qkv, *rooms)
   return out, list(zip(rooms[::2], rooms[1::2], strict=True))
 
 
@@ -202,13 +220,15 @@ class _Tile(NamedTuple):
 
 
 def _within(axis: int, size: int, limit: int) -> _Tile:
-  start = pl.program_id(axis) * size
+  return _from(pl.program_id(axis) * size, size, limit)
+
+
+def _from(start: Any, size: int, limit: Any) -> _Tile:
   return _Tile(pl.ds(start, size), start + jnp.arange(size) < limit, size)
 
 
 def _all(count: int) -> _Tile:
-  size = _up(count)
-  return _Tile(pl.ds(0, size), jnp.arange(size) < count, size)
+  return _from(0, _up(count), count)
 
 
 def _up(count: int) -> int:

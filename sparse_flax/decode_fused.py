@@ -68,7 +68,7 @@ def decode_step(
   """`Block.decode_step` of one of the layers."""
   linear = functools.partial(decoding.linear, layer=layer)
   qkv = linear(x, *weights.qkv, norm=weights.attention_norm)
-  a, cache = _attend(qkv, cache, step, layer, weights.num_heads)
+  a, cache = attend(qkv, cache, step=step, layer=layer, num_heads=weights.num_heads)
   x = linear(a.reshape(len(a), -1), *weights.out, residual=x)
   up = linear(x, *weights.up, norm=weights.feed_forward_norm, activation=_activation)
   return linear(up, *weights.down, residual=x), cache
@@ -78,8 +78,18 @@ def _activation(u):
   return u / (1.0 + jnp.exp(-1.702 * u))
 
 
-def _attend(qkv, cache: decode.Cache, step, layer, num_heads: int):
-  """One kernel for each group of heads that have the same pattern."""
+def attend(
+  qkv: Float[Array, "B F"],
+  cache: decode.Cache,
+  *,
+  step: Integer[Array, ""],
+  layer: Integer[Array, ""],
+  num_heads: int,
+) -> tuple[Float[Array, "B H Dv"], decode.Cache]:
+  """`decode.attend`, a kernel for each group of heads that have the same pattern.
+
+  qkv has the queries of all heads, then their keys, then their values.
+  """
   outs, heads, after = [], [], []
   for some, parts in itertools.groupby(cache, lambda part: part.heads):
     parts = list(parts)

@@ -272,21 +272,24 @@ class SparseTransformer(nnx.Module):
     """
     step = jnp.asarray(step, jnp.int32)
 
-    def run_group(carry, group_and_number):
-      (x, caches), (group, n) = carry, group_and_number
+    def run_group(x, caches, n, group):
       after = []
-      for layer, cache in zip(group or fused, caches, strict=True):
+      for layer, cache in zip(group, caches, strict=True):
         if fused is None:
           x, cache = layer.decode_step(x, step, cache, layer=n)
         else:
           x, cache = decode_fused.decode_step(x, layer, step, cache, layer=n)
         after.append(cache)
-      return (x, tuple(after)), None
+      return x, tuple(after)
 
-    x = self.embedding.decode_step(token, step)
-    # Kernels read the weights of all layers where they lie; the scan would cut them up.
-    layers = (self.groups if fused is None else None, jnp.arange(self.num_groups))
-    (x, caches), _ = jax.lax.scan(run_group, (x, caches), layers)
+    carry = self.embedding.decode_step(token, step), caches
+    if fused is None:
+      numbers = jnp.arange(self.num_groups)
+      scanned = lambda carry, xs: (run_group(*carry, *xs), None)
+      (x, caches), _ = jax.lax.scan(scanned, carry, (numbers, self.groups))
+    else:  # kernels read the weights of all layers where they lie; a scan would cut them up
+      one = lambda n, carry: run_group(*carry, n, fused)
+      x, caches = jax.lax.fori_loop(0, self.num_groups, one, carry)
     return self.logits(self.final_norm(x)), caches
 
   def _embed(self, tokens: Tokens) -> Float[Array, "B T E"]:

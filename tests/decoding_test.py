@@ -1,0 +1,102 @@
+"""The kernels of a decoding step: on a GPU as they are, elsewhere in Pallas's interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_kernels import decoding
+from pallas_kernels import patterns
+from sparse_flax import decode
+from sparse_flax import decode_fused
+from sparse_flax import sample
+from tests.decode_test import assert_equal_logits
+from tests.decode_test import at_once
+from tests.decode_test import CYCLES
+from tests.decode_test import decoded_logits
+from tests.decode_test import each_pattern
+from tests.model_helpers import random_tokens
+from tests.model_helpers import SMALL
+from tests.model_helpers import small_model
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+
+
+def normal(*shape, seed=0, dtype="float32"):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_close(got, expected, dtype):
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+  "B, E, F",
+  [(1, 12, 24), (16, 64, 32), (19, 40, 70), (3, 300, 520), (5, 1_040, 24), (2, 2_048, 16)],
+  ids=str,
+)
+@pytest.mark.parametrize("what", ["norm", "activation", "residual"])
+def test_a_product_with_what_is_around_it(B, E, F, dtype, what):
+  x, residual = 2.0 + normal(B, E, dtype=dtype), normal(B, F, seed=1, dtype=dtype)
+  weight = normal(3, E, F, seed=2, dtype=dtype) / E**0.5
+  bias, norm = normal(3, F, seed=3, dtype=dtype), (normal(3, E, seed=4), normal(3, E, seed=5))
+  more = dict(
+    norm=dict(norm=norm), activation=dict(activation=jnp.tanh), residual=dict(residual=residual)
+  )
+  got = decoding.linear(x, weight, bias, jnp.int32(1), **more[what])
+  assert got.dtype == x.dtype
+
+  expected = np.asarray(x, np.float64)
+  if what == "norm":
+    expected = expected - expected.mean(axis=1, keepdims=True)
+    expected /= np.sqrt((expected**2).mean(axis=1, keepdims=True) + 1e-5)
+    expected = expected * np.asarray(norm[0][1]) + np.asarray(norm[1][1])
+  expected = expected @ np.asarray(weight[1], np.float64) + np.asarray(bias[1], np.float64)
+  if what == "activation":
+    expected = np.tanh(expected)
+  if what == "residual":
+    expected += np.asarray(residual, np.float64)
+  assert_close(got, expected, dtype)
+
+
+@each_pattern
+@pytest.mark.parametrize("step", [0, 7, 22])
+def test_attention_is_that_of_the_other_way(pattern, step):
+  if isinstance(pattern, patterns.BlockLayout):
+    pytest.skip("layouts have tables, which kernels cannot look into")
+  B, H, Dk, Dv, S = 3, 4, 5, 7, SMALL["seq_len"]
+  sizes = dict(num_layers=2, num_heads=H, batch_size=B, k_size=Dk, v_size=Dv, dtype="float32")
+  cache = decode.init_cache(pattern, length=S, **sizes)
+  rng = np.random.default_rng(step)
+  cache = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), cache)
+  qkv = normal(B, H * (2 * Dk + Dv))
+  q, k, v = jnp.split(qkv, (H * Dk, 2 * H * Dk), axis=1)
+  heads = lambda x: x.reshape(B, H, -1)
+  where = dict(step=jnp.int32(step), layer=jnp.int32(1))
+  expected, stored = jax.jit(decode.attend)(heads(q), heads(k), heads(v), cache, **where)
+  attend = jax.jit(decode_fused.attend, static_argnames="num_heads")
+  got, kept = attend(qkv, cache, **where, num_heads=H)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+  for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(stored), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("cycle", ["dense", "fixed", "block-summary", "heads-and-layers"])
+def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, dtype):
+  layers = CYCLES[cycle]
+  more = dict(attention_layers=layers, num_layers=2 * len(layers), compute_dtype=dtype)
+  model, tokens = small_model(qk_ratio=0.5, **more), random_tokens()
+  got = decoded_logits(model, tokens, P=5, fused=True)
+  assert_equal_logits(got, at_once(model, tokens), TOLERANCE[dtype])
+
+
+def test_samples_are_those_of_the_other_way():
+  graphdef, params = nnx.split(small_model(), nnx.Param)
+  params = nnx.to_pure_dict(params)
+  how = dict(key=jax.random.key(0), num=3)
+  draw = lambda name: sample.generate(graphdef, params, **how, implementation=name)
+  np.testing.assert_array_equal(draw("triton"), draw("xla"))
