@@ -49,6 +49,14 @@ setuptools.setup(
     "tpu": ["jax[tpu]", "gcsfs"],
     "prepare": ["tensorflow-cpu>=2.20"],
     "flac": ["soundfile>=0.13"],
-    "test": ["beartype>=0.22", "hypothesis>=6.150", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14"],
+    "test": [
+      "beartype>=0.22",
+      "hypothesis>=6.150",
+      "ipykernel>=7",
+      "nbclient>=0.10",
+      "pytest>=9",
+      "pytest-xdist>=3.8",
+      "ruff>=0.14",
+    ],
   },
 )

@@ -32,7 +32,7 @@ def test_commands_exist(module):
 
 
 @pytest.mark.parametrize(
-  "path", sorted(set(re.findall(r"(?:configs|docs|benchmarks)/[\w/]+\.\w+", README)))
+  "path", sorted(set(re.findall(r"(?:configs|docs|benchmarks|experiments)/[\w/]+\.\w+", README)))
 )
 def test_files_exist(path):
   assert (ROOT / path).exists()
