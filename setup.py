@@ -28,6 +28,7 @@ LAUNCH = [
   "chex>=0.1.91",
   "matplotlib>=3.10",
   "ml_collections>=1.1,<2",
+  "plotly>=7,<8",
   "safetensors>=0.6",
   "tensorboardX>=2.6.4",
 ]
@@ -42,13 +43,24 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.12",
   packages=setuptools.find_packages(include=["sparse_flax*", "pallas_kernels*"]),
-  package_data={"sparse_flax.data": ["samples/*"], "pallas_kernels": ["tuning.json"]},
+  package_data={
+    "sparse_flax": ["report.css", "report.html", "report.js"],
+    "sparse_flax.data": ["samples/*"],
+    "pallas_kernels": ["tuning.json"],
+  },
   install_requires=CORE + DATA + LAUNCH,
   extras_require={
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]", "gcsfs"],
     "prepare": ["tensorflow-cpu>=2.20"],
     "flac": ["soundfile>=0.13"],
-    "test": ["beartype>=0.22", "hypothesis>=6.150", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14"],
+    "test": [
+      "beartype>=0.22",
+      "hypothesis>=6.150",
+      "pytest>=9",
+      "pytest-xdist>=3.8",
+      "ruff>=0.14",
+      "selenium>=4.40",
+    ],
   },
 )
