@@ -139,6 +139,12 @@ function nearest(distance) {
   return far.indexOf(Math.min(...far));
 }
 
+// Of pictures from a pixel a little below the middle, which has much to attend to.
+function fromMiddle(place) {
+  if (data.modality !== "image") return Math.abs(place - 0.7 * length);
+  return Math.hypot(Math.floor(place / columns) - 0.65 * rows, place % columns - columns / 2);
+}
+
 function listen() {
   for (const name of Object.keys(chosen)) {
     element(name).onchange = event => choose({[name]: Number(event.target.value)});
@@ -158,9 +164,9 @@ function listen() {
 }
 
 async function start() {
-  const options = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"]};
   for (const [name, {data: traces, layout}] of Object.entries(figures)) {
-    await Plotly.newPlot(name, traces, layout, options);
+    const displayModeBar = layout.dragmode === false ? false : "hover";
+    await Plotly.newPlot(name, traces, layout, {responsive: true, displaylogo: false, displayModeBar});
   }
   element("legend").textContent = data.modality === "image"
     ? "White is the most attended; the shade is the root of the weight."
@@ -169,7 +175,7 @@ async function start() {
   fill(element("layer"), data.layers);
   fill(element("place"), data.places.map(nameOf));
   listen();
-  await choose({layer: 0, head: 0, place: Math.floor(data.places.length / 2)});
+  await choose({layer: 0, head: 0, place: nearest(fromMiddle)});
 }
 
 start();

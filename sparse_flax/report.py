@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import html
 import json
 import math
 import pathlib
@@ -21,6 +20,7 @@ from sparse_flax import report_samples
 from sparse_flax.attention_averages import Averages
 from sparse_flax.attention_maps import Layout
 from sparse_flax.attention_maps import Maps
+from sparse_flax.report_samples import escape
 
 # Bytes in the page. With 5 MB for plotly.js and SAMPLE_BYTES it stays below 25 MB.
 MAP_BYTES = 9_000_000
@@ -78,18 +78,18 @@ def build(
   charts |= more_charts
   if left_out:
     notes.append(f"Samples not shown, for their size or their content: {', '.join(left_out)}.")
-  command = f"<code>{html.escape(sample_command)}</code>"
+  command = f"<code>{escape(sample_command)}</code>"
   no_curves = '<p class="none">metrics.jsonl has no records of training yet.</p>'
   no_samples = f'<p class="none">No samples of this step yet. Draw some with {command}</p>'
   figures = ",".join(f'"{name}":{chart.to_json()}' for name, chart in charts.items())
   return string.Template(_file("report.html")).substitute(
-    title=html.escape(title),
+    title=escape(title),
     facts="".join(_fact(name, value) for name, value in facts),
     curves='<div id="curves" class="chart"></div>' if curves.data else no_curves,
     samples=drawn or no_samples,
     explorer=f'<div id="explorer" class="{attention.layout.modality}"></div>',
-    about=html.escape(_about(attention)),
-    notes="".join(f"<li>{html.escape(note)}</li>" for note in notes),
+    about=escape(_about(attention)),
+    notes="".join(f"<li>{escape(note)}</li>" for note in notes),
     style=_file("report.css"),
     data=_json(values),
     figures=figures,
@@ -189,7 +189,7 @@ def _about(attention: Attention) -> str:
 
 
 def _fact(name: str, value: str) -> str:
-  return f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+  return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
 
 
 def _rounded(values: np.ndarray) -> list:

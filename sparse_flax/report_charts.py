@@ -16,6 +16,7 @@ from sparse_flax.data import audio
 
 BLUE, ORANGE, VERMILION = "#0072b2", "#e69f00", "#d55e00"
 _LEGEND = dict(orientation="h", x=0, y=1, yanchor="bottom", font_size=13)
+_NARROW = dict(l=4, r=4, t=30, b=4)
 _TICKS = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)  # of weights whose roots are drawn
 
 
@@ -73,7 +74,7 @@ def image_explorer(
     figure.update_xaxes(range=[-0.5, columns - 0.5], constrain="domain", row=1, col=n)
     anchor = "x" if n == 1 else "x2"
     figure.update_yaxes(range=[rows - 0.5, -0.5], scaleanchor=anchor, row=1, col=n)
-  return _plain(_styled(figure, height=560, dragmode=False))
+  return _plain(_styled(figure, height=570, dragmode=False)).update_layout(margin=_NARROW)
 
 
 def audio_explorer(

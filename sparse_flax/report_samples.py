@@ -46,15 +46,21 @@ def to_html(samples: Sequence[Sample]) -> tuple[str, list[str]]:
     group = groups.setdefault((match["kind"], int(match["seed"])), {})
     group.setdefault(match["row"] or "", []).append((match["part"] or "", sample))
   parts = []
-  for (kind, seed), rows in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1])):
-    said = "Completions beside the originals" if kind == "completions" else "Samples"
-    parts.append(f"<h3>{said}, seed {seed}</h3>")
+  for (kind, seed), rows in sorted(groups.items()):
     if kind == "completions":
-      for _, cells in sorted(rows.items()):
-        parts.append(_line(sorted(cells, key=lambda cell: (_ORDER.get(cell[0], "1"), cell[0]))))
+      said = "Completions beside the originals"
+      lines = [sorted(cells, key=_place_of) for _, cells in sorted(rows.items())]
     else:
-      parts.append(_line([cell for _, cells in sorted(rows.items()) for cell in cells]))
-  return "\n".join(parts), left_out
+      said = "Samples"
+      lines = [[cell for _, cells in sorted(rows.items()) for cell in cells]]
+    shown = "".join(map(_line, lines))
+    parts.append(f"<div><h3>{said}, seed {seed}</h3>{shown}</div>")
+  return f'<div class="groups">{"".join(parts)}</div>' if parts else "", left_out
+
+
+def _place_of(cell: tuple[str, Sample]) -> tuple[str, str]:
+  part, _ = cell
+  return _ORDER.get(part, "1"), part
 
 
 def _line(cells: Sequence[tuple[str, Sample]]) -> str:
@@ -65,7 +71,7 @@ def _line(cells: Sequence[tuple[str, Sample]]) -> str:
 
 def _caption(part: str) -> str:
   words = re.sub(r"(\d+)$", r" \1", part)
-  return f"<figcaption>{html.escape(words)}</figcaption>" if words else ""
+  return f"<figcaption>{escape(words)}</figcaption>" if words else ""
 
 
 def _show(sample: Sample) -> str:
@@ -73,17 +79,16 @@ def _show(sample: Sample) -> str:
   if suffix == ".txt":
     cut = len(sample.content) - TEXT_BYTES
     more = f"<em>and {cut:,} more bytes</em>" if cut > 0 else ""
-    return f"<pre>{escape_text(sample.content[:TEXT_BYTES])}</pre>{more}"
+    return f"<pre>{escape(sample.content[:TEXT_BYTES].decode(errors='replace'))}</pre>{more}"
   data = base64.b64encode(sample.content).decode()
   source = f'src="data:{_KINDS[suffix][1]};base64,{data}"'
   if suffix == ".wav":
     return f"<audio controls {source}></audio>"
-  return f'<img alt="{html.escape(sample.name)}" {source}>'
+  return f'<img alt="{escape(sample.name)}" {source}>'
 
 
-def escape_text(content: bytes) -> str:
-  """Bytes as HTML: UTF-8 where they are, and a sign for what is no character to be seen."""
-  text = content.decode(errors="replace")
+def escape(text: str) -> str:
+  """Text as HTML, with a sign for what is no character to be seen."""
   seen = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
   return html.escape(seen)
 
