@@ -52,8 +52,11 @@ async function draw() {
   } else {
     const values = new Float32Array(byOffset.buffer);
     const one = part(values, head, values.length / data.heads[layer].length);
-    // A logarithm has no place for zero.
-    await Plotly.restyle("offsets", {y: [Array.from(one, w => w > 0 ? w : null)]}, [0]);
+    // A logarithm has no place for zero. Two decades at least: noise is not to look like a pattern.
+    const y = Array.from(one, w => w > 0 ? w : null);
+    const seen = y.filter(w => w).map(Math.log10), top = Math.max(...seen, -9) + 0.3;
+    const range = [Math.min(top - 2, Math.min(...seen) - 0.2), top];
+    await Plotly.update("offsets", {y: [y]}, {"yaxis.range": range}, [0]);
   }
   document.body.dataset.drawn = [data.layers[layer], head, data.places[place]].join(" ");
 }
@@ -77,7 +80,8 @@ const explorers = {
     const at = sample / RATE;
     const y = Array.from(roots, r => weightOf(r, top));
     await Plotly.update("explorer", {y: [y]}, {"shapes[0].x0": at, "shapes[0].x1": at}, [1]);
-    element("said").textContent = `largest weight on ${cellSize} sample(s): ${top.toFixed(3)}`;
+    const what = cellSize > 1 ? `${cellSize} samples` : "a sample";
+    element("said").textContent = `largest weight on ${what}: ${top.toFixed(3)}`;
   },
 
   // The bytes before the predicted one in lines of a block, each the darker the more it is attended.
@@ -108,6 +112,7 @@ const explorers = {
       if ((t + 1) % width === 0) lines.append("\n");
     }
     element("explorer").replaceChildren(lines);
+    element("explorer").style.fontSize = width > 80 ? "12px" : "15px";
     const earlier = weightOf(roots[near], top);
     element("said").textContent =
       `largest weight on a byte: ${weightOf(Math.max(...roots.slice(0, near)), top).toFixed(3)}; `
@@ -166,7 +171,9 @@ function listen() {
 async function start() {
   for (const [name, {data: traces, layout}] of Object.entries(figures)) {
     const displayModeBar = layout.dragmode === false ? false : "hover";
-    await Plotly.newPlot(name, traces, layout, {responsive: true, displaylogo: false, displayModeBar});
+    const modeBarButtonsToRemove = ["select2d", "lasso2d", "sendDataToCloud"];
+    const options = {responsive: true, displaylogo: false, displayModeBar, modeBarButtonsToRemove};
+    await Plotly.newPlot(name, traces, layout, options);
   }
   element("legend").textContent = data.modality === "image"
     ? "White is the most attended; the shade is the root of the weight."

@@ -109,7 +109,7 @@ def attention_values(attention: Attention) -> tuple[dict, dict[str, go.Figure], 
   image = layout.modality == "image"
   values = dict(
     modality=layout.modality,
-    layout=dataclasses.asdict(layout),
+    layout=dict(dataclasses.asdict(layout), cell_size=layout.cell_size),
     layers=layers,
     heads=[list(attention.names[layer]) for layer in layers],
     places=maps.places.tolist(),

@@ -461,5 +461,7 @@ def test_a_browser_shows_sounds(browser, tmp_path):
   np.testing.assert_allclose(
     shown, data["maps"]["tops"][1][0][30] * np.square(roots / 255), rtol=1e-6
   )
+  said = browser.find_element("id", "said").text
+  assert said == f"largest weight on a sample: {max(shown):.3f}"
   wait_for(browser, "document.querySelector('audio').duration > 0")
   assert errors(browser) == []
