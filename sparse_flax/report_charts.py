@@ -160,7 +160,12 @@ def numbers(averages: Averages, layout: Layout, names: Sequence[Sequence[str]]) 
     z = [[float(x) if math.isfinite(x) else None for x in row] for row in values]
     digits = ".1f" if key == "distance" else ".2f"
     heat = go.Heatmap(z=z, customdata=[list(row) for row in names], colorscale="Blues", zmin=0)
-    heat.update(zmax=None if key == "distance" else 1, showscale=False, xgap=2, ygap=2)
+    heat.update(
+      zmax=None if key == "distance" else 1,
+      showscale=False,
+      xgap=2,
+      ygap=2 if num_layers <= 48 else 0,
+    )
     heat.update(
       hovertemplate=f"layer %{{y}}, %{{customdata}}: %{{z:{digits}}}<extra></extra>",
       texttemplate=f"%{{z:{digits}}}" if written else None,

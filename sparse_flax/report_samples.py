@@ -10,9 +10,9 @@ TEXT_BYTES = 3_000  # of each text
 # The kinds of files that can be shown: their first bytes, and how they are told to a browser.
 _KINDS = {".png": (b"\x89PNG\r\n", "image/png"), ".wav": (b"RIFF", "audio/wav"), ".txt": (b"", "")}
 SUFFIXES = tuple(_KINDS)
-# (samples|completions)-seedN[-NN[-given|-drawnN|-original]], as experiments.sample names them.
+# (samples|completions)-seedN[-all|-NN[-given|-drawnN|-original]], as experiments.sample names them.
 _NAME = re.compile(
-  r"(?P<kind>samples|completions)-seed(?P<seed>\d+)(-(?P<row>\d+)(-(?P<part>\w+))?)?"
+  r"(?P<kind>samples|completions)-seed(?P<seed>\d+)(-(?P<row>\d+|all)(-(?P<part>\w+))?)?"
 )
 _ORDER = {"given": "0", "original": "2"}  # what is drawn lies between
 
@@ -43,8 +43,9 @@ def to_html(samples: Sequence[Sample]) -> tuple[str, list[str]]:
     if sample.content is None or not sample.content.startswith(start):
       left_out.append(sample.name)
       continue
+    part = match["part"] or ("all in one" if match["row"] == "all" else "")
     group = groups.setdefault((match["kind"], int(match["seed"])), {})
-    group.setdefault(match["row"] or "", []).append((match["part"] or "", sample))
+    group.setdefault(match["row"] or "", []).append((part, sample))
   parts = []
   for (kind, seed), rows in sorted(groups.items()):
     if kind == "completions":

@@ -291,8 +291,10 @@ def test_samples_lie_in_order_and_junk_is_named():
   samples = [report_samples.Sample(name.format(part), part.encode()) for part in parts]
   samples.append(report_samples.Sample("samples-seed0.png", b"no picture"))
   samples.append(report_samples.Sample("samples-seed1-00.wav", None))
+  samples.append(report_samples.Sample("samples-seed2-all.wav", b"RIFF"))
   shown, left_out = report_samples.to_html(samples)
   assert re.findall("<pre>(.*?)</pre>", shown) == ["given", "drawn1", "drawn2", "original"]
+  assert "all in one" in shown and shown.count("<audio") == 1
   assert left_out == ["samples-seed0.png", "samples-seed1-00.wav"]
 
 
