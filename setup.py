@@ -28,6 +28,7 @@ LAUNCH = [
   "chex>=0.1.91",
   "matplotlib>=3.10",
   "ml_collections>=1.1,<2",
+  "plotly>=7,<8",
   "safetensors>=0.6",
   "tensorboardX>=2.6.4",
 ]
@@ -42,7 +43,11 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.12",
   packages=setuptools.find_packages(include=["sparse_flax*", "pallas_kernels*"]),
-  package_data={"sparse_flax.data": ["samples/*"], "pallas_kernels": ["tuning.json"]},
+  package_data={
+    "sparse_flax": ["report.css", "report.html", "report.js"],
+    "sparse_flax.data": ["samples/*"],
+    "pallas_kernels": ["tuning.json"],
+  },
   install_requires=CORE + DATA + LAUNCH,
   extras_require={
     "cuda13": ["jax[cuda13]"],
@@ -57,6 +62,7 @@ setuptools.setup(
       "pytest>=9",
       "pytest-xdist>=3.8",
       "ruff>=0.14",
+      "selenium>=4.40",
     ],
   },
 )

@@ -4,11 +4,12 @@
   python -m experiments.visualize --masks=docs/pictures/masks.png
 
 The first form predicts places of a held-out example and shows, per layer and head, what they
-attend to; the files are written into DIR/samples/STEP/. The second draws the patterns of the paper
-and needs no run.
+attend to, and where they attend on the average of --examples=16; the files are written into
+DIR/samples/STEP/. One of them, report.html, has everything in it, also the samples that
+experiments.sample has put there: open it in a browser to choose layer, head and place. The second
+draws the patterns of the paper and needs no run.
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,16 +23,25 @@ from etils import epath
 from flax import nnx
 
 from experiments import cli
+from experiments import run_report
+from sparse_flax import attention_averages
+from sparse_flax import attention_maps
 from sparse_flax import attention_pictures
+from sparse_flax import average_pictures
 from sparse_flax import checkpoint
 from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import layer_patterns
 from sparse_flax import mask_pictures
 from sparse_flax import metrics
+from sparse_flax import report
+from sparse_flax import report_charts
 
 _MOST_LAYERS = 8  # drawn without --layers
 _PNG_BITS = 5.73  # per dim of the 50,000 training images of CIFAR-10
+_MOST_EXAMPLES = 1_024
+_MOST_PLACES = 64  # to choose from in the report
+_MAP_BYTES = 2**25  # of all maps of the report, before they are compressed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--workdir", help="the folder of a training run")
   parser.add_argument("--layers", help="numbers with commas; default: all, at most 8 of them")
   parser.add_argument("--num", type=int, default=4, help="predicted places")
-  parser.add_argument("--seed", type=int, default=0, help="picks the example and the places")
+  parser.add_argument("--examples", type=int, default=16, help="inputs to average over")
+  parser.add_argument("--seed", type=int, default=0, help="picks the examples and the places")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   parser.add_argument("--masks", metavar="FILE.png", help="draw the paper's patterns instead")
   options = vars(parser.parse_args(argv))
@@ -70,6 +81,7 @@ def run(
   *,
   layers: Sequence[int] | None = None,
   num: int = 4,
+  examples: int = 16,
   seed: int = 0,
   step: int | None = None,
 ) -> list[epath.Path]:
@@ -79,7 +91,8 @@ def run(
     workdir: the run's folder.
     layers: which to draw; None is all, or 8 of them spread over the depth.
     num: predicted places of the example.
-    seed: picks the example of the test split, and the places.
+    examples: how many to average over, at most; the first is the one that is drawn.
+    seed: picks the examples of the test split, and the places.
     step: of the checkpoint; None is the newest.
 
   Raises:
@@ -87,33 +100,75 @@ def run(
   """
   if not 0 <= seed < 2**32:
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
+  if not 1 <= examples <= _MOST_EXAMPLES:
+    raise ValueError(f"--examples={examples}: must be a whole number from 1 to {_MOST_EXAMPLES}")
   config, graphdef, params, step = checkpoint.restore_params(workdir, step)
   model = config.model
   layers = _check_layers(layers, model.num_layers)
-  channels = model.position_shape[2] if model.modality == "image" else 1
-  places = _pick_places(model.seq_len // channels, num=num, seed=seed)
-  dataset = evaluate.open_dataset(config, "test")
-  batch_at = data.make_batches(dataset, seq_len=model.seq_len, batch_size=1, seed=seed)
-  tokens = batch_at(0)
-  rows = (places[:, None] * channels + np.arange(channels)).reshape(-1)
+  layout = attention_maps.Layout.of(model)
+  places = _pick_places(layout.num_places, num=num, seed=seed)
+  inputs = _pick_inputs(config, examples, seed=seed)
+  tokens, rows = inputs[0], layout.slots(places)
   weights = jax.jit(
     lambda params, tokens: nnx.merge(graphdef, params).attention_weights(tokens, rows)
-  )(params, jnp.asarray(tokens))
+  )(params, jnp.asarray(tokens[None]))
   # [L, H, P, C, T] -> [L, P, H, C, T]
-  weights = np.asarray(weights)[:, 0].reshape(*weights.shape[:1], -1, num, channels, model.seq_len)
-  weights = weights.swapaxes(1, 2)
+  weights = np.asarray(weights)[:, 0]
+  weights = weights.reshape(len(weights), -1, num, layout.channels, model.seq_len).swapaxes(1, 2)
+  attention = _attention(model, graphdef, params, inputs, layout, seed=seed)
 
   folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
   paths = []
   for layer in layers:
-    figure = _draw_layer(model, layer, tokens[0], places, weights[layer])
+    figure = _draw_layer(model, layer, tokens, places, weights[layer])
     paths.append(_save(figure, folder / f"attention-layer{layer:03}-seed{seed}.png"))
+  figure = average_pictures.draw(attention.averages, layers, attention.names)
+  paths.append(_save(figure, folder / f"averages-seed{seed}.png"))
   paths.append(_save(_draw_patterns(model), folder / "patterns.png"))
-  records = _read_metrics(epath.Path(workdir) / "metrics.jsonl")
+  records = run_report.read_lines(epath.Path(workdir) / "metrics.jsonl")
   if any("bits_per_byte" in record for record in records):
     paths.append(_save(_draw_curve(config, records), folder / "curve.png"))
+  evaluations = run_report.read_lines(epath.Path(workdir) / "evaluations.jsonl")
+  page = report.build(
+    title=f"{epath.Path(workdir).absolute().name}, step {step:,}",
+    facts=run_report.facts(config, params, step=step, records=records, evaluations=evaluations),
+    records=records,
+    unit=metrics.UNIT[model.modality],
+    reference=_reference(config),
+    samples=run_report.read_samples(folder),
+    sample_command=f"python -m experiments.sample --workdir={workdir} --step={step} --keep=0.5",
+    attention=attention,
+  )
+  paths.append(folder / "report.html")
+  paths[-1].write_text(page)
   return paths
+
+
+def _pick_inputs(config: ml_collections.ConfigDict, count: int, *, seed: int) -> np.ndarray:
+  """At most `count` different examples of the test split: uint8 [N, T]."""
+  dataset = evaluate.open_dataset(config, "test")
+  batch_at = data.make_batches(dataset, seq_len=config.model.seq_len, batch_size=1, seed=seed)
+  inputs = {batch_at(n).tobytes(): batch_at(n)[0] for n in range(count)}
+  return np.stack(list(inputs.values()))
+
+
+def _attention(
+  model: ml_collections.ConfigDict, graphdef, params: dict, inputs, layout, *, seed: int
+) -> report.Attention:
+  """The maps of the first input, for as many places as there is room for, and the averages."""
+  bytes_of_place = model.num_layers * model.num_heads * layout.num_cells
+  places = attention_maps.spread_places(
+    layout, max(4, min(_MOST_PLACES, _MAP_BYTES // bytes_of_place))
+  )
+  averaged = attention_averages.pick_places(layout, model.num_heads, seed=seed)
+  return report.Attention(
+    layout=layout,
+    tokens=inputs[0],
+    maps=attention_maps.make_maps(graphdef, params, inputs[0], places, layout),
+    averages=attention_averages.average(graphdef, params, inputs, averaged, layout),
+    names=[_head_names(model, layer) for layer in range(model.num_layers)],
+  )
 
 
 def _parse_layers(text: str | None) -> list[int] | None:
@@ -150,12 +205,10 @@ def _draw_layer(
   places: np.ndarray,
   weights: np.ndarray,
 ) -> matplotlib.figure.Figure:
-  entry = model.attention_layers[layer % len(model.attention_layers)]
-  names = (entry,) if isinstance(entry, str) else tuple(entry)
-  per_name = model.num_heads // len(names)
+  names = _pattern_names(model, layer)
   labels = dict(
     title=f"layer {layer}, {' / '.join(names)}: where its heads attend (shade: root of the weight)",
-    heads=[f"head {h}, {names[h // per_name]}" for h in range(model.num_heads)],
+    heads=_head_names(model, layer),
   )
   places = [int(place) for place in places]
   if model.modality == "image":
@@ -163,6 +216,21 @@ def _draw_layer(
     return attention_pictures.draw_image(image, places, weights, **labels)
   draw = dict(text=attention_pictures.draw_text, audio=attention_pictures.draw_audio)
   return draw[model.modality](tokens, places, weights[:, :, 0], **labels)
+
+
+def _pattern_names(model: ml_collections.ConfigDict, layer: int) -> tuple[str, ...]:
+  entry = model.attention_layers[layer % len(model.attention_layers)]
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _head_names(model: ml_collections.ConfigDict, layer: int) -> list[str]:
+  names = _pattern_names(model, layer)
+  per_name = model.num_heads // len(names)
+  return [f"head {h}, {names[h // per_name]}" for h in range(model.num_heads)]
+
+
+def _reference(config: ml_collections.ConfigDict) -> tuple[str, float] | None:
+  return ("PNG on CIFAR-10", _PNG_BITS) if config.data.name.startswith("cifar10") else None
 
 
 def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure:
@@ -175,14 +243,6 @@ def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure
   return mask_pictures.draw_layers(list(named.items()), T=T, num_heads=model.num_heads)
 
 
-def _read_metrics(path: epath.Path) -> list[dict]:
-  if not path.exists():
-    return []
-  # A line without its end is being written now.
-  lines = path.read_text().splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def _draw_curve(
   config: ml_collections.ConfigDict, records: Sequence[dict]
 ) -> matplotlib.figure.Figure:
@@ -193,11 +253,16 @@ def _draw_curve(
     ("bits_per_byte", "training", dict(color="#0072b2", lw=1)),
     ("validation_bits_per_byte", "validation, averaged weights", dict(color="#d55e00", marker="o")),
   ):
-    points = [(record["step"], record[field]) for record in records if field in record]
+    points = [
+      (record["step"], record[field])
+      for record in records
+      if report_charts.is_number(record.get(field))
+    ]
     if points:
       axes.plot(*zip(*points, strict=True), label=label, **style)
-  if config.data.name.startswith("cifar10"):
-    axes.axhline(_PNG_BITS, color="0.3", linestyle=":", label=f"PNG on CIFAR-10, {_PNG_BITS}")
+  if reference := _reference(config):
+    name, bits = reference
+    axes.axhline(bits, color="0.3", linestyle=":", label=f"{name}, {bits}")
   axes.set(xlabel="step", ylabel=metrics.UNIT[config.model.modality])
   axes.grid(alpha=0.3)
   axes.legend()

@@ -33,6 +33,12 @@ def on_pixels(
   return on_tokens(weights).reshape(*weights.shape[:-1], *shape).sum(axis=-1)
 
 
+def visible(weights: Float[np.ndarray, "*B"]) -> Float[np.ndarray, "*B"]:
+  """Square roots, the largest 1: weights spread over many keys remain to be seen."""
+  top = weights.max(initial=0.0)
+  return np.sqrt(weights / top) if top > 0 else np.zeros_like(weights)
+
+
 def draw_image(
   image: UInt8[np.ndarray, "rows columns channels"],
   pixels: Sequence[int],
@@ -60,7 +66,7 @@ def draw_image(
   for n, pixel in enumerate(pixels):
     y, x = divmod(pixel, image.shape[1])
     original = image if image.shape[2] == 3 else image.repeat(3, axis=2)
-    panels = [original, *(_visible(one) for one in maps[n])]
+    panels = [original, *(visible(one) for one in maps[n])]
     for axes, panel in zip(grid[n], panels, strict=True):
       axes.imshow(panel, cmap="gray", vmin=0, vmax=None if panel is original else 1)
       frame = matplotlib.patches.Rectangle((x - 0.5, y - 0.5), 1, 1)
@@ -97,7 +103,7 @@ def draw_text(
     # The start vector and whatever lies further back, in one column.
     earlier = slots[:, : start + 1].sum(axis=1, keepdims=True)
     bars = np.concatenate([earlier, shown], axis=1)
-    _heat(axes, _visible(bars), heads)
+    _heat(axes, visible(bars), heads)
     letters = [_letter(x) for x in tokens[start:place]]
     axes.set_xticks(range(len(letters) + 1), ["earlier ", *letters], family="monospace", size=9)
     axes.tick_params(length=0)
@@ -131,19 +137,13 @@ def draw_audio(
   edges = np.unique(np.linspace(0, T, min(T, _BINS) + 1).astype(int))[:-1]
   for axes, place, one in zip(panels[1:], places, on_tokens(weights), strict=True):
     binned = np.add.reduceat(one, edges, axis=1)
-    _heat(axes, _visible(binned), heads, extent=(0, seconds, len(heads) - 0.5, -0.5))
+    _heat(axes, visible(binned), heads, extent=(0, seconds, len(heads) - 0.5, -0.5))
     at = place / audio.SAMPLE_RATE
     for marked in (axes, panels[0]):
       marked.axvline(at, color=_FRAME)
     axes.set_title(f"predicts the sample at {at:.4g} s", size=10)
   panels[-1].set_xlabel("seconds")
   return figure
-
-
-def _visible(weights: np.ndarray) -> np.ndarray:
-  """Square roots, the largest 1: weights spread over many keys remain to be seen."""
-  top = weights.max(initial=0.0)
-  return np.sqrt(weights / top) if top > 0 else np.zeros_like(weights)
 
 
 def _panels(rows: int, num_heads: int, title: str):

@@ -1,7 +1,9 @@
 """The Sparse Transformer: embeddings, groups of residual blocks under one scan, logits."""
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -207,19 +209,33 @@ class SparseTransformer(nnx.Module):
     return self.logits(self.final_norm(x))
 
   def attention_weights(
-    self, tokens: Tokens, rows: Integer[np.ndarray, "Q"]
-  ) -> Float32[Array, "L B H Q T"]:
-    """Where the query rows `rows` of every layer and head attend: float32 probabilities."""
+    self,
+    tokens: Tokens,
+    rows: Integer[np.ndarray, "Q"],
+    *,
+    reduce: Callable[[Float32[Array, "B H Q T"]], Any] = lambda weights: weights,
+  ) -> Any:
+    """Where the query rows `rows` of every layer and head attend: float32 probabilities.
+
+    Args:
+      tokens: bytes, any integer dtype; T <= seq_len.
+      rows: the queries.
+      reduce: what to make of the weights of a layer, a tree of arrays; as they are by default. Only
+        one layer's weights are in memory, unless all are asked for.
+
+    Returns:
+      What `reduce` returns with an axis of layers in front: float32 [L, B, H, Q, T] by default.
+    """
 
     def run_group(x, group):
-      weights = []
+      results = []
       for layer in group:
-        x, layer_weights = layer.with_weights(x, rows)
-        weights.append(layer_weights)
-      return x, jnp.stack(weights)
+        x, weights = layer.with_weights(x, rows)
+        results.append(reduce(weights))
+      return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
-    _, weights = jax.lax.scan(run_group, self._embed(tokens), self.groups)
-    return weights.reshape(self.num_layers, *weights.shape[2:])
+    _, results = jax.lax.scan(run_group, self._embed(tokens), self.groups)
+    return jax.tree.map(lambda y: y.reshape(self.num_layers, *y.shape[2:]), results)
 
   def init_cache(self, batch_size: int, *, sparse: bool = True) -> tuple[decode.Cache, ...]:
     """Empty caches for decoding `batch_size` sequences of `seq_len` tokens, one per cycle entry.

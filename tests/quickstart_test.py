@@ -18,5 +18,6 @@ def test_it_ends_with_the_score_and_pictures_that_exist(tmp_path, capsys):
   assert "bits/dim on held-out images, 8.00 before training" in score
   names = [pathlib.Path(line.strip()) for line in paths.splitlines()]
   kinds = [name.name.partition("-")[0] for name in names]
-  assert kinds == ["samples", "completions", "attention", "patterns.png", "curve.png"]
+  pictures = ["samples", "completions", "attention", "averages", "patterns.png", "curve.png"]
+  assert kinds == [*pictures, "report.html"]
   assert all(name.stat().st_size > 1_000 for name in names)

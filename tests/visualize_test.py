@@ -165,9 +165,12 @@ def test_text_runs_give_layers_patterns_and_the_curve(text_run, capsys):
   (text_run / "metrics.jsonl").write_text(lines + '{"step": 3')  # being written
   assert visualize.main([f"--workdir={text_run}", "--layers=1,0", "--num=2"]) == 0
   folder = text_run / "samples" / "3"
-  names = ["attention-layer000-seed0", "attention-layer001-seed0", "patterns", "curve"]
-  assert capsys.readouterr().out.split() == [str(folder / f"{name}.png") for name in names]
+  names = ["attention-layer000-seed0", "attention-layer001-seed0"]
+  names += ["averages-seed0", "patterns", "curve"]
+  *pictures, report = capsys.readouterr().out.split()
+  assert pictures == [str(folder / f"{name}.png") for name in names]
   assert all(is_picture(folder / f"{name}.png") for name in names)
+  assert report == str(folder / "report.html")
   (text_run / "metrics.jsonl").unlink()
 
 
@@ -178,6 +181,7 @@ def test_text_runs_give_layers_patterns_and_the_curve(text_run, capsys):
     (["--layers=0,x"], "--layers=0,x: must be whole numbers"),
     (["--num=0"], "--num=0"),
     (["--num=29"], "from 1 to 28"),
+    (["--examples=0"], "--examples=0: must be a whole number from 1"),
     (["--seed=-1"], "--seed=-1"),
     (["--step=7"], "step=7: no checkpoint"),
     (["--masks=m.png"], "give one of them"),
@@ -203,12 +207,13 @@ def test_masks_must_be_a_png(capsys):
 
 def test_image_runs_are_drawn(tmp_path):
   run = make_run(tmp_path / "run", small(cifar10.get_config("quick")))
-  paths = visualize.run(run, num=3, seed=1)
-  assert [path.name for path in paths] == ["attention-layer000-seed1.png", "patterns.png"]
+  *paths, _ = visualize.run(run, num=3, seed=1)
+  names = ["attention-layer000-seed1", "averages-seed1", "patterns"]
+  assert [path.stem for path in paths] == names
   assert all(is_picture(path) for path in paths)
 
 
 def test_sounds_are_drawn(tmp_path):
   config = small(audio.get_config("quick"), seq_len=64, position_shape=(8, 8), stride=8)
-  paths = visualize.run(make_run(tmp_path / "run", config), num=2)
-  assert len(paths) == 2 and all(is_picture(path) for path in paths)
+  *paths, _ = visualize.run(make_run(tmp_path / "run", config), num=2)
+  assert len(paths) == 3 and all(is_picture(path) for path in paths)
