@@ -14,13 +14,13 @@ BENCHMARKS = {
   "checkpoints": "a save and a restore of a state of 2.4 GB, with digests",
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
-  "sample": "sampling from the paper's image models on a GPU, with sparse and dense caches",
+  "sample": "sampling: on a GPU from the paper's image models, on a CPU from the quickstart's",
   "step": "training steps of the paper's models on a GPU: none, sparse and dense attention",
   "tpu_aot": "what the TPU compiler makes of kernels and training steps, hours; only when named",
   "tune": "measures tile sizes into pallas_kernels/tuning.json, on a GPU; only when named",
   "xla": "time and memory of the xla backend up to T = 65,536",
 }
-ON_GPU = ("attention", "block_sparse", "sample", "step", "tune")
+ON_GPU = ("attention", "block_sparse", "step", "tune")
 IN_WORKERS = {"attention", "block_sparse", "tune"}
 
 

@@ -1,8 +1,11 @@
-"""Sampling from the paper's image models on a GPU: a step with sparse and with dense caches.
+"""Sampling. On a GPU a step of the paper's image models, with sparse and with dense caches.
 
-A step draws one byte for every sequence. Its floor is the time to read the weights and what it
-reads of the caches once, at the rate of a copy; beside it the kernels of a step, and what a small
-kernel takes in a loop like this one.
+A step draws one byte for every sequence. Its floor is the time to read the weights, and what it
+reads of the caches, once at the rate of a copy; beside it the kernels of a step, and what a small
+kernel takes in a loop like this one. "xla": the same step without kernels of ours.
+
+On a CPU: whole pictures from the quickstart's model, and the time that computing the prefix anew
+for every byte would take.
 """
 
 import functools
@@ -22,8 +25,8 @@ from experiments.benchmark import report
 from sparse_flax import sample
 from sparse_flax import transformer
 
-BATCH = {"cifar10": 64, "imagenet64": 16}
-PARTS = tuple(BATCH)
+BATCH = {"cifar10": 64, "imagenet64": 16, "cifar10:quick": 16}
+PARTS = ("cifar10", "imagenet64")
 STEPS = 128  # of a call that is timed
 CALLS = 7
 COPIED = 2**30  # bytes
@@ -67,7 +70,7 @@ def launch_ms(groups: int) -> float:
   return 1e3 * seconds(lambda: program(x)) / num
 
 
-def measure(name: str, *, sparse: bool, rate: float) -> dict:
+def measure(name: str, rate: float, *, sparse: bool, implementation: str) -> dict:
   """One row of the table, but for what other measurements give."""
   config, batch = cli.recipe(name).model, BATCH[name]
   graph, shapes = transformer.graph_and_shapes(**config)
@@ -75,13 +78,11 @@ def measure(name: str, *, sparse: bool, rate: float) -> dict:
 
   @jax.jit
   def start(key):
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(shapes))))
-    draw = lambda x: 0.02 * jax.random.normal(next(keys), x.shape, x.dtype)
-    params = sample.as_multiplied(model, jax.tree.map(draw, shapes))
-    model_ = nnx.merge(graph, params)
-    return params, (jnp.zeros(batch, jnp.uint8), model_.init_cache(batch, sparse=sparse))
+    params = sample.as_multiplied(model, _random(shapes, key))
+    caches = nnx.merge(graph, params).init_cache(batch, sparse=sparse)
+    return params, (jnp.zeros(batch, jnp.uint8), caches)
 
-  how = dict(temperature=1.0, top_k=None, top_p=1.0, implementation=sample.best())
+  how = dict(temperature=1.0, top_k=None, top_p=1.0, implementation=implementation)
   run = jax.jit(functools.partial(sample.run_steps, graph, **how), donate_argnums=1)
   params, carry = start(jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), batch)
@@ -93,42 +94,80 @@ def measure(name: str, *, sparse: bool, rate: float) -> dict:
     return tokens
 
   jax.block_until_ready(steps())
-  parts = [part for cache in carry[1] for part in cache]
-  reads = sum(
-    x.nbytes * part.rows.size // part.rows.length for part in parts for x in (part.key, part.value)
-  )
+  arrays = [(part.rows, x) for cache in carry[1] for part in cache for x in (part.key, part.value)]
+  reads = sum(x.nbytes * rows.size // rows.length for rows, x in arrays)
   weights = sum(x.nbytes for group in ("groups", "logits") for x in jax.tree.leaves(params[group]))
   ms = 1e3 * seconds(steps) / STEPS
   return dict(
     name=name,
     implementation="sparse" if sparse else "dense",
+    step=implementation,
     batch=batch,
     ms_per_step=ms,
     floor_ms=1e3 * (weights + reads) / rate,
     launches=len(gpu.kernels_of(steps)) / STEPS,
     weight_bytes=weights,
-    cache_bytes=sum(x.nbytes for x in jax.tree.leaves(carry[1])),
+    cache_bytes=sum(x.nbytes for _, x in arrays),
     cache_bytes_read=reads,
-    bytes_per_second=batch / ms * 1e3,
+    bytes_per_second=1e3 * batch / ms,
   )
+
+
+def on_cpu() -> dict:
+  """Pictures of the quickstart's model, beside computing their prefixes anew."""
+  name = "cifar10:quick"
+  config, batch = cli.recipe(name).model, BATCH[name]
+  graph, shapes = transformer.graph_and_shapes(**config)
+  params = _random(shapes, jax.random.key(0))
+  T, ends = config.seq_len, []
+  draw = functools.partial(sample.generate, graph, params, key=jax.random.key(1), num=batch)
+  draw(on_progress=lambda done, steps: ends.append((time.perf_counter(), done)))
+  (first, begun), (last, _) = ends[0], ends[-1]  # the first piece has the compilation
+  forward = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+  half = jnp.zeros((batch, T // 2), jnp.uint8)  # the mean length of a prefix
+  jax.block_until_ready(forward(params, half))
+  row = dict(
+    name=name,
+    implementation="sparse",
+    batch=batch,
+    steps=T,
+    seconds=(last - first) * T / (T - begun),
+    seconds_of_prefixes=T * seconds(lambda: forward(params, half)),
+  )
+  return row | dict(faster=row["seconds_of_prefixes"] / row["seconds"])
+
+
+def _random(shapes: dict, key: Array) -> dict:
+  """Weights that make no logits alike."""
+  keys = iter(jax.random.split(key, len(jax.tree.leaves(shapes))))
+  draw = lambda x: 0.02 * jax.random.normal(next(keys), x.shape, x.dtype)
+  return jax.tree.map(draw, shapes)
 
 
 def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   """Prints the table and writes sample_DEVICE.json."""
   print(__doc__, flush=True)
+  if jax.default_backend() != "gpu":
+    row = on_cpu()
+    print(
+      f"{row['name']}: {row['batch']} x {row['steps']:,} bytes in {row['seconds']:.2f} s, "
+      f"{row['faster']:,.0f} x faster than with prefixes computed anew"
+    )
+    report.write(out / "sample_cpu.json", [row])
+    return True
   rate = copy_rate()
   launch = launch_ms(groups=32)
   print(f"copy {rate / 1e12:.2f} TB/s, a small kernel {1e3 * launch:.2f} us", flush=True)
   rows = []
   for name in gpu.chosen(PARTS, only):
-    for sparse in (True, False):
-      row = measure(name, sparse=sparse, rate=rate) | dict(launch_ms=launch)
+    for sparse, step in ((True, "triton"), (False, "triton"), (True, "xla")):
+      row = measure(name, rate, sparse=sparse, implementation=step) | dict(launch_ms=launch)
       row["bound_ms"] = row["floor_ms"] + row["launches"] * launch
       rows.append(row)
       print(f"  {row}", flush=True)
   table = [
     (
-      f"{row['name']} x {row['batch']} {row['implementation']}",
+      f"{row['name']} x {row['batch']} {row['implementation']}, {row['step']}",
       f"{row['ms_per_step']:.3f}",
       f"{row['floor_ms']:.3f}",
       f"{row['ms_per_step'] / row['floor_ms']:.1f}",
