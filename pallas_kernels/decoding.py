@@ -20,6 +20,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 Place = int | Int[Array, ""]  # a slot of a cache
+WIDEST = 1_024  # features of a norm, which a program has at once
 _ROWS = 16  # of a tile: the least that tensor cores take
 _MOST = 512  # features of a product that are read at once; of more than twice as many, several
 # programs take a share each: one would need too long
@@ -50,8 +51,13 @@ def linear(
     epsilon: of the norm.
     activation: elementwise; None is none.
     residual: what is added at last.
+
+  Raises:
+    NotImplementedError: a norm over more than WIDEST features.
   """
   (B, E), F = x.shape, weight.shape[2]
+  if norm is not None and E > WIDEST:
+    raise NotImplementedError(f"norm over {E=} features: the kernel takes {WIDEST} at most")
   columns = 32 if F >= 512 else 16
   splits = 1 if norm is not None or E <= 2 * _MOST else pl.cdiv(E, _MOST)
   share = pl.cdiv(E, splits)  # of the features, for each program along the grid's last axis

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from jaxtyping import Key
 from jaxtyping import UInt8
 
+from pallas_kernels import decoding
 from sparse_flax import sharding
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -97,7 +98,7 @@ def generate(
   start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
   how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
   run = jax.shard_map(  # rows know nothing of each other
-    functools.partial(run_steps, graphdef, **how, implementation=implementation or best()),
+    functools.partial(run_steps, graphdef, **how, implementation=implementation or best(model)),
     mesh=mesh,
     in_specs=(jax.P(), (by_row, of_caches), by_row, jax.P(), by_row, by_row),
     out_specs=((by_row, of_caches), by_row),
@@ -116,10 +117,11 @@ def generate(
   return np.concatenate(pieces, axis=1)[:num, :T]
 
 
-def best() -> str:
-  """The implementation of a step for the devices here."""
+def best(model) -> str:
+  """The implementation of a step of the model for the devices here."""
   device = jax.devices()[0]
-  return "triton" if device.platform == "gpu" and "nvidia" in device.device_kind.lower() else "xla"
+  nvidia = device.platform == "gpu" and "nvidia" in device.device_kind.lower()
+  return "triton" if nvidia and model.final_norm.num_features <= decoding.WIDEST else "xla"
 
 
 def likely(

@@ -43,6 +43,10 @@ def test_a_product_with_what_is_around_it(B, E, F, dtype, what):
   x, residual = 2.0 + normal(B, E, dtype=dtype), normal(B, F, seed=1, dtype=dtype)
   weight = normal(3, E, F, seed=2, dtype=dtype) / E**0.5
   bias, norm = normal(3, F, seed=3, dtype=dtype), (normal(3, E, seed=4), normal(3, E, seed=5))
+  if what == "norm" and E > decoding.WIDEST:
+    with pytest.raises(NotImplementedError, match="takes 1024 at most"):
+      decoding.linear(x, weight, bias, jnp.int32(1), norm=norm)
+    return
   more = dict(
     norm=dict(norm=norm), activation=dict(activation=jnp.tanh), residual=dict(residual=residual)
   )

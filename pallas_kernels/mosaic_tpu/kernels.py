@@ -403,6 +403,12 @@ def simulated() -> bool:
   return (jax.default_backend() if device is None else device.platform) != "tpu"
 
 
+def tall_tiles() -> bool:
+  """Whether a tile of bfloat16 has 16 sublanes: 8 heads or tokens then do not lie side by side."""
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  return "7" in device.device_kind and device.platform == "tpu"
+
+
 @dataclasses.dataclass(frozen=True)
 class Groups:
   """For every step over heads (a group of them): where arrays have it.

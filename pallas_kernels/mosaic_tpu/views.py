@@ -110,10 +110,11 @@ class Launches:
     even = lambda count: H % count == first % count == num % count == 0
     sizes, padded = (self.Dk, self.Dv), (_up(self.Dk), _up(self.Dv))
     columns = self.one.view == "columns"
+    apart = self.dtype.itemsize == 2 and kernels.tall_tiles()
     if together and group == 1:
       if sizes == (LANES, LANES) and even(SUBLANES):
         return Place("heads", 1, 1, *sizes)
-      if columns and self.stride % SUBLANES == 0 and max(sizes) <= LANES:
+      if columns and self.stride % SUBLANES == 0 and max(sizes) <= LANES and not apart:
         for Dk, Dv in (sizes, padded):
           for count in (LANES // min(Dk, Dv), H):
             one_tile = count * max(Dk, Dv) <= LANES  # loads with a stride know no second one
