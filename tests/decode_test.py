@@ -98,6 +98,7 @@ def decoded_layer(layer, x, *, P=0, sparse=True):
   return jnp.concatenate([*parts, out.swapaxes(0, 1)], axis=1)
 
 
+@pytest.mark.in_turn(2)
 @each_pattern
 @pytest.mark.parametrize("how", [dict(), dict(P=13), dict(P=13, sparse=False)], ids=str)
 def test_a_layer_decodes_what_it_computes_at_once(pattern, how):
@@ -151,6 +152,7 @@ CYCLES = {
 each_cycle = pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES)
 
 
+@pytest.mark.in_turn(3)
 @each_cycle
 @pytest.mark.parametrize("how", [dict(), dict(P=1), dict(P=12), dict(P=12, sparse=False)], ids=str)
 def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, how):

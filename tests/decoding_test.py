@@ -32,6 +32,7 @@ def assert_close(got, expected, dtype):
   np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=TOLERANCE[dtype] * scale)
 
 
+@pytest.mark.in_turn(5)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
   "B, E, F",
@@ -66,6 +67,7 @@ def test_a_product_with_what_is_around_it(B, E, F, dtype, what):
   assert_close(got, expected, dtype)
 
 
+@pytest.mark.in_turn(4)
 @each_pattern
 @pytest.mark.parametrize("step", [0, 7, 22])
 def test_attention_is_that_of_the_other_way(pattern, step):
@@ -88,6 +90,7 @@ def test_attention_is_that_of_the_other_way(pattern, step):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("cycle", ["dense", "fixed", "block-summary", "heads-and-layers"])
 def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, dtype):
