@@ -88,7 +88,8 @@ def run(
   config, graphdef, params, step = checkpoint.restore_params(workdir, step)
   examples, kept = _examples(config, num=num, prompt=prompt, keep=keep)
   progress = Progress(num)
-  devices = min(num, jax.device_count())
+  # Those of a CPU share its cores.
+  devices = 1 if jax.default_backend() == "cpu" else min(num, jax.device_count())
   samples = sample.generate(
     graphdef,
     params,

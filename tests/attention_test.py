@@ -162,7 +162,7 @@ def attend(case, implementation, ids):
   return functools.partial(sparse_attention, implementation=implementation, **how)
 
 
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(16)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_out_lse_and_gradients_match_the_reference(case):
   q, k, v, ids, dout, dlse = case.arrays()
@@ -191,7 +191,7 @@ def check_kernels(case, runs: int = 1):
     assert_near(got[n], truth[n], cotangent=dout, tolerance=bound, what=what)
 
 
-@pytest.mark.in_turn(16)
+@pytest.mark.in_turn(32)
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_kernels_match_the_reference(case):
   check_kernels(case)
@@ -229,7 +229,7 @@ def check_windows(direction, block_k, stages, warpgroups, case, runs: int = 1):
     check_kernels(case, runs)
 
 
-@pytest.mark.in_turn(16)
+@pytest.mark.in_turn(32)
 @pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", WINDOWS, ids=str)
 def test_windows(direction, block_k, stages, warpgroups, case):
   check_windows(direction, block_k, stages, warpgroups, case)
@@ -254,6 +254,7 @@ def test_huge_values_give_numbers(pattern):
   assert np.abs(np.asarray(out, np.float32)).max() <= 3.01e4
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("pattern", [patterns.Local(16), patterns.Fixed(16, 4)], ids=repr)
 def test_kernels_under_transformations(pattern):
   case = _narrow(pattern, T=32, B=2, H=1)
@@ -321,7 +322,7 @@ def test_dense_by_cudnn_repeats_bit_by_bit_with_deterministic_ops():
   subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
 
-@pytest.mark.in_turn(6)
+@pytest.mark.in_turn(12)
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
   """The same numbers when whole problems, tiles and chunks are small, so that all loops turn."""
@@ -362,7 +363,7 @@ def test_reference_matches_plain_numpy(name):
   assert_close(lse, expected_lse, tolerance=1e-5, what="lse")
 
 
-@pytest.mark.in_turn(6)
+@pytest.mark.in_turn(12)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_the_support_of_the_gradient_is_the_mask(name, implementation):

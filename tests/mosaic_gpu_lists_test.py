@@ -120,27 +120,27 @@ def quick(names, *some):
   return [pytest.param(name, marks=[pytest.mark.slow] * (name not in some)) for name in names]
 
 
-@pytest.mark.in_turn(6)
+@pytest.mark.in_turn(12)
 @pytest.mark.parametrize("name", quick(PATTERNS, "layout", "small_blocks", "per_head"))
 def test_every_pattern(name):
   check(*call(PATTERNS[name](2), T=213))
 
 
-@pytest.mark.in_turn(16)
+@pytest.mark.in_turn(32)
 @pytest.mark.parametrize("name", quick(ARGUMENTS, "groups", "segments_of_bits", "blocks", "bent"))
 def test_every_argument(name):
   how = dict(ARGUMENTS[name])
   check(*call(how.pop("pattern")(2), T=190, **how))
 
 
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(8)
 @pytest.mark.parametrize("size", quick(SIZES, "128", "256"))
 def test_head_sizes(size):
   D, Dv = SIZES[size]
   check(*call(PATTERNS["window_and_sinks"](2), T=200, H=1, D=D, Dv=Dv), dtype="float16")
 
 
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(8)
 @pytest.mark.parametrize("T", [1, 128])
 def test_short_sequences(T):
   check(*call(PATTERNS["remainder"](1), T=T, H=1))
@@ -170,7 +170,7 @@ def test_head_sizes_on_a_gpu(size):
   check(*call(PATTERNS["window_and_sinks"](8), T=1_100, D=D, Dv=Dv), dtype="float16", runs=3)
 
 
-@pytest.mark.in_turn(18)
+@pytest.mark.in_turn(36)
 # The simulator knows no layouts of registers: only these tests see what does not compile.
 @pytest.mark.parametrize("D", quick((32, 64, 128, 256), 64, 128))
 @pytest.mark.parametrize("name", PATTERNS)
@@ -183,7 +183,7 @@ def test_lowering_of_every_pattern(name, D, monkeypatch):
   assert program.count("custom_call @mosaic_gpu") >= 3
 
 
-@pytest.mark.in_turn(18)
+@pytest.mark.in_turn(36)
 @pytest.mark.parametrize("D", quick((64, 128, 192), 128))
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_lowering_of_every_argument(name, D, monkeypatch):
@@ -210,7 +210,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.in_turn(6)
+@pytest.mark.in_turn(12)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_lowering_of_functions(name, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")

@@ -76,7 +76,7 @@ def check(case, **how):
   return got
 
 
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_out_lse_and_gradients_match_the_reference(case):
   check(case)
@@ -93,6 +93,7 @@ def test_narrow_heads_share_lanes_in_columns():
   check(_alike(patterns.Column(8), H=4, Hkv=4, Dk=32, Dv=64))
 
 
+@pytest.mark.slow
 def test_gradients_of_a_sequence_that_does_not_fit_have_a_kernel_each(monkeypatch):
   monkeypatch.setattr(views, "_DQ", 0)
   check(_grouped(patterns.Local(50)))

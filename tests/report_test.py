@@ -426,6 +426,7 @@ def test_a_browser_shows_pictures_and_what_is_chosen(browser, tmp_path):
   assert errors(browser) == []
 
 
+@pytest.mark.slow
 def test_a_browser_shows_texts(browser, tmp_path):
   path = tmp_path / "data.txt"
   path.write_bytes(NASTY * 60)
@@ -449,6 +450,7 @@ def test_a_browser_shows_texts(browser, tmp_path):
   assert errors(browser) == []  # and nothing of the text was run
 
 
+@pytest.mark.slow
 def test_a_browser_shows_sounds(browser, tmp_path):
   config = audio.get_config("quick").copy_and_resolve_references().unlock()
   config.model.update(seq_len=64, position_shape=(8, 8), stride=8, width=8, num_layers=2)

@@ -42,6 +42,7 @@ def check_calls(chip: str, cases) -> set[str]:
   return {kernel["kernel"] for row in found for kernel in row["kernels"]}
 
 
+@pytest.mark.in_turn(3)  # the first chip and the last
 @pytest.mark.parametrize("chip", tpu.CHIPS)
 def test_every_kernel_compiles_and_columns_move_their_arrays_once(chip):
   kernels = check_calls(chip, tpu_aot.QUICK)
