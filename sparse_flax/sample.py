@@ -42,7 +42,7 @@ def generate(
 
   Args:
     graphdef: of the SparseTransformer, `nnx.graphdef(model)`.
-    params: its weights, as a state or as a plain dict.
+    params: its weights, as a plain dict.
     key: a typed key, `jax.random.key(seed)`.
     num: number of sequences.
     temperature: 1.0 samples what the model predicts, 0 takes the likeliest byte.
