@@ -106,7 +106,7 @@ def run(
   model = config.model
   layers = _check_layers(layers, model.num_layers)
   layout = attention_maps.Layout.of(model)
-  places = _pick_places(layout.num_places, num=num, seed=seed)
+  places = _pick_places(layout, num=num, seed=seed)
   inputs = _pick_inputs(config, examples, seed=seed)
   tokens, rows = inputs[0], layout.slots(places)
   weights = jax.jit(
@@ -189,13 +189,11 @@ def _check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
   return sorted(set(layers))
 
 
-def _pick_places(count: int, *, num: int, seed: int) -> np.ndarray:
-  """`num` of `count` places in order, one from each of `num` equal parts; not from the start."""
-  first = count // 8
-  if not 1 <= num <= count - first:
-    raise ValueError(f"--num={num}: must be a whole number from 1 to {count - first}")
-  edges = np.linspace(first, count, num + 1).astype(int)
-  return np.random.RandomState(seed).randint(edges[:-1], edges[1:])
+def _pick_places(layout: attention_maps.Layout, *, num: int, seed: int) -> np.ndarray:
+  most = layout.num_places - layout.num_places // 8
+  if not 1 <= num <= most:
+    raise ValueError(f"--num={num}: must be a whole number from 1 to {most}")
+  return attention_maps.random_places(layout, num, seed=seed)
 
 
 def _draw_layer(

@@ -71,8 +71,7 @@ def pick_places(layout: Layout, num_heads: int, *, seed: int) -> Integer[np.ndar
   bytes_of_place = 2 * num_heads * layout.channels * layout.seq_len * 4
   first = layout.num_places // 8
   num = min(_MOST_PLACES, layout.num_places - first, max(1, _LAYER_BYTES // bytes_of_place))
-  edges = np.linspace(first, layout.num_places, num + 1).astype(int)
-  return np.random.RandomState(seed).randint(edges[:-1], edges[1:])
+  return attention_maps.random_places(layout, num, seed=seed)
 
 
 def average(
@@ -120,7 +119,7 @@ def _sums(
   """What is averaged of one layer, summed over inputs and places: a dict of [H, ...]."""
   weights = jnp.nan_to_num(weights)
   if layout.modality == "image":
-    return _sums_of_image(attention_maps.on_pixels(weights, layout), places, layout)
+    return _sums_of_image(attention_maps.of_pixels(weights, layout), places, layout)
   return _sums_of_sequence(weights, places, layout)
 
 

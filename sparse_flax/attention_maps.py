@@ -103,6 +103,12 @@ def spread_places(layout: Layout, num: int) -> Integer[np.ndarray, "P"]:
   return np.unique(evenly.round().astype(int))
 
 
+def random_places(layout: Layout, num: int, *, seed: int) -> Integer[np.ndarray, "P"]:
+  """`num` places in order, each at random in an equal part of what follows the first eighth."""
+  edges = np.linspace(layout.num_places // 8, layout.num_places, num + 1).astype(int)
+  return np.random.RandomState(seed).randint(edges[:-1], edges[1:])
+
+
 def make_maps(
   graphdef: nnx.GraphDef,
   params: dict,
@@ -119,23 +125,37 @@ def make_maps(
   return Maps(places, np.asarray(roots), np.asarray(tops))
 
 
-def on_pixels(weights: Float[Array, "*B Q T"], layout: Layout) -> Float[Array, "*B P rows columns"]:
-  """Weights on slots as weights on pixels, the mean of the queries of a pixel's channels.
+def on_tokens(
+  weights: Float[Array, "*Q T"] | Float[np.ndarray, "*Q T"],
+) -> Float[Array, "*Q T"]:
+  """Weights on slots as weights on tokens.
 
   The model shifts its input: slot j holds token j - 1, and slot 0 the start vector, which is no
-  token, so that its weight falls away.
+  token, so that its weight falls away. The last token is in no slot.
   """
-  weights = jnp.concatenate([weights[..., 1:], jnp.zeros_like(weights[..., :1])], axis=-1)
-  batch, C = weights.shape[:-2], layout.channels
-  by_pixel = weights.reshape(*batch, -1, C, layout.rows, layout.columns, C)
-  return by_pixel.sum(axis=-1).mean(axis=-3)
+  return jnp.concatenate([weights[..., 1:], jnp.zeros_like(weights[..., :1])], axis=-1)
+
+
+def on_pixels(
+  weights: Float[Array, "*Q T"] | Float[np.ndarray, "*Q T"], shape: tuple[int, int, int]
+) -> Float[Array, "*Q rows columns"]:
+  """Weights on slots as weights on the pixels of a picture, its channels summed."""
+  return on_tokens(weights).reshape(*weights.shape[:-1], *shape).sum(axis=-1)
+
+
+def of_pixels(weights: Float[Array, "*B Q T"], layout: Layout) -> Float[Array, "*B P rows columns"]:
+  """The same for predicted pixels: the mean over the queries of a pixel's channels."""
+  shape = (layout.rows, layout.columns, layout.channels)
+  by_query = on_pixels(weights, shape)
+  by_pixel = by_query.reshape(*weights.shape[:-2], -1, layout.channels, *shape[:2])
+  return by_pixel.mean(axis=-3)
 
 
 def _cells(
   weights: Float[Array, "H Q T"], places: Integer[np.ndarray, "P"], layout: Layout
 ) -> Float[Array, "H P cells"]:
   if layout.modality == "image":
-    return on_pixels(weights, layout).reshape(len(weights), len(places), -1)
+    return of_pixels(weights, layout).reshape(len(weights), len(places), -1)
   if layout.modality == "text":
     # Cell n is byte place - 1 - n, which slot place - n holds; the last is all that lies further
     # back, with the start vector.

@@ -9,28 +9,14 @@ import numpy as np
 from jaxtyping import Float
 from jaxtyping import UInt8
 
+from sparse_flax.attention_maps import on_pixels
+from sparse_flax.attention_maps import on_tokens
 from sparse_flax.data import audio
 
-_FRAME = "#e69f00"
+FRAME = "#e69f00"
 _HEAT = matplotlib.colors.LinearSegmentedColormap.from_list("heat", ["#ffffff", "#0072b2"])
 _CONTEXT = 64  # bytes of text before the predicted one
 _BINS = 400  # of a sound
-
-
-def on_tokens(weights: Float[np.ndarray, "*Q T"]) -> Float[np.ndarray, "*Q T"]:
-  """Weights on slots as weights on tokens.
-
-  The model shifts its input: slot j holds token j - 1, and slot 0 the start vector, which is no
-  token, so that its weight falls away. The last token is in no slot.
-  """
-  return np.concatenate([weights[..., 1:], np.zeros_like(weights[..., :1])], axis=-1)
-
-
-def on_pixels(
-  weights: Float[np.ndarray, "*Q T"], shape: tuple[int, int, int]
-) -> Float[np.ndarray, "*Q rows columns"]:
-  """Weights on slots as weights on the pixels of a picture, its channels summed."""
-  return on_tokens(weights).reshape(*weights.shape[:-1], *shape).sum(axis=-1)
 
 
 def visible(weights: Float[np.ndarray, "*B"]) -> Float[np.ndarray, "*B"]:
@@ -62,7 +48,7 @@ def draw_image(
   )
   figure.suptitle(title)
   grid = figure.subplots(rows, columns, squeeze=False)
-  maps = on_pixels(weights, image.shape).mean(axis=2)
+  maps = np.asarray(on_pixels(weights, image.shape)).mean(axis=2)
   for n, pixel in enumerate(pixels):
     y, x = divmod(pixel, image.shape[1])
     original = image if image.shape[2] == 3 else image.repeat(3, axis=2)
@@ -70,7 +56,7 @@ def draw_image(
     for axes, panel in zip(grid[n], panels, strict=True):
       axes.imshow(panel, cmap="gray", vmin=0, vmax=None if panel is original else 1)
       frame = matplotlib.patches.Rectangle((x - 0.5, y - 0.5), 1, 1)
-      frame.set(facecolor="none", edgecolor=_FRAME, linewidth=1.5)
+      frame.set(facecolor="none", edgecolor=FRAME, linewidth=1.5)
       axes.add_patch(frame)
       axes.set(xticks=[], yticks=[])
     grid[n, 0].set_ylabel(f"row {y}, column {x}")
@@ -99,7 +85,7 @@ def draw_text(
   figure, panels = _panels(len(places), len(heads), title)
   for axes, place, slots in zip(panels, places, weights, strict=True):
     start = max(0, place - _CONTEXT)
-    shown = on_tokens(slots)[:, start:place]
+    shown = np.asarray(on_tokens(slots))[:, start:place]
     # The start vector and whatever lies further back, in one column.
     earlier = slots[:, : start + 1].sum(axis=1, keepdims=True)
     bars = np.concatenate([earlier, shown], axis=1)
@@ -135,12 +121,12 @@ def draw_audio(
   panels[0].plot(np.arange(T) / audio.SAMPLE_RATE, audio.mu_law_decode(tokens), color="0.4", lw=0.5)
   panels[0].set(xlim=(0, seconds), ylabel="sound")
   edges = np.unique(np.linspace(0, T, min(T, _BINS) + 1).astype(int))[:-1]
-  for axes, place, one in zip(panels[1:], places, on_tokens(weights), strict=True):
+  for axes, place, one in zip(panels[1:], places, np.asarray(on_tokens(weights)), strict=True):
     binned = np.add.reduceat(one, edges, axis=1)
     _heat(axes, visible(binned), heads, extent=(0, seconds, len(heads) - 0.5, -0.5))
     at = place / audio.SAMPLE_RATE
     for marked in (axes, panels[0]):
-      marked.axvline(at, color=_FRAME)
+      marked.axvline(at, color=FRAME)
     axes.set_title(f"predicts the sample at {at:.4g} s", size=10)
   panels[-1].set_xlabel("seconds")
   return figure

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import matplotlib.figure
 
 from sparse_flax.attention_averages import Averages
+from sparse_flax.attention_pictures import FRAME
 from sparse_flax.attention_pictures import visible
-
-_FRAME = "#e69f00"
 
 
 def draw(
@@ -39,7 +38,7 @@ def draw(
         height, width = relative.shape
         around = (-(width // 2) - 0.5, width // 2 + 0.5, 0.5, 0.5 - height)
         axes.imshow(visible(relative), cmap="cividis", vmin=0, vmax=1, extent=around)
-        axes.plot(0, 0, "s", markersize=4, markerfacecolor="none", color=_FRAME)
+        axes.plot(0, 0, "s", markersize=4, markerfacecolor="none", color=FRAME)
       axes.set_title(f"layer {layer}, {names[layer][h]}", size=9)
       axes.tick_params(labelsize=7)
   is_picture = averages.distances is None

@@ -14,6 +14,11 @@ from sparse_flax import attention
 from sparse_flax import decode
 
 
+def activation(u: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+  """f(u) = u sigmoid(1.702 u)."""
+  return u * jax.nn.sigmoid(1.702 * u)
+
+
 class FeedForward(nnx.Module):
   """W_2 f(W_1 x + b_1) + b_2 with f(u) = u sigmoid(1.702 u) (arXiv:1904.10509, Eq. 13)."""
 
@@ -35,8 +40,7 @@ class FeedForward(nnx.Module):
     self.down = linear(hidden, width, out_init)
 
   def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    u = self.up(x)
-    return self.down(u * jax.nn.sigmoid(1.702 * u))
+    return self.down(activation(self.up(x)))
 
 
 class Block(nnx.Module):

@@ -4,6 +4,7 @@ kept and read that the pattern needs."""
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,13 +62,12 @@ def init_cache(
 
   With sparse=False it keeps, and every step reads, all rows; what is computed is the same.
   """
-  shape = lambda heads, rows: (num_layers, batch_size, len(heads), rows.length)
-  room = lambda size, *part: jnp.zeros((*shape(*part), size), dtype)
-  return tuple(
-    Part(room(k_size, heads, rows), room(v_size, heads, rows), heads, rows, seen)
-    for heads, kept in _kept(pattern, num_heads, length, sparse)
-    for rows, seen in kept
-  )
+
+  def empty(heads, rows):
+    shape = (num_layers, batch_size, len(heads), rows.length)
+    return (jnp.zeros((*shape, size), dtype) for size in (k_size, v_size))
+
+  return _parts(pattern, num_heads, length, sparse, empty)
 
 
 def fill(
@@ -81,17 +81,14 @@ def fill(
   """The cache of one layer, without an axis for layers, as steps 0 to P - 1 leave it."""
   last = k.shape[1] - 1
 
-  def rows_of(x, heads, rows):
+  def taken(heads, rows):
     row = rows.row(np.arange(rows.length), last)
     there = (row >= 0) & (row <= last)
-    taken = x[:, np.where(there, row, 0)][:, :, np.asarray(heads)].swapaxes(1, 2)
-    return jnp.where(there[:, None], taken, jnp.zeros((), x.dtype))
+    for x in (k, v):
+      found = x[:, np.where(there, row, 0)][:, :, np.asarray(heads)].swapaxes(1, 2)
+      yield jnp.where(there[:, None], found, jnp.zeros((), x.dtype))
 
-  return tuple(
-    Part(rows_of(k, heads, rows), rows_of(v, heads, rows), heads, rows, seen)
-    for heads, kept in _kept(pattern, k.shape[2], length, sparse)
-    for rows, seen in kept
-  )
+  return _parts(pattern, k.shape[2], length, sparse, taken)
 
 
 def attend(
@@ -111,21 +108,35 @@ def attend(
     The output in q's dtype, and the cache with the new row.
   """
   cache = tuple(_store(part, k, v, step, layer) for part in cache)
-  groups = [list(parts) for _, parts in itertools.groupby(cache, lambda part: part.heads)]
-  outs = [_attend_group(q, parts, step, layer) for parts in groups]
-  if len(groups) == 1:
-    return outs[0].astype(q.dtype), cache
-  order = np.argsort(np.concatenate([parts[0].heads for parts in groups]))
-  return jnp.concatenate(outs, axis=1)[:, order].astype(q.dtype), cache
+  outs = [_attend_group(q, parts, step, layer) for parts in by_heads(cache)]
+  return in_order(outs, cache).astype(q.dtype), cache
 
 
-def _kept(pattern: patterns.Pattern, num_heads: int, length: int, sparse: bool):
-  """(heads, what to keep for them) for each different pattern of a head."""
+def by_heads(cache: Cache) -> list[list[Part]]:
+  """The parts that share a softmax, for each group of heads."""
+  return [list(parts) for _, parts in itertools.groupby(cache, lambda part: part.heads)]
+
+
+def in_order(outs: list[Float[Array, "B _ Dv"]], cache: Cache) -> Float[Array, "B H Dv"]:
+  """What each of `by_heads` gave, by the numbers of the heads."""
+  if len(outs) == 1:
+    return outs[0]
+  order = np.argsort(np.concatenate([parts[0].heads for parts in by_heads(cache)]))
+  return jnp.concatenate(outs, axis=1)[:, order]
+
+
+def _parts(
+  pattern: patterns.Pattern, num_heads: int, length: int, sparse: bool, contents: Callable
+) -> Cache:
+  """What to keep for each different pattern of a head; (heads, rows) -> key, value fill it."""
   heads_of = {}
   for h in range(num_heads):
     heads_of.setdefault(pattern.of_head(h), []).append(h)
-  for one, heads in heads_of.items():
-    yield tuple(heads), decode_rows.of_pattern(one, length, sparse=sparse)
+  return tuple(
+    Part(*contents(heads, rows), tuple(heads), rows, seen)
+    for one, heads in heads_of.items()
+    for rows, seen in decode_rows.of_pattern(one, length, sparse=sparse)
+  )
 
 
 def _of_heads(x, heads: tuple[int, ...]):

@@ -5,7 +5,6 @@ const read = id => JSON.parse(document.getElementById(id).textContent);
 const data = read("data"), figures = read("figures");
 const element = id => document.getElementById(id);
 const {rows, columns, seq_len: length, cell_size: cellSize} = data.layout;
-const RATE = 12000;  // Hz
 const chosen = {layer: 0, head: 0, place: 0};
 const unpacked = new Map();
 let drawing = 0;  // counts the calls of draw(), of which only the last may write
@@ -77,7 +76,7 @@ const explorers = {
   },
 
   async audio(roots, top, sample) {
-    const at = sample / RATE;
+    const at = sample / data.rate;
     const y = Array.from(roots, r => weightOf(r, top));
     await Plotly.update("explorer", {y: [y]}, {"shapes[0].x0": at, "shapes[0].x1": at}, [1]);
     const what = cellSize > 1 ? `${cellSize} samples` : "a sample";
@@ -124,7 +123,7 @@ const letter = byte => byte === 32 ? "␣" : byte > 32 && byte < 127 ? String.fr
 
 function nameOf(place) {
   if (data.modality === "image") return `row ${Math.floor(place / columns)}, column ${place % columns}`;
-  return data.modality === "text" ? `byte ${place}` : `${(place / RATE).toFixed(4)} s`;
+  return data.modality === "text" ? `byte ${place}` : `${(place / data.rate).toFixed(4)} s`;
 }
 
 function fill(select, names) {
@@ -164,7 +163,7 @@ function listen() {
     }));
   } else if (data.modality === "audio") {
     element("explorer").on("plotly_click", ({points: [{x}]}) =>
-      choose({place: nearest(p => Math.abs(p / RATE - x))}));
+      choose({place: nearest(p => Math.abs(p / data.rate - x))}));
   }
 }
 

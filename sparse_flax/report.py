@@ -20,6 +20,7 @@ from sparse_flax import report_samples
 from sparse_flax.attention_averages import Averages
 from sparse_flax.attention_maps import Layout
 from sparse_flax.attention_maps import Maps
+from sparse_flax.data import audio
 from sparse_flax.report_samples import escape
 
 # Bytes in the page. With 5 MB for plotly.js and SAMPLE_BYTES it stays below 25 MB.
@@ -109,6 +110,7 @@ def attention_values(attention: Attention) -> tuple[dict, dict[str, go.Figure], 
   image = layout.modality == "image"
   values = dict(
     modality=layout.modality,
+    rate=audio.SAMPLE_RATE,
     layout=dict(dataclasses.asdict(layout), cell_size=layout.cell_size),
     layers=layers,
     heads=[list(attention.names[layer]) for layer in layers],

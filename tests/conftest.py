@@ -14,7 +14,12 @@ TIMEOUT = 600  # seconds of one test: a kernel whose barriers do not match waits
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """Of the cases of a test marked in_turn(n) all but every n-th are slow."""
+  """Of the cases of a test marked in_turn(n) all but every n-th are slow.
+
+  Not on a GPU, which needs no simulator: there the whole is quick.
+  """
+  if jax.default_backend() == "gpu":
+    return
   seen = {}
   for item in items:
     if turn := item.get_closest_marker("in_turn"):

@@ -97,18 +97,20 @@ class Loop:
 
 def _accesses(hlo: str, caches: set[str]) -> tuple[int, list[str]]:
   """Bytes taken out of arrays whose shapes are `caches`, and what makes such an array."""
-  instruction = re.compile(
-    r"^\s*(?:ROOT )?%?(\S+) = (\w+\[[\d,]*\])\S* ([\w-]+)\(%?([^\s,)]*)", re.M
-  )
+  instruction = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (\w+\[[\d,]*\])\S* ([\w-]+)\(([^)]*)\)", re.M)
   found = instruction.findall(hlo)
   shape_of = {name: shape for name, shape, _, _ in found}
   read, copies = 0, []
-  for name, shape, operation, operand in found:
-    if operation in ("parameter", "get-tuple-element", "bitcast"):
+  for name, shape, operation, operands in found:
+    # What a fusion does stands in its own computation.
+    if operation in ("parameter", "get-tuple-element", "tuple", "bitcast", "fusion", "call"):
       continue
-    if shape in caches and operation not in ("dynamic-update-slice", "fusion", "call"):
+    if operation == "dynamic-update-slice":
+      continue  # in place: the row alone is written
+    if shape in caches:
       copies.append(f"{name} = {shape} {operation}")
-    if shape_of.get(operand) in caches and operation not in ("dynamic-update-slice", "fusion"):
+    named = (re.sub(r"/\*.*?\*/", "", x).strip().lstrip("%") for x in operands.split(","))
+    if any(shape_of.get(x) in caches for x in named):
       read += 4 * math.prod(map(int, shape[shape.index("[") + 1 : -1].split(",")))
   return read, copies
 

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice
+from jax.sharding import AbstractMesh
+from jax.sharding import AxisType
 
 from pallas_kernels import decoding
 from pallas_kernels import patterns
@@ -107,3 +110,20 @@ def test_samples_are_those_of_the_other_way():
   how = dict(key=jax.random.key(0), num=3)
   draw = lambda name: sample.generate(graphdef, params, **how, implementation=name)
   np.testing.assert_array_equal(draw("triton"), draw("xla"))
+
+
+@pytest.mark.parametrize("cycle", ["fixed", "heads-and-layers"])
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_a_step_lowers_for_a_gpu(cycle, monkeypatch):
+  monkeypatch.setattr(decoding, "_simulated", lambda: False)
+  layers = CYCLES[cycle]
+  model = small_model(attention_layers=layers, num_layers=len(layers), compute_dtype="bfloat16")
+  step = lambda model, token, caches: model.decode_step(
+    token, 7, caches, fused=model.fused_weights()
+  )
+  h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+  how = dict(axis_types=(AxisType.Auto,), abstract_device=h100)
+  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), **how)):
+    traced = jax.jit(step).trace(model, jnp.zeros(3, jnp.int32), model.init_cache(3))
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert program.count("xla.gpu.triton") >= 5 * len(layers)

@@ -54,10 +54,10 @@ def make_model(modality):
 
 
 def by_pixel(weights, layout):
-  """[..., T, T] -> [..., pixels, rows, columns]"""
-  shape = (layout.rows, layout.columns, layout.channels)
-  maps = attention_pictures.on_pixels(weights, shape)
-  return maps.reshape(*maps.shape[:-3], -1, layout.channels, *maps.shape[-2:]).mean(axis=-3)
+  """[..., T, T] -> [..., pixels, rows, columns]; slot j holds token j - 1."""
+  tokens = np.concatenate([weights[..., 1:], np.zeros_like(weights[..., :1])], axis=-1)
+  shape = (-1, layout.channels, layout.rows, layout.columns, layout.channels)
+  return tokens.reshape(*weights.shape[:-2], *shape).sum(axis=-1).mean(axis=-3)
 
 
 # ------------------------------------------------------------------------------------------- maps

@@ -406,7 +406,7 @@ def simulated() -> bool:
 def tall_tiles() -> bool:
   """Whether a tile of bfloat16 has 16 sublanes: 8 heads or tokens then do not lie side by side."""
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-  return "7" in device.device_kind and device.platform == "tpu"
+  return device.device_kind.startswith("TPU7")
 
 
 @dataclasses.dataclass(frozen=True)
