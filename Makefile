@@ -14,7 +14,7 @@ SOAK_RESTARTS ?= 200
 # What the GPU's own tests need, with whatever else that machine has: its Python, no .venv.
 GPU_PYTHON = $(or $(PYTHON),python3)
 GPU_TESTS = $(wildcard tests/attention_test.py tests/attention_patterns_test.py \
-  tests/decoding_test.py tests/mosaic_gpu_*_test.py)
+  tests/decode_cluster_test.py tests/decoding_test.py tests/mosaic_gpu_*_test.py)
 # The type checks of the other targets need beartype, and their warnings are errors: neither is
 # asked of a machine that is not ours. Float32 products stay float32; GPUs round them to TF32. The
 # matmuls of the references are not tuned: that takes longer than they do.

@@ -15,8 +15,9 @@ from jaxtyping import UInt8
 
 from pallas_kernels import decoding
 from sparse_flax import sharding
+from sparse_flax import transformer
 
-IMPLEMENTATIONS = ("xla", "triton")
+IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu")
 _PIECES = 16  # in which a run that reports its progress is cut
 
 
@@ -50,8 +51,9 @@ def generate(
     top_p: draw from the fewest likeliest bytes that have this share of the probability.
     prompts: the first bytes of each row, 0 to T - 1 of them; they come back unchanged.
     sparse: False keeps and reads all keys and values at every step: for comparisons.
-    implementation: of a step, "xla" or "triton": kernels for NVIDIA GPUs (elsewhere simulated);
-      None is the best one here.
+    implementation: of a step. "mosaic_gpu": one kernel for NVIDIA GPUs of compute capability 9;
+      "triton": a few per layer for NVIDIA GPUs (elsewhere simulated); "xla": none of ours. None is
+      the best one here.
     mesh: devices over whose "data" and "fsdp" the rows are dealt out; None is one device.
     on_progress: called with (steps done, steps in all) now and then.
 
@@ -60,6 +62,7 @@ def generate(
 
   Raises:
     ValueError: num, temperature, top_k, top_p, implementation or the prompts make no sense.
+    NotImplementedError: "mosaic_gpu" does not take this model; the message says why.
   """
   model = nnx.merge(graphdef, params)
   T = model.seq_len
@@ -97,8 +100,9 @@ def generate(
   start_up = functools.partial(_start, graphdef, sparse=sparse)
   start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
   how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+  how["implementation"] = implementation or best(model, rows // shares)
   run = jax.shard_map(  # rows know nothing of each other
-    functools.partial(run_steps, graphdef, **how, implementation=implementation or best(model)),
+    functools.partial(run_steps, graphdef, **how),
     mesh=mesh,
     in_specs=(jax.P(), (by_row, of_caches), by_row, jax.P(), by_row, by_row),
     out_specs=((by_row, of_caches), by_row),
@@ -117,11 +121,29 @@ def generate(
   return np.concatenate(pieces, axis=1)[:num, :T]
 
 
-def best(model) -> str:
-  """The implementation of a step of the model for the devices here."""
+def best(model: transformer.SparseTransformer, batch_size: int) -> str:
+  """The implementation of a step of the model for the devices here.
+
+  Args:
+    model: its weights may be shapes only.
+    batch_size: sequences of one device.
+  """
   device = jax.devices()[0]
-  nvidia = device.platform == "gpu" and "nvidia" in device.device_kind.lower()
-  return "triton" if nvidia and model.final_norm.num_features <= decoding.WIDEST else "xla"
+  if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
+    return "xla"
+  if device.compute_capability.startswith("9."):
+    # Traced, and not run: whether the kernel takes it.
+    trace = lambda model, token, caches: model.decode_step(
+      token, 0, caches, fused=model.cluster_weights(batch_size)
+    )
+    try:
+      caches = jax.eval_shape(lambda: model.init_cache(batch_size))
+      jax.eval_shape(trace, model, jax.ShapeDtypeStruct((batch_size,), jnp.uint8), caches)
+    except NotImplementedError:
+      pass
+    else:
+      return "mosaic_gpu"
+  return "triton" if model.final_norm.num_features <= decoding.WIDEST else "xla"
 
 
 def likely(
@@ -166,7 +188,11 @@ def run_steps(
 ):
   """Steps start, start + 1, ... for as many columns as `known` has."""
   model = nnx.merge(graphdef, params)
-  fused = model.fused_weights() if implementation == "triton" else None
+  fused = None
+  if implementation == "triton":
+    fused = model.fused_weights()
+  elif implementation == "mosaic_gpu":
+    fused = model.cluster_weights(known.shape[0])
 
   def draw(logits, step):  # by row, so that a row does not depend on how many there are
     if temperature == 0.0:

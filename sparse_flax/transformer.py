@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from pallas_kernels import api
 from sparse_flax import block
 from sparse_flax import decode
+from sparse_flax import decode_cluster
 from sparse_flax import decode_fused
 from sparse_flax import embedding
 from sparse_flax import initialization
@@ -269,13 +270,21 @@ class SparseTransformer(nnx.Module):
     """The blocks' weights as the kernels of `decode_step` take them; make them once."""
     return [decode_fused.weights_of(layer) for layer in self.groups]
 
+  def cluster_weights(self, batch_size: int) -> decode_cluster.Weights:
+    """The blocks' weights as the one kernel of `decode_step` takes them; make them once.
+
+    Raises:
+      NotImplementedError: it does not take such a model.
+    """
+    return decode_cluster.weights_for(self.groups, batch_size)
+
   def decode_step(
     self,
     token: Integer[Array, "B"],
     step: Integer[Array, ""] | int,
     caches: tuple[decode.Cache, ...],
     *,
-    fused: Sequence[decode_fused.Weights] | None = None,
+    fused: Sequence[decode_fused.Weights] | decode_cluster.Weights | None = None,
   ) -> tuple[Float32[Array, "B 256"], tuple[decode.Cache, ...]]:
     """Logits of position `step`, given the byte before it and the caches of the steps before.
 
@@ -284,7 +293,8 @@ class SparseTransformer(nnx.Module):
       step: 0, 1, 2, ...; each once and in this order.
       caches: from `init_cache` or `prefill`, then from the step before; donate them to update them
         in place.
-      fused: of `fused_weights`: takes kernels for NVIDIA GPUs, a few per block.
+      fused: takes kernels for NVIDIA GPUs: of `fused_weights` a few per block, of
+        `cluster_weights` one for all blocks.
     """
     step = jnp.asarray(step, jnp.int32)
 
@@ -299,7 +309,9 @@ class SparseTransformer(nnx.Module):
       return x, tuple(after)
 
     carry = self.embedding.decode_step(token, step), caches
-    if fused is None:
+    if isinstance(fused, decode_cluster.Weights):
+      x, caches = decode_cluster.decode_steps(carry[0], fused, step, caches)
+    elif fused is None:
       numbers = jnp.arange(self.num_groups)
       scanned = lambda carry, xs: (run_group(*carry, *xs), None)
       (x, caches), _ = jax.lax.scan(scanned, carry, (numbers, self.groups))

@@ -119,10 +119,10 @@ def test_a_pattern_that_sees_later_keys_cannot_be_decoded():
 
 
 @functools.partial(jax.jit, static_argnames=("P", "spoil", "sparse", "fused"))
-def decoded_logits(model, tokens, *, P=0, sparse=True, fused=False, spoil=lambda caches: caches):
+def decoded_logits(model, tokens, *, P=0, sparse=True, fused=None, spoil=lambda caches: caches):
   """Teacher-forced: the true byte goes in at every step. `spoil` is applied after every step."""
   T, parts = tokens.shape[1], []
-  fused = model.fused_weights() if fused else None
+  fused = None if fused is None else fused(model)
   caches = model.init_cache(tokens.shape[0], sparse=sparse)
   if P:
     logits, caches = model.prefill(tokens[:, :P], sparse=sparse)

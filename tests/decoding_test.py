@@ -100,7 +100,7 @@ def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, d
   layers = CYCLES[cycle]
   more = dict(attention_layers=layers, num_layers=2 * len(layers), compute_dtype=dtype)
   model, tokens = small_model(qk_ratio=0.5, **more), random_tokens()
-  got = decoded_logits(model, tokens, P=5, fused=True)
+  got = decoded_logits(model, tokens, P=5, fused=lambda model: model.fused_weights())
   assert_equal_logits(got, at_once(model, tokens), TOLERANCE[dtype])
 
 
