@@ -561,10 +561,15 @@ class Step(threads.Kernel):
     shown = self._place(on, n, 0)
     slots = [self._place(on, n, 2 + 2 * m) for m in range(len(pieces))]
     ahead = self._biases(on, n, bites[0][0])
-    self._arrival(on, "qkv", parity, self._job_bytes(on))
+    barrier = self._at(on, self.arrived["qkv"])
+    on.wait(barrier, parity)
     for jobs, some in zip(self._rounds, bites, strict=True):
       number = self._attend_round(on, n, jobs, some, ahead, shown, number)
       ahead = None
+    # Not before all threads have met: where nothing is to come, this completes the barrier at once,
+    # and a thread that still waits would miss that.
+    with on.when(on.thread == 0):
+      on.expect(barrier, self._job_bytes(on))
     for m, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
       self._keep(on, g, piece, self._cache(on, kind, m, n), slot)
     return number
