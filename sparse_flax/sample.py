@@ -100,7 +100,7 @@ def generate(
   start_up = functools.partial(_start, graphdef, sparse=sparse)
   start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
   how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-  how["implementation"] = implementation or best(model, rows // shares)
+  how["implementation"] = implementation or best(model, rows // shares, sparse=sparse)
   run = jax.shard_map(  # rows know nothing of each other
     functools.partial(run_steps, graphdef, **how),
     mesh=mesh,
@@ -121,12 +121,13 @@ def generate(
   return np.concatenate(pieces, axis=1)[:num, :T]
 
 
-def best(model: transformer.SparseTransformer, batch_size: int) -> str:
+def best(model: transformer.SparseTransformer, batch_size: int, *, sparse: bool = True) -> str:
   """The implementation of a step of the model for the devices here.
 
   Args:
     model: its weights may be shapes only.
     batch_size: sequences of one device.
+    sparse: as in `generate`: caches of everything may be more than one kernel takes.
   """
   device = jax.devices()[0]
   if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
@@ -137,7 +138,7 @@ def best(model: transformer.SparseTransformer, batch_size: int) -> str:
       token, 0, caches, fused=model.cluster_weights(batch_size)
     )
     try:
-      caches = jax.eval_shape(lambda: model.init_cache(batch_size))
+      caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
       jax.eval_shape(trace, model, jax.ShapeDtypeStruct((batch_size,), jnp.uint8), caches)
     except NotImplementedError:
       pass

@@ -154,6 +154,9 @@ def test_it_is_what_samples_are_drawn_with():
   model = model_of(("local", "column"), **CIFAR)
   graphdef, params = nnx.split(model, nnx.Param)
   assert sample.best(model, 3) == "mosaic_gpu"
+  long = model_of(("local",), **CIFAR, seq_len=3_000, stride=50, position_shape=(60, 50))
+  assert sample.best(long, 3) == "mosaic_gpu"
+  assert sample.best(long, 3, sparse=False) == "triton"
   params = nnx.to_pure_dict(params)
   how = dict(key=jax.random.key(0), num=3, temperature=0.0)
   first, second = (

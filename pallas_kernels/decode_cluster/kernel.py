@@ -21,7 +21,7 @@ from pallas_kernels.decode_cluster import threads
 
 WARPS = 8
 _TILE = 8_192  # bytes of [256, 16] weights: a piece of [32, 16] for each warp
-_LANES = 32
+_LANES = threads.WARP
 _CHUNK = 2 * _TILE  # bytes that a slot of the ring has for weights or for rows
 _LOG2E = math.log2(math.e)
 _SMEM = 220 * 1024  # of a multiprocessor's 227 KiB
@@ -333,7 +333,7 @@ class Step(threads.Kernel):
     on.sync()
     num_layers = len(s.pieces) * s.groups
     on.loop(num_layers, functools.partial(self._layer, on), on.rank * 0)
-    self._arrival(on, "x", on.rank * 0 + num_layers % 2, s.R * s.E * 2)
+    self._arrival(on, "x", on.rank * 0 + num_layers % 2, self.num_bytes["x"])
     self._write_x(on)
 
   def _each(self, on, count: int, body):
@@ -400,7 +400,7 @@ class Step(threads.Kernel):
     return number
 
   def _activated(self, on, r, f, pair):
-    """u sigmoid(1.702 u)."""
+    """f(u) = u sigmoid(1.702 u)."""
     del r, f
     return [u * on.reciprocal(on.exp2(u * (-1.702 * _LOG2E)) + 1.0) for u in pair]
 

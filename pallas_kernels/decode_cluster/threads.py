@@ -66,9 +66,6 @@ class Value:
   def __mod__(self, other):
     return self._with(arith.remui, None, other)
 
-  def __and__(self, other):
-    return self._with(arith.andi, None, other)
-
   __radd__ = __add__
   __rmul__ = __mul__
 
