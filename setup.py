@@ -63,6 +63,7 @@ setuptools.setup(
       "pytest-xdist>=3.8",
       "ruff>=0.14",
       "selenium>=4.40",
+      "soundfile>=0.13",
     ],
   },
 )
