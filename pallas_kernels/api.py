@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from pallas_kernels import hardware
 from pallas_kernels import xla
 from pallas_kernels.patterns import Dense
 from pallas_kernels.patterns import Pattern
@@ -22,8 +23,6 @@ from pallas_kernels.scores import Scores
 Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
-# Mosaic GPU's interface moves between releases of JAX: its kernels run with those that were tested.
-TESTED_JAX = ("0.11.2",)
 
 logger = logging.getLogger(__name__)
 
@@ -118,18 +117,23 @@ def choose(implementation: Implementation | None) -> Implementation:
 
   Of kernels it says what device and version allow; `xla` serves what those do not support.
   """
-  if implementation is None and _platform() == "tpu":
-    return "mosaic_tpu"
-  on_gpu = _platform() == "gpu"
-  if implementation != "mosaic_gpu" and (implementation is not None or not on_gpu):
-    return implementation or "xla"
-  if jax.__version__ not in TESTED_JAX:
-    tested = ", ".join(TESTED_JAX)
-    return _instead(implementation, f"mosaic_gpu: tested with JAX {tested}, not {jax.__version__}")
-  if on_gpu and (capability := _compute_capability()).partition(".")[0] != "9":
-    reason = f"mosaic_gpu: made for compute capability 9.x (Hopper), not {capability}"
-    return _instead(implementation, reason)
-  return "mosaic_gpu"
+  best = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(hardware.platform(), "xla")
+  name = implementation or best
+  if name == "mosaic_gpu" and (reason := hardware.why_not_hopper()):
+    return _instead(implementation, f"mosaic_gpu: {reason}")
+  return name
+
+
+def load_backend(implementation: Implementation | None) -> None:
+  """Imports the backend that calls with this `implementation` will use.
+
+  The import adds an option to JAX's configuration, so functions that were traced before it are
+  traced again after it. Call this before any of them is traced; a second call does nothing.
+
+  Raises:
+    NotImplementedError: the implementation is named and does not run here; the message says why.
+  """
+  _backend(choose(implementation))
 
 
 def _instead(implementation: Implementation | None, reason: str) -> Implementation:
@@ -145,24 +149,10 @@ def _say_once(reason: str) -> None:
   logger.warning("%s; xla computes it", reason)
 
 
-def _platform() -> str:
-  """Of the device that programs are built for, which need not be here."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = jax.default_backend() if device is None else device.platform
-  return "gpu" if platform == "cuda" else platform
-
-
-def _compute_capability() -> str:
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None:
-    return jax.devices()[0].compute_capability
-  return "9.0" if "H100" in device.device_kind or "H200" in device.device_kind else "unknown"
-
-
 def _backend(name: Implementation):
-  """Those with a backward pass of their own."""
+  """Those with a backward pass of their own; kernels are imported only where they are used."""
   if name == "mosaic_gpu":
-    from pallas_kernels import mosaic_gpu  # only now: not every version of JAX can import it
+    from pallas_kernels import mosaic_gpu
 
     return mosaic_gpu
   if name == "mosaic_tpu":

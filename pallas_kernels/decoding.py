@@ -19,6 +19,8 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from pallas_kernels import hardware
+
 Place = int | Int[Array, ""]  # a slot of a cache
 WIDEST = 1_024  # features of a norm, which a program has at once
 _ROWS = 16  # of a tile: the least that tensor cores take
@@ -254,7 +256,7 @@ def _normed(x, there, count: int, epsilon: float):
 
 
 def _simulated() -> bool:
-  return jax.default_backend() != "gpu"
+  return hardware.platform() != "gpu"
 
 
 def _precision(dtype) -> jax.lax.Precision | None:

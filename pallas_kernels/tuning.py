@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import hardware
+
 PATH = pathlib.Path(__file__).with_name("tuning.json")
 Direction = Literal["fwd", "bwd"]
 
@@ -83,7 +85,8 @@ def block_sizes(
   """The sizes to use on the device that is traced for; None for the kernel's own default."""
   if _forced.value is not None and _forced.value[:2] == (kind, direction):
     return _forced.value[2]
-  return TABLE.get(Key(device_kind(), kind, direction, rows, head_dim, jnp.dtype(dtype).name))
+  device, dtype = hardware.device_kind(), jnp.dtype(dtype).name
+  return TABLE.get(Key(device, kind, direction, rows, head_dim, dtype))
 
 
 @contextlib.contextmanager
@@ -91,9 +94,3 @@ def override(kind: str, direction: Direction, sizes: BlockSizes | None) -> Itera
   """Within it, in this thread, one kernel has these sizes (None: its default), table or not."""
   with _forced((kind, direction, sizes)):
     yield
-
-
-def device_kind() -> str:
-  """The device that programs are traced for, which need not be here, or else the one that is."""
-  abstract = jax.sharding.get_abstract_mesh().abstract_device
-  return abstract.device_kind if abstract else jax.devices()[0].device_kind

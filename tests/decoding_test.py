@@ -114,8 +114,7 @@ def test_samples_are_those_of_the_other_way():
 
 @pytest.mark.parametrize("cycle", ["fixed", "heads-and-layers"])
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-def test_a_step_lowers_for_a_gpu(cycle, monkeypatch):
-  monkeypatch.setattr(decoding, "_simulated", lambda: False)
+def test_a_step_lowers_for_a_gpu(cycle):
   layers = CYCLES[cycle]
   model = small_model(attention_layers=layers, num_layers=len(layers), compute_dtype="bfloat16")
   step = lambda model, token, caches: model.decode_step(

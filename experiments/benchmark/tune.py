@@ -17,6 +17,7 @@ import numpy as np
 from experiments.benchmark import attention
 from experiments.benchmark import gpu
 from experiments.benchmark import report
+from pallas_kernels import hardware
 from pallas_kernels import passes
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
@@ -236,7 +237,7 @@ def update(table: dict, rows: list[dict]) -> dict:
   table = dict(table)
   for row in (row for row in rows if row["best"]):
     where = (row[part] for part in ("kind", "direction", "rows", "head_dim"))
-    key = tuning.Key(tuning.device_kind(), *where, "bfloat16")
+    key = tuning.Key(hardware.device_kind(), *where, "bfloat16")
     table.pop(key, None)
     if row["sizes"]:
       table[key] = tuning.BlockSizes(**row["sizes"])

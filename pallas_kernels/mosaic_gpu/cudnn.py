@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
 
-from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels import hardware
 from pallas_kernels.patterns import Dense
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
@@ -28,8 +28,7 @@ def cudnn_serves(
   equal = q.shape[-1] == v.shape[-1] and q.shape[1] == k.shape[1]
   plain = segment_ids is None and block_mask is None and scores.only_scale and scores.scale > 0
   # Programs for a GPU that is not here cannot ask for its version of cuDNN.
-  here = jax.default_backend() == "gpu" and not gpu.simulated()
-  return is_dense and equal and plain and here
+  return is_dense and equal and plain and hardware.platform() == "gpu" and hardware.is_here()
 
 
 def cudnn_attention(

@@ -8,6 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hardware
+
 TILE = 64  # rows of a warpgroup's matrix instruction
 LOG2E = math.log2(math.e)
 # A tile of float32 in registers as the matrix units hold it; one value per row, per column of it.
@@ -33,17 +35,12 @@ wgmma = plgpu.wgmma
 
 def simulated() -> bool:
   """Whether kernels run in Pallas's simulator: where programs are not built for an NVIDIA GPU."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = jax.default_backend() if device is None else device.platform
-  return platform not in ("gpu", "cuda")
+  return hardware.platform() != "gpu"
 
 
 def num_multiprocessors() -> int:
   """Of the device that programs are built for; the simulator does with two."""
-  if simulated():
-    return 2
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.num_cores if device is not None else jax.devices()[0].core_count
+  return 2 if simulated() else hardware.num_cores()
 
 
 def commit_reads():

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import hardware
 from pallas_kernels import patterns
 from pallas_kernels.mosaic_tpu.operands import LANES
 from pallas_kernels.mosaic_tpu.operands import Operand
@@ -399,14 +400,12 @@ def _to_column(x):
 
 def simulated() -> bool:
   """Whether kernels are interpreted: where programs are not built for a TPU."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return (jax.default_backend() if device is None else device.platform) != "tpu"
+  return hardware.platform() != "tpu"
 
 
 def tall_tiles() -> bool:
   """Whether a tile of bfloat16 has 16 sublanes: 8 heads or tokens then do not lie side by side."""
-  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-  return device.device_kind.startswith("TPU7")
+  return hardware.device_kind().startswith("TPU7")
 
 
 @dataclasses.dataclass(frozen=True)
