@@ -16,10 +16,10 @@ MAY_IMPORT = {
 # Between the files of the kernels: patterns -> passes -> backends -> api.
 KERNEL_ORDER = (
   "hardware", "patterns", "scores", "blocks", "passes", "tuning", "reference", "xla",
-  "mosaic_gpu.gpu", "mosaic_gpu.views", "mosaic_gpu.forward", "mosaic_gpu.backward", "mosaic_gpu.stream",
-  "mosaic_gpu.stream_forward", "mosaic_gpu.stream_backward", "mosaic_gpu.sizes",
-  "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands", "mosaic_tpu.steps",
-  "mosaic_tpu.kernels", "mosaic_tpu.views", "mosaic_tpu.backend", "api",
+  "mosaic_gpu.gpu", "mosaic_gpu.views", "mosaic_gpu.forward", "mosaic_gpu.backward",
+  "mosaic_gpu.stream", "mosaic_gpu.stream_forward", "mosaic_gpu.stream_backward",
+  "mosaic_gpu.sizes", "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands",
+  "mosaic_tpu.steps", "mosaic_tpu.kernels", "mosaic_tpu.views", "mosaic_tpu.backend", "api",
 )  # fmt: skip
 # Code in data: none of these may be called or imported anywhere.
 
