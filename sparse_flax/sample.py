@@ -13,6 +13,7 @@ from jaxtyping import Float
 from jaxtyping import Key
 from jaxtyping import UInt8
 
+from pallas_kernels import api
 from pallas_kernels import decoding
 from sparse_flax import sharding
 from sparse_flax import transformer
@@ -65,6 +66,7 @@ def generate(
     NotImplementedError: "mosaic_gpu" does not take this model; the message says why.
   """
   model = nnx.merge(graphdef, params)
+  api.load_backend(model.groups[0].attention.implementation)  # of the pass over prompts
   T = model.seq_len
   if num < 1:
     raise ValueError(f"{num=}: must be a whole number >= 1")
