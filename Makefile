@@ -11,17 +11,25 @@ WORKERS ?= 2
 
 SOAK_RESTARTS ?= 200
 
-# What the GPU's own tests need, with whatever else that machine has: its Python, no .venv.
+# What the GPU's own tests need, with whatever else that machine has: its Python, no .venv. Each part
+# takes less than 9 minutes on one GPU; several processes share it.
+PART ?= attention decode commands
 GPU_PYTHON = $(or $(PYTHON),python3)
-GPU_TESTS = $(wildcard tests/attention_test.py tests/attention_patterns_test.py \
-  tests/decode_cluster_test.py tests/decoding_test.py tests/mosaic_gpu_*_test.py)
+GPU_WORKERS ?= 8
+GPU_TESTS_attention = tests/attention_test.py tests/attention_patterns_test.py \
+  $(wildcard tests/mosaic_gpu_*_test.py)
+GPU_TESTS_decode = tests/decode_cluster_test.py tests/decoding_test.py
+GPU_TESTS_commands = tests/commands_gpu_test.py
 # The type checks of the other targets need beartype, and their warnings are errors: neither is
 # asked of a machine that is not ours. Float32 products stay float32; GPUs round them to TF32. The
-# matmuls of the references are not tuned: that takes longer than they do.
-GPU_PYTEST = -q -m "not slow" -W default \
-  -o addopts="--strict-markers --import-mode=importlib"
+# matmuls of the references are not tuned: that takes longer than they do. Commands run as users'.
+GPU_PYTEST = XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) \
+  -m "not slow" -W default -o addopts="--strict-markers --import-mode=importlib"
+GPU_KERNELS = XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" \
+  JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTEST)
 
-.PHONY: quickstart test test-long soak test-tpu-aot test-gpu bench lint
+.PHONY: quickstart test test-long soak test-tpu-aot test-gpu \
+  test-gpu-attention test-gpu-decode test-gpu-commands bench lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples and attention
@@ -39,11 +47,19 @@ soak: .venv  ## a run with SOAK_RESTARTS faults, 200 by default, ends like one w
 test-tpu-aot: .venv  ## kernels and training steps through the TPU compiler; no TPU is needed
 	$(RUN) pytest -q tests/tpu_aot_test.py
 
-test-gpu:  ## the attention suites on this machine's GPU, with the running interpreter
+test-gpu:  ## kernels and commands on this machine's GPU, with the running interpreter
 	@$(GPU_PYTHON) -c "import jax, sys; sys.exit(jax.default_backend() != 'gpu')" || \
 	  { echo "JAX ($(GPU_PYTHON)) finds no GPU here" >&2; exit 1; }
-	XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" JAX_DEFAULT_MATMUL_PRECISION=highest \
-	  $(GPU_PYTHON) -m pytest $(GPU_PYTEST) $(GPU_TESTS)
+	@set -e; for part in $(PART); do $(MAKE) --no-print-directory test-gpu-$$part; done
+
+test-gpu-attention:
+	$(GPU_KERNELS) $(GPU_TESTS_attention)
+
+test-gpu-decode:
+	$(GPU_KERNELS) $(GPU_TESTS_decode)
+
+test-gpu-commands:
+	$(GPU_PYTEST) $(GPU_TESTS_commands)
 
 bench: .venv  ## every benchmark this machine can run, into benchmarks/*.json
 	$(RUN) experiments.benchmark

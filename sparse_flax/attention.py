@@ -10,6 +10,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Integer
 
+from pallas_kernels import api
 from pallas_kernels import patterns
 from pallas_kernels import reference
 from sparse_flax import decode
@@ -61,6 +62,7 @@ class SparseSelfAttention(nnx.Module):
       raise ValueError(f"{num_heads=} must divide {width=}")
     if qk_width < 1 or qk_width != qk_ratio * width or qk_width % num_heads:
       raise ValueError(f"{qk_ratio=}: qk_ratio * {width=} must be a multiple of {num_heads=}")
+    api.load_backend(implementation)
     kernel_init = kernel_init or nnx.initializers.variance_scaling(0.125, "fan_in", "normal")
     linear = lambda features, init: nnx.Linear(
       width, features, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs

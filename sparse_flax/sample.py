@@ -74,6 +74,7 @@ def generate(
       run here; the message says why.
   """
   model = nnx.merge(graphdef, params)
+  api.load_backend(model.groups[0].attention.implementation)  # of the pass over prompts
   T = model.seq_len
   if num < 1:
     raise ValueError(f"{num=}: must be a whole number >= 1")

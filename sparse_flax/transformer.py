@@ -122,6 +122,7 @@ class SparseTransformer(nnx.Module):
         f"the length of {attention_layers=}"
       )
     _check_positions(modality, tuple(position_shape), seq_len)
+    api.load_backend(implementation)  # not within the trace of vmap
 
     self.modality = modality
     self.seq_len = seq_len
@@ -311,6 +312,7 @@ def graph_and_shapes(**model) -> tuple[nnx.GraphDef, dict]:
   Returns:
     The graph, and the weights as a dict of jax.ShapeDtypeStruct.
   """
+  api.load_backend(model.get("implementation"))  # not within a trace
   build = lambda: SparseTransformer(**model, rngs=nnx.Rngs(0))
   graph, shapes = nnx.split(nnx.eval_shape(build), nnx.Param)
   return graph, nnx.to_pure_dict(shapes)

@@ -1,0 +1,77 @@
+"""A function is traced once: what a trace imports must not change the context it was traced in."""
+
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+_HEAD = """
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice
+from jax.sharding import AbstractMesh
+
+num_traces = 0
+
+
+def counted(function):
+  def run(*args):
+    global num_traces
+    num_traces += 1
+    return function(*args)
+
+  return run
+
+
+def h100():
+  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+  return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def program(function, *args):
+  # The kernels' own code among it; what these are lowered to has names that count up.
+  with h100():
+    traced = function.trace(*args)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    return str(traced.jaxpr)
+"""
+
+
+def run(source: str) -> None:
+  """In a new interpreter, where no kernel has been imported."""
+  child = subprocess.run(
+    [sys.executable, "-c", _HEAD + source], cwd=ROOT, capture_output=True, text=True
+  )
+  assert child.returncode == 0, child.stderr
+
+
+def test_a_call_under_a_users_jit_is_traced_at_most_twice_to_the_same_program():
+  run("""
+from pallas_kernels import patterns
+from pallas_kernels import sparse_attention
+
+x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+attend = lambda x: sparse_attention(
+  x, x, x, pattern=patterns.Local(128), implementation="mosaic_gpu")
+attend = jax.jit(counted(attend))
+assert len({program(attend, x) for _ in range(3)}) == 1
+assert num_traces <= 2, num_traces
+""")
+
+
+def test_a_training_step_is_traced_once():
+  run("""
+from configs import cifar10
+from sparse_flax import train
+
+config = cifar10.get_config().copy_and_resolve_references()
+with config.unlocked():
+  config.model.update(num_layers=4, implementation="mosaic_gpu")
+with h100():  # the first place that knows the device
+  init, step = train.make_step(config)
+key = jax.random.key(0)
+args = jax.eval_shape(init, key), jax.ShapeDtypeStruct((2, 3_072), jnp.uint8), key
+step = jax.jit(counted(step))
+assert len({program(step, *args) for _ in range(2)}) == 1
+assert num_traces == 1, num_traces
+""")
