@@ -1,4 +1,4 @@
-# Every target but test-gpu makes .venv by itself: nothing but make, a Python >= 3.12 and a package index is needed.
+# Every target but test-gpu makes its environment by itself: nothing but make, a Python >= 3.12 and a package index is needed.
 
 # The first of these that is a Python >= 3.12 builds the environment; `make PYTHON=...` overrides.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -10,6 +10,14 @@ RUN = .venv/bin/python -m
 WORKERS ?= 2
 
 SOAK_RESTARTS ?= 200
+
+# With the newest JAX: all GPU kernels lower for an H100, one of each family runs in the simulator, and
+# what touches other packages' interfaces most.
+NEWEST_TESTS = tests/mosaic_gpu_lowering_test.py \
+  tests/decode_cluster_test.py::test_a_step_lowers_for_a_gpu_to_one_kernel \
+  tests/decoding_test.py::test_a_step_lowers_for_a_gpu \
+  tests/versions_test.py tests/recorded_test.py tests/tracing_test.py tests/linen_class_test.py \
+  tests/train_test.py tests/evaluate_test.py tests/export_test.py
 
 # What the GPU's own tests need, with whatever else that machine has: its Python, no .venv. Each part
 # takes less than 9 minutes on one GPU; several processes share it.
@@ -28,7 +36,7 @@ GPU_PYTEST = XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -m pytest -q -n $
 GPU_KERNELS = XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" \
   JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTEST)
 
-.PHONY: quickstart test test-long soak test-tpu-aot test-gpu \
+.PHONY: quickstart test test-long test-newest soak test-tpu-aot test-gpu \
   test-gpu-attention test-gpu-decode test-gpu-commands bench lint
 .DELETE_ON_ERROR:
 
@@ -43,6 +51,10 @@ test-long: .venv lint  ## everything that does not fit there, in full
 
 soak: .venv  ## a run with SOAK_RESTARTS faults, 200 by default, ends like one without
 	SOAK_RESTARTS=$(SOAK_RESTARTS) $(RUN) pytest -q tests/soak_test.py
+
+test-newest: .venv-newest/installed  ## with the newest JAX allowed: kernels lower, and a smoke set
+	.venv-newest/bin/python -m pip list --disable-pip-version-check | grep -E "^(jax|flax|numpy|optax|orbax)"
+	.venv-newest/bin/python -m pytest -q -n $(WORKERS) -m "not gpu and not slow" $(NEWEST_TESTS)
 
 test-tpu-aot: .venv  ## kernels and training steps through the TPU compiler; no TPU is needed
 	$(RUN) pytest -q tests/tpu_aot_test.py
@@ -70,27 +82,39 @@ lint: .venv
 
 .venv: .venv/installed
 
-# uv, where it is installed, brings a Python of its own when the machine has none.
+# Makes the folder $(1) an environment without packages. uv, where it is installed, brings a Python
+# of its own when the machine has none.
+define environment
+@rm -rf $(1); \
+for python in $(CANDIDATES); do \
+  if "$$python" -c "$(NEW_ENOUGH)" >/dev/null 2>&1; then \
+    echo "making $(1) with $$("$$python" --version) ($$python)"; \
+    "$$python" -m venv $(1) || exit 1; break; \
+  fi; \
+done; \
+if [ ! -x $(1)/bin/python ] && command -v uv >/dev/null 2>&1; then \
+  echo "making $(1) with uv"; uv venv --quiet --seed --python 3.12 $(1) || exit 1; \
+fi; \
+if [ ! -x $(1)/bin/python ]; then \
+  echo "No Python >= 3.12 with venv was found (tried: $(CANDIDATES), uv)." >&2; \
+  echo "Install one (https://www.python.org, pyenv install 3.12, or uv), or name it:" >&2; \
+  echo "  make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+  exit 1; \
+fi
+endef
+
 # The TPU compiler lies where JAX does not look for it: on a machine without a TPU it would complain.
 .venv/installed: setup.py constraints.txt
-	@rm -rf .venv; \
-	for python in $(CANDIDATES); do \
-	  if "$$python" -c "$(NEW_ENOUGH)" >/dev/null 2>&1; then \
-	    echo "making .venv with $$("$$python" --version) ($$python)"; \
-	    "$$python" -m venv .venv || exit 1; break; \
-	  fi; \
-	done; \
-	if [ ! -x .venv/bin/python ] && command -v uv >/dev/null 2>&1; then \
-	  echo "making .venv with uv"; uv venv --quiet --seed --python 3.12 .venv || exit 1; \
-	fi; \
-	if [ ! -x .venv/bin/python ]; then \
-	  echo "No Python >= 3.12 with venv was found (tried: $(CANDIDATES), uv)." >&2; \
-	  echo "Install one (https://www.python.org, pyenv install 3.12, or uv), or name it:" >&2; \
-	  echo "  make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
-	  exit 1; \
-	fi
+	$(call environment,.venv)
 	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[test]"
 	case "$$(uname -sm)" in "Linux x86_64") $(RUN) pip install --quiet \
 	  --disable-pip-version-check --no-deps --constraint constraints.txt --target .venv/tpu libtpu;; \
 	esac
+	@touch $@
+
+# The newest releases that setup.py allows, on the day when it is made.
+.venv-newest/installed: setup.py
+	$(call environment,.venv-newest)
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e . \
+	  beartype hypothesis pytest pytest-xdist
 	@touch $@
