@@ -102,6 +102,7 @@ def run(
     prompts=[examples[r // _PER_ROW][: kept[r // _PER_ROW]] for r in range(num)] if kept else None,
     mesh=sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1),
     on_progress=progress,
+    on_programs=_say_what_computes,
   )
   progress.end()
   folder = epath.Path(workdir) / "samples" / str(step)
@@ -110,6 +111,11 @@ def run(
   if config.model.modality == "image":
     return [_write_grid(stem.with_suffix(".png"), config, samples, examples, kept)]
   return _write_files(stem, config.model.modality, samples, examples, kept)
+
+
+def _say_what_computes(prompts: str, steps: str) -> None:
+  of_prompts = f", of the prompts by {prompts}" if prompts else ""
+  print(f"attention of the steps by {steps}{of_prompts}")
 
 
 def _examples(

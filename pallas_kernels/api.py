@@ -2,12 +2,16 @@
 
 import functools
 import logging
+import re
 from collections.abc import Callable
+from typing import Any
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr
+from jax.extend.core import Jaxpr
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -101,21 +105,26 @@ def sparse_attention(
   masks = segment_ids, block_mask
   if implementation == "reference":
     how |= dict(segment_ids=segment_ids, block_mask=block_mask)
-    out, lse = _named(*reference_attention(q, k, v, **how))
+    with computed_by("reference"):
+      out, lse = _named(*reference_attention(q, k, v, **how))
     return (out, lse) if return_lse else out
   name = choose(implementation)
   if name != "xla" and (reason := _backend(name).unsupported(q, k, v, *masks, **how)):
     name = _instead(implementation, reason)
   may_call_cudnn = name == "mosaic_gpu" and not (deterministic or return_lse)
   if may_call_cudnn and _backend(name).cudnn_serves(q, k, v, *masks, **how):
-    return checkpoint_name(_backend(name).cudnn_attention(q, k, v, scale=scale), "attention_out")
-  return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks)
+    with computed_by("cudnn"):
+      out = _backend(name).cudnn_attention(q, k, v, scale=scale)
+    return checkpoint_name(out, "attention_out")
+  with computed_by(name):
+    return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks)
 
 
 def choose(implementation: Implementation | None) -> Implementation:
   """The implementation that a call will use: the one named, or the best that works here.
 
-  Of kernels it says what device and version allow; `xla` serves what those do not support.
+  Of kernels it says what device and version allow; `xla` serves what those do not support. What
+  a program contains in the end, `implementations_in` says.
   """
   best = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(hardware.platform(), "xla")
   name = implementation or best
@@ -134,6 +143,31 @@ def load_backend(implementation: Implementation | None) -> None:
     NotImplementedError: the implementation is named and does not run here; the message says why.
   """
   _backend(choose(implementation))
+
+
+def computed_by(name: str):
+  """Within it, what is traced is attention by this implementation, to `implementations_in`."""
+  return jax.named_scope(f"attention_by_{name}")
+
+
+def implementations_in(program: Jaxpr) -> tuple[str, ...]:
+  """Those that compute the attention of a traced program, `jax.jit(f).trace(...).jaxpr`.
+
+  Read from the program itself: also where `xla` serves what a kernel does not support, and where
+  cuDNN serves dense attention ("cudnn").
+  """
+  found = set()
+  for equation in program.eqns:
+    names = re.findall(r"attention_by_(\w+)", str(equation.source_info.name_stack))
+    found.update(names)
+    if not names:
+      inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
+      found.update(*(implementations_in(x) for x in inner if _is_program(x)))
+  return tuple(sorted(found))
+
+
+def _is_program(x: Any) -> bool:
+  return isinstance(x, Jaxpr | ClosedJaxpr)
 
 
 def _instead(implementation: Implementation | None, reason: str) -> Implementation:

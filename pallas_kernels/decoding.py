@@ -236,7 +236,9 @@ def _from(start: Any, size: int, limit: Any) -> _Tile:
 
 
 def _all(count: int) -> _Tile:
-  return _from(0, _up(count), count)
+  # A start that is not known while tracing: JAX refuses a slice that it knows to end beyond the
+  # array, though nothing is read there.
+  return _from(0 * pl.program_id(0), _up(count), count)
 
 
 def _up(count: int) -> int:

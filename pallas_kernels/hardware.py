@@ -8,9 +8,9 @@ import logging
 
 import jax
 
-# Releases of JAX on which the kernels for Hopper GPUs are known to fail, and how they fail.
+# Releases of JAX on which our kernels for NVIDIA GPUs are known to fail, and how they fail.
 KNOWN_BAD_JAX: dict[str, str] = {}
-# Releases of JAX on which all of them ran on a card. On others they run, after one warning.
+# Releases of JAX on which all of them ran on a GPU. On others they run, after one warning.
 RAN_ON_A_GPU = ("0.11.2",)
 # Parts of the names of devices of compute capability 9.0.
 _HOPPER = ("H100", "H200", "H800", "H20")
@@ -49,26 +49,30 @@ def compute_capability() -> str:
   return "9.0" if any(name in kind for name in _HOPPER) else "unknown"
 
 
-def why_not_hopper() -> str | None:
-  """Why kernels for Hopper GPUs cannot run; None where they can: there, or simulated on a CPU.
+def why_not_nvidia() -> str | None:
+  """Why our kernels for NVIDIA GPUs cannot run; None where they can: there, or simulated on a CPU.
 
-  Says once, in the log, when the release of JAX is one on which they were not run yet.
+  Says once, in the log, when the release of JAX is one on which they have not run on a GPU yet.
   """
   version = jax.__version__
   if version in KNOWN_BAD_JAX:
     return f"known to fail with JAX {version}: {KNOWN_BAD_JAX[version]}"
-  if platform() == "gpu":
-    if (capability := compute_capability()).partition(".")[0] != "9":
-      return f"made for compute capability 9.x (Hopper), not {capability}"
-    if version not in RAN_ON_A_GPU:
-      _warn_of_version(version)
+  if platform() == "gpu" and version not in RAN_ON_A_GPU:
+    _warn_of_version(version)
   return None
+
+
+def why_not_hopper() -> str | None:
+  """`why_not_nvidia` of kernels that are made for Hopper GPUs alone."""
+  if platform() == "gpu" and (capability := compute_capability()).partition(".")[0] != "9":
+    return f"made for compute capability 9.x (Hopper), not {capability}"
+  return why_not_nvidia()
 
 
 @functools.cache
 def _warn_of_version(version: str) -> None:
   logger.warning(
-    "the kernels for Hopper GPUs ran on a GPU with JAX %s; with JAX %s they were only compiled",
+    "our kernels for NVIDIA GPUs ran on a GPU with JAX %s; with JAX %s they were only compiled",
     ", ".join(RAN_ON_A_GPU),
     version,
   )

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Integer
 
+from pallas_kernels import api
 from pallas_kernels import decode_cluster as kernels
 from sparse_flax import block
 from sparse_flax import decode
@@ -44,9 +45,23 @@ class Weights:
   F: int
 
 
-def weights_for(groups: Sequence[block.Block], batch_size: int) -> Weights:
-  """`weights_of`, for so many sequences."""
-  return weights_of(groups, C=kernels.dealt_out(batch_size)[0])
+def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
+  """`run_blocks` of `SparseTransformer.decode_step`; weights are made ready here, once.
+
+  Args:
+    groups: the model's.
+    batch_size: sequences.
+
+  Raises:
+    NotImplementedError: the kernel does not take such a model.
+  """
+  weights = weights_of(groups, C=kernels.dealt_out(batch_size)[0])
+
+  def run_blocks(x, step, caches):
+    with api.computed_by("mosaic_gpu"):
+      return decode_steps(x, weights, step, caches)
+
+  return run_blocks
 
 
 def weights_of(groups: Sequence[block.Block], *, C: int) -> Weights:

@@ -1,7 +1,12 @@
-"""A block's decoding step in five kernels, for NVIDIA GPUs. `Block.decode_step` says what it is."""
+"""A block's decoding step in five kernels, for NVIDIA GPUs; elsewhere they are simulated.
+
+`Block.decode_step` says what it is.
+"""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +15,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Integer
 
+from pallas_kernels import api
 from pallas_kernels import decoding
 from sparse_flax import block
 from sparse_flax import decode
@@ -53,6 +59,32 @@ def weights_of(layers: block.Block) -> Weights:
     down=pair(feed.down),
     num_heads=attention.num_heads,
   )
+
+
+def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
+  """`run_blocks` of `SparseTransformer.decode_step`; weights are made ready here, once.
+
+  Args:
+    groups: the model's.
+    batch_size: any.
+  """
+  del batch_size
+  weights = [weights_of(layers) for layers in groups]
+  num_groups = len(weights[0].qkv[0])
+
+  def run_blocks(x, step, caches):
+    def run_group(n, carry):
+      x, after = carry[0], []
+      for layer, cache in zip(weights, carry[1], strict=True):
+        x, cache = decode_step(x, layer, step, cache, layer=n)
+        after.append(cache)
+      return x, tuple(after)
+
+    # Kernels read the weights of all layers where they lie; a scan would cut them up.
+    with api.computed_by("triton"):
+      return jax.lax.fori_loop(0, num_groups, run_group, (x, caches))
+
+  return run_blocks
 
 
 def decode_step(

@@ -115,11 +115,14 @@ class Evaluator:
       min_context=self._min_context,
       batch_size=self._batch_size,
     )
-    nats, num_bytes, waiting = 0.0, 0, None
+    nats, num_bytes, waiting, attention = 0.0, 0, None, ""
     for tokens, scored in itertools.islice(batches, max_batches):
-      placed = (
+      placed = [
         sharding.place(lambda rows, x=x: x[rows], self._by_batch, x.shape) for x in (tokens, scored)
-      )
+      ]
+      if waiting is None:
+        program = self._nats_of_rows.trace(params, *placed)
+        attention = ", ".join(api.implementations_in(program.jaxpr))
       sums = self._nats_of_rows(params, *placed)
       if waiting is not None:  # fetched one batch late: the device is at work on the next
         nats += _total(waiting)
@@ -139,7 +142,7 @@ class Evaluator:
       "min_context": self._min_context,
       "ema": True,
       "dtype": model.compute_dtype,
-      "attention": api.choose(model.implementation),
+      "attention": attention,
       "backend": jax.default_backend(),
       "device": jax.devices()[0].device_kind,
     }

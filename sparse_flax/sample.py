@@ -1,6 +1,8 @@
 """Ancestral sampling: one byte after the other, with the keys and values of earlier steps kept."""
 
 import functools
+import logging
+import types
 from collections.abc import Callable
 from collections.abc import Sequence
 
@@ -14,12 +16,14 @@ from jaxtyping import Key
 from jaxtyping import UInt8
 
 from pallas_kernels import api
-from pallas_kernels import decoding
+from pallas_kernels import hardware
 from sparse_flax import sharding
 from sparse_flax import transformer
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu")
 _PIECES = 16  # in which a run that reports its progress is cut
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -36,6 +40,7 @@ def generate(
   implementation: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
   on_progress: Callable[[int, int], None] | None = None,
+  on_programs: Callable[[str, str], None] = lambda prompts, steps: None,
 ) -> UInt8[np.ndarray, "num T"]:
   """Samples whole sequences from softmax(logits / temperature), or from its likeliest bytes.
 
@@ -57,13 +62,16 @@ def generate(
       the best one here.
     mesh: devices over whose "data" and "fsdp" the rows are dealt out; None is one device.
     on_progress: called with (steps done, steps in all) now and then.
+    on_programs: called once with the implementations that compute the attention of the prompts
+      and of the steps, as the programs contain them; "" where all prompts are empty.
 
   Returns:
     Bytes, T = seq_len of the model.
 
   Raises:
     ValueError: num, temperature, top_k, top_p, implementation or the prompts make no sense.
-    NotImplementedError: "mosaic_gpu" does not take this model; the message says why.
+    NotImplementedError: the implementation that is named does not take this model, or does not
+      run here; the message says why.
   """
   model = nnx.merge(graphdef, params)
   api.load_backend(model.groups[0].attention.implementation)  # of the pass over prompts
@@ -103,6 +111,7 @@ def generate(
   start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
   how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
   how["implementation"] = implementation or best(model, rows // shares, sparse=sparse)
+  step_kernels(how["implementation"])  # before anything is traced
   run = jax.shard_map(  # rows know nothing of each other
     functools.partial(run_steps, graphdef, **how),
     mesh=mesh,
@@ -113,10 +122,15 @@ def generate(
   run = jax.jit(run, donate_argnums=1)
   with jax.set_mesh(mesh):
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(place(np.arange(rows)))
-    carry, pieces = start_up(params, place(known[:, :P])), [known[:, :P]]
+    before = params, place(known[:, :P])
+    carry, pieces = start_up(*before), [known[:, :P]]
     for start in range(P, T, size):
       piece = place(known[:, start : start + size])
-      carry, tokens = run(params, carry, keys, start, piece, place(lengths))
+      steps = params, carry, keys, start, piece, place(lengths)
+      if start == P:
+        programs = start_up.trace(*before), run.trace(*steps)
+        on_programs(*(", ".join(api.implementations_in(x.jaxpr)) for x in programs))
+      carry, tokens = run(*steps)
       pieces.append(np.asarray(tokens))
       if on_progress is not None:
         on_progress(min(start + size, T), T)
@@ -131,22 +145,48 @@ def best(model: transformer.SparseTransformer, batch_size: int, *, sparse: bool 
     batch_size: sequences of one device.
     sparse: as in `generate`: caches of everything may be more than one kernel takes.
   """
-  device = jax.devices()[0]
-  if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
+  if hardware.platform() != "gpu" or "nvidia" not in hardware.device_kind().lower():
     return "xla"
-  if device.compute_capability.startswith("9."):
-    # Traced, and not run: whether the kernel takes it.
-    trace = lambda model, token, caches: model.decode_step(
-      token, 0, caches, fused=model.cluster_weights(batch_size)
-    )
-    try:
-      caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
-      jax.eval_shape(trace, model, jax.ShapeDtypeStruct((batch_size,), jnp.uint8), caches)
-    except NotImplementedError:
-      pass
-    else:
-      return "mosaic_gpu"
-  return "triton" if model.final_norm.num_features <= decoding.WIDEST else "xla"
+  token = jax.ShapeDtypeStruct((batch_size,), jnp.uint8)
+  caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
+  for name in ("mosaic_gpu", "triton"):
+    try:  # traced, and not run: whether the kernels take it
+      run_blocks_of = step_kernels(name).run_blocks_of
+      trace = lambda model, token, caches: model.decode_step(
+        token, 0, caches, run_blocks=run_blocks_of(model.groups, batch_size)
+      )
+      jax.eval_shape(trace, model, token, caches)
+      return name
+    except NotImplementedError as reason:
+      _say_once(f"no decoding step by {name}: {reason}")
+  return "xla"
+
+
+def step_kernels(implementation: str) -> types.ModuleType | None:
+  """Of a step: the module with `run_blocks_of`, imported only where it is used; None for "xla".
+
+  The import may add options to JAX's configuration: it must come before what uses it is traced.
+
+  Raises:
+    NotImplementedError: these kernels do not run here; the message says why.
+  """
+  if implementation == "xla":
+    return None
+  one_kernel = implementation == "mosaic_gpu"
+  if reason := hardware.why_not_hopper() if one_kernel else hardware.why_not_nvidia():
+    raise NotImplementedError(f"{implementation}: {reason}")
+  if one_kernel:
+    from sparse_flax import decode_cluster
+
+    return decode_cluster
+  from sparse_flax import decode_fused
+
+  return decode_fused
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+  logger.warning(line)
 
 
 def likely(
@@ -191,11 +231,8 @@ def run_steps(
 ):
   """Steps start, start + 1, ... for as many columns as `known` has."""
   model = nnx.merge(graphdef, params)
-  fused = None
-  if implementation == "triton":
-    fused = model.fused_weights()
-  elif implementation == "mosaic_gpu":
-    fused = model.cluster_weights(known.shape[0])
+  kernels = step_kernels(implementation)
+  run_blocks = kernels and kernels.run_blocks_of(model.groups, known.shape[0])
 
   def draw(logits, step):  # by row, so that a row does not depend on how many there are
     if temperature == 0.0:
@@ -206,7 +243,7 @@ def run_steps(
 
   def one_step(carry, step_and_known):
     (token, caches), (step, known) = carry, step_and_known
-    logits, caches = model.decode_step(token, step, caches, fused=fused)
+    logits, caches = model.decode_step(token, step, caches, run_blocks=run_blocks)
     token = jnp.where(step < lengths, known, draw(logits, step).astype(jnp.uint8))
     return (token, caches), token
 

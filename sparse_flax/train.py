@@ -18,6 +18,7 @@ from jaxtyping import Bool
 from jaxtyping import Key
 from jaxtyping import UInt8
 
+from pallas_kernels import api
 from sparse_flax import checkpoint
 from sparse_flax import data
 from sparse_flax import errors
@@ -270,11 +271,16 @@ def train(
     result = None
     reader = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
     upcoming = reader.submit(batch, first)
-    say("compiling ..." if first < steps else "nothing left to train")
+    if first == steps:
+      say("nothing left to train")
     for step in range(first + 1, steps + 1):  # step: how many are done when this one is
       tokens = upcoming.result()
       if step < steps:
         upcoming = reader.submit(batch, step)
+      if step == first + 1:
+        program = step_fn.trace(state, tokens, dropout_key)
+        say(f"  {'computed':<11}attention by {', '.join(api.implementations_in(program.jaxpr))}")
+        say("compiling ...")
       state, record = step_fn(state, tokens, dropout_key)
       waiting.append((step, record))
       settle(leave=1)  # one step late: the device is already at work on this one

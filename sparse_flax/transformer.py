@@ -19,8 +19,6 @@ from jaxtyping import UInt8
 from pallas_kernels import api
 from sparse_flax import block
 from sparse_flax import decode
-from sparse_flax import decode_cluster
-from sparse_flax import decode_fused
 from sparse_flax import embedding
 from sparse_flax import initialization
 from sparse_flax.layer_patterns import Entry
@@ -267,25 +265,13 @@ class SparseTransformer(nnx.Module):
     x, caches = jax.lax.scan(run_group, self._embed(tokens), self.groups)
     return self.logits(self.final_norm(x)), caches
 
-  def fused_weights(self) -> list[decode_fused.Weights]:
-    """The blocks' weights as the kernels of `decode_step` take them; make them once."""
-    return [decode_fused.weights_of(layer) for layer in self.groups]
-
-  def cluster_weights(self, batch_size: int) -> decode_cluster.Weights:
-    """The blocks' weights as the one kernel of `decode_step` takes them; make them once.
-
-    Raises:
-      NotImplementedError: it does not take such a model.
-    """
-    return decode_cluster.weights_for(self.groups, batch_size)
-
   def decode_step(
     self,
     token: Integer[Array, "B"],
     step: Integer[Array, ""] | int,
     caches: tuple[decode.Cache, ...],
     *,
-    fused: Sequence[decode_fused.Weights] | decode_cluster.Weights | None = None,
+    run_blocks: Callable | None = None,
   ) -> tuple[Float32[Array, "B 256"], tuple[decode.Cache, ...]]:
     """Logits of position `step`, given the byte before it and the caches of the steps before.
 
@@ -294,32 +280,25 @@ class SparseTransformer(nnx.Module):
       step: 0, 1, 2, ...; each once and in this order.
       caches: from `init_cache` or `prefill`, then from the step before; donate them to update them
         in place.
-      fused: takes kernels for NVIDIA GPUs: of `fused_weights` a few per block, of
-        `cluster_weights` one for all blocks.
+      run_blocks: (x, step, caches) -> (x, caches), all blocks by someone's kernels, as
+        `run_blocks_of` in decode_fused and decode_cluster makes them; None is `Block.decode_step`.
     """
     step = jnp.asarray(step, jnp.int32)
-
-    def run_group(x, caches, n, group):
-      after = []
-      for layer, cache in zip(group, caches, strict=True):
-        if fused is None:
-          x, cache = layer.decode_step(x, step, cache, layer=n)
-        else:
-          x, cache = decode_fused.decode_step(x, layer, step, cache, layer=n)
-        after.append(cache)
-      return x, tuple(after)
-
-    carry = self.embedding.decode_step(token, step), caches
-    if isinstance(fused, decode_cluster.Weights):
-      x, caches = decode_cluster.decode_steps(carry[0], fused, step, caches)
-    elif fused is None:
-      numbers = jnp.arange(self.num_groups)
-      scanned = lambda carry, xs: (run_group(*carry, *xs), None)
-      (x, caches), _ = jax.lax.scan(scanned, carry, (numbers, self.groups))
-    else:  # kernels read the weights of all layers where they lie; a scan would cut them up
-      one = lambda n, carry: run_group(*carry, n, fused)
-      x, caches = jax.lax.fori_loop(0, self.num_groups, one, carry)
+    x, caches = (run_blocks or self._decode_blocks)(
+      self.embedding.decode_step(token, step), step, caches
+    )
     return self.logits(self.final_norm(x)), caches
+
+  def _decode_blocks(self, x, step, caches):
+    def run_group(carry, n_and_group):
+      (x, caches), (n, group), after = carry, n_and_group, []
+      for layer, cache in zip(group, caches, strict=True):
+        x, cache = layer.decode_step(x, step, cache, layer=n)
+        after.append(cache)
+      return (x, tuple(after)), None
+
+    with api.computed_by("xla"):
+      return jax.lax.scan(run_group, (x, caches), (jnp.arange(self.num_groups), self.groups))[0]
 
   def _embed(self, tokens: Tokens) -> Float[Array, "B T E"]:
     if tokens.shape[1] > self.seq_len:

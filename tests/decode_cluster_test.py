@@ -117,9 +117,8 @@ def test_what_the_kernel_does_not_take_is_said(overrides, message):
   overrides = CIFAR | overrides
   model = model_of(overrides.pop("attention_layers", ("local",)), **overrides)
   with pytest.raises(NotImplementedError, match=message):
-    model.decode_step(
-      jnp.zeros(3, jnp.int32), 0, model.init_cache(3), fused=model.cluster_weights(3)
-    )
+    run_blocks = decode_cluster.run_blocks_of(model.groups, 3)
+    model.decode_step(jnp.zeros(3, jnp.int32), 0, model.init_cache(3), run_blocks=run_blocks)
 
 
 @pytest.mark.parametrize("B, blocks, rows", [(1, 16, 1), (16, 16, 3), (64, 8, 5), (1_000, 8, 8)])
@@ -130,7 +129,7 @@ def test_sequences_are_dealt_out_to_clusters(B, blocks, rows):
 def test_a_step_lowers_for_a_gpu_to_one_kernel():
   model = model_of(("local", "column"), **CIFAR)
   step = lambda model, token, caches: model.decode_step(
-    token, 7, caches, fused=model.cluster_weights(3)
+    token, 7, caches, run_blocks=decode_cluster.run_blocks_of(model.groups, 3)
   )
   h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
   how = dict(axis_types=(AxisType.Auto,), abstract_device=h100)
@@ -145,7 +144,7 @@ def test_a_step_lowers_for_a_gpu_to_one_kernel():
 def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(layers):
   model = model_of(layers, **CIFAR)
   tokens = random_tokens(batch_size=3, length=model.seq_len)
-  got = decoded_logits(model, tokens, P=5, fused=lambda model: model.cluster_weights(3))
+  got = decoded_logits(model, tokens, P=5, kernels=decode_cluster)
   assert_equal_logits(got, at_once(model, tokens), 3e-2)
 
 

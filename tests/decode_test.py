@@ -118,18 +118,19 @@ def test_a_pattern_that_sees_later_keys_cannot_be_decoded():
     layer.init_cache(1, 8)
 
 
-@functools.partial(jax.jit, static_argnames=("P", "spoil", "sparse", "fused"))
-def decoded_logits(model, tokens, *, P=0, sparse=True, fused=None, spoil=lambda caches: caches):
+@functools.partial(jax.jit, static_argnames=("P", "spoil", "sparse", "kernels"))
+def decoded_logits(model, tokens, *, P=0, sparse=True, kernels=None, spoil=lambda caches: caches):
   """Teacher-forced: the true byte goes in at every step. `spoil` is applied after every step."""
   T, parts = tokens.shape[1], []
-  fused = None if fused is None else fused(model)
+  run_blocks = kernels and kernels.run_blocks_of(model.groups, tokens.shape[0])
   caches = model.init_cache(tokens.shape[0], sparse=sparse)
   if P:
     logits, caches = model.prefill(tokens[:, :P], sparse=sparse)
     parts = [logits]
 
   def step(caches, t_and_token):
-    logits, caches = model.decode_step(t_and_token[1], t_and_token[0], caches, fused=fused)
+    t, token = t_and_token
+    logits, caches = model.decode_step(token, t, caches, run_blocks=run_blocks)
     return spoil(caches), logits
 
   # What goes in at step 0 must not matter.

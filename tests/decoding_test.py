@@ -100,7 +100,7 @@ def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, d
   layers = CYCLES[cycle]
   more = dict(attention_layers=layers, num_layers=2 * len(layers), compute_dtype=dtype)
   model, tokens = small_model(qk_ratio=0.5, **more), random_tokens()
-  got = decoded_logits(model, tokens, P=5, fused=lambda model: model.fused_weights())
+  got = decoded_logits(model, tokens, P=5, kernels=decode_fused)
   assert_equal_logits(got, at_once(model, tokens), TOLERANCE[dtype])
 
 
@@ -118,7 +118,7 @@ def test_a_step_lowers_for_a_gpu(cycle):
   layers = CYCLES[cycle]
   model = small_model(attention_layers=layers, num_layers=len(layers), compute_dtype="bfloat16")
   step = lambda model, token, caches: model.decode_step(
-    token, 7, caches, fused=model.fused_weights()
+    token, 7, caches, run_blocks=decode_fused.run_blocks_of(model.groups, 3)
   )
   h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
   how = dict(axis_types=(AxisType.Auto,), abstract_device=h100)
