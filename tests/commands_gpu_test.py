@@ -116,7 +116,7 @@ def test_a_run_from_training_to_export(name, tmp_path):
   said = "".join(said)
   print(said)
   assert child.wait() == 75 and "STOPPED at step" in said, said
-  assert "mosaic_gpu" in said
+  assert "attention by mosaic_gpu\n" in said
   said = commands("train", *training)
   assert "RESUMING" in said
   losses = bits(workdir)
@@ -128,6 +128,7 @@ def test_a_run_from_training_to_export(name, tmp_path):
   assert "attention mosaic_gpu" in said
   if name not in NOT_SAMPLED:
     said = commands("sample", f"--workdir={workdir}", "--num=2")
+    assert "attention of the steps by" in said
     assert pathlib.Path(said.splitlines()[-1]).is_file()
   said = commands("visualize", f"--workdir={workdir}", "--num=1", "--examples=2")
   pictures = [pathlib.Path(line) for line in said.splitlines() if line.startswith(str(workdir))]
