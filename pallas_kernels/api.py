@@ -55,8 +55,7 @@ def sparse_attention(
   `mosaic_gpu` runs on NVIDIA Hopper GPUs, and by name on a CPU in a simulator, which is for tests:
   bfloat16 and float16, head sizes 32, 64, 96, 128, 192 and 256, every pattern (if its blocks of 128
   have at most 32,768 different masks), block masks of whole multiples of 128, score functions of
-  operators and element by element. It calls cuDNN for `Dense` without `return_lse` where cuDNN can
-  do it; that alone gives equal bits only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+  operators and element by element.
 
   `mosaic_tpu` runs on TPUs, and by name on a CPU in Pallas's interpreter: bfloat16 and float32,
   heads of up to 256, all patterns that are formulas of positions, layouts and block masks of blocks
@@ -80,7 +79,8 @@ def sparse_attention(
     implementation: None for the best that works here, or the name of the one to use. On a GPU
       None is `mosaic_gpu`, on a TPU `mosaic_tpu`, and `xla`, with one line in the log, for what
       those do not support.
-    deterministic: whether equal inputs must give equal bits; all our own kernels do.
+    deterministic: whether equal inputs must give equal bits, as all our own kernels do. False lets
+      `mosaic_gpu` call cuDNN for `Dense` without `return_lse`, at about the same rate.
     return_lse: whether to return the log-sum-exp too.
 
   Returns:
@@ -111,7 +111,7 @@ def sparse_attention(
   name = choose(implementation)
   if name != "xla" and (reason := _backend(name).unsupported(q, k, v, *masks, **how)):
     name = _instead(implementation, reason)
-  may_call_cudnn = name == "mosaic_gpu" and not return_lse
+  may_call_cudnn = name == "mosaic_gpu" and not (deterministic or return_lse)
   if may_call_cudnn and _backend(name).cudnn_serves(q, k, v, *masks, **how):
     with computed_by("cudnn"):
       out = _backend(name).cudnn_attention(q, k, v, scale=scale)

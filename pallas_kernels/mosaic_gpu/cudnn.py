@@ -1,4 +1,4 @@
-"""Dense causal attention by cuDNN, wherever it can do the job: there is no faster way."""
+"""Dense causal attention by cuDNN, for calls that need not repeat bit by bit."""
 
 import jax
 import jax.numpy as jnp
