@@ -20,6 +20,7 @@ CIFAR_SHAPE = (32, 32, 3)
 IMAGENET_SHAPE = (64, 64, 3)
 CIFAR_ROW = 1 + 3 * 32 * 32  # a label byte, then the red, the green and the blue plane
 ENWIK8_BYTES = 100_000_000
+ENWIK8_NAMES = ("enwik8", "enwik8.zip")
 TAR_NAMES = {"train": "train_64x64.tar", "validation": "valid_64x64.tar"}
 _TAR_END = 1_024  # zeros, at least, behind the last file
 _PNG_MODES = ("RGB", "L", "P", "1")  # what becomes three bytes a pixel and loses nothing
@@ -55,7 +56,7 @@ def cifar10_images(file: epath.Path) -> tuple[UInt8[np.ndarray, "N 32 32 3"], li
 
 def enwik8_file(path: epath.Path) -> epath.Path:
   """The file `enwik8` (or enwik8.zip) in a folder, size checked; `path` may be the file itself."""
-  names = [path / "enwik8", path / "enwik8.zip"] if path.is_dir() else [path]
+  names = [path / name for name in ENWIK8_NAMES] if path.is_dir() else [path]
   file = next((name for name in names if name.is_file()), None)
   if file is None:
     raise ValueError("holds neither a prepared enwik8 nor the file enwik8 or enwik8.zip")
@@ -153,7 +154,7 @@ def _check_png(name, png):
   except (OSError, SyntaxError) as error:  # how Pillow reports broken files
     raise ValueError(f"{name} is damaged ({error})") from error
   if size != IMAGENET_SHAPE[:2]:
-    raise ValueError(f"{name} is a PNG of {size[0]} x {size[1]}, not of 64 x 64")
+    raise ValueError(f"{name} is a PNG of {size[0]} x {size[1]}, not a PNG of 64 x 64")
   if mode not in _PNG_MODES:
     raise ValueError(f"{name} is a PNG of mode {mode}, whose pixels are not 3 bytes each")
 
