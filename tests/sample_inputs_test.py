@@ -148,7 +148,11 @@ def make_run(folder, config):
 
 
 @pytest.fixture
-def text_run(tmp_path):
+def text_run(tmp_path, monkeypatch):
+  """A run whose samples are noise: nothing has to be compiled."""
+  noise = np.random.default_rng(0)
+  draw = lambda *weights, num, **options: noise.integers(0, 256, (num, 32)).astype(np.uint8)
+  monkeypatch.setattr(launcher.sample, "generate", draw)
   return make_run(tmp_path / "run", tiny.config(tiny.text_file(tmp_path / "data.txt")))
 
 
