@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from sparse_flax import checkpoint
+from sparse_flax import data
 from sparse_flax import errors
 from sparse_flax import validate
 
@@ -83,10 +84,23 @@ def parse_config(
   # Loaded twice: only the bare config can tell which names the overrides may use.
   end = given[0] + (1 if "=" in rest[given[0]] else 2)
   first, overrides = rest[given[0] : end], rest[: given[0]] + rest[end:]
-  config, _ = _load(first)
-  _check_names(config, [x.partition("=")[0] for x in overrides])
+  bare, _ = _load(first)
+  named = [x.partition("=")[0].lstrip("-") for x in overrides]
+  _check_names(bare, named)
   config, filename = _load(first + overrides)
+  _restore_defaults(config, bare)
+  if "config.data.path" in named and "config.data.name" not in named:
+    # A variant that takes a sample out of the package takes the path where one is given.
+    config.data.name = data.name_for(config.data.name, config.data.path)
   return own, config, run_name(filename)
+
+
+def _restore_defaults(config: ml_collections.ConfigDict, bare: ml_collections.ConfigDict) -> None:
+  """A field whose default is None has it again after --config.group.field=None."""
+  values = validate.flatten(config.to_dict())
+  for name, default in validate.flatten(bare.to_dict()).items():
+    if default is None and values[name] == "None":
+      config.update_from_flattened_dict({name: None})
 
 
 def recipe(name: str) -> ml_collections.ConfigDict:
@@ -142,7 +156,7 @@ def _explain(error: Exception) -> str:
 def _check_names(config: ml_collections.ConfigDict, names: Sequence[str]) -> None:
   """Every --config.group.field must be a field, not a group and not a misspelling."""
   fields = [f"config.{name}" for name in validate.flatten(config.to_dict())]
-  for name in (x.lstrip("-") for x in names):
+  for name in names:
     if not name.startswith("config.") or name in fields:
       continue
     inside = [x for x in fields if x.startswith(name + ".")]

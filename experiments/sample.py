@@ -7,9 +7,12 @@
 The first form samples from nothing. --keep completes held-out examples of the test split, of which
 it keeps that share; --prompt completes files: pictures of the model's size, texts, WAV files, each
 of its own length. Samples are dealt out over the devices there are. The files are written into
-DIR/samples/STEP/; sounds also all in one, with silence between them.
+DIR/samples/STEP/; sounds also all in one, with silence between them. A name has the seed and, if
+they are given, temperature, top_k and top_p, and a number where an earlier run has taken that name.
 """
 
+import io
+import itertools
 import os
 import sys
 import time
@@ -26,6 +29,7 @@ from sparse_flax import checkpoint
 from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import pictures
+from sparse_flax import report_samples
 from sparse_flax import sample
 from sparse_flax import sharding
 from sparse_flax.data import audio
@@ -51,8 +55,12 @@ def main(argv: Sequence[str]) -> int:
   options = vars(parser.parse_args(argv))
   workdir = cli.open_workdir(options.pop("workdir"))
   with cli.readable_errors():
-    for path in run(workdir, **options):
-      print(path)
+    paths = run(workdir, **options)
+  for path in paths:
+    print(path)
+  page = paths[0].with_name(report_samples.PAGE)
+  if page.exists():
+    print(f"{page} is older: {_again(workdir, page.parent.name)}", file=sys.stderr)
   return 0
 
 
@@ -73,14 +81,8 @@ def run(
   Raises:
     ValueError: an option makes no sense, or the prompt does not fit the model.
   """
-  if num < 1:
-    raise ValueError(f"--num={num}: must be a whole number >= 1")
-  if not 0 <= temperature < float("inf"):
-    raise ValueError(f"--temperature={temperature}: must be a number >= 0")
-  if top_k is not None and not 1 <= top_k <= 256:
-    raise ValueError(f"--top_k={top_k}: must be a whole number from 1 to 256")
-  if not 0.0 < top_p <= 1.0:
-    raise ValueError(f"--top_p={top_p}: must be in (0, 1]")
+  how = dict(num=num, temperature=temperature, top_k=top_k, top_p=top_p)
+  sample.check_options(**how, prefix="--")
   if not 0 <= seed < 2**32:
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if keep is not None and not 0.0 < keep < 1.0:
@@ -94,10 +96,7 @@ def run(
     graphdef,
     params,
     key=jax.random.key(seed),
-    num=num,
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
+    **how,
     # Sample r completes example r // _PER_ROW.
     prompts=[examples[r // _PER_ROW][: kept[r // _PER_ROW]] for r in range(num)] if kept else None,
     mesh=sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1),
@@ -107,10 +106,26 @@ def run(
   progress.end()
   folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
-  stem = folder / f"{'completions' if kept else 'samples'}-seed{seed}"
+  named = ("temperature", "top_k", "top_p")  # what was kept is seen in the files
+  stem = folder / report_samples.free_stem(
+    [path.name for path in folder.iterdir()],
+    kind="completions" if kept else "samples",
+    seed=seed,
+    options={name: how[name] for name in named if how[name] != run.__kwdefaults__[name]},
+  )
   if config.model.modality == "image":
-    return [_write_grid(stem.with_suffix(".png"), config, samples, examples, kept)]
-  return _write_files(stem, config.model.modality, samples, examples, kept)
+    paths = [_write_grid(stem.with_name(f"{stem.name}.png"), config, samples, examples, kept)]
+  else:
+    paths = _write_files(stem, config.model.modality, samples, examples, kept)
+  page = folder / report_samples.PAGE
+  if page.exists():
+    page.write_text(report_samples.as_older(page.read_text(), command=_again(workdir, step)))
+  return paths
+
+
+def _again(workdir: str | os.PathLike, step: int | str) -> str:
+  """What makes the report that has all samples."""
+  return f"python -m experiments.visualize --workdir={workdir} --step={step}"
 
 
 def _say_what_computes(prompts: str, steps: str) -> None:
@@ -156,16 +171,17 @@ def _held_out(config: ml_collections.ConfigDict, count: int) -> np.ndarray:
   """The first `count` whole sequences of the test split."""
   dataset = evaluate.open_dataset(config, "test")
   seq_len = config.model.seq_len
-  batches = data.eval_batches(dataset, seq_len=seq_len, min_context=0, batch_size=count)
-  tokens, scored = next(iter(batches))
-  tokens = tokens[scored.all(axis=1)]
-  if len(tokens) < count:
+  windows = data.eval_batches(dataset, seq_len=seq_len, min_context=0, batch_size=1)
+  # The last window of a text or a recording is padded, or repeats bytes and scores only its end.
+  whole = (tokens[0] for tokens, scored in windows if scored.all())
+  found = list(itertools.islice(whole, count))
+  if len(found) < count:
     raise ValueError(
-      f"--num={_PER_ROW * count}: at most {_PER_ROW * len(tokens)}; the test split of "
-      f"{dataset.name} has {len(tokens)} examples of {seq_len:,} bytes for {_PER_ROW} completions "
+      f"--num={_PER_ROW * count}: at most {_PER_ROW * len(found)}; the test split of "
+      f"{dataset.name} has {len(found)} examples of {seq_len:,} bytes for {_PER_ROW} completions "
       f"each"
     )
-  return tokens
+  return np.stack(found)
 
 
 def read_prompt(path: str | os.PathLike, model: ml_collections.ConfigDict) -> np.ndarray:
@@ -180,11 +196,14 @@ def read_prompt(path: str | os.PathLike, model: ml_collections.ConfigDict) -> np
     example = recordings.load_codes(path)
   else:
     rows, columns, channels = model.position_shape
+    content = io.BytesIO(epath.Path(path).read_bytes())
     try:
-      with epath.Path(path).open("rb") as file, PIL.Image.open(file, formats=_FORMATS) as image:
-        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except (PIL.UnidentifiedImageError, SyntaxError) as error:
-      raise ValueError(f"--prompt={path}: is not a picture that can be read") from error
+      with PIL.Image.open(content, formats=_FORMATS) as image:
+        mode, pixels = image.mode, np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except (OSError, SyntaxError) as error:  # how Pillow reports what it cannot read
+      raise ValueError(f"--prompt={path}: is not a picture that can be read ({error})") from error
+    if mode.startswith(("I", "F")):
+      raise ValueError(f"--prompt={path}: has pixels of mode {mode}, not of 8 bits a channel")
     if pixels.shape[:2] != (rows, columns):
       raise ValueError(
         f"--prompt={path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels; "

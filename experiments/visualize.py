@@ -36,6 +36,7 @@ from sparse_flax import mask_pictures
 from sparse_flax import metrics
 from sparse_flax import report
 from sparse_flax import report_charts
+from sparse_flax import report_samples
 
 _MOST_LAYERS = 8  # drawn without --layers
 _PNG_BITS = 5.73  # per dim of the 50,000 training images of CIFAR-10
@@ -140,7 +141,7 @@ def run(
     sample_command=f"python -m experiments.sample --workdir={workdir} --step={step} --keep=0.5",
     attention=attention,
   )
-  paths.append(folder / "report.html")
+  paths.append(folder / report_samples.PAGE)
   paths[-1].write_text(page)
   return paths
 

@@ -4,12 +4,29 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Integer
+from jaxtyping import Shaped
 
 VOCABULARY = 256  # raw bytes; audio is 8-bit mu-law
+
+
+def check_bytes(tokens: Shaped[np.ndarray | Array, "..."], name: str = "tokens") -> None:
+  """Raises ValueError unless all are integers in [0, 255]; of traced values only the dtype counts.
+
+  A table has no row beyond 255, and takes negative numbers for rows counted from its end.
+  """
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"{name} of dtype {tokens.dtype}: must be integers in [0, {VOCABULARY - 1}]")
+  if tokens.dtype == jnp.uint8 or isinstance(tokens, jax.core.Tracer) or not tokens.size:
+    return
+  least, most = int(tokens.min()), int(tokens.max())
+  if least < 0 or most >= VOCABULARY:
+    wrong = least if least < 0 else most
+    raise ValueError(f"{name} with the value {wrong}: must be integers in [0, {VOCABULARY - 1}]")
 
 
 class Embedding(nnx.Module):
@@ -51,7 +68,12 @@ class Embedding(nnx.Module):
     self.start = nnx.Param(token_init(rngs.params(), (1, 1, width), param_dtype))
 
   def __call__(self, tokens: Integer[Array, "B T"]) -> Float[Array, "B T E"]:
-    """The network's input: slot t for predicting tokens[:, t]."""
+    """The network's input: slot t for predicting tokens[:, t].
+
+    Raises:
+      ValueError: the tokens are more than there are positions, or no bytes as far as can be told.
+    """
+    check_bytes(tokens)
     T = tokens.shape[1]
     if math.prod(self.position_shape) < T:
       raise ValueError(f"{T=} tokens have no positions in position_shape={self.position_shape}")
@@ -62,13 +84,17 @@ class Embedding(nnx.Module):
   def decode_step(
     self, token: Integer[Array, "B"], step: Integer[Array, ""]
   ) -> Float[Array, "B E"]:
-    """Slot `step` alone: `token` is the byte before it (ignored at step 0)."""
+    """Slot `step` alone: `token` is the byte before it (at step 0 any)."""
+    check_bytes(token, "token")
     return self._slots(token[:, None], jnp.reshape(step, (1,)))[:, 0]
 
   def _slots(
     self, before: Integer[Array, "B T"], steps: Integer[Array, "T"]
   ) -> Float[Array, "B T E"]:
     """Slots `steps`, given the byte before each of them."""
+    if jnp.issubdtype(before.dtype, jnp.signedinteger):
+      # Traced numbers cannot be checked: a negative one gives NaN, as one beyond the table does.
+      before = before.astype(jnp.uint32)
     x = self.tokens(before) + self._at(jnp.maximum(steps - 1, 0))[None]
     return jnp.where(steps[None, :, None] == 0, self.start[...], x).astype(self.dtype)
 

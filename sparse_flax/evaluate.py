@@ -37,9 +37,11 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
   Raises:
     ValueError: no such data or split, or data of another kind than the model is for.
   """
+  # Runs of earlier versions may have a path beside a sample, which has always been read without.
+  path = "" if config.data.name in data.SAMPLES else config.data.path
   dataset = data.open_dataset(
     config.data.name,
-    path=config.data.path,
+    path=path,
     split=split,
     seq_len=config.model.seq_len,
     split_seed=config.data.split_seed,

@@ -1,18 +1,24 @@
-"""The samples of a run as HTML: pictures, texts and sounds beside what they complete."""
+"""The samples of a run: how their files are called, and how they look as HTML."""
 
 import base64
 import dataclasses
 import html
+import itertools
 import re
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 TEXT_BYTES = 3_000  # of each text
 # The kinds of files that can be shown: their first bytes, and how they are told to a browser.
 _KINDS = {".png": (b"\x89PNG\r\n", "image/png"), ".wav": (b"RIFF", "audio/wav"), ".txt": (b"", "")}
 SUFFIXES = tuple(_KINDS)
-# (samples|completions)-seedN[-all|-NN[-given|-drawnN|-original]], as experiments.sample names them.
+PAGE = "report.html"  # in the folder of the samples
+# STEM[-all|-NN[-given|-drawnN|-original]], as experiments.sample names its files, where STEM is
+# (samples|completions)-seedN[_temperatureX][_top_kN][_top_pX][_runN].
 _NAME = re.compile(
-  r"(?P<kind>samples|completions)-seed(?P<seed>\d+)(-(?P<row>\d+|all)(-(?P<part>\w+))?)?"
+  r"(?P<stem>(?P<kind>samples|completions)-seed(?P<seed>\d+)"
+  r"(?P<options>(_(temperature|top_k|top_p|run)[\d.]+(e[+-]\d+)?)*))"
+  r"(-(?P<row>\d+|all)(-(?P<part>\w+))?)?"
 )
 _ORDER = {"given": "0", "original": "2"}  # what is drawn lies between
 
@@ -25,8 +31,35 @@ class Sample:
   content: bytes | None
 
 
+def free_stem(
+  taken: Sequence[str], *, kind: str, seed: int, options: Mapping[str, int | float]
+) -> str:
+  """What the names of the files of one run of sampling begin with, and those of no other run.
+
+  Args:
+    taken: the names of the files that are there.
+    kind: "samples" or "completions".
+    seed: of the run.
+    options: those of temperature, top_k and top_p that are not the default.
+  """
+  stem = f"{kind}-seed{seed}" + "".join(f"_{name}{value:g}" for name, value in options.items())
+  matches = [_NAME.fullmatch(_stem(name)) for name in taken]
+  stems = {match["stem"] for match in matches if match}
+  numbered = (f"{stem}_run{n}" for n in itertools.count(2))
+  return next(name for name in itertools.chain([stem], numbered) if name not in stems)
+
+
+def as_older(page: str, *, command: str) -> str:
+  """A page of the report that says that there are newer samples, and what makes it again."""
+  note = (
+    '<p class="none">This page is older than some of the samples in its folder, and does not show '
+    f"them. It is made again by <code>{escape(command)}</code></p>"
+  )
+  return page if note in page else page.replace("<main>", f"<main>{note}", 1)
+
+
 def to_html(samples: Sequence[Sample]) -> tuple[str, list[str]]:
-  """A group for each kind and seed, with a line for each number.
+  """A group for each run of sampling, with a line for each number.
 
   Args:
     samples: files as `experiments.sample` names them; others are left out.
@@ -44,10 +77,10 @@ def to_html(samples: Sequence[Sample]) -> tuple[str, list[str]]:
       left_out.append(sample.name)
       continue
     part = match["part"] or ("all in one" if match["row"] == "all" else "")
-    group = groups.setdefault((match["kind"], int(match["seed"])), {})
+    group = groups.setdefault((match["kind"], int(match["seed"]), match["options"]), {})
     group.setdefault(match["row"] or "", []).append((part, sample))
   parts = []
-  for (kind, seed), rows in sorted(groups.items()):
+  for (kind, seed, options), rows in sorted(groups.items(), key=lambda group: group[0]):
     if kind == "completions":
       said = "Completions beside the originals"
       lines = [sorted(cells, key=_place_of) for _, cells in sorted(rows.items())]
@@ -55,7 +88,8 @@ def to_html(samples: Sequence[Sample]) -> tuple[str, list[str]]:
       said = "Samples"
       lines = [[cell for _, cells in sorted(rows.items()) for cell in cells]]
     shown = "".join(map(_line, lines))
-    parts.append(f"<div><h3>{said}, seed {seed}</h3>{shown}</div>")
+    how = re.sub(r"_([a-z_]+)", r", \1 ", options)
+    parts.append(f"<div><h3>{said}, seed {seed}{how}</h3>{shown}</div>")
   return f'<div class="groups">{"".join(parts)}</div>' if parts else "", left_out
 
 

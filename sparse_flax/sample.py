@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import numbers
 import types
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -12,16 +13,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import Integer
 from jaxtyping import Key
 from jaxtyping import UInt8
 
 from pallas_kernels import api
 from pallas_kernels import hardware
+from sparse_flax import embedding
 from sparse_flax import sharding
 from sparse_flax import transformer
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu")
+Prompt = bytes | Integer[np.ndarray, "_"] | Sequence[int]
 _PIECES = 16  # in which a run that reports its progress is cut
+_COLDEST = 1e-6  # logits over less than this may be beyond float32
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,7 @@ def generate(
   temperature: int | float = 1.0,
   top_k: int | None = None,
   top_p: int | float = 1.0,
-  prompts: Sequence[UInt8[np.ndarray, "_"]] | UInt8[np.ndarray, "num P"] | None = None,
+  prompts: Sequence[Prompt] | Integer[np.ndarray, "num P"] | None = None,
   sparse: bool = True,
   implementation: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
@@ -55,7 +60,8 @@ def generate(
     temperature: 1.0 samples what the model predicts, 0 takes the likeliest byte.
     top_k: draw from the k likeliest bytes only; None is all 256.
     top_p: draw from the fewest likeliest bytes that have this share of the probability.
-    prompts: the first bytes of each row, 0 to T - 1 of them; they come back unchanged.
+    prompts: the first bytes of each row, 0 to T - 1 of them; they come back unchanged. Numbers have
+      to be in [0, 255], whatever their integer dtype.
     sparse: False keeps and reads all keys and values at every step: for comparisons.
     implementation: of a step. "mosaic_gpu": one kernel for NVIDIA GPUs of compute capability 9;
       "triton": a few per layer for NVIDIA GPUs (elsewhere simulated); "xla": none of ours. None is
@@ -76,17 +82,11 @@ def generate(
   model = nnx.merge(graphdef, params)
   api.load_backend(model.groups[0].attention.implementation)  # of the pass over prompts
   T = model.seq_len
-  if num < 1:
-    raise ValueError(f"{num=}: must be a whole number >= 1")
-  if not 0.0 <= temperature < float("inf"):
-    raise ValueError(f"{temperature=}: must be a number >= 0")
-  if top_k is not None and not 1 <= top_k <= 256:
-    raise ValueError(f"{top_k=}: must be a whole number from 1 to 256")
-  if not 0.0 < top_p <= 1.0:
-    raise ValueError(f"{top_p=}: must be in (0, 1]")
+  check_options(num=num, temperature=temperature, top_k=top_k, top_p=top_p)
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"{implementation=}: must be None or one of {IMPLEMENTATIONS}")
-  prompts = [np.zeros(0, np.uint8)] * num if prompts is None else list(prompts)
+  prompts = [b""] * num if prompts is None else prompts
+  prompts = [_as_bytes(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
   lengths = [len(prompt) for prompt in prompts]
   if len(prompts) != num or max(lengths) >= T:
     raise ValueError(
@@ -135,6 +135,36 @@ def generate(
       if on_progress is not None:
         on_progress(min(start + size, T), T)
   return np.concatenate(pieces, axis=1)[:num, :T]
+
+
+def check_options(
+  *, num: int, temperature: int | float, top_k: int | None, top_p: int | float, prefix: str = ""
+) -> None:
+  """Raises ValueError for one of the arguments of `generate`, called by `prefix` and its name."""
+  whole = lambda x, least, most: isinstance(x, numbers.Integral) and least <= x <= most
+  if not whole(num, 1, float("inf")):
+    raise ValueError(f"{prefix}{num=}: must be a whole number >= 1")
+  if temperature != 0 and not _COLDEST <= temperature < float("inf"):
+    raise ValueError(f"{prefix}{temperature=}: must be 0, or a number >= {_COLDEST}")
+  if top_k is not None and not whole(top_k, 1, embedding.VOCABULARY):
+    raise ValueError(f"{prefix}{top_k=}: must be a whole number from 1 to {embedding.VOCABULARY}")
+  if not 0.0 < top_p <= 1.0:
+    raise ValueError(f"{prefix}{top_p=}: must be in (0, 1]")
+
+
+def _as_bytes(prompt: Prompt, name: str) -> UInt8[np.ndarray, "P"]:
+  """The bytes of a prompt, exactly; ValueError if it is not made of bytes."""
+  if isinstance(prompt, str):
+    raise ValueError(f"{name}={prompt!r} is text: must be bytes, as {name}.encode() gives")
+  if isinstance(prompt, bytes | bytearray | memoryview):
+    return np.frombuffer(prompt, np.uint8)
+  values = np.asarray(prompt)
+  if values.ndim != 1:
+    raise ValueError(f"{name} has shape {values.shape}: must be bytes or numbers in one dimension")
+  if not values.size:
+    return np.zeros(0, np.uint8)
+  embedding.check_bytes(values, name)
+  return values.astype(np.uint8)
 
 
 def best(model: transformer.SparseTransformer, batch_size: int, *, sparse: bool = True) -> str:

@@ -385,6 +385,7 @@ def _banner(
       f"{dataset.identity['digest'][:19]}"
       for split, dataset in splits.items()
     },
+    "data": "; ".join(dict.fromkeys(dataset.remark for dataset in splits.values())),
     "files": f"{workdir}: metrics.jsonl, tensorboard/, checkpoints/",
   }
   return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())

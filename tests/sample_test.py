@@ -220,9 +220,10 @@ def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
   for n, text in enumerate(texts):
     (tmp_path / f"{n}.txt").write_bytes(text)
   files = [tmp_path / "0.txt", tmp_path / "1.txt"]
-  paths = {path.stem: path.read_bytes() for path in launcher.run(text_run, num=9, prompt=files)}
+  written = launcher.run(text_run, num=9, prompt=files, seed=1)
+  paths = {path.stem: path.read_bytes() for path in written}
   for n in range(3):  # four of the first, four of the second, one of the first
-    assert paths[f"completions-seed0-{n:02}-given"] == texts[n % 2]
+    assert paths[f"completions-seed1-{n:02}-given"] == texts[n % 2]
     drawn = [text for name, text in paths.items() if f"{n:02}-drawn" in name]
     assert len(drawn) == (4, 4, 1)[n] and all(text.startswith(texts[n % 2]) for text in drawn)
   with pytest.raises(ValueError, match="--num=4: must be at least 5, so that each of 2 prompts"):

@@ -8,12 +8,15 @@ from sparse_flax.data.batches import eval_batches
 from sparse_flax.data.batches import make_batches
 from sparse_flax.data.dataset import Dataset
 from sparse_flax.data.sources import check
+from sparse_flax.data.sources import name_for
 from sparse_flax.data.sources import NAMES
 from sparse_flax.data.sources import open_dataset
+from sparse_flax.data.sources import SAMPLES
 from sparse_flax.data.sources import SPLITS
 
 __all__ = [
   "NAMES",
+  "SAMPLES",
   "SPLITS",
   "Dataset",
   "check",
@@ -21,6 +24,7 @@ __all__ = [
   "make_batches",
   "mu_law_decode",
   "mu_law_encode",
+  "name_for",
   "open_dataset",
   "read_wav",
   "write_wav",

@@ -1,10 +1,10 @@
 """The files in which the data sets are published: where they are, whether they are sound."""
 
-import importlib.util
 import io
 import pathlib
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from collections.abc import Iterator
 
@@ -14,12 +14,16 @@ from etils import epath
 from jaxtyping import UInt8
 
 from sparse_flax.data import audio
+from sparse_flax.data import flac
 
 CIFAR_SHAPE = (32, 32, 3)
 IMAGENET_SHAPE = (64, 64, 3)
 CIFAR_ROW = 1 + 3 * 32 * 32  # a label byte, then the red, the green and the blue plane
 ENWIK8_BYTES = 100_000_000
+ENWIK8_NAMES = ("enwik8", "enwik8.zip")
 TAR_NAMES = {"train": "train_64x64.tar", "validation": "valid_64x64.tar"}
+_TAR_END = 1_024  # zeros, at least, behind the last file
+_PNG_MODES = ("RGB", "L", "P", "1")  # what becomes three bytes a pixel and loses nothing
 
 
 def cifar10_files(folder: epath.Path) -> dict[str, list[epath.Path]]:
@@ -52,7 +56,7 @@ def cifar10_images(file: epath.Path) -> tuple[UInt8[np.ndarray, "N 32 32 3"], li
 
 def enwik8_file(path: epath.Path) -> epath.Path:
   """The file `enwik8` (or enwik8.zip) in a folder, size checked; `path` may be the file itself."""
-  names = [path / "enwik8", path / "enwik8.zip"] if path.is_dir() else [path]
+  names = [path / name for name in ENWIK8_NAMES] if path.is_dir() else [path]
   file = next((name for name in names if name.is_file()), None)
   if file is None:
     raise ValueError("holds neither a prepared enwik8 nor the file enwik8 or enwik8.zip")
@@ -72,8 +76,11 @@ def enwik8_bytes(file: epath.Path) -> bytes:
   """The text in what `enwik8_file` found."""
   if file.suffix != ".zip":
     return file.read_bytes()
-  with file.open("rb") as raw, zipfile.ZipFile(raw) as archive:
-    return archive.read("enwik8")
+  try:
+    with file.open("rb") as raw, zipfile.ZipFile(raw) as archive:
+      return archive.read("enwik8")
+  except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    raise ValueError(f"{file.name} is damaged ({error}): fetch it again") from error
 
 
 def _zip_size(file):
@@ -91,15 +98,20 @@ def imagenet64_files(folder: epath.Path) -> dict[str, epath.Path]:
   for file in files.values():
     with file.open("rb") as raw:
       size = file.stat().length
-      raw.seek(max(size - 1024, 0))
-      if size < 1024 or any(raw.read()):  # a tar file ends in two blocks of zeros
+      raw.seek(max(size - _TAR_END, 0))
+      if size < _TAR_END or any(raw.read()):
         raise ValueError(f"{file.name} ({size:,} bytes) is cut off or not a tar file")
     next(tar_images(file))
   return files
 
 
 def tar_images(file: epath.Path) -> Iterator[tuple[int, bytes]]:
-  """Streams (position in the tar file, PNG bytes) of each image; nothing is unpacked to disk."""
+  """Streams (position in the tar file, PNG bytes) of each image; nothing is unpacked to disk.
+
+  Raises:
+    ValueError: if an image is damaged or none of 64 x 64, or if the archive does not go on to the
+      end of the file.
+  """
   found = False
   try:
     with file.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
@@ -109,20 +121,42 @@ def tar_images(file: epath.Path) -> Iterator[tuple[int, bytes]]:
           png = tar.extractfile(member).read()
           _check_png(f"{member.name} in {file.name}", png)
           yield member.offset, png
+      # tarfile takes a header that it cannot read for the end.
+      _check_end(file.name, raw, tar.offset)
   except tarfile.TarError as error:
     raise ValueError(f"{file.name} is cut off or not a tar file ({error})") from error
   if not found:
     raise ValueError(f"{file.name} holds no PNG image")
 
 
+def _check_end(name, raw, position):
+  """Raises ValueError unless zeros, two blocks of them at least, are all from `position` on."""
+  raw.seek(position)
+  zeros = 0
+  while content := raw.read(2**20):
+    if any(content):
+      raise ValueError(
+        f"{name} is damaged at byte {position:,}: there is neither the header of a file nor the "
+        "end of the archive, so that the rest would be lost; fetch it again"
+      )
+    zeros += len(content)
+  if zeros < _TAR_END:
+    raise ValueError(f"{name} is cut off: it does not end in {_TAR_END:,} zeros")
+
+
 def _check_png(name, png):
   try:
-    with PIL.Image.open(io.BytesIO(png), formats=("PNG",)) as image:  # reads the header only
-      size, kind = image.size, image.format
-  except OSError as error:
+    with PIL.Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+      size, mode = image.size, image.mode
+      image.verify()  # the checksums of its parts; pixels are not decoded
+  except PIL.UnidentifiedImageError as error:
     raise ValueError(f"{name} is not a PNG image") from error
-  if (size, kind) != (IMAGENET_SHAPE[:2], "PNG"):
-    raise ValueError(f"{name} is a {kind} of {size[0]} x {size[1]}, not a PNG of 64 x 64")
+  except (OSError, SyntaxError) as error:  # how Pillow reports broken files
+    raise ValueError(f"{name} is damaged ({error})") from error
+  if size != IMAGENET_SHAPE[:2]:
+    raise ValueError(f"{name} is a PNG of {size[0]} x {size[1]}, not a PNG of 64 x 64")
+  if mode not in _PNG_MODES:
+    raise ValueError(f"{name} is a PNG of mode {mode}, whose pixels are not 3 bytes each")
 
 
 def audio_files(folder: epath.Path) -> dict[str, epath.Path]:
@@ -149,12 +183,4 @@ def _walk(folder: epath.Path) -> Iterator[pathlib.PurePath]:
       yield path
 
 
-def _check_flac(file: epath.Path) -> None:
-  if importlib.util.find_spec("soundfile") is None:
-    raise ValueError(f"{file} is FLAC, which needs soundfile: pip install soundfile")
-  with file.open("rb") as raw:
-    if raw.read(4) != b"fLaC":
-      raise ValueError(f"{file} is not a FLAC file")
-
-
-AUDIO: dict[str, Callable[[epath.Path], None]] = {".wav": audio.check_wav, ".flac": _check_flac}
+AUDIO: dict[str, Callable[[epath.Path], None]] = {".wav": audio.check_wav, ".flac": flac.check}

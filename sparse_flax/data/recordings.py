@@ -8,17 +8,18 @@ from jaxtyping import UInt8
 from scipy import signal
 
 from sparse_flax.data import audio
+from sparse_flax.data import flac
 
 
 def load_codes(path: epath.PathLike) -> UInt8[np.ndarray, "T"]:
   """The mu-law codes of a WAV or FLAC file: channels averaged, resampled to 12 kHz.
 
   Raises:
-    ValueError: if the file is not what its name says, is cut off or holds no sound, or if FLAC
-      cannot be read because soundfile is not installed.
+    ValueError: if the file is not what its name and its header say, is cut off or holds no sound,
+      or if FLAC cannot be read because soundfile is not installed.
   """
   path = epath.Path(path)
-  read = read_flac if path.suffix.lower() == ".flac" else audio.read_wav
+  read = flac.read if path.suffix.lower() == ".flac" else audio.read_wav
   samples, rate = read(path)
   if not len(samples):
     raise ValueError(f"{path} holds no sound")
@@ -27,16 +28,3 @@ def load_codes(path: epath.PathLike) -> UInt8[np.ndarray, "T"]:
     common = math.gcd(rate, audio.SAMPLE_RATE)
     mono = signal.resample_poly(mono, audio.SAMPLE_RATE // common, rate // common)
   return audio.mu_law_encode(mono)
-
-
-def read_flac(path: epath.Path):
-  """As `audio.read_wav`, for FLAC files."""
-  try:
-    import soundfile  # an optional package with a C library: only whoever has FLAC files needs it
-  except ModuleNotFoundError as error:
-    raise ValueError(f"{path} is FLAC, which needs soundfile: pip install soundfile") from error
-  try:
-    with path.open("rb") as file:
-      return soundfile.read(file, dtype="float32", always_2d=True)
-  except soundfile.LibsndfileError as error:
-    raise ValueError(f"{path} cannot be read as FLAC ({error})") from error

@@ -12,8 +12,9 @@ from sparse_flax.data import raw
 from sparse_flax.data import samples
 
 SPLITS = ("train", "validation", "test")
-_SAMPLES = {"cifar10_sample": "image", "enwik8_sample": "text", "audio_sample": "audio"}
-NAMES = (*published.PUBLISHED, "bytes", *_SAMPLES)
+# What ships with the package, and which set that is a sample of.
+SAMPLES = {"cifar10_sample": "cifar10", "enwik8_sample": "enwik8", "audio_sample": "audio"}
+NAMES = (*published.PUBLISHED, "bytes", *SAMPLES)
 _MIN_BYTES = 20  # so that each of the splits of 90, 5 and 5 % has a byte
 
 
@@ -27,7 +28,7 @@ def open_dataset(
       "cifar10_sample", "enwik8_sample", "audio_sample", which ship with the package.
     path: a TFDS data_dir that holds the prepared set (ours, or TFDS's own cifar10 and
       downsampled_imagenet/64x64), or the folder of the published files; a file for "bytes", and
-      possibly for "enwik8"; unused for the samples.
+      possibly for "enwik8"; "" for the samples.
     split: "train", "validation" or "test".
       cifar10: validation is 2,000 images of train, chosen by split_seed.
       downsampled_imagenet/64x64: test is the published validation split; without the file of that
@@ -49,12 +50,26 @@ def open_dataset(
     raise ValueError(f"{split=} must be one of {', '.join(SPLITS)}")
   _check_image_size(name, image_shape, seq_len)
   with _naming_path(path):
-    if name in _SAMPLES:
+    if name in SAMPLES:
+      _check_no_path(name, path)
       streams, remark = _open_sample(name, split), "a small sample: not comparable with any paper"
       version = "1.0.0"
     else:
       streams, remark, version = _open_path(name, _existing(path), split, split_seed)
     return dataset_lib.Dataset(name, split, modality, image_shape, streams, version, remark)
+
+
+def name_for(name: str, path: str) -> str:
+  """The set that is meant by the name of a sample with a path beside it; another name stays.
+
+  It is the set that the sample is of. For text it may be any other file: "bytes".
+  """
+  if not path or name not in SAMPLES:
+    return name
+  file = epath.Path(path).expanduser()
+  if SAMPLES[name] == "enwik8" and file.is_file() and file.name not in raw.ENWIK8_NAMES:
+    return "enwik8" if file.stat().length == raw.ENWIK8_BYTES else "bytes"
+  return SAMPLES[name]
 
 
 def check(name: str, *, path: str, seq_len: int) -> list[str]:
@@ -74,7 +89,9 @@ def check(name: str, *, path: str, seq_len: int) -> list[str]:
     problems.append(str(error))
   try:
     with _naming_path(path):
-      if name not in _SAMPLES:
+      if name in SAMPLES:
+        _check_no_path(name, path)
+      else:
         _check_path(name, _existing(path), seq_len)
   except ValueError as error:
     problems.append(str(error))
@@ -82,12 +99,11 @@ def check(name: str, *, path: str, seq_len: int) -> list[str]:
 
 
 def _properties(name):
-  if name in published.PUBLISHED:
-    return published.PUBLISHED[name].modality, published.PUBLISHED[name].image_shape
   if name == "bytes":
     return "text", None
-  if name in _SAMPLES:
-    return _SAMPLES[name], raw.CIFAR_SHAPE if name == "cifar10_sample" else None
+  if name in NAMES:
+    source = published.PUBLISHED[SAMPLES.get(name, name)]
+    return source.modality, source.image_shape
   raise ValueError(f"data.name={name!r} must be one of {', '.join(NAMES)}")
 
 
@@ -102,6 +118,14 @@ def _naming_path(path):
     yield
   except (ValueError, OSError, RuntimeError) as error:  # the last: broken ArrayRecord files
     raise ValueError(f"data.path={os.fspath(path)!r}: {error}") from error
+
+
+def _check_no_path(name, path):
+  if os.fspath(path):
+    raise ValueError(
+      f"must be empty, for data.name={name!r} ships with the package and reads no path; "
+      f"to read this one take data.name={SAMPLES[name]!r}"
+    )
 
 
 def _existing(path):
