@@ -1,6 +1,7 @@
 """Scores a run's averaged weights on a whole split, in bits per dim or byte.
 
   python -m experiments.evaluate --workdir=DIR [--split=test] [--min_context=N] [--step=N]
+    [--data_path=PATH]
 
 The result is printed and appended to DIR/evaluations.jsonl.
 """
@@ -15,11 +16,16 @@ from sparse_flax import metrics
 
 
 def run(
-  workdir: str, *, split: str = "test", min_context: int | None = None, step: int | None = None
+  workdir: str,
+  *,
+  split: str = "test",
+  min_context: int | None = None,
+  step: int | None = None,
+  data_path: str | None = None,
 ) -> dict:
   """Scores the newest checkpoint (or that of `step`), prints the score and records it."""
   folder = cli.open_workdir(workdir)
-  config, _, params, step = checkpoint.restore_params(folder, step)
+  config, _, params, step = checkpoint.restore_params(folder, step, data_path=data_path)
   result = evaluate.evaluate(
     config, params, split=split, min_context=min_context, step=step, on_progress=_show
   )
@@ -36,9 +42,16 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
   parser.add_argument("--min_context", type=int, help="default: the config's eval.min_context")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
   args = parser.parse_args(argv)
   with cli.readable_errors():
-    run(args.workdir, split=args.split, min_context=args.min_context, step=args.step)
+    run(
+      args.workdir,
+      split=args.split,
+      min_context=args.min_context,
+      step=args.step,
+      data_path=args.data_path,
+    )
   return 0
 
 

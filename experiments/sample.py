@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--keep", type=float, help="share of each example to keep, in (0, 1)")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
   options = vars(parser.parse_args(argv))
   workdir = cli.open_workdir(options.pop("workdir"))
   with cli.readable_errors():
@@ -75,6 +76,7 @@ def run(
   keep: float | None = None,
   seed: int = 0,
   step: int | None = None,
+  data_path: str | None = None,
 ) -> list[epath.Path]:
   """Draws `num` samples from the run in `workdir`; returns the files written.
 
@@ -87,7 +89,7 @@ def run(
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if keep is not None and not 0.0 < keep < 1.0:
     raise ValueError(f"--keep={keep}: must be between 0 and 1")
-  config, graphdef, params, step = checkpoint.restore_params(workdir, step)
+  config, graphdef, params, step = checkpoint.restore_params(workdir, step, data_path=data_path)
   examples, kept = _examples(config, num=num, prompt=prompt, keep=keep)
   progress = Progress(num)
   # Those of a CPU share its cores.

@@ -4,17 +4,24 @@
   python -m experiments.train --config=configs/enwik8.py --config.data.path=FILE --workdir=DIR
 
 --config.group.field=value changes any field of the config. On many hosts run the same command on
-each (docs/pods.md). Exit status: 0 finished; 2 bad input, nothing written; 3 the loss or a weight
-is not finite; 4 no checkpoint is sound; 75 stopped (SIGTERM, a preemption) and saved, to be started
-again; 1 anything else, such as a full disk or the watchdog.
+each (docs/pods.md). It goes on too where the data have moved, on another mesh, and with other
+values of model.remat, model.implementation and train.*_every. Ctrl-C, like SIGTERM, ends the run
+after the step that is under way, and saves that; a second Ctrl-C ends it at once.
+
+Exit status: 0 finished; 2 bad input, nothing written; 3 the loss or a weight is not finite; 4 no
+checkpoint is sound; 75 stopped (SIGTERM, a preemption) and saved, to be started again; 130 stopped
+by Ctrl-C, saved unless it was the second; 1 anything else, such as a full disk or the watchdog.
 """
 
+import contextlib
+import dataclasses
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 
 import jax
@@ -31,7 +38,6 @@ def run(
   config: ml_collections.ConfigDict,
   workdir: str,
   *,
-  stop: Callable[[], bool] = lambda: False,
   watched: watchdog.Watchdog | None = None,
 ) -> dict:
   """Trains `config` in `workdir` and returns the last evaluation on the validation split.
@@ -39,15 +45,18 @@ def run(
   Leaves with the status that tells how the run ended, if it did not finish.
   """
   say = lambda line: print(line, flush=True)
+  stop = Stop()
   try:
-    return train.train(config, workdir, say=say, stop=stop, watched=watched)
+    with stop.by_signals():
+      return train.train(config, workdir, say=say, stop=stop.asked.is_set, watched=watched)
   except errors.NonFiniteError as error:
     cli.fail(str(error), status=cli.NOT_FINITE)
   except errors.StorageError as error:
     print(error, file=sys.stderr, flush=True)
     os._exit(cli.FAILED)  # else everything that still holds a file has its say, with tracebacks
   except errors.Preempted as end:
-    cli.fail(f"{end}; start the same command again to go on", status=cli.PREEMPTED)
+    status = cli.INTERRUPTED if stop.interrupted else cli.PREEMPTED
+    cli.fail(f"{end}; start the same command again to go on", status=status)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     watched = watchdog.Watchdog(report_after=args.stall_report, end_after=args.stall_exit)
     distributed.join(args)
     hush()
-    run(config, workdir, stop=stop_by_signal(), watched=watched)
+    run(config, workdir, watched=watched)
   return 0
 
 
@@ -86,12 +95,55 @@ def hush() -> None:
   sys.unraisablehook = lambda what: None if closed(what) else hook(what)
 
 
-def stop_by_signal() -> Callable[[], bool]:
-  """Whether SIGTERM has come. Of many processes, JAX's preemption service catches it."""
-  stop = threading.Event()
-  if jax.process_count() == 1:  # a handler of ours would disable that service
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-  return stop.is_set
+@dataclasses.dataclass
+class Stop:
+  """Whether SIGTERM or Ctrl-C has asked for the end of a run."""
+
+  asked: threading.Event = dataclasses.field(default_factory=threading.Event)
+  interrupted: bool = False  # by Ctrl-C
+
+  @contextlib.contextmanager
+  def by_signals(self) -> Iterator[None]:
+    """Takes the signals of this process; a second Ctrl-C ends it where it is.
+
+    Of many processes, JAX's preemption service catches SIGTERM, and a handler of ours would disable
+    it: Ctrl-C becomes a SIGTERM there, so that all of them save the same step.
+    """
+    several = jax.process_count() > 1
+    kinds = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    kinds = [kind for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN]  # as nohup does
+    # Python runs handlers between two lines of the main thread, which may be compiling for minutes;
+    # a thread of ours hears of a signal when it comes.
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    handlers = {kind: signal.signal(kind, lambda *_: None) for kind in kinds}
+    before = signal.set_wakeup_fd(theirs.fileno())
+    listener = threading.Thread(target=self._listen, args=(ours, several), daemon=True)
+    listener.start()
+    try:
+      yield
+    finally:
+      signal.set_wakeup_fd(before)
+      for kind, handler in handlers.items():
+        signal.signal(kind, handler)
+      theirs.close()  # ends the thread
+      listener.join()
+      ours.close()
+
+  def _listen(self, signals: socket.socket, several: bool) -> None:
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    while received := signals.recv(1):
+      if received[0] == signal.SIGTERM:
+        self.asked.set()
+      elif received[0] == signal.SIGINT and not self.interrupted:
+        say("Ctrl-C: this step is finished and saved; a second Ctrl-C ends the run at once")
+        self.interrupted = True
+        self.asked.set()
+        if several:
+          os.kill(os.getpid(), signal.SIGTERM)
+      elif received[0] == signal.SIGINT:
+        say("ended by a second Ctrl-C; the same command goes on from the last checkpoint")
+        os._exit(cli.INTERRUPTED)
 
 
 if __name__ == "__main__":

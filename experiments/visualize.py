@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--examples", type=int, default=16, help="inputs to average over")
   parser.add_argument("--seed", type=int, default=0, help="picks the examples and the places")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
   parser.add_argument("--masks", metavar="FILE.png", help="draw the paper's patterns instead")
   options = vars(parser.parse_args(argv))
   masks, workdir = options.pop("masks"), options.pop("workdir")
@@ -85,6 +86,7 @@ def run(
   examples: int = 16,
   seed: int = 0,
   step: int | None = None,
+  data_path: str | None = None,
 ) -> list[epath.Path]:
   """Draws what the run in `workdir` has learned; returns the files written.
 
@@ -95,6 +97,7 @@ def run(
     examples: how many to average over, at most; the first is the one that is drawn.
     seed: picks the examples of the test split, and the places.
     step: of the checkpoint; None is the newest.
+    data_path: where the run's data are now, if they have moved.
 
   Raises:
     ValueError: an option makes no sense, or the model has no such layer.
@@ -103,7 +106,7 @@ def run(
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if not 1 <= examples <= _MOST_EXAMPLES:
     raise ValueError(f"--examples={examples}: must be a whole number from 1 to {_MOST_EXAMPLES}")
-  config, graphdef, params, step = checkpoint.restore_params(workdir, step)
+  config, graphdef, params, step = checkpoint.restore_params(workdir, step, data_path=data_path)
   model = config.model
   layers = _check_layers(layers, model.num_layers)
   layout = attention_maps.Layout.of(model)

@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run's state, with digests: what comes back is what was saved, or nothing.
 
 Orbax writes a step whole or not at all, but does not notice when bits change later. Each step
-therefore carries `about`: a digest of every array, the validation result, a digest of the config,
+therefore carries `about`: a digest of every array, the validation result, a digest of config.json,
 and a digest of all that. Restoring checks them and falls back to the newest step that is sound.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -25,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from sparse_flax import digest
 from sparse_flax import errors
+from sparse_flax import optim
 from sparse_flax import transformer
 from sparse_flax import workdir as workdir_lib
 
@@ -44,14 +46,12 @@ class Checkpoints:
     self,
     workdir: epath.PathLike,
     *,
-    config: ml_collections.ConfigDict | None = None,
     keep_every: int = 0,
     read_only: bool = False,
     say: Callable[[str], None] = print,
   ):
     """Args:
-    workdir: the run's folder.
-    config: of the run, which checkpoints then have to be of.
+    workdir: the run's folder; checkpoints have to be of the config.json that lies there.
     keep_every: steps; 0 keeps none for being a multiple.
     read_only: nothing is written, made or moved.
     say: takes a line for each step that is refused.
@@ -61,7 +61,10 @@ class Checkpoints:
     self._ocp, self._read_only, self._say = ocp, read_only, say
     self._workdir = epath.Path(workdir).resolve()
     self._directory = self._workdir / "checkpoints"
-    self._config_digest = config and workdir_lib.config_digest(config)
+    config = self._workdir / "config.json"
+    self._config_digest = None
+    if config.exists():
+      self._config_digest = workdir_lib.config_digest(config.read_text())
     self._bits_per_byte = {}  # step -> of the validation split
     policies = ocp.checkpoint_managers
     kept = [policies.LatestN(2), _Best(self._bits_per_byte)]
@@ -146,7 +149,8 @@ class Checkpoints:
     Args:
       step: a step that was saved.
       shapes: the state as jax.ShapeDtypeStruct with shardings: where each leaf shall lie. With
-        "ema" alone nothing else is read.
+        "ema" alone nothing else is read. A leaf that was saved in a narrower dtype, as averages
+        of bfloat16 weights once were, is widened.
 
     Raises:
       ValueError: no such step; the message lists those there are.
@@ -188,13 +192,15 @@ class Checkpoints:
     state = {}
     if not problems:
       with _no_noise():
-        state, problems = self._read(step, shapes)
+        state, problems = self._read(step, _as_saved(shapes, about["digests"]))
     if not _everywhere(not problems):
       return {}, problems or ["another process cannot read it"]
     found = digest.digests(state)
     saved = {x: y for x, y in about["digests"].items() if x.partition("/")[0] in shapes}
     names = sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x))
-    return state, [f"{name}: differs from what was saved" for name in names]
+    if names:
+      return state, [f"{name}: differs from what was saved" for name in names]
+    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state, shapes), []
 
   def _read(self, step: int, shapes: dict) -> tuple[dict, list[str]]:
     """What Orbax makes of a step, and what it does not like."""
@@ -279,28 +285,47 @@ def laid_out(shapes: Any, shardings: Any) -> Any:
   return jax.tree.map(struct, shapes, shardings)
 
 
+def _as_saved(shapes: dict, digests: dict[str, str]) -> dict:
+  """`shapes` with the dtypes that were saved, where the ones wanted hold all their values."""
+
+  def of(path, wanted):
+    dtype = digests.get(digest.name_of(path), "").partition("[")[0] or wanted.dtype
+    narrower = jnp.promote_types(dtype, wanted.dtype) == wanted.dtype
+    return jax.ShapeDtypeStruct(
+      wanted.shape, dtype if narrower else wanted.dtype, sharding=wanted.sharding
+    )
+
+  return jax.tree.map_with_path(of, shapes)
+
+
 def restore_params(
-  workdir: epath.PathLike, step: int | None = None, *, say: Callable[[str], None] = print
+  workdir: epath.PathLike,
+  step: int | None = None,
+  *,
+  data_path: str | None = None,
+  say: Callable[[str], None] = print,
 ) -> tuple[ml_collections.ConfigDict, nnx.GraphDef, dict, int]:
   """What evaluation, samples and pictures need of a run.
 
   Args:
     workdir: the run's folder.
     step: of the checkpoint; None is the newest that is sound.
+    data_path: where the run's data are now, if they have moved since.
     say: takes a line for each step that is refused.
 
   Returns:
-    The run's config, the model's graph, its averaged weights for nnx.merge(graph, weights), and
-    the step they are of.
+    The run's config, the model's graph, its averaged weights for nnx.merge(graph, weights), in
+    float32 whatever the dtype of the weights themselves, and the step they are of.
 
   Raises:
     ValueError: the folder is not that of a run, or there is no such checkpoint.
     errors.DamagedError: the checkpoint is not what was saved.
   """
-  config = workdir_lib.load_config(workdir)
+  config = workdir_lib.load_config(workdir, data_path=data_path)
   graphdef, shapes = transformer.graph_and_shapes(**config.model)
+  shapes = jax.eval_shape(optim.in_float32, shapes)
   shapes = {"ema": laid_out(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
-  with Checkpoints(workdir, config=config, read_only=True, say=say) as checkpoints:
+  with Checkpoints(workdir, read_only=True, say=say) as checkpoints:
     if step is not None:
       return config, graphdef, checkpoints.restore(step, shapes)["ema"], step
     found = checkpoints.restore_newest(shapes)

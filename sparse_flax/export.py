@@ -21,6 +21,7 @@ import re
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import safetensors
 import safetensors.flax
 from etils import epath
@@ -42,7 +43,7 @@ def save(
   Args:
     folder: made if it is not there.
     config: of the run.
-    params: its averaged weights, as checkpoint.restore_params returns them.
+    params: its averaged weights, as checkpoint.restore_params returns them; float32 or bfloat16.
     step: of the checkpoint they are from.
 
   Raises:
@@ -53,16 +54,17 @@ def save(
     if (folder / name).exists():
       raise ValueError(f"{folder}: holds a {name} already; choose another folder")
   arrays = flatten(params, cycle=len(config.model.attention_layers))
+  text = workdir.to_json(config.to_dict())
   metadata = dict(
     format="flax",
     step=str(step),
-    config=workdir.config_digest(config),
+    config=workdir.config_digest(text),
     digests=json.dumps(digest.digests(arrays)),
   )
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (
-      (CONFIG, workdir.to_json(config.to_dict()).encode()),
+      (CONFIG, text.encode()),
       (MODEL, safetensors.flax.save(arrays, metadata=metadata)),
     ):
       temporary = folder / f"{name}.tmp"
@@ -86,19 +88,27 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
     raise ValueError(f"{path}: is missing")
   content = path.read_bytes()
   try:
-    arrays = safetensors.flax.load(content)
+    arrays = {name: _array(**found) for name, found in safetensors.deserialize(content)}
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     saved, config_digest = json.loads(metadata["digests"]), metadata["config"]
   except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
     raise errors.DamagedError(f"{path}: is not an exported model: {error}") from error
-  if config_digest != workdir.config_digest(config):
+  if config_digest != workdir.config_digest((epath.Path(folder) / CONFIG).read_text()):
     raise errors.DamagedError(f"{epath.Path(folder) / CONFIG}: not what was exported")
   found = digest.digests(arrays)
   if bad := sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x)):
     raise errors.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
   graphdef, shapes = transformer.graph_and_shapes(**config.model)
   return config, graphdef, unflatten(arrays, shapes, cycle=len(config.model.attention_layers))
+
+
+def _array(*, dtype: str, shape: list[int], data: bytearray) -> jax.Array:
+  # safetensors' own readers for numpy and flax know no bfloat16.
+  kinds = {"F32": jnp.float32, "BF16": jnp.bfloat16}
+  if dtype not in kinds:
+    raise ValueError(f"an array is {dtype}, must be one of {', '.join(kinds)}")
+  return jnp.asarray(np.frombuffer(data, kinds[dtype]).reshape(shape))
 
 
 def flatten(params: dict, *, cycle: int) -> dict[str, jax.Array]:

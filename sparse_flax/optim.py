@@ -85,9 +85,18 @@ def updates_done(opt_state: tuple) -> Int[Array, ""]:
   return opt_state[-1].count
 
 
+def in_float32(tree: dict) -> dict:
+  """What averages, moments and sums are kept in: in bfloat16 0.999 is 1, and they never move."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
 def average(ema: dict, params: dict, *, decay: float) -> dict:
-  """ema <- decay ema + (1 - decay) params, from the initial weights, without bias correction."""
-  return jax.tree.map(lambda mean, new: decay * mean + (1.0 - decay) * new, ema, params)
+  """ema <- decay ema + (1 - decay) params, from the initial weights, without bias correction.
+
+  It is computed and kept in the dtype of `ema`.
+  """
+  of_leaf = lambda mean, new: decay * mean + (1.0 - decay) * new.astype(mean.dtype)
+  return jax.tree.map(of_leaf, ema, params)
 
 
 def next_loss_scale(

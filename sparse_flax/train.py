@@ -39,13 +39,17 @@ _PATIENCE = 4.0
 def init_state(
   key: Key[Array, ""], *, build: Callable, tx: optax.GradientTransformation, loss_scale: str
 ) -> dict:
-  """A plain dict: step, params, ema, opt, and loss_scale where it is dynamic."""
+  """A plain dict: step, params, ema, opt, and loss_scale where it is dynamic.
+
+  Averages and the optimizer's state are float32, whatever the dtype of the weights.
+  """
   params = nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+  weights = optim.in_float32(params)
   state = {
     "step": jnp.zeros((), jnp.int32),
     "params": params,
-    "ema": jax.tree.map(jnp.copy, params),
-    "opt": tx.init(params),
+    "ema": jax.tree.map(jnp.copy, weights),
+    "opt": tx.init(weights),
   }
   if loss_scale == "dynamic":
     state["loss_scale"] = jnp.asarray(optim.FIRST_LOSS_SCALE, jnp.float32)
@@ -73,7 +77,7 @@ def train_step(
     tokens: the whole batch; `accumulation` divides B.
     key: of dropout; the step is folded in here.
     graphdef: of the model.
-    tx: of `optim.make_optimizer`.
+    tx: of `optim.make_optimizer`; it gets gradients and weights in float32.
     schedule: of `optim.make_schedule`; for the record only.
     accumulation: micro-batches, run one after the other and averaged.
     ema_decay: of the averaged weights.
@@ -92,18 +96,20 @@ def train_step(
     (_, nats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
       state["params"], tokens, jax.random.fold_in(key, index)
     )
-    return jax.tree.map(jnp.add, total, (nats, grads)), None
+    return jax.tree.map(jnp.add, total, (nats, optim.in_float32(grads))), None
 
   # Neighbouring rows go to different micro-batches, so that each is spread over all devices.
   micro = tokens.reshape(-1, accumulation, tokens.shape[1]).swapaxes(0, 1)
-  zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state["params"]))
+  weights = optim.in_float32(state["params"])
+  zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
   (nats, grads), _ = jax.lax.scan(micro_step, zeros, (micro, jnp.arange(accumulation)))
   nats = nats / accumulation
-  grads = jax.tree.map(lambda g: (g / (accumulation * scale)).astype(g.dtype), grads)
+  grads = jax.tree.map(lambda g: g / (accumulation * scale), grads)
 
   norm = optax.tree.norm(grads)
-  updates, opt = tx.update(grads, state["opt"], state["params"])
-  params = optax.apply_updates(state["params"], updates)
+  updates, opt = tx.update(grads, state["opt"], weights)
+  moved = optax.apply_updates(weights, updates)
+  params = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state["params"])
   new = {
     "params": params,
     "ema": optim.average(state["ema"], params, decay=ema_decay),
@@ -181,6 +187,7 @@ def train(
     errors.StorageError: a disk or a file failed; what had been saved is intact.
     errors.DamagedError: there are checkpoints, but none is sound.
   """
+  config = ml_collections.ConfigDict(validate.completed(config.to_dict())).lock()
   problems = validate.validate(config)
   if problems:
     raise ValueError("\n".join(problems))
@@ -221,7 +228,7 @@ def train(
     stack.enter_context(watched)
     watched.beat(patience=_PATIENCE)
     checkpoints = stack.enter_context(
-      checkpoint.Checkpoints(workdir, config=config, keep_every=config.train.keep_every, say=say)
+      checkpoint.Checkpoints(workdir, keep_every=config.train.keep_every, say=say)
     )
     found = checkpoints.restore_newest(shapes)
     first = found[1] if found else 0

@@ -92,7 +92,8 @@ class SparseTransformer(nnx.Module):
       input of each block, "dots" all but products with weights and attention's result, "none"
       nothing.
     compute_dtype: of activations; norms, softmax and logits are in float32.
-    param_dtype: of the weights.
+    param_dtype: of the weights. Training keeps averages, moments and sums of gradients in
+      float32.
     implementation: of `sparse_attention`; None is the best one that works here.
     rngs: source of the initial values.
 

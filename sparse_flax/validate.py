@@ -113,6 +113,24 @@ _RULES = {
   "eval.monitor_batches": _whole(0),
 }
 
+# Fields that configs did not always have, each with the value that says what every run did before:
+# {"train.example": 0}. A config without such a field is read as if it had that value, so that older
+# runs, exports and config files go on. A new field gets a line here in the commit that adds it to
+# _RULES, and that value never changes.
+ADDED: dict[str, Any] = {}
+
+
+def completed(values: dict) -> dict:
+  """The values of a config, with those of ADDED for fields that it does not have."""
+  there = flatten(values)
+  values = {name: dict(x) if isinstance(x, dict) else x for name, x in values.items()}
+  for field, value in ADDED.items():
+    group, _, name = field.rpartition(".")
+    inside = values.setdefault(group, {}) if group else values
+    if field not in there and isinstance(inside, dict):
+      inside[name] = value
+  return values
+
 
 def validate(config: ml_collections.ConfigDict) -> list[str]:
   """All problems that would stop a training run on this machine; an empty list means none.
@@ -232,9 +250,9 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
 def _check_memory(config: ml_collections.ConfigDict) -> list[str]:
   """The state has to fit; what a step needs beside it is known only when it is compiled."""
   shapes = jax.tree.leaves(transformer.graph_and_shapes(**config.model)[1])
-  params = sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
-  # Weights, averages, two moments and gradients.
-  need = 5 * params // (config.mesh.fsdp * config.mesh.tensor)
+  # Weights, and in float32 averages, two moments and gradients.
+  state = sum(math.prod(x.shape) * (x.dtype.itemsize + 4 * 4) for x in shapes)
+  need = state // (config.mesh.fsdp * config.mesh.tensor)
   there = _device_memory()
   if there is None or need <= there:
     return []

@@ -46,7 +46,7 @@ def run(tmp_path_factory):
   leaves = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
   params = jax.tree.unflatten(treedef, leaves)
   workdir.start(root / "run", config, data={})
-  with checkpoint.Checkpoints(root / "run", config=config) as checkpoints:
+  with checkpoint.Checkpoints(root / "run") as checkpoints:
     checkpoints.save({"step": jnp.int32(7), "params": params, "ema": params})
   assert launcher.main([f"--workdir={root / 'run'}", f"--out={root / 'out'}"]) == 0
   return dict(

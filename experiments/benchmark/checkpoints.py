@@ -41,7 +41,7 @@ def run(out: pathlib.Path) -> None:
   state = jax.block_until_ready(jax.tree.unflatten(treedef, random(jax.random.key(0))))
   rows = []
   with tempfile.TemporaryDirectory() as folder:
-    with checkpoint.Checkpoints(folder, config=config) as checkpoints:
+    with checkpoint.Checkpoints(folder) as checkpoints:
       for step in (1, 2):
         state["step"] = jnp.int32(step)
         start = time.perf_counter()
@@ -53,7 +53,7 @@ def run(out: pathlib.Path) -> None:
         rows.append(dict(what="save", turn=step, held_seconds=held, seconds=written))
     del state
     for turn in (1, 2):
-      with checkpoint.Checkpoints(folder, config=config) as checkpoints:
+      with checkpoint.Checkpoints(folder) as checkpoints:
         start = time.perf_counter()
         jax.block_until_ready(checkpoints.restore_newest(shapes)[0])
         rows.append(dict(what="restore", turn=turn, seconds=time.perf_counter() - start))
