@@ -7,7 +7,7 @@ import setuptools
 CORE = [
   # The exact versions that are tested stand in constraints.txt. All lower bounds together were
   # installed on 2026-11-29 (Python 3.12.1), and the tests of `make test-newest` pass with them.
-  "jax>=0.11.1,<0.13",
+  "jax>=0.11.2,<0.13",
   "flax>=0.12.10,<0.13",
   "optax>=0.2.8,<0.3",
   "orbax-checkpoint>=0.12.3,<0.13",
