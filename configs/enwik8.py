@@ -22,6 +22,7 @@ bfloat16, the initial values of the matrices, and the 1:1 cycle of `:strided`.
 
   python -m experiments.train --config=configs/enwik8.py:quick
 
+With `--config.data.path=FILE` it learns that text instead, enwik8 or any other.
 Measured on 2 CPU cores: 3 min 41 s in all, 2.72 bits/byte on the sample's validation split and 3.07
 on its test split (minimum context 128). Every number of it is our choice.
 """

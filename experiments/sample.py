@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
     print(path)
   page = paths[0].with_name(report_samples.PAGE)
   if page.exists():
-    print(f"{page} is older: {_again(workdir, page.parent.name)}", file=sys.stderr)
+    command = _again(workdir, page.parent.name)
+    print(f"{page} is older than these; to make it again: {command}", file=sys.stderr)
   return 0
 
 

@@ -40,10 +40,15 @@ def test_quick_takes_any_text_but_no_damaged_enwik8(tmp_path, monkeypatch):
   assert config.data.name == "bytes" and validate.validate(config) == []
   assert evaluate.open_dataset(config, "train").streams.read(0, 0, 11).tobytes() == b"To be read."
   (tmp_path / "enwik8").write_bytes(b"To be read. " * 100)
-  for path in (tmp_path, tmp_path / "enwik8"):
+  (tmp_path / "copy.zip").write_bytes(b"To be read. " * 100)
+  for path, message in {
+    tmp_path: "enwik8 has exactly 100,000,000",
+    tmp_path / "enwik8": "enwik8 has exactly 100,000,000",
+    tmp_path / "copy.zip": "copy.zip is not the published archive",
+  }.items():
     config = parse("enwik8.py:quick", f"--config.data.path={path}")
     (problem,) = validate.validate(config)
-    assert config.data.name == "enwik8" and "enwik8 has exactly 100,000,000" in problem
+    assert config.data.name == "enwik8" and message in problem
   monkeypatch.setattr(data.sources.raw, "ENWIK8_BYTES", 1_200)
   config = parse("enwik8.py:quick", f"--config.data.path={tmp_path / 'book.txt'}")
   assert config.data.name == "enwik8" and validate.validate(config) == []

@@ -215,7 +215,7 @@ def test_a_report_that_is_older_than_the_samples_says_so(text_run, capsys):
   command = f"python -m experiments.visualize --workdir={text_run} --step=3"
   for _ in range(2):  # said once
     assert launcher.main([f"--workdir={text_run}", "--num=1"]) == 0
-    assert capsys.readouterr().err == f"{page} is older: {command}\n"
+    assert capsys.readouterr().err == f"{page} is older than these; to make it again: {command}\n"
     older = page.read_text()
     assert older.count("is older than some of the samples") == older.count(command) == 1
     assert older.startswith('<body><main><p class="none">This page')

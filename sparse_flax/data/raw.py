@@ -20,7 +20,6 @@ CIFAR_SHAPE = (32, 32, 3)
 IMAGENET_SHAPE = (64, 64, 3)
 CIFAR_ROW = 1 + 3 * 32 * 32  # a label byte, then the red, the green and the blue plane
 ENWIK8_BYTES = 100_000_000
-ENWIK8_NAMES = ("enwik8", "enwik8.zip")
 TAR_NAMES = {"train": "train_64x64.tar", "validation": "valid_64x64.tar"}
 _TAR_END = 1_024  # zeros, at least, behind the last file
 _PNG_MODES = ("RGB", "L", "P", "1")  # what becomes three bytes a pixel and loses nothing
@@ -56,7 +55,7 @@ def cifar10_images(file: epath.Path) -> tuple[UInt8[np.ndarray, "N 32 32 3"], li
 
 def enwik8_file(path: epath.Path) -> epath.Path:
   """The file `enwik8` (or enwik8.zip) in a folder, size checked; `path` may be the file itself."""
-  names = [path / name for name in ENWIK8_NAMES] if path.is_dir() else [path]
+  names = [path / "enwik8", path / "enwik8.zip"] if path.is_dir() else [path]
   file = next((name for name in names if name.is_file()), None)
   if file is None:
     raise ValueError("holds neither a prepared enwik8 nor the file enwik8 or enwik8.zip")
