@@ -52,7 +52,8 @@ class Embedding(nnx.Module):
     """Args:
     width: E, the model width.
     position_shape: rows of each position table; their product is the longest sequence.
-    dtype: of the result; None keeps `param_dtype`. The sum itself is taken in `param_dtype`.
+    dtype: of the result; None keeps `param_dtype`. The sum itself, and in the gradient that
+      over all tokens, is taken in float32.
     param_dtype: of the tables.
     token_init: initialiser of the byte table and of the start vector.
     position_init: initialiser of the position tables.
@@ -61,7 +62,12 @@ class Embedding(nnx.Module):
     self.position_shape = tuple(position_shape)
     self.dtype = dtype or param_dtype
     table = lambda rows, init: nnx.Embed(
-      rows, width, param_dtype=param_dtype, embedding_init=init, rngs=rngs
+      rows,
+      width,
+      dtype=jnp.float32,
+      param_dtype=param_dtype,
+      embedding_init=init,
+      rngs=rngs,
     )
     self.tokens = table(VOCABULARY, token_init)
     self.positions = nnx.List([table(rows, position_init) for rows in self.position_shape])
@@ -96,7 +102,8 @@ class Embedding(nnx.Module):
       # Traced numbers cannot be checked: a negative one gives NaN, as one beyond the table does.
       before = before.astype(jnp.uint32)
     x = self.tokens(before) + self._at(jnp.maximum(steps - 1, 0))[None]
-    return jnp.where(steps[None, :, None] == 0, self.start[...], x).astype(self.dtype)
+    start = self.start[...].astype(x.dtype)
+    return jnp.where(steps[None, :, None] == 0, start, x).astype(self.dtype)
 
   def _at(self, index: Integer[Array, "*T"]) -> Float[Array, "*T E"]:
     digits = jnp.unravel_index(index, self.position_shape)

@@ -84,6 +84,8 @@ def train_step(
   """
   scale = state.get("loss_scale", jnp.ones((), jnp.float32))
   key = jax.random.fold_in(key, state["step"])
+  # Gradients have the dtype of what they are of, and an embedding's is a sum over all tokens.
+  weights = optim.in_float32(state["params"])
 
   def loss_fn(params, tokens, key):
     logits = nnx.merge(graphdef, params)(tokens, dropout_key=key)
@@ -94,13 +96,12 @@ def train_step(
   def micro_step(total, inputs):
     tokens, index = inputs
     (_, nats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state["params"], tokens, jax.random.fold_in(key, index)
+      weights, tokens, jax.random.fold_in(key, index)
     )
-    return jax.tree.map(jnp.add, total, (nats, optim.in_float32(grads))), None
+    return jax.tree.map(jnp.add, total, (nats, grads)), None
 
   # Neighbouring rows go to different micro-batches, so that each is spread over all devices.
   micro = tokens.reshape(-1, accumulation, tokens.shape[1]).swapaxes(0, 1)
-  weights = optim.in_float32(state["params"])
   zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
   (nats, grads), _ = jax.lax.scan(micro_step, zeros, (micro, jnp.arange(accumulation)))
   nats = nats / accumulation
