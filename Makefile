@@ -28,7 +28,7 @@ quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples
 	$(RUN) experiments.quickstart
 
 test: .venv lint  ## the test suite
-	$(RUN) pytest -q -n $(WORKERS) -m "not gpu and not slow"
+	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
 
 test-long: .venv lint  ## everything that does not fit there, in full
 	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"

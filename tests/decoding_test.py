@@ -35,7 +35,13 @@ def assert_close(got, expected, dtype):
   np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=TOLERANCE[dtype] * scale)
 
 
-@pytest.mark.in_turn(5)
+@pytest.mark.smoke(
+  "norm-16-64-32-float32",
+  "norm-2-2048-16-float32",
+  "activation-19-40-70-bfloat16",
+  "residual-3-300-520-bfloat16",
+  daily=3,
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
   "B, E, F",
@@ -70,7 +76,7 @@ def test_a_product_with_what_is_around_it(B, E, F, dtype, what):
   assert_close(got, expected, dtype)
 
 
-@pytest.mark.in_turn(4)
+@pytest.mark.smoke("7-fixed", "22-strided", "7-per-head", daily=5)
 @each_pattern
 @pytest.mark.parametrize("step", [0, 7, 22])
 def test_attention_is_that_of_the_other_way(pattern, step):
@@ -93,7 +99,7 @@ def test_attention_is_that_of_the_other_way(pattern, step):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.in_turn(3)
+@pytest.mark.smoke("fixed-bfloat16", "heads-and-layers-float32")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("cycle", ["dense", "fixed", "block-summary", "heads-and-layers"])
 def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, dtype):

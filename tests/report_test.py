@@ -26,7 +26,6 @@ from sparse_flax import report_charts
 from sparse_flax import report_samples
 from sparse_flax import SparseTransformer
 from tests import tiny
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import small_model
 from tests.sample_test import make_run
 

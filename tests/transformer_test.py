@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from sparse_flax import SparseTransformer
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import initial_model
 from tests.model_helpers import nnx_mode  # noqa: F401
 from tests.model_helpers import random_tokens
