@@ -9,6 +9,11 @@ RUN = .venv/bin/python -m
 # Two cores: one worker each. Compilation, most of the time, uses one core.
 WORKERS ?= 2
 
+CHECKS = $(addprefix tests/,patterns_test.py layer_patterns_test.py mosaic_gpu_lowering_test.py \
+  validate_test.py configs_test.py cli_test.py imports_test.py \
+  $(addprefix attention_test.py::test_,errors_say_what_is_wrong what_kernels_cannot_do_is_named \
+  what_kernels_do_not_take_is_named))
+
 SOAK_RESTARTS ?= 200
 
 # What the GPU's own tests need, with whatever else that machine has: its Python, no .venv.
@@ -21,7 +26,7 @@ GPU_TESTS = $(wildcard tests/attention_test.py tests/attention_patterns_test.py 
 GPU_PYTEST = -q -m "not slow" -W default \
   -o addopts="--strict-markers --import-mode=importlib"
 
-.PHONY: quickstart test test-long soak test-tpu-aot test-gpu bench lint
+.PHONY: quickstart check test test-long soak test-tpu-aot test-gpu bench lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples and attention
@@ -29,6 +34,9 @@ quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples
 
 test: .venv lint  ## the test suite
 	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
+
+check: .venv lint  ## for every save: patterns, lowering, errors, configs, commands
+	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow" $(CHECKS)
 
 test-long: .venv lint  ## everything that does not fit there, in full
 	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"

@@ -105,7 +105,7 @@ def test_one_bad_batch_costs_nothing_but_itself(root, straight):
   records = {x["step"]: x for x in pod.records(root / "one-bad") if "skipped" in x}
   assert records[6]["skipped"] == 1 and "loss" not in records[6]
   assert records[7]["skipped"] == 0 and len(records) == STEPS
-  assert records[5]["loss"] == straight[1][4]
+  assert records[5]["loss"] == pytest.approx(straight[1][4], rel=1e-6)  # of another program
 
 
 def test_bad_batches_in_a_row_end_the_run_and_the_same_command_goes_on(root, straight):

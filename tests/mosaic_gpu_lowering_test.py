@@ -101,15 +101,16 @@ def test_segments(name, D, T):
     assert lowered(attend, x, x, x, x).count("mosaic_gpu") >= 2
 
 
+@pytest.mark.smoke("fwd-64-32-2", "fwd-512-64-3", "bwd-64-64-2")
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
 @pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("block_k", [64, 512])
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-def test_windows_as_the_tuning_table_may_have_them(direction, block_k, D):
+def test_windows_as_the_tuning_table_may_have_them(direction, block_k, D, warpgroups):
   x = array(2, 2_048, 4, D)
-  with mesh():
-    for warpgroups in (1, 2, 3):
-      with tuning.override("local", direction, tuning.BlockSizes(64, block_k, 2, warpgroups)):
-        assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
+  sizes = tuning.BlockSizes(64, block_k, 2, warpgroups)
+  with mesh(), tuning.override("local", direction, sizes):
+    assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
 
 
 @pytest.mark.smoke("strided", daily=0)
