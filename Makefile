@@ -9,6 +9,11 @@ RUN = .venv/bin/python -m
 # Two cores: one worker each. Compilation, most of the time, uses one core.
 WORKERS ?= 2
 
+CHECKS = $(addprefix tests/,patterns_test.py layer_patterns_test.py mosaic_gpu_lowering_test.py \
+  validate_test.py configs_test.py cli_test.py imports_test.py \
+  $(addprefix attention_test.py::test_,errors_say_what_is_wrong what_kernels_cannot_do_is_named \
+  what_kernels_do_not_take_is_named))
+
 SOAK_RESTARTS ?= 200
 
 # With the newest JAX: all GPU kernels lower for an H100, one of each family runs in the simulator, and
@@ -36,7 +41,7 @@ GPU_PYTEST = XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -m pytest -q -n $
 GPU_KERNELS = XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" \
   JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTEST)
 
-.PHONY: quickstart test test-long test-newest soak test-tpu-aot test-gpu \
+.PHONY: quickstart check test test-long test-newest soak test-tpu-aot test-gpu \
   test-gpu-attention test-gpu-decode test-gpu-commands bench lint
 .DELETE_ON_ERROR:
 
@@ -44,7 +49,10 @@ quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples
 	$(RUN) experiments.quickstart
 
 test: .venv lint  ## the test suite
-	$(RUN) pytest -q -n $(WORKERS) -m "not gpu and not slow"
+	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
+
+check: .venv lint  ## for every save: patterns, lowering, errors, configs, commands
+	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow" $(CHECKS)
 
 test-long: .venv lint  ## everything that does not fit there, in full
 	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"

@@ -13,7 +13,6 @@ from pallas_kernels import sparse_attention
 from pallas_kernels import xla
 from tests.helpers import assert_close
 from tests.helpers import EVERY_PATTERN
-from tests.model_helpers import fast_compilation  # noqa: F401
 
 FUTURE = {  # patterns with pairs j > i
   "dense_both": patterns.Dense(causal=False),
@@ -128,7 +127,7 @@ def test_it_is_what_the_door_says(name, score_fn, implementation):
     assert_close(a, b, tolerance=1e-5, what=what)
 
 
-@pytest.mark.in_turn(20)
+@pytest.mark.smoke("whole-fixed-9-31", "tiles-strided-31-9", daily=3)
 @pytest.mark.parametrize("T,S", [(9, 31), (31, 9)])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_lengths_may_differ(name, T, S, sizes):
@@ -141,26 +140,26 @@ def test_of_one(name, T, S):
   check(arrays(T, S), pattern=PATTERNS[name])
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("tiles-local_both")
 @pytest.mark.parametrize("name", FUTURE)
 def test_later_keys(name, sizes):
   check(arrays(23, 23), pattern=PATTERNS[name])
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("whole-fixed", "tiles-layout", daily=2)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_scores_are_changed(name, sizes):
   check(arrays(25, 25), pattern=PATTERNS[name], score_fn=bent)
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("whole-strided-alibi")
 @pytest.mark.parametrize("score_fn", [None, alibi])
 @pytest.mark.parametrize("name", ["local", "strided", "fixed", "per_head_both"])
 def test_scores_are_capped(name, score_fn, sizes):
   check(arrays(25, 25), pattern=PATTERNS[name], logits_soft_cap=0.8, score_fn=score_fn)
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("whole-layout_both-True-True")
 @pytest.mark.parametrize("of_batch", [True, False])
 @pytest.mark.parametrize("of_heads", [True, False])
 @pytest.mark.parametrize("name", ["dense", "per_head", "layout_both"])

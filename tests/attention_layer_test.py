@@ -15,7 +15,6 @@ from pallas_kernels import sparse_attention
 from sparse_flax import sharding
 from sparse_flax import SparseSelfAttention
 from sparse_flax.attention import apart
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import nnx_mode  # noqa: F401
 
 PATTERN = patterns.PerHead((patterns.Local(3), patterns.Column(4)))

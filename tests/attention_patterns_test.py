@@ -47,14 +47,6 @@ SETTINGS = dict(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Nearly all the time of xla is compilation, on a CPU."""
-  jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @dataclasses.dataclass(frozen=True)
 class Call(Case):
   """A case with documents of random lengths, `segments` of them in the mean."""

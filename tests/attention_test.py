@@ -159,7 +159,15 @@ def attend(case, implementation, ids):
   return functools.partial(sparse_attention, implementation=implementation, **how)
 
 
-@pytest.mark.in_turn(16)
+@pytest.mark.smoke(
+  "dense-T23-float32",
+  "fixed-T23-float32-Hkv2-Dv6-segments",
+  "where-T23-float32",
+  "per_head-T3-float32",
+  "column-T701-float32-Hkv1",
+  "local-T23-bfloat16",
+  daily=4,
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_out_lse_and_gradients_match_the_reference(case):
   q, k, v, ids, dout, dlse = case.arrays()
@@ -188,7 +196,22 @@ def check_kernels(case, runs: int = 1):
     assert_near(got[n], truth[n], cotangent=dout, tolerance=bound, what=what)
 
 
-@pytest.mark.in_turn(32)
+@pytest.mark.smoke(
+  "local-T130-bfloat16-Hkv1-D32-segments",
+  "local-T200-bfloat16-D128-Dv64",
+  "five_tiles-T330-bfloat16-D32-segments",
+  "column-T48-bfloat16-Hkv1-D64-Dv128",
+  "column-T3-bfloat16-Hkv1-D32",
+  "long_column-T400-bfloat16-D256",
+  "block-T50-bfloat16-Hkv1-D32",
+  "block-T180-float16-Hkv1-D32-segments",
+  "summary-T70-bfloat16-Hkv1-D32",
+  "strided-T71-bfloat16-Hkv1-D32",
+  "strided-T132-bfloat16-D256",
+  "fixed-T70-bfloat16-Hkv2-D32",
+  "dense-T65-bfloat16-Hkv1-D32-segments",
+  "perhead-T50-bfloat16-D32",
+)
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_kernels_match_the_reference(case):
   check_kernels(case)
@@ -226,7 +249,9 @@ def check_windows(direction, block_k, stages, warpgroups, case, runs: int = 1):
     check_kernels(case, runs)
 
 
-@pytest.mark.in_turn(32)
+@pytest.mark.smoke(
+  "fwd-64-2-2-local-T450-bfloat16-D32", "bwd-64-1-2-local-T150-bfloat16-Hkv1-D32-Dv64-segments"
+)
 @pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", WINDOWS, ids=str)
 def test_windows(direction, block_k, stages, warpgroups, case):
   check_windows(direction, block_k, stages, warpgroups, case)
@@ -251,7 +276,7 @@ def test_huge_values_give_numbers(pattern):
   assert np.abs(np.asarray(out, np.float32)).max() <= 3.01e4
 
 
-@pytest.mark.in_turn(2)
+@pytest.mark.smoke("Local(window=16, causal=True)", daily=0)
 @pytest.mark.parametrize("pattern", [patterns.Local(16), patterns.Fixed(16, 4)], ids=repr)
 def test_kernels_under_transformations(pattern):
   case = _narrow(pattern, T=32, B=2, H=1)
@@ -319,7 +344,7 @@ def test_dense_repeats_bit_by_bit_unless_told_otherwise(D):
       np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("strided", "layout")
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
   """The same numbers when whole problems, tiles and chunks are small, so that all loops turn."""
@@ -360,7 +385,7 @@ def test_reference_matches_plain_numpy(name):
   assert_close(lse, expected_lse, tolerance=1e-5, what="lse")
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("fixed-xla", "strided-reference", daily=3)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_the_support_of_the_gradient_is_the_mask(name, implementation):

@@ -7,7 +7,6 @@ import pytest
 
 from experiments.benchmark import gpu
 from experiments.benchmark import sample
-from tests.model_helpers import fast_compilation  # noqa: F401
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 FIELDS = {"name", "implementation", "batch", "ms_per_step", "floor_ms", "launches", "launch_ms"}

@@ -1,32 +1,108 @@
-"""Strict switches for every test: simulated devices, no silent promotion of dtypes or ranks."""
+"""Strict switches for every test: simulated devices, no silent promotion of dtypes or ranks.
 
+TEST_DATE=YYYY-MM-DD chooses the cases of another day, CI=1 makes every skipped test a failure.
+"""
+
+import datetime
 import faulthandler
+import os
+import shutil
+import tempfile
 
 import jax
 import jaxtyping
 import pytest
 
+# Compiled programs, for all processes of one run: workers, and their children.
+if MADE_HERE := "TEST_CACHE" not in os.environ:
+  os.environ["TEST_CACHE"] = tempfile.mkdtemp(prefix="compiled-")
 # Sharding is tested on any laptop; and each simulated warpgroup needs a thread, of which XLA has
 # one per device.
 jax.config.update("jax_num_cpu_devices", 8)
+ON_GPU = jax.default_backend() == "gpu"
+if not ON_GPU:  # nearly all the time of the tests is compilation, often of what was compiled before
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_compilation_cache_dir", os.environ["TEST_CACHE"])
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 TIMEOUT = 600  # seconds of one test: a kernel whose barriers do not match waits forever
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  """Of the cases of a test marked in_turn(n) all but every n-th are slow.
+def pytest_configure():
+  """Workers take the date from here: all must collect the same, also at midnight."""
+  os.environ.setdefault("TEST_DATE", datetime.date.today().isoformat())
 
-  Not on a GPU, which needs no simulator: there the whole is quick.
-  """
-  if jax.default_backend() == "gpu":
-    return
-  seen = {}
-  for item in items:
-    if turn := item.get_closest_marker("in_turn"):
-      name = item.nodeid.partition("[")[0]
-      seen[name] = seen.get(name, -1) + 1
-      if seen[name] % turn.args[0]:
-        item.add_marker(pytest.mark.slow)
+
+def pytest_unconfigure():
+  if MADE_HERE:
+    shutil.rmtree(os.environ["TEST_CACHE"], ignore_errors=True)
+
+
+def pytest_report_header():
+  return f"the cases of TEST_DATE={os.environ['TEST_DATE']}"
+
+
+# ------------------------------------------------------------------------------ choice of cases
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector, name, obj):
+  """Chooses the cases of each test function for `make test`; the others are slow."""
+  found = yield
+  cases = [x for x in found if isinstance(x, pytest.Function)] if isinstance(found, list) else []
+  if cases and not ON_GPU:  # which needs no simulator: there the whole is quick
+    _choose(cases)
+  return found
+
+
+def _choose(cases: list[pytest.Function]) -> None:
+  function = cases[0].nodeid.partition("[")[0]
+  if mark := cases[0].get_closest_marker("smoke"):
+    by_name = {case.callspec.id: case for case in cases}
+    if unknown := [name for name in mark.args if name not in by_name]:
+      raise pytest.Collector.CollectError(f"{function}: no case {unknown[0]!r} among {[*by_name]}")
+    others = [case for name, case in by_name.items() if name not in mark.args]
+    daily = mark.kwargs.get("daily", 1)
+    first = daily * datetime.date.fromisoformat(os.environ["TEST_DATE"]).toordinal()
+    for n, case in enumerate(others):
+      if (n - first) % len(others) >= daily:
+        case.add_marker(pytest.mark.slow)
+  # Whole functions, and files, may be slow or a GPU's: their own marks say so.
+  own = {mark.name for mark in (*cases[0].parent.iter_markers(), *_marks_of(cases[0].obj))}
+  if not own & {"slow", "gpu"} and all(case.get_closest_marker("slow") for case in cases):
+    raise pytest.Collector.CollectError(
+      f"{function}: no case is left for make test; mark the function slow"
+    )
+
+
+def _marks_of(function) -> list[pytest.Mark]:
+  return getattr(function, "pytestmark", [])
+
+
+# ------------------------------------------------------------------------------------- skipping
+
+
+def _fail_if_skipped(report) -> None:
+  """In CI nothing is skipped: what a machine lacks is told."""
+  if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI"):
+    _, _, reason = report.longrepr
+    report.outcome, report.longrepr = "failed", f"{report.nodeid}: CI must not skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+  report = yield
+  _fail_if_skipped(report)
+  return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+  report = yield
+  _fail_if_skipped(report)
+  return report
+
+
+# ------------------------------------------------------------------------------------- fixtures
 
 
 @pytest.fixture(autouse=True)

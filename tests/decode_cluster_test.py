@@ -139,7 +139,7 @@ def test_a_step_lowers_for_a_gpu_to_one_kernel():
   assert program.count("custom_call @mosaic_gpu") == 1
 
 
-@pytest.mark.skipif(not ON_GPU, reason="the simulation is not for tracing")
+@pytest.mark.gpu  # the simulation is not for tracing
 @pytest.mark.parametrize("layers", [("local", "column"), ("fixed",), ("strided",)], ids=str)
 def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(layers):
   model = model_of(layers, **CIFAR)
@@ -148,7 +148,7 @@ def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(layers):
   assert_equal_logits(got, at_once(model, tokens), 3e-2)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="the simulation is not for tracing")
+@pytest.mark.gpu  # the simulation is not for tracing
 def test_it_is_what_samples_are_drawn_with():
   model = model_of(("local", "column"), **CIFAR)
   graphdef, params = nnx.split(model, nnx.Param)

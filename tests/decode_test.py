@@ -12,7 +12,6 @@ from flax import nnx
 from pallas_kernels import patterns
 from sparse_flax import decode_rows
 from sparse_flax import SparseSelfAttention
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import random_tokens
 from tests.model_helpers import SMALL
 from tests.model_helpers import small_model
@@ -98,7 +97,7 @@ def decoded_layer(layer, x, *, P=0, sparse=True):
   return jnp.concatenate([*parts, out.swapaxes(0, 1)], axis=1)
 
 
-@pytest.mark.in_turn(2)
+@pytest.mark.smoke(daily=14)
 @each_pattern
 @pytest.mark.parametrize("how", [dict(), dict(P=13), dict(P=13, sparse=False)], ids=str)
 def test_a_layer_decodes_what_it_computes_at_once(pattern, how):
@@ -153,7 +152,9 @@ CYCLES = {
 each_cycle = pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES)
 
 
-@pytest.mark.in_turn(3)
+@pytest.mark.smoke(
+  "{'P': 12}-strided", "{'P': 12}-fixed", "{'P': 12, 'sparse': False}-heads-and-layers", daily=6
+)
 @each_cycle
 @pytest.mark.parametrize("how", [dict(), dict(P=1), dict(P=12), dict(P=12, sparse=False)], ids=str)
 def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, how):

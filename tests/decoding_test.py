@@ -10,7 +10,6 @@ from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 
 from pallas_kernels import decoding
-from pallas_kernels import patterns
 from sparse_flax import decode
 from sparse_flax import decode_fused
 from sparse_flax import sample
@@ -18,7 +17,7 @@ from tests.decode_test import assert_equal_logits
 from tests.decode_test import at_once
 from tests.decode_test import CYCLES
 from tests.decode_test import decoded_logits
-from tests.decode_test import each_pattern
+from tests.decode_test import PATTERNS
 from tests.model_helpers import random_tokens
 from tests.model_helpers import SMALL
 from tests.model_helpers import small_model
@@ -35,7 +34,13 @@ def assert_close(got, expected, dtype):
   np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=TOLERANCE[dtype] * scale)
 
 
-@pytest.mark.in_turn(5)
+@pytest.mark.smoke(
+  "norm-16-64-32-float32",
+  "norm-2-2048-16-float32",
+  "activation-19-40-70-bfloat16",
+  "residual-3-300-520-bfloat16",
+  daily=3,
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
   "B, E, F",
@@ -70,15 +75,13 @@ def test_a_product_with_what_is_around_it(B, E, F, dtype, what):
   assert_close(got, expected, dtype)
 
 
-@pytest.mark.in_turn(4)
-@each_pattern
+@pytest.mark.smoke("7-fixed", "22-strided", "7-per-head", daily=5)
+@pytest.mark.parametrize("name", [name for name in PATTERNS if name != "layout"])  # has a table
 @pytest.mark.parametrize("step", [0, 7, 22])
-def test_attention_is_that_of_the_other_way(pattern, step):
-  if isinstance(pattern, patterns.BlockLayout):
-    pytest.skip("layouts have tables, which kernels cannot look into")
+def test_attention_is_that_of_the_other_way(name, step):
   B, H, Dk, Dv, S = 3, 4, 5, 7, SMALL["seq_len"]
   sizes = dict(num_layers=2, num_heads=H, batch_size=B, k_size=Dk, v_size=Dv, dtype="float32")
-  cache = decode.init_cache(pattern, length=S, **sizes)
+  cache = decode.init_cache(PATTERNS[name], length=S, **sizes)
   rng = np.random.default_rng(step)
   cache = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), cache)
   qkv = normal(B, H * (2 * Dk + Dv))
@@ -93,7 +96,7 @@ def test_attention_is_that_of_the_other_way(pattern, step):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.in_turn(3)
+@pytest.mark.smoke("fixed-bfloat16", "heads-and-layers-float32")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("cycle", ["dense", "fixed", "block-summary", "heads-and-layers"])
 def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, dtype):

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from sparse_flax import embedding
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import nnx_mode  # noqa: F401
 
 WIDTH = 4

@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 def start(root, name, *more, steps=STEPS, **environment):
   changes = dict(train__steps=steps, train__save_every=4, train__eval_every=20)
   args = pod.arguments("fixed", root / "text", root / name, **changes)
-  return pod.Pod(root / "output", *args, *more, cache=root / "cache", **environment)
+  return pod.Pod(root / "output", *args, *more, **environment)
 
 
 def finish(root, name, *more, **environment):
@@ -105,7 +105,7 @@ def test_one_bad_batch_costs_nothing_but_itself(root, straight):
   records = {x["step"]: x for x in pod.records(root / "one-bad") if "skipped" in x}
   assert records[6]["skipped"] == 1 and "loss" not in records[6]
   assert records[7]["skipped"] == 0 and len(records) == STEPS
-  assert records[5]["loss"] == straight[1][4]
+  assert records[5]["loss"] == pytest.approx(straight[1][4], rel=1e-6)  # of another program
 
 
 def test_bad_batches_in_a_row_end_the_run_and_the_same_command_goes_on(root, straight):
@@ -141,7 +141,7 @@ def test_a_hung_step_is_reported_and_ended(root, straight):
 def test_a_workdir_that_cannot_be_written(root, place):
   workdir = place.replace("FILE", str(root / "text"))
   args = pod.arguments("fixed", root / "text", pathlib.Path(workdir))
-  child = pod.Pod(root / "output", *args, cache=root / "cache")
+  child = pod.Pod(root / "output", *args)
   assert child.wait() == [2], child.text()
   (line,) = child.text().strip().splitlines()
   assert workdir in line
@@ -150,9 +150,9 @@ def test_a_workdir_that_cannot_be_written(root, place):
 def test_data_that_vanished_are_missed_by_name(root, straight):
   text = tiny.text_file(root / "vanishing", size=4_000)
   args = pod.arguments("fixed", text, root / "vanished", train__steps=4)
-  child = pod.Pod(root / "output", *args, cache=root / "cache")
+  child = pod.Pod(root / "output", *args)
   assert child.wait() == [0], child.text()
   os.remove(text)
-  child = pod.Pod(root / "output", *args, cache=root / "cache")
+  child = pod.Pod(root / "output", *args)
   assert child.wait() == [2], child.text()
   assert "vanishing" in child.text() and "Traceback" not in child.text()

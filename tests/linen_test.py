@@ -10,7 +10,6 @@ from pallas_kernels import patterns
 from sparse_flax import linen
 from sparse_flax import SparseSelfAttention
 from sparse_flax import SparseTransformer
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import nnx_mode  # noqa: F401
 from tests.model_helpers import random_tokens
 from tests.model_helpers import SMALL

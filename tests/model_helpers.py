@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from sparse_flax import SparseTransformer
-from tests import tiny
 
 # Neither a multiple of the stride nor of the other sizes, and more than three blocks long.
 SMALL = dict(
@@ -25,13 +24,6 @@ SMALL = dict(
   compute_dtype="float32",
   implementation="reference",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation(tmp_path_factory):
-  """For whoever imports it: nearly all the time of these tests is compilation."""
-  with tiny.fast_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-    yield
 
 
 @pytest.fixture(params=[True, False], ids=["graph", "tree"])

@@ -115,32 +115,29 @@ SIZES = {
 }
 
 
-def quick(names, *some):
-  """All names; those that are not among `some` are for `make test-long`."""
-  return [pytest.param(name, marks=[pytest.mark.slow] * (name not in some)) for name in names]
-
-
-@pytest.mark.in_turn(12)
-@pytest.mark.parametrize("name", quick(PATTERNS, "layout", "small_blocks", "per_head"))
+@pytest.mark.smoke(
+  "layout", "small_blocks", "remainder", "window_and_sinks", "window_both", "per_head"
+)
+@pytest.mark.parametrize("name", PATTERNS)
 def test_every_pattern(name):
   check(*call(PATTERNS[name](2), T=213))
 
 
-@pytest.mark.in_turn(32)
-@pytest.mark.parametrize("name", quick(ARGUMENTS, "groups", "segments_of_bits", "blocks", "bent"))
+@pytest.mark.smoke("groups", "segments", "segments_of_bits", "blocks", "alibi", "bent")
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_argument(name):
   how = dict(ARGUMENTS[name])
   check(*call(how.pop("pattern")(2), T=190, **how))
 
 
-@pytest.mark.in_turn(8)
-@pytest.mark.parametrize("size", quick(SIZES, "128", "256"))
+@pytest.mark.smoke("128", "256", daily=0)
+@pytest.mark.parametrize("size", SIZES)
 def test_head_sizes(size):
   D, Dv = SIZES[size]
   check(*call(PATTERNS["window_and_sinks"](2), T=200, H=1, D=D, Dv=Dv), dtype="float16")
 
 
-@pytest.mark.in_turn(8)
+@pytest.mark.smoke("1", daily=0)
 @pytest.mark.parametrize("T", [1, 128])
 def test_short_sequences(T):
   check(*call(PATTERNS["remainder"](1), T=T, H=1))
@@ -170,9 +167,9 @@ def test_head_sizes_on_a_gpu(size):
   check(*call(PATTERNS["window_and_sinks"](8), T=1_100, D=D, Dv=Dv), dtype="float16", runs=3)
 
 
-@pytest.mark.in_turn(36)
+@pytest.mark.smoke("layout-64", "remainder-128", "per_head-128")
 # The simulator knows no layouts of registers: only these tests see what does not compile.
-@pytest.mark.parametrize("D", quick((32, 64, 128, 256), 64, 128))
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_lowering_of_every_pattern(name, D, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
@@ -183,8 +180,8 @@ def test_lowering_of_every_pattern(name, D, monkeypatch):
   assert program.count("custom_call @mosaic_gpu") >= 3
 
 
-@pytest.mark.in_turn(36)
-@pytest.mark.parametrize("D", quick((64, 128, 192), 128))
+@pytest.mark.smoke("blocks-128", "segments_of_bits-128", "bent-64")
+@pytest.mark.parametrize("D", [64, 128, 192])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_lowering_of_every_argument(name, D, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
@@ -210,7 +207,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("of_logits", "power")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_lowering_of_functions(name, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")

@@ -78,7 +78,7 @@ def attend_with(pattern, implementation="mosaic_gpu"):
   return functools.partial(sparse_attention, pattern=pattern, implementation=implementation)
 
 
-@pytest.mark.in_turn(28)
+@pytest.mark.smoke("strided-enwik8", "fixed-cifar10")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_nothing_large_is_copied(name, shape):
@@ -90,7 +90,7 @@ def test_nothing_large_is_copied(name, shape):
   assert not large_moves(program, B * T * H * D // 2)  # per_head moves half the heads at once
 
 
-@pytest.mark.in_turn(20)
+@pytest.mark.smoke("local-64-1111")
 @pytest.mark.parametrize("T", [1_111, 1_024])
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("name", ["dense", "local", "block"])
@@ -101,18 +101,19 @@ def test_segments(name, D, T):
     assert lowered(attend, x, x, x, x).count("mosaic_gpu") >= 2
 
 
+@pytest.mark.smoke("fwd-64-32-2", "fwd-512-64-3", "bwd-64-64-2")
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
 @pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("block_k", [64, 512])
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-def test_windows_as_the_tuning_table_may_have_them(direction, block_k, D):
+def test_windows_as_the_tuning_table_may_have_them(direction, block_k, D, warpgroups):
   x = array(2, 2_048, 4, D)
-  with mesh():
-    for warpgroups in (1, 2, 3):
-      with tuning.override("local", direction, tuning.BlockSizes(64, block_k, 2, warpgroups)):
-        assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
+  sizes = tuning.BlockSizes(64, block_k, 2, warpgroups)
+  with mesh(), tuning.override("local", direction, sizes):
+    assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("strided", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_two_levels_of_vmap_copy_nothing(name):
   x = array(2, 3, 1, 1024, 4, 64)
@@ -122,7 +123,7 @@ def test_two_levels_of_vmap_copy_nothing(name):
   assert not large_moves(program, 3 * 1024 * 64)
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("fixed", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_layers_that_are_computed_again(name):
   x = array(2, 1024, 4, 64)
@@ -141,7 +142,7 @@ def test_layers_that_are_computed_again(name):
   assert 0 < kept < again
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("strided", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_inside_shard_map(name):
   x = array(8, 1024, 4, 64)
@@ -155,7 +156,7 @@ def test_inside_shard_map(name):
   assert not large_moves(program, 2 * 1024 * 2 * 64)
 
 
-@pytest.mark.in_turn(68)
+@pytest.mark.smoke("fixed-128-64", daily=2)
 @pytest.mark.parametrize(
   "Dk,Dv",
   [(32, 32), (64, 128), (128, 64), (96, 96), (128, 128), (192, 192), (256, 256)],
@@ -173,7 +174,7 @@ def test_every_head_size(name, Dk, Dv):
   assert not large_moves(program, 1024 * 2 * 32)
 
 
-@pytest.mark.in_turn(12)
+@pytest.mark.smoke("per_head")
 @pytest.mark.parametrize("name", PATTERNS)
 def test_odd_lengths(name):
   x = array(2, 777, 4, 64)

@@ -140,7 +140,7 @@ def expected(case, q, k, v, ids):
   return out, lse, lambda *cotangents: [x[:, :, heads] for x in pull(cotangents)]
 
 
-@pytest.mark.in_turn(16)
+@pytest.mark.smoke("dense", "window with segments", "column", "block", "summary", "fixed, odd")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_equals_the_reference(case):
   q, k, v, _, ids = arrays(case)
@@ -155,7 +155,9 @@ def test_forward_equals_the_reference(case):
   )
 
 
-@pytest.mark.in_turn(16)
+@pytest.mark.smoke(
+  "dense", "window with segments", "earlier rows of a column", "block", "summary of 5", "fixed"
+)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradients_equal_the_reference(case):
   q, k, v, dout, ids = arrays(case)
@@ -221,7 +223,7 @@ SHAPES = {  # B, T, H, D, stride, width
 
 
 @pytest.mark.parametrize("view", ["summary", "fixed", "columns"])
-@pytest.mark.in_turn(8)
+@pytest.mark.smoke("enwik8-fixed", "cifar10-columns")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_lower_for_an_h100_without_copies(shape, view):
   B, T, H, D, stride, width = SHAPES[shape]

@@ -76,7 +76,13 @@ def check(case, **how):
   return got
 
 
-@pytest.mark.in_turn(4)
+@pytest.mark.smoke(
+  "per_head-T150-float32-Hkv2-D16",
+  "dense-T150-float32-Hkv1-D16-segments",
+  "shared_lanes-T150-bfloat16-D64-Dv128",
+  "columns-T203-bfloat16-D128",
+  daily=4,
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_out_lse_and_gradients_match_the_reference(case):
   check(case)

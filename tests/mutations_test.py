@@ -28,12 +28,6 @@ ODD += (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation(tmp_path_factory):
-  with tiny.fast_compilation(tmp_path_factory.mktemp("cache")):
-    yield
-
-
 def base(path, chance):
   """A valid config that trains one step."""
   layers = chance.choice([("fixed",), ("local",), ("strided",), (("local", "column"),)])

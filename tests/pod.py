@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 class Pod:
   """Processes of one run; lines of all of them go to files that `text` reads."""
 
-  def __init__(self, folder: pathlib.Path, *args, processes=1, devices=1, cache, **environment):
+  def __init__(self, folder: pathlib.Path, *args, processes=1, devices=1, **environment):
     """Starts `python -m tests.pod_child ARGS` in each process.
 
     Args:
@@ -29,7 +29,6 @@ class Pod:
       args: the training command's.
       processes: of the run.
       devices: simulated ones of each process.
-      cache: folder of compiled programs.
       environment: more variables for the children.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +36,7 @@ class Pod:
     variables = os.environ | {
       "JAX_PLATFORMS": "cpu",
       "JAX_NUM_CPU_DEVICES": str(devices),
-      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_COMPILATION_CACHE_DIR": os.environ["TEST_CACHE"],  # of tests/conftest.py
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "PYTHONPATH": str(ROOT),

@@ -47,7 +47,7 @@ def train_on(root, kind, meshes, *, processes, devices, **changes):
   folders = {mesh: root / f"{kind}-{processes}x{devices}-{mesh}" for mesh in meshes}
   workdirs = ";".join(f"{mesh}={folder}" for mesh, folder in folders.items())
   args = pod.arguments(kind, root / "text", root / "unused", **changes)
-  how = dict(processes=processes, devices=devices, cache=root / f"cache{processes}x{devices}")
+  how = dict(processes=processes, devices=devices)
   one = pod.Pod(root / "output", *args, **how, WORKDIRS=workdirs)
   assert one.wait(timeout=560) == [0] * processes, one.text()
   return {mesh: pod.losses(folder) for mesh, folder in folders.items()}
@@ -98,11 +98,11 @@ def listening(pid: int) -> set[str]:
 
 
 def test_sigterm_to_one_process_stops_both_and_the_same_command_goes_on(root):
-  args = pod.arguments("fixed", root / "text", root / "stopped", train__steps=400, mesh__data=2)
-  args += ["--config.train.eval_every=400", "--config.train.save_every=400"]
-  how = dict(processes=2, cache=root / "cache-stop")
+  args = pod.arguments("fixed", root / "text", root / "stopped", train__steps=100, mesh__data=2)
+  args += ["--config.train.eval_every=100", "--config.train.save_every=100"]
+  how = dict(processes=2)
   both = pod.Pod(root / "output", *args, **how)
-  both.wait_for("step 3/400")
+  both.wait_for("step 3/100")
   loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
   assert set() < listening(both.children[0].pid) <= loopback
   assert listening(both.children[1].pid) <= loopback
@@ -114,13 +114,13 @@ def test_sigterm_to_one_process_stops_both_and_the_same_command_goes_on(root):
   assert again.wait() == [0, 0], again.text()
   assert f"at step {ends.pop()[0]}" in again.text()
   whole = [x["step"] for x in pod.records(root / "stopped") if "loss" in x]
-  assert whole == list(range(1, 401))
+  assert whole == list(range(1, 101))
 
 
 def test_a_missing_host_is_told_before_the_abort(root):
   args = pod.arguments("fixed", root / "text", root / "missing")
   join = [f"--coordinator={pod.LOOPBACK}:{pod.free_port()}", "--num_processes=2", "--process_id=0"]
-  one = pod.Pod(root / "output", *args, *join, "--join_seconds=3", cache=root / "cache-missing")
+  one = pod.Pod(root / "output", *args, *join, "--join_seconds=3")
   assert one.wait(timeout=120) == [-signal.SIGABRT]
   lines = one.text()
   assert "waiting up to 3 s for 2 processes at 127.0.0.1" in lines

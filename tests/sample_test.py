@@ -20,7 +20,6 @@ from sparse_flax import sharding
 from sparse_flax import SparseTransformer
 from sparse_flax import workdir
 from tests import tiny
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import SMALL
 from tests.model_helpers import small_model
 

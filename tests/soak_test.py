@@ -22,7 +22,7 @@ ALL_BAD = dict(NAN_STEPS="0", NAN_EVERY="1")
 def start(root: pathlib.Path, name: str, steps: int, **environment) -> pod.Pod:
   changes = dict(train__steps=steps, train__save_every=5, train__eval_every=50)
   args = pod.arguments("fixed", root / "text", root / name, **changes)
-  return pod.Pod(root / "output", *args, cache=root / "cache", **environment)
+  return pod.Pod(root / "output", *args, **environment)
 
 
 def step_of(workdir: pathlib.Path) -> int:

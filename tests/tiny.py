@@ -1,8 +1,6 @@
 """The smallest run that goes through everything: 6 steps of a text model with 15,000 weights."""
 
-import contextlib
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import ml_collections
@@ -48,21 +46,3 @@ def leaf_bytes(tree) -> dict[str, bytes]:
   """Every leaf's bytes, by its path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
-
-
-@contextlib.contextmanager
-def fast_compilation(cache: pathlib.Path) -> Iterator[None]:
-  """Compiling takes nearly all the time of these tests, and often of what was compiled before."""
-  settings = {
-    "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": str(cache),
-    "jax_persistent_cache_min_compile_time_secs": 0.2,
-  }
-  old = {name: jax.config.values[name] for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  try:
-    yield
-  finally:
-    for name, value in old.items():
-      jax.config.update(name, value)

@@ -22,12 +22,6 @@ from tests import tiny
 pytestmark = pytest.mark.promotes  # optax's Adam mixes dtypes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation(tmp_path_factory):
-  with tiny.fast_compilation(tmp_path_factory.mktemp("cache")):
-    yield
-
-
 def run(config, workdir):
   lines = []
   result = train.train(config, str(workdir), say=lines.append)

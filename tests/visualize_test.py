@@ -13,7 +13,6 @@ from pallas_kernels import patterns
 from sparse_flax import attention_pictures
 from sparse_flax import mask_pictures
 from tests import tiny
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.sample_test import make_run
 from tests.sample_test import small
 

@@ -1,0 +1,65 @@
+"""What tests/conftest.py promises: cases by name and by date, none lost, none skipped in CI."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+CONFTEST = pathlib.Path(__file__).parent / "conftest.py"
+FILES = {
+  "good": """
+@pytest.mark.smoke("7", "2")
+@pytest.mark.parametrize("n", range(10))
+def test_named_and_daily(n): pass
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", range(2))
+def test_slow_as_a_whole(n): pass
+""",
+  "unknown": """
+@pytest.mark.smoke("10")
+@pytest.mark.parametrize("n", range(10))
+def test_unknown(n): pass
+""",
+  "lost": """
+@pytest.mark.parametrize("n", [pytest.param(n, marks=pytest.mark.slow) for n in range(2)])
+def test_lost(n): pass
+""",
+  "skipped": """
+def test_skipped(): pytest.skip("no browser")
+""",
+  "skipped_file": """
+pytest.importorskip("no_such_package")
+def test_of_a_skipped_file(): pass
+""",
+}
+
+
+def run(folder: pathlib.Path, **environment) -> str:
+  """What pytest says of FILES, run as `make test` runs."""
+  command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow"]
+  command += ["-o", "markers=smoke\nslow\ngpu\npromotes", "--continue-on-collection-errors", folder]
+  variables = {key: value for key, value in os.environ.items() if key != "CI"} | environment
+  return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True).stdout
+
+
+def test_cases_are_chosen_and_neither_lost_nor_skipped(tmp_path):
+  shutil.copy(CONFTEST, tmp_path / "conftest.py")
+  for name, text in FILES.items():
+    (tmp_path / f"{name}_test.py").write_text("import pytest\n" + text)
+  said = run(tmp_path, CI="1", TEST_DATE="2026-11-29")
+  chosen = re.findall(r"::test_named_and_daily\[(\d)\] PASSED", said)
+  assert len(chosen) == 3 and {"2", "7"} < set(chosen)
+  assert "test_slow_as_a_whole" not in said
+  assert "test_unknown: no case '10' among" in said
+  assert "test_lost: no case is left for make test" in said
+  assert "CI must not skip: Skipped: no browser" in said
+  assert "CI must not skip: Skipped: could not import 'no_such_package'" in said
+  assert "1 failed, 3 passed" in said and "3 errors" in said
+
+  other_day = run(tmp_path, TEST_DATE="2026-11-30")
+  others = re.findall(r"::test_named_and_daily\[(\d)\] PASSED", other_day)
+  assert len(others) == 3 and set(others) & set(chosen) == {"2", "7"}
+  assert "2 skipped" in other_day
