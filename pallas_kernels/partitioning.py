@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable
 from collections.abc import Mapping
 from types import ModuleType
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import compiler  # raises errors of the compiler; nothing public does
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping
 from jax.experimental.custom_partitioning import CompoundFactor
@@ -33,7 +35,7 @@ from jaxtyping import Array
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.reference import reference_attention
 
-# B, H and Hkv may be sharded, and what vmap adds in front of them; all else is whole on a device.
+# B, H and Hkv may be sharded, and what vmap adds in front; a device has all else whole.
 _NAMES = {
   "q": ("B", "T", "H", "Dk"),
   "k": ("B", "S", "Hkv", "Dk"),
@@ -48,6 +50,10 @@ _NAMES = {
 }
 
 logger = logging.getLogger(__name__)
+
+
+class ShardedHeadsError(ValueError):
+  """Heads are sharded over devices that cannot compute their share alone."""
 
 
 def mesh_of(*arrays: Array) -> jax.sharding.AbstractMesh | None:
@@ -66,8 +72,22 @@ def mesh_of(*arrays: Array) -> jax.sharding.AbstractMesh | None:
 
 
 def backend_for(backend: ModuleType, q: Array, k: Array, v: Array) -> Any:
-  """A backend; where arrays may be sharded one that calls it on each device."""
+  """A backend; where arrays may be sharded, one that calls it on each device."""
   return backend if mesh_of(q, k, v) is None else _PerDevice(backend)
+
+
+def reference(q: Array, k: Array, v: Array, *, segment_ids, block_mask, **how):
+  """`reference_attention`; where arrays may be sharded, on each device."""
+  if mesh_of(q, k, v) is None:
+    return reference_attention(q, k, v, segment_ids=segment_ids, block_mask=block_mask, **how)
+  return _reference(tuple(how.items()), q, k, v, segment_ids, block_mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reference(how, q, k, v, segment_ids, block_mask):
+  operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
+  call, arrays = _call(reference_attention, operands, ("out", "lse"), dict(how))
+  return call.differentiable(*arrays)
 
 
 class _PerDevice:
@@ -105,61 +125,48 @@ class _PerDevice:
     operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
     operands |= dict(out=out, lse=lse, dout=dout, dlse=dlse)
     call, arrays = _call(local, operands, ("q", "k", "v"), how)
-    return _as_typed(call(*arrays), (q, k, v))
-
-
-def reference(q: Array, k: Array, v: Array, *, segment_ids, block_mask, **how):
-  """`reference_attention`, where arrays may be sharded on each device."""
-  if mesh_of(q, k, v) is None:
-    return reference_attention(q, k, v, segment_ids=segment_ids, block_mask=block_mask, **how)
-  return _reference(tuple(how.items()), q, k, v, segment_ids, block_mask)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _reference(how, q, k, v, segment_ids, block_mask):
-  operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
-  call, arrays = _call(reference_attention, operands, ("out", "lse"), dict(how))
-  return call.differentiable(*arrays)
+    return _typed_like(call(*arrays), (q, k, v))
 
 
 def _call(function: Callable, operands: dict, results: tuple[str, ...], how: dict):
-  """`function` of named arrays as a `_Call`, and the arrays that it takes."""
+  """`function` of named arrays and `how` as a `_Call`, and the arrays that it takes."""
   operands = {name: x for name, x in operands.items() if x is not None}
-  (B, _, H, _), Hkv, scores = operands["q"].shape, operands["k"].shape[2], how["scores"]
-  if scores.score_fn is not None:
+  (B, _, H, _), Hkv = operands["q"].shape, operands["k"].shape[2]
+  if how["scores"].score_fn is not None:
     operands["head_numbers"] = jnp.arange(H, dtype=jnp.int32)
   labels = tuple(operands)
 
   def local(*arrays):
     named, mine = dict(zip(labels, arrays, strict=True)), how
     if "head_numbers" in named:
-      mine = how | dict(scores=scores.from_head(named.pop("head_numbers")[0]))
+      mine = how | dict(scores=how["scores"].from_head(named.pop("head_numbers")[0]))
     return tuple(function(**named, **mine))
 
-  def axes(name: str) -> tuple[str, ...]:
-    names = _NAMES[name]
-    if name == "block_mask":  # one row may serve the whole batch, or all heads
-      shape, sizes = operands[name].shape, dict(B=B, H=H)
+  def names_of(label: str) -> tuple[str, ...]:
+    names = _NAMES[label]
+    if label == "block_mask":  # one row may serve the whole batch, or all heads
+      shape, sizes = operands[label].shape, dict(B=B, H=H)
       names = (x if n == sizes.get(x, n) else "one" for x, n in zip(names, shape, strict=True))
     return tuple(names)
 
-  return _Call(
+  call = _Call(
     local=local,
     labels=labels,
-    operands=tuple(map(axes, labels)),
-    results=tuple(_NAMES[name] for name in results),
+    operands=tuple(map(names_of, labels)),
+    results=tuple(map(names_of, results)),
     heads=(H, Hkv, how["pattern"]),
-  ), tuple(operands.values())
+  )
+  return call, tuple(operands.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """A function of arrays that each device may call with its own rows of the batch and heads.
+  """A function of arrays that each device can call with its own rows of the batch and heads.
 
   Attributes:
     local: (*arrays) -> tuple of arrays.
     labels: of the operands, for messages.
-    operands, results: the names of the axes of each. A result without one of the axes that may be
+    operands, results: the names of the axes of each array. A result that lacks an axis which is
       sharded is a sum over it.
     heads: H, Hkv and the pattern, whose period the heads of a device must keep.
   """
@@ -173,27 +180,35 @@ class _Call:
   def __call__(self, *arrays: Array) -> tuple[Array, ...]:
     mesh = mesh_of(*arrays)
     explicit = AxisType.Explicit in mesh.axis_types
-    return self._typed(mesh, arrays) if explicit else self._compiled(*arrays)
+    call = custom_vmap(functools.partial(self._typed, mesh) if explicit else self._compiled())
+
+    @call.def_vmap
+    def mapped(size, is_mapped, *arrays):
+      del size
+      return self._mapped(is_mapped)(*arrays), (True,) * len(self.results)
+
+    return call(*arrays)
 
   def differentiable(self, *arrays: Array) -> tuple[Array, ...]:
-    """The same with derivatives: the backward pass is such a function too."""
+    """The same with derivatives of any order: the backward pass is such a call too."""
     call = jax.custom_vjp(self.__call__)
 
     def backward(arrays, cotangents):
       floats = [n for n, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.inexact)]
       found = self._pullback(floats).differentiable(*arrays, *cotangents)
-      found = _as_typed(found, [arrays[n] for n in floats])
+      found = _typed_like(found, [arrays[n] for n in floats])
       grads = dict(zip(floats, found, strict=True))
       return tuple(grads.get(n) for n in range(len(arrays)))
 
-    call.defvjp(lambda *arrays: (self(*arrays), arrays), backward)
+    call.defvjp(lambda *arrays: (self.differentiable(*arrays), arrays), backward)
     return call(*arrays)
 
   def _pullback(self, floats: list[int]) -> "_Call":
     """(*operands, *cotangents) -> the gradients of those operands that are floats."""
+    at = len(self.operands)
 
     def local(*arrays):
-      arrays, cotangents = list(arrays[: len(self.operands)]), arrays[len(self.operands) :]
+      arrays, cotangents = list(arrays[:at]), arrays[at:]
 
       def function(*some):
         for n, x in zip(floats, some, strict=True):
@@ -205,71 +220,14 @@ class _Call:
     return dataclasses.replace(
       self,
       local=local,
-      labels=self.labels + tuple(f"cotangent_{n}" for n in range(len(self.results))),
+      labels=(*self.labels, *(f"cotangent {n}" for n in range(len(self.results)))),
       operands=self.operands + self.results,
       results=tuple(self.operands[n] for n in floats),
     )
 
-  # ---------------------------------------------------------------------------- explicit axes
-
-  def _typed(self, mesh: jax.sharding.AbstractMesh, arrays) -> tuple[Array, ...]:
-    shardings = [jax.typeof(x).sharding for x in arrays]
-    where = self._where(mesh.shape, arrays, [x.spec for x in shardings])
-    if moved := self._moved(where, arrays, [x.spec for x in shardings]):
-      raise ValueError(f"{moved[0]}: use jax.sharding.reshard")
-    specs = tuple(_spec(names, where) for names in self.operands)
-    laid = (jax.NamedSharding(mesh, spec) for spec in specs)
-    arrays = tuple(map(jax.sharding.reshard, arrays, laid))
-    out_specs = tuple(_spec(names, where) for names in self.results)
-    how = dict(mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
-    return jax.shard_map(functools.partial(self._summed, where), **how)(*arrays)
-
-  # --------------------------------------------------------------------------- automatic axes
-
-  def _compiled(self, *arrays: Array) -> tuple[Array, ...]:
-    local = jax.jit(self.local)  # its constants are its own: custom_partitioning takes none
-
-    @custom_partitioning
-    def shared(*arrays):
-      return local(*arrays)
-
-    shared.def_partition(self._partition, sharding_rule=self._rule())
-    call = custom_vmap(lambda *arrays: shared(*arrays))
-
-    @call.def_vmap
-    def mapped(size, is_mapped, *arrays):
-      del size
-      return self._mapped(is_mapped)._compiled(*arrays), (True,) * len(self.results)
-
-    return call(*arrays)
-
-  def _partition(self, mesh, operands, results):
-    """What the compiler asks for: the function of a device, and how its arrays are sharded."""
-    specs = [x.sharding.spec for x in (*operands, *results)]
-    where = self._where(mesh.shape, (*operands, *results), specs)
-    for text in self._moved(where, operands, specs):
-      _say_once(f"{text}: all devices gather it")
-    laid = lambda names: jax.NamedSharding(mesh, _spec(names, where))
-    local = functools.partial(self._summed, where)
-    return mesh, local, tuple(map(laid, self.results)), tuple(map(laid, self.operands))
-
-  def _rule(self) -> SdyShardingRule:
-    """Shardings of batch and heads pass from one array to the others, those of other axes do not."""
-    H, Hkv, _ = self.heads
-    heads = CompoundFactor("Hkv", "group") if H > Hkv else "Hkv"
-
-    def mapping(n, names):
-      factor = lambda d, name: name if _shardable(name) else f"whole_{n}_{d}"
-      return ArrayMapping(*(heads if x == "H" else factor(d, x) for d, x in enumerate(names)))
-
-    arrays = [mapping(n, names) for n, names in enumerate(self.operands + self.results)]
-    at = len(self.operands)
-    sizes = dict(group=H // Hkv) if H > Hkv else {}
-    return SdyShardingRule(tuple(arrays[:at]), tuple(arrays[at:]), **sizes)
-
-  def _mapped(self, is_mapped) -> "_Call":
-    """This function under vmap."""
-    name = f"mapped{sum(x.startswith('mapped') for x in self.results[0])}"
+  def _mapped(self, is_mapped: list[bool]) -> "_Call":
+    """The same under vmap."""
+    name = f"vmap{sum(map(_is_mapped, self.results[0]))}"
     widen = lambda names, mapped=True: (name, *names) if mapped else names
     return dataclasses.replace(
       self,
@@ -278,63 +236,121 @@ class _Call:
       results=tuple(map(widen, self.results)),
     )
 
+  # ---------------------------------------------------------------------------- explicit axes
+
+  def _typed(self, mesh: jax.sharding.AbstractMesh, *arrays: Array) -> tuple[Array, ...]:
+    specs = [jax.typeof(x).sharding.spec for x in arrays]
+    where = self._where(mesh.shape, arrays, specs)
+    for text in self._moved(where, arrays, specs).values():
+      raise ValueError(f"{text}; jax.sharding.reshard gathers what is to be gathered")
+    in_specs = tuple(_spec(names, where) for names in self.operands)
+    laid = (jax.NamedSharding(mesh, spec) for spec in in_specs)
+    arrays = tuple(map(jax.sharding.reshard, arrays, laid))
+    out_specs = tuple(_spec(names, where) for names in self.results)
+    how = dict(mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(functools.partial(self._summed, where), **how)(*arrays)
+
+  # --------------------------------------------------------------------------- automatic axes
+
+  def _compiled(self) -> Callable[..., tuple[Array, ...]]:
+    local = jax.jit(self.local)  # keeps its constants to itself: custom_partitioning takes none
+    shared = custom_partitioning(lambda *arrays: local(*arrays))
+    shared.def_partition(self._partition, sharding_rule=self._rule())
+    return lambda *arrays: shared(*arrays)
+
+  def _rule(self) -> SdyShardingRule:
+    """Shardings of batch and heads pass from array to array, those of other axes do not."""
+    H, Hkv, _ = self.heads
+    grouped = 1 < Hkv < H
+    heads = CompoundFactor("Hkv", "group") if grouped else "Hkv" if Hkv == H else "group"
+
+    def mapping(n: int, names: tuple[str, ...]) -> ArrayMapping:
+      factor = lambda axis, name: name if _may_be_sharded(name) else f"whole_{n}_{axis}"
+      return ArrayMapping(*(heads if x == "H" else factor(d, x) for d, x in enumerate(names)))
+
+    arrays = tuple(mapping(n, names) for n, names in enumerate(self.operands + self.results))
+    at, sizes = len(self.operands), dict(group=H // Hkv) if grouped else {}
+    return SdyShardingRule(arrays[:at], arrays[at:], **sizes)
+
+  def _partition(self, mesh: jax.sharding.Mesh, operands, results):
+    """What the compiler asks for: the function of a device, and how its arrays are sharded."""
+    specs = [x.sharding.spec for x in (*operands, *results)]
+    where = self._where(mesh.shape, (*operands, *results), specs)
+    for axes, text in self._moved(where, operands, specs).items():
+      _say_once(axes, f"{text}; every device gathers them")
+    laid = lambda names: jax.NamedSharding(mesh, _spec(names, where))
+    local = functools.partial(self._summed, where)
+    return mesh, local, tuple(map(laid, self.results)), tuple(map(laid, self.operands))
+
   # ------------------------------------------------------------------------------------- both
 
   def _where(self, sizes: Mapping[str, int], arrays, specs) -> dict[str, tuple[str, ...]]:
     """The axes of the mesh for each name of an axis: those of the first array that is sharded.
 
     Raises:
-      ValueError: a device's heads would not be a device's share of keys, or of the pattern.
+      ShardedHeadsError: a device's query heads would not be whole groups that share a key head, or
+        whole periods of the pattern.
     """
-    where = {}
+    where, size = {}, lambda axes: math.prod(sizes[x] for x in axes)
     for names, x, spec in zip(self.operands + self.results, arrays, specs, strict=False):
       for name, length, axes in zip(names, x.shape, _axes_of(spec, x.ndim), strict=True):
-        n, key = math.prod(sizes[a] for a in axes), _key(name)
-        free = not any(set(axes) & set(others) for others in where.values())
-        if axes and key not in where and free and length % n == 0 and (n == 1 or _shardable(key)):
+        n, key = size(axes), _key(name)
+        fits = length % n == 0 and (n == 1 or _may_be_sharded(name))
+        taken = key in where or any(set(axes) & set(others) for others in where.values())
+        if axes and fits and not taken:
           where[key] = axes
-    n, (H, Hkv, pattern) = math.prod(sizes[a] for a in where.get("H", ())), self.heads
-    over = f"H={H} heads are sharded over {n} devices of mesh axes {where.get('H')}"
+    axes, (H, Hkv, pattern) = where.get("H", ()), self.heads
+    n = size(axes)
     if Hkv % n:
-      raise ValueError(f"{over}: these must divide the Hkv={Hkv} heads of k and v")
+      raise ShardedHeadsError(
+        f"H={H} query heads are sharded over {n} devices (mesh axes {axes}), which must divide the "
+        f"Hkv={Hkv} heads of k and v"
+      )
     if n > 1 and H // n % pattern.period:
-      raise ValueError(
-        f"{over}: each has {H // n}, which must be a multiple of the {pattern.period} heads after "
-        f"which pattern={pattern} repeats"
+      raise ShardedHeadsError(
+        f"H={H} heads over {n} devices (mesh axes {axes}) are {H // n} heads each, which must be a "
+        f"multiple of {pattern.period}, the heads after which pattern={pattern} repeats"
       )
     return where
 
-  def _moved(self, where, arrays, specs) -> list[str]:
-    """What of the operands' shardings cannot stay."""
-    return [
-      f"{label} {list(x.shape)} is sharded over mesh axes {axes} along {name}, and attention needs "
-      f"{f'{where[_key(name)]} as other arrays have' if _key(name) in where else 'it whole'}"
-      for label, names, x, spec in zip(self.labels, self.operands, arrays, specs, strict=False)
-      for name, axes in zip(names, _axes_of(spec, x.ndim), strict=True)
-      if axes and where.get(_key(name)) != axes
-    ]
+  def _moved(self, where, arrays, specs) -> dict[tuple[str, ...], str]:
+    """By axes of the mesh, which operands cannot stay sharded over them, in words."""
+    found = {}
+    for label, names, x, spec in zip(self.labels, self.operands, arrays, specs, strict=False):
+      for name, axes in zip(names, _axes_of(spec, x.ndim), strict=True):
+        if axes and where.get(_key(name)) != axes:
+          found.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
+    return {
+      axes: f"mesh axes {axes} shard {', '.join(parts)}: attention needs whole sequences, and the "
+      "same rows of the batch and the same heads of all its arrays"
+      for axes, parts in found.items()
+    }
 
   def _summed(self, where, *arrays: Array) -> tuple[Array, ...]:
     """`local` on one device, and the sums over devices of results that are sums."""
     results = []
     for names, x in zip(self.results, self.local(*arrays), strict=True):
-      keys = {_key(name) for name in names}
-      over = [a for key, axes in where.items() if _shardable(key) and key not in keys for a in axes]
-      results.append(jax.lax.psum(x, tuple(over)) if over else x)
+      mine = {_key(name) for name in names}
+      over = [axes for key, axes in where.items() if _may_be_sharded(key) and key not in mine]
+      results.append(jax.lax.psum(x, sum(over, ())) if over else x)
     return tuple(results)
 
 
 def _key(name: str) -> str:
-  """Query heads are sharded like the key heads that they read."""
+  """Query heads lie where the key heads are that they read."""
   return "H" if name == "Hkv" else name
 
 
-def _shardable(name: str) -> bool:
-  return name in ("B", "H", "Hkv") or name.startswith("mapped")
+def _is_mapped(name: str) -> bool:
+  return name.startswith("vmap")
+
+
+def _may_be_sharded(name: str) -> bool:
+  return name in ("B", "H", "Hkv") or _is_mapped(name)
 
 
 def _axes_of(spec: jax.P, ndim: int) -> list[tuple[str, ...]]:
-  """The axes of the mesh over which each axis is sharded."""
+  """The axes of the mesh over which each axis of an array is sharded."""
   as_tuple = lambda axes: () if axes is None else axes if isinstance(axes, tuple) else (axes,)
   return [as_tuple(axes) for axes in (*spec, *(None,) * (ndim - len(spec)))]
 
@@ -343,14 +359,28 @@ def _spec(names: tuple[str, ...], where: Mapping[str, tuple[str, ...]]) -> jax.P
   return jax.P(*(where.get(_key(name)) for name in names))
 
 
-def _as_typed(grads, arrays) -> tuple[Array, ...]:
-  """Gradients sharded as the types of their arrays say."""
+def _typed_like(grads, arrays) -> tuple[Array, ...]:
+  """Gradients as the types of their arrays say, which name what is sharded where it is explicit."""
+  shardings = [jax.typeof(x).sharding for x in arrays]
   return tuple(
-    jax.sharding.reshard(grad, like) if any((like := jax.typeof(x).sharding).spec) else grad
-    for grad, x in zip(grads, arrays, strict=True)
+    jax.sharding.reshard(grad, like) if AxisType.Explicit in like.mesh.axis_types else grad
+    for grad, like in zip(grads, shardings, strict=True)
   )
 
 
-@functools.cache
-def _say_once(text: str) -> None:
-  logger.warning("%s", text)
+_said = set()
+
+
+def _say_once(axes: tuple[str, ...], text: str) -> None:
+  if axes not in _said:
+    _said.add(axes)
+    logger.warning("%s", text)
+
+
+def _error_of_ours(error: Exception) -> ShardedHeadsError | None:
+  """What `_where` raised while the compiler asked: of that the compiler keeps the text alone."""
+  found = re.search(rf"{ShardedHeadsError.__qualname__}: (.*)", str(error))
+  return None if found is None else ShardedHeadsError(found.group(1))
+
+
+compiler.register_xla_runtime_error_handler(_error_of_ours)
