@@ -18,10 +18,10 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels import hardware
+from pallas_kernels import partitioning
 from pallas_kernels import xla
 from pallas_kernels.patterns import Dense
 from pallas_kernels.patterns import Pattern
-from pallas_kernels.reference import reference_attention
 from pallas_kernels.scores import Scores
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
@@ -106,15 +106,16 @@ def sparse_attention(
   if implementation == "reference":
     how |= dict(segment_ids=segment_ids, block_mask=block_mask)
     with computed_by("reference"):
-      out, lse = _named(*reference_attention(q, k, v, **how))
+      out, lse = _named(*partitioning.reference(q, k, v, **how))
     return (out, lse) if return_lse else out
   name = choose(implementation)
-  if name != "xla" and (reason := _backend(name).unsupported(q, k, v, *masks, **how)):
+  if name != "xla" and (reason := _backend(name, q, k, v).unsupported(q, k, v, *masks, **how)):
     name = _instead(implementation, reason)
-  may_call_cudnn = name == "mosaic_gpu" and not (deterministic or return_lse)
-  if may_call_cudnn and _backend(name).cudnn_serves(q, k, v, *masks, **how):
+  one_device = partitioning.mesh_of(q, k, v) is None
+  may_call_cudnn = name == "mosaic_gpu" and one_device and not (deterministic or return_lse)
+  if may_call_cudnn and _module(name).cudnn_serves(q, k, v, *masks, **how):
     with computed_by("cudnn"):
-      out = _backend(name).cudnn_attention(q, k, v, scale=scale)
+      out = _module(name).cudnn_attention(q, k, v, scale=scale)
     return checkpoint_name(out, "attention_out")
   with computed_by(name):
     return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks)
@@ -142,7 +143,7 @@ def load_backend(implementation: Implementation | None) -> None:
   Raises:
     NotImplementedError: the implementation is named and does not run here; the message says why.
   """
-  _backend(choose(implementation))
+  _module(choose(implementation))
 
 
 def computed_by(name: str):
@@ -183,8 +184,13 @@ def _say_once(reason: str) -> None:
   logger.warning("%s; xla computes it", reason)
 
 
-def _backend(name: Implementation):
-  """Those with a backward pass of their own; kernels are imported only where they are used."""
+def _backend(name: Implementation, *arrays: Array):
+  """Those with a backward pass of their own; where arrays are sharded, on every device."""
+  return partitioning.backend_for(_module(name), *arrays)
+
+
+def _module(name: Implementation):
+  """Kernels are imported only where they are used."""
   if name == "mosaic_gpu":
     from pallas_kernels import mosaic_gpu
 
@@ -204,7 +210,7 @@ def _attend(name, how, return_lse, q, k, v, segment_ids, block_mask):
 
 
 def _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask):
-  backend, how, masks = _backend(name), dict(how), (segment_ids, block_mask)
+  backend, how, masks = _backend(name, q, k, v), dict(how), (segment_ids, block_mask)
   # The residuals carry the names, so that a policy which keeps them saves the forward pass. The
   # lse among them is as the backend wants it: the public one is made for who asks.
   out, lse = _named(*backend.forward(q, k, v, *masks, **how))
@@ -214,7 +220,8 @@ def _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask):
 
 def _attend_backward(name, how, return_lse, residuals, cotangents):
   dout, dlse = cotangents if return_lse else (cotangents, None)
-  return *_backend(name).backward(*residuals, dout, dlse, **dict(how)), None, None
+  backend = _backend(name, *residuals[:3])
+  return *backend.backward(*residuals, dout, dlse, **dict(how)), None, None
 
 
 _attend.__wrapped__.defvjp(_attend_forward, _attend_backward)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float
@@ -27,6 +28,26 @@ class Scores:
   def only_scale(self) -> bool:
     """Whether logits are products times the scale."""
     return self.soft_cap is None and self.score_fn is None
+
+  @property
+  def reads_heads(self) -> bool:
+    """Whether `score_fn` makes use of the number of a head."""
+    if self.score_fn is None:
+      return False
+    number, logit = (
+      jax.ShapeDtypeStruct((1, 1), jnp.int32),
+      jax.ShapeDtypeStruct((1, 1), jnp.float32),
+    )
+    jaxpr = jax.make_jaxpr(self.score_fn)(logit, *(number,) * 3).jaxpr
+    head = jaxpr.invars[3]
+    return any(var is head for eqn in jaxpr.eqns for var in eqn.invars) or head in jaxpr.outvars
+
+  def from_head(self, first) -> "Scores":
+    """The same where heads are counted from `first`."""
+    if self.score_fn is None:
+      return self
+    score_fn = lambda logit, i, j, h: self.score_fn(logit, i, j, h + first)
+    return dataclasses.replace(self, score_fn=score_fn)
 
   def __call__(self, products: Float[Array, "..."], i, j, h) -> Float[Array, "..."]:
     """The logits of the pairs (i, j) of heads h, which broadcast against the products."""

@@ -128,6 +128,12 @@ def natural_lse(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T
   return lse
 
 
+def lse_of_natural(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T H"]:
+  """What `forward` returned, from the public log-sum-exp."""
+  del arrays, how
+  return lse
+
+
 def _natural(q, k, block_mask, scores: Scores) -> bool:
   """Whether original positions count: only the natural view has them."""
   return q.shape[1] != k.shape[1] or block_mask is not None or scores.score_fn is not None

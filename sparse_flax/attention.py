@@ -141,17 +141,21 @@ class SparseSelfAttention(nnx.Module):
       The layer's output of this step, and the cache with this step's key and value.
     """
     out, cache = decode.attend(*self._heads(x), cache, step=step, layer=layer)
-    return self.out(out.reshape(*x.shape[:-1], -1)), cache
+    return _product(self.out, out.reshape(*x.shape[:-1], -1)), cache
 
   def _attend(self, q, k, v) -> Float[Array, "B T E"]:
     how = dict(pattern=self.pattern, implementation=self.implementation)
     out = sharding.over_devices(q, k, v, **how)
-    return self.out(out.reshape(*out.shape[:2], -1))
+    return _product(self.out, out.reshape(*out.shape[:2], -1))
 
   def _heads(self, x: Float[Array, "*B E"]) -> tuple[Float[Array, "*B H D"], ...]:
     layers = self.query, self.key, self.value
-    products = (layer(one) for layer, one in zip(layers, apart(x, 3), strict=True))
+    products = map(_product, layers, apart(x, 3))
     return tuple(y.reshape(*y.shape[:-1], self.num_heads, -1) for y in products)
+
+
+def _product(layer: nnx.Linear, x: Float[Array, "*B E"]) -> Float[Array, "*B F"]:
+  return layer(x, out_sharding=sharding.of_product(x, layer.kernel[...]))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -1,5 +1,6 @@
 """The device mesh, and where state, batches and attention lie on it: rules, not annotations."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -138,34 +139,52 @@ def over_devices(
   pattern: Pattern,
   implementation: str | None = None,
 ) -> Float[Array, "B T H Dv"]:
-  """`sparse_attention`, where every device has its share of the sequences, heads and tokens.
+  """`sparse_attention`, which leaves batch and heads as they are sharded, and two things more.
 
-  The compiler cannot split kernels by itself: it would gather q, k and v on every device. The mesh
-  is that of `jax.set_mesh`; without one, or inside another shard_map, this is a plain call. Batch
-  or heads that do not come out even, or would give a head another number in the pattern, are not
-  shared out.
+  In a mesh like those of `make_mesh` it says how they are sharded: nothing else does that to what
+  a model computes on the way. And where the mesh of `jax.set_mesh` has an axis "sequence", devices
+  share out the tokens of a sequence. Batch or heads that do not come out even, or would give a head
+  another number in the pattern, are not shared out in either case.
 
   Raises:
     ValueError: the mesh has a sequence axis over which the pattern cannot be shared out.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  there = {name: size for name, size in mesh.shape.items() if size > 1}
-  plain = lambda q, k, v: sparse_attention(q, k, v, pattern=pattern, implementation=implementation)
-  if not there or mesh.manual_axes:
-    return plain(q, k, v)
-  rows = math.prod(there.get(name, 1) for name in BATCH)
-  heads, n = there.get("tensor", 1), there.get("sequence", 1)
+  mesh, how = jax.sharding.get_abstract_mesh(), dict(pattern=pattern, implementation=implementation)
+  n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
+  ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
+  if mesh.manual_axes or (n == 1 and not ours):
+    return sparse_attention(q, k, v, **how)
   # Axes of one device stand in it too: gradients are summed over those that do not.
   named = lambda *names: tuple(name for name in names if name in mesh.axis_names) or None
+  size = lambda *names: math.prod(mesh.shape.get(name, 1) for name in names)
   spec = jax.P(
-    named(*BATCH) if q.shape[0] % rows == 0 else None,
-    named("sequence"),
-    named("tensor") if q.shape[2] % (heads * pattern.period) == 0 else None,
+    named(*BATCH) if q.shape[0] % size(*BATCH) == 0 else None,
+    "sequence",
+    named("tensor") if q.shape[2] % (size("tensor") * pattern.period) == 0 else None,
   )
-  attend = plain
-  if n > 1:
-    if text := sequence.problem(pattern, q.shape[1], n):
-      raise ValueError(f"mesh axis sequence={n}: must {text}")
-    how = dict(pattern=pattern, axis="sequence", implementation=implementation)
-    attend = lambda q, k, v: sequence.attend(q, k, v, **how)
+  laid = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+  q, k, v = (laid(x, spec) for x in (q, k, v))
+  if n == 1:
+    return laid(sparse_attention(q, k, v, **how), spec)
+  if text := sequence.problem(pattern, q.shape[1], n):
+    raise ValueError(f"mesh axis sequence={n}: must {text}")
+  attend = functools.partial(sequence.attend, axis="sequence", **how)
   return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def of_product(x: Float[Array, "*B E"], kernel: Float[Array, "E F"]) -> jax.NamedSharding | None:
+  """Where x @ kernel lies under explicit axes: rows like those of x, features like the kernel's.
+
+  None where axes are not explicit: the compiler chooses.
+  """
+  rows, features = jax.typeof(x).sharding, jax.typeof(kernel).sharding
+  if AxisType.Explicit not in rows.mesh.axis_types or rows.mesh.manual_axes:
+    return None
+  taken = {axis for axes in rows.spec[:-1] for axis in _tuple_of(axes)}
+  free = tuple(axis for axis in _tuple_of(features.spec[-1]) if axis not in taken)
+  return jax.NamedSharding(rows.mesh, jax.P(*rows.spec[:-1], free or None))
+
+
+def _tuple_of(axes) -> tuple[str, ...]:
+  """Of one entry of a PartitionSpec."""
+  return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

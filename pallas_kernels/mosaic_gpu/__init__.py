@@ -2,6 +2,7 @@
 
 from pallas_kernels.mosaic_gpu.backend import backward
 from pallas_kernels.mosaic_gpu.backend import forward
+from pallas_kernels.mosaic_gpu.backend import lse_of_natural
 from pallas_kernels.mosaic_gpu.backend import natural_lse
 from pallas_kernels.mosaic_gpu.backend import unsupported
 from pallas_kernels.mosaic_gpu.cudnn import cudnn_attention
@@ -12,6 +13,7 @@ __all__ = [
   "cudnn_attention",
   "cudnn_serves",
   "forward",
+  "lse_of_natural",
   "natural_lse",
   "unsupported",
 ]

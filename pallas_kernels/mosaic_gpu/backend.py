@@ -103,6 +103,24 @@ def natural_lse(
   return _join(parts, groups) * math.log(2)
 
 
+def lse_of_natural(
+  lse: Float[Array, "B T H"],
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
+  segment_ids: Int[Array, "B T"] | None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
+  *,
+  pattern: Pattern,
+  scores: Scores,
+  block_size: int,
+) -> tuple[Array, ...]:
+  """What `forward` returned, from the natural log-sum-exp."""
+  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
+  lse = lse / math.log(2)
+  return tuple(one.view.rows(one.padded(_select(lse, one.heads))) for one in groups)
+
+
 def backward(
   q: Float[Array, "B T H Dk"],
   k: Float[Array, "B S Hkv Dk"],
@@ -416,6 +434,9 @@ class _Listed:
     dq, delta = stream_backward.sweep_keys(*rest, None, dout, **more, **how)
     how.update(blocks=self.sizes.dkv)
     return dq, *stream_backward.sweep_queries(*rest, delta, dout, **how)
+
+  def padded(self, x):
+    return x
 
   def cut(self, x):
     return x

@@ -1,0 +1,386 @@
+"""Where batch and heads are sharded, each device computes its own: nothing moves between devices.
+
+The compiler cannot split a kernel, and gathers what it cannot split; explicit types refuse most
+reshapes. But attention needs no other row of the batch and no other head. So what computes whole
+arrays is called on each device with what lies there:
+
+    explicit axes   the types of arrays say how they are sharded: `jax.shard_map`
+    automatic axes  only the compiler knows, and asks: `custom_partitioning`
+
+Forward and backward pass are wrapped one by one. A backward pass that JAX derives from `shard_map`
+would sum gradients over all axes of the mesh, also over those that shard nothing here.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src import compiler  # raises errors of the compiler; nothing public does
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import ArrayMapping
+from jax.experimental.custom_partitioning import CompoundFactor
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.custom_partitioning import SdyShardingRule
+from jax.sharding import AxisType
+from jaxtyping import Array
+
+from pallas_kernels.patterns import Pattern
+from pallas_kernels.reference import reference_attention
+
+# B, H and Hkv may be sharded, and what vmap adds in front; a device has all else whole.
+_NAMES = {
+  "q": ("B", "T", "H", "Dk"),
+  "k": ("B", "S", "Hkv", "Dk"),
+  "v": ("B", "S", "Hkv", "Dv"),
+  "segment_ids": ("B", "T"),
+  "block_mask": ("B", "H", "nq", "nk"),
+  "out": ("B", "T", "H", "Dv"),
+  "lse": ("B", "T", "H"),
+  "dout": ("B", "T", "H", "Dv"),
+  "dlse": ("B", "T", "H"),
+  "head_numbers": ("H",),
+}
+
+logger = logging.getLogger(__name__)
+
+
+class ShardedHeadsError(ValueError):
+  """Heads are sharded over devices that cannot compute their share alone."""
+
+
+def mesh_of(*arrays: Array) -> jax.sharding.AbstractMesh | None:
+  """The mesh over which arrays may be sharded.
+
+  None for one device, where no mesh is named, and inside `jax.shard_map`, where arrays are those of
+  one device already.
+  """
+  meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+  mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+  if mesh is None or AxisType.Manual in mesh.axis_types:
+    return None
+  # A mesh of one device matters to types that name its axes.
+  named = any(axes for x in arrays for axes in jax.typeof(x).sharding.spec)
+  return mesh if mesh.size > 1 or named else None
+
+
+def backend_for(backend: ModuleType, q: Array, k: Array, v: Array) -> Any:
+  """A backend; where arrays may be sharded, one that calls it on each device."""
+  return backend if mesh_of(q, k, v) is None else _PerDevice(backend)
+
+
+def reference(q: Array, k: Array, v: Array, *, segment_ids, block_mask, **how):
+  """`reference_attention`; where arrays may be sharded, on each device."""
+  if mesh_of(q, k, v) is None:
+    return reference_attention(q, k, v, segment_ids=segment_ids, block_mask=block_mask, **how)
+  return _reference(tuple(how.items()), q, k, v, segment_ids, block_mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reference(how, q, k, v, segment_ids, block_mask):
+  operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
+  call, arrays = _call(reference_attention, operands, ("out", "lse"), dict(how))
+  return call.differentiable(*arrays)
+
+
+class _PerDevice:
+  """The backend protocol. The log-sum-exp that is kept is the natural one, `[B, T, H]`."""
+
+  def __init__(self, backend: ModuleType):
+    self.backend = backend
+
+  def unsupported(self, q, k, v, segment_ids, block_mask, **how) -> str | None:
+    if how["scores"].reads_heads:
+      name = self.backend.__name__.rpartition(".")[2]
+      return f"{name}: a score_fn that reads head numbers is not supported on several devices"
+    return self.backend.unsupported(q, k, v, segment_ids, block_mask, **how)
+
+  def forward(self, q, k, v, segment_ids, block_mask, **how):
+    def local(q, k, v, segment_ids=None, block_mask=None, **how):
+      arrays = q, k, v, segment_ids, block_mask
+      out, lse = self.backend.forward(*arrays, **how)
+      return out, self.backend.natural_lse(lse, *arrays, **how)
+
+    operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
+    call, arrays = _call(local, operands, ("out", "lse"), how)
+    return call(*arrays)
+
+  def natural_lse(self, lse, *arrays, **how):
+    del arrays, how
+    return lse
+
+  def backward(self, q, k, v, segment_ids, block_mask, out, lse, dout, dlse, **how):
+    def local(q, k, v, out, lse, dout, dlse=None, segment_ids=None, block_mask=None, **how):
+      arrays = q, k, v, segment_ids, block_mask
+      lse = self.backend.lse_of_natural(lse, *arrays, **how)
+      return self.backend.backward(*arrays, out, lse, dout, dlse, **how)
+
+    operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
+    operands |= dict(out=out, lse=lse, dout=dout, dlse=dlse)
+    call, arrays = _call(local, operands, ("q", "k", "v"), how)
+    return _typed_like(call(*arrays), (q, k, v))
+
+
+def _call(function: Callable, operands: dict, results: tuple[str, ...], how: dict):
+  """`function` of named arrays and `how` as a `_Call`, and the arrays that it takes."""
+  operands = {name: x for name, x in operands.items() if x is not None}
+  (B, _, H, _), Hkv = operands["q"].shape, operands["k"].shape[2]
+  if how["scores"].score_fn is not None:
+    operands["head_numbers"] = jnp.arange(H, dtype=jnp.int32)
+  labels = tuple(operands)
+
+  def local(*arrays):
+    named, mine = dict(zip(labels, arrays, strict=True)), how
+    if "head_numbers" in named:
+      mine = how | dict(scores=how["scores"].from_head(named.pop("head_numbers")[0]))
+    return tuple(function(**named, **mine))
+
+  def names_of(label: str) -> tuple[str, ...]:
+    names = _NAMES[label]
+    if label == "block_mask":  # one row may serve the whole batch, or all heads
+      shape, sizes = operands[label].shape, dict(B=B, H=H)
+      names = (x if n == sizes.get(x, n) else "one" for x, n in zip(names, shape, strict=True))
+    return tuple(names)
+
+  call = _Call(
+    local=local,
+    labels=labels,
+    operands=tuple(map(names_of, labels)),
+    results=tuple(map(names_of, results)),
+    heads=(H, Hkv, how["pattern"]),
+  )
+  return call, tuple(operands.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """A function of arrays that each device can call with its own rows of the batch and heads.
+
+  Attributes:
+    local: (*arrays) -> tuple of arrays.
+    labels: of the operands, for messages.
+    operands, results: the names of the axes of each array. A result that lacks an axis which is
+      sharded is a sum over it.
+    heads: H, Hkv and the pattern, whose period the heads of a device must keep.
+  """
+
+  local: Callable[..., tuple[Array, ...]]
+  labels: tuple[str, ...]
+  operands: tuple[tuple[str, ...], ...]
+  results: tuple[tuple[str, ...], ...]
+  heads: tuple[int, int, Pattern]
+
+  def __call__(self, *arrays: Array) -> tuple[Array, ...]:
+    mesh = mesh_of(*arrays)
+    explicit = AxisType.Explicit in mesh.axis_types
+    call = custom_vmap(functools.partial(self._typed, mesh) if explicit else self._compiled())
+
+    @call.def_vmap
+    def mapped(size, is_mapped, *arrays):
+      del size
+      return self._mapped(is_mapped)(*arrays), (True,) * len(self.results)
+
+    return call(*arrays)
+
+  def differentiable(self, *arrays: Array) -> tuple[Array, ...]:
+    """The same with derivatives of any order: the backward pass is such a call too."""
+    call = jax.custom_vjp(self.__call__)
+
+    def backward(arrays, cotangents):
+      floats = [n for n, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.inexact)]
+      found = self._pullback(floats).differentiable(*arrays, *cotangents)
+      found = _typed_like(found, [arrays[n] for n in floats])
+      grads = dict(zip(floats, found, strict=True))
+      return tuple(grads.get(n) for n in range(len(arrays)))
+
+    call.defvjp(lambda *arrays: (self.differentiable(*arrays), arrays), backward)
+    return call(*arrays)
+
+  def _pullback(self, floats: list[int]) -> "_Call":
+    """(*operands, *cotangents) -> the gradients of those operands that are floats."""
+    at = len(self.operands)
+
+    def local(*arrays):
+      arrays, cotangents = list(arrays[:at]), arrays[at:]
+
+      def function(*some):
+        for n, x in zip(floats, some, strict=True):
+          arrays[n] = x
+        return self.local(*arrays)
+
+      return jax.vjp(function, *(arrays[n] for n in floats))[1](cotangents)
+
+    return dataclasses.replace(
+      self,
+      local=local,
+      labels=(*self.labels, *(f"cotangent {n}" for n in range(len(self.results)))),
+      operands=self.operands + self.results,
+      results=tuple(self.operands[n] for n in floats),
+    )
+
+  def _mapped(self, is_mapped: list[bool]) -> "_Call":
+    """The same under vmap."""
+    name = f"vmap{sum(map(_is_mapped, self.results[0]))}"
+    widen = lambda names, mapped=True: (name, *names) if mapped else names
+    return dataclasses.replace(
+      self,
+      local=jax.vmap(self.local, in_axes=tuple(0 if x else None for x in is_mapped)),
+      operands=tuple(map(widen, self.operands, is_mapped)),
+      results=tuple(map(widen, self.results)),
+    )
+
+  # ---------------------------------------------------------------------------- explicit axes
+
+  def _typed(self, mesh: jax.sharding.AbstractMesh, *arrays: Array) -> tuple[Array, ...]:
+    specs = [jax.typeof(x).sharding.spec for x in arrays]
+    where = self._where(mesh.shape, arrays, specs)
+    for text in self._moved(where, arrays, specs).values():
+      raise ValueError(f"{text}; jax.sharding.reshard gathers what is to be gathered")
+    in_specs = tuple(_spec(names, where) for names in self.operands)
+    laid = (jax.NamedSharding(mesh, spec) for spec in in_specs)
+    arrays = tuple(map(jax.sharding.reshard, arrays, laid))
+    out_specs = tuple(_spec(names, where) for names in self.results)
+    how = dict(mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(functools.partial(self._summed, where), **how)(*arrays)
+
+  # --------------------------------------------------------------------------- automatic axes
+
+  def _compiled(self) -> Callable[..., tuple[Array, ...]]:
+    local = jax.jit(self.local)  # keeps its constants to itself: custom_partitioning takes none
+    shared = custom_partitioning(lambda *arrays: local(*arrays))
+    shared.def_partition(self._partition, sharding_rule=self._rule())
+    return lambda *arrays: shared(*arrays)
+
+  def _rule(self) -> SdyShardingRule:
+    """Shardings of batch and heads pass from array to array, those of other axes do not."""
+    H, Hkv, _ = self.heads
+    grouped = 1 < Hkv < H
+    heads = CompoundFactor("Hkv", "group") if grouped else "Hkv" if Hkv == H else "group"
+
+    def mapping(n: int, names: tuple[str, ...]) -> ArrayMapping:
+      factor = lambda axis, name: name if _may_be_sharded(name) else f"whole_{n}_{axis}"
+      return ArrayMapping(*(heads if x == "H" else factor(d, x) for d, x in enumerate(names)))
+
+    arrays = tuple(mapping(n, names) for n, names in enumerate(self.operands + self.results))
+    at, sizes = len(self.operands), dict(group=H // Hkv) if grouped else {}
+    return SdyShardingRule(arrays[:at], arrays[at:], **sizes)
+
+  def _partition(self, mesh: jax.sharding.Mesh, operands, results):
+    """What the compiler asks for: the function of a device, and how its arrays are sharded."""
+    specs = [x.sharding.spec for x in (*operands, *results)]
+    where = self._where(mesh.shape, (*operands, *results), specs)
+    for axes, text in self._moved(where, operands, specs).items():
+      _say_once(axes, f"{text}; every device gathers them")
+    laid = lambda names: jax.NamedSharding(mesh, _spec(names, where))
+    local = functools.partial(self._summed, where)
+    return mesh, local, tuple(map(laid, self.results)), tuple(map(laid, self.operands))
+
+  # ------------------------------------------------------------------------------------- both
+
+  def _where(self, sizes: Mapping[str, int], arrays, specs) -> dict[str, tuple[str, ...]]:
+    """The axes of the mesh for each name of an axis: those of the first array that is sharded.
+
+    Raises:
+      ShardedHeadsError: a device's query heads would not be whole groups that share a key head, or
+        whole periods of the pattern.
+    """
+    where, size = {}, lambda axes: math.prod(sizes[x] for x in axes)
+    for names, x, spec in zip(self.operands + self.results, arrays, specs, strict=False):
+      for name, length, axes in zip(names, x.shape, _axes_of(spec, x.ndim), strict=True):
+        n, key = size(axes), _key(name)
+        fits = length % n == 0 and (n == 1 or _may_be_sharded(name))
+        taken = key in where or any(set(axes) & set(others) for others in where.values())
+        if axes and fits and not taken:
+          where[key] = axes
+    axes, (H, Hkv, pattern) = where.get("H", ()), self.heads
+    n = size(axes)
+    if Hkv % n:
+      raise ShardedHeadsError(
+        f"H={H} query heads are sharded over {n} devices (mesh axes {axes}), which must divide the "
+        f"Hkv={Hkv} heads of k and v"
+      )
+    if n > 1 and H // n % pattern.period:
+      raise ShardedHeadsError(
+        f"H={H} heads over {n} devices (mesh axes {axes}) are {H // n} heads each, which must be a "
+        f"multiple of {pattern.period}, the heads after which pattern={pattern} repeats"
+      )
+    return where
+
+  def _moved(self, where, arrays, specs) -> dict[tuple[str, ...], str]:
+    """By axes of the mesh, which operands cannot stay sharded over them, in words."""
+    found = {}
+    for label, names, x, spec in zip(self.labels, self.operands, arrays, specs, strict=False):
+      for name, axes in zip(names, _axes_of(spec, x.ndim), strict=True):
+        if axes and where.get(_key(name)) != axes:
+          found.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
+    return {
+      axes: f"mesh axes {axes} shard {', '.join(parts)}: attention needs whole sequences, and the "
+      "same rows of the batch and the same heads of all its arrays"
+      for axes, parts in found.items()
+    }
+
+  def _summed(self, where, *arrays: Array) -> tuple[Array, ...]:
+    """`local` on one device, and the sums over devices of results that are sums."""
+    results = []
+    for names, x in zip(self.results, self.local(*arrays), strict=True):
+      mine = {_key(name) for name in names}
+      over = [axes for key, axes in where.items() if _may_be_sharded(key) and key not in mine]
+      results.append(jax.lax.psum(x, sum(over, ())) if over else x)
+    return tuple(results)
+
+
+def _key(name: str) -> str:
+  """Query heads lie where the key heads are that they read."""
+  return "H" if name == "Hkv" else name
+
+
+def _is_mapped(name: str) -> bool:
+  return name.startswith("vmap")
+
+
+def _may_be_sharded(name: str) -> bool:
+  return name in ("B", "H", "Hkv") or _is_mapped(name)
+
+
+def _axes_of(spec: jax.P, ndim: int) -> list[tuple[str, ...]]:
+  """The axes of the mesh over which each axis of an array is sharded."""
+  as_tuple = lambda axes: () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+  return [as_tuple(axes) for axes in (*spec, *(None,) * (ndim - len(spec)))]
+
+
+def _spec(names: tuple[str, ...], where: Mapping[str, tuple[str, ...]]) -> jax.P:
+  return jax.P(*(where.get(_key(name)) for name in names))
+
+
+def _typed_like(grads, arrays) -> tuple[Array, ...]:
+  """Gradients as the types of their arrays say, which name what is sharded where it is explicit."""
+  shardings = [jax.typeof(x).sharding for x in arrays]
+  return tuple(
+    jax.sharding.reshard(grad, like) if AxisType.Explicit in like.mesh.axis_types else grad
+    for grad, like in zip(grads, shardings, strict=True)
+  )
+
+
+_said = set()
+
+
+def _say_once(axes: tuple[str, ...], text: str) -> None:
+  if axes not in _said:
+    _said.add(axes)
+    logger.warning("%s", text)
+
+
+def _error_of_ours(error: Exception) -> ShardedHeadsError | None:
+  """What `_where` raised while the compiler asked: of that the compiler keeps the text alone."""
+  found = re.search(rf"{ShardedHeadsError.__qualname__}: (.*)", str(error))
+  return None if found is None else ShardedHeadsError(found.group(1))
+
+
+compiler.register_xla_runtime_error_handler(_error_of_ours)
