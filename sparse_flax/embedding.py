@@ -23,6 +23,9 @@ def check_bytes(tokens: Shaped[np.ndarray | Array, "..."], name: str = "tokens")
     raise ValueError(f"{name} of dtype {tokens.dtype}: must be integers in [0, {VOCABULARY - 1}]")
   if tokens.dtype == jnp.uint8 or isinstance(tokens, jax.core.Tracer) or not tokens.size:
     return
+  if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
+    return  # other processes have a share
+  tokens = np.asarray(tokens)  # under jit jax.numpy would trace even what is known
   least, most = int(tokens.min()), int(tokens.max())
   if least < 0 or most >= VOCABULARY:
     wrong = least if least < 0 else most

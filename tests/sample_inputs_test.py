@@ -126,6 +126,14 @@ def test_tokens_that_are_no_bytes_are_refused(as_a_user, case):
         call(tokens)
 
 
+def test_known_tokens_are_checked_under_jit_too(as_a_user):
+  model = initial_model()
+  shape = lambda tokens: jax.eval_shape(lambda: model.embedding(tokens)).shape
+  assert shape(jnp.array([[0, 255]], jnp.int32)) == (1, 2, 12)
+  with pytest.raises(ValueError, match="tokens with the value 256"):
+    shape(jnp.array([[0, 256]], jnp.int32))
+
+
 def test_traced_tokens_that_are_no_bytes_give_nan():
   graphdef, params = nnx.split(initial_model())
   embed = jax.jit(lambda tokens: nnx.merge(graphdef, params).embedding(tokens))
