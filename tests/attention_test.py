@@ -199,15 +199,12 @@ def check_kernels(case, runs: int = 1):
 @pytest.mark.smoke(
   "local-T130-bfloat16-Hkv1-D32-segments",
   "local-T200-bfloat16-D128-Dv64",
-  "five_tiles-T330-bfloat16-D32-segments",
   "column-T48-bfloat16-Hkv1-D64-Dv128",
-  "column-T3-bfloat16-Hkv1-D32",
   "long_column-T400-bfloat16-D256",
   "block-T50-bfloat16-Hkv1-D32",
   "block-T180-float16-Hkv1-D32-segments",
   "summary-T70-bfloat16-Hkv1-D32",
   "strided-T71-bfloat16-Hkv1-D32",
-  "strided-T132-bfloat16-D256",
   "fixed-T70-bfloat16-Hkv2-D32",
   "dense-T65-bfloat16-Hkv1-D32-segments",
   "perhead-T50-bfloat16-D32",
@@ -263,6 +260,7 @@ def test_windows_on_a_gpu(direction, block_k, stages, warpgroups, case):
   check_windows(direction, block_k, stages, warpgroups, case, runs=3)
 
 
+@pytest.mark.smoke("Strided(stride=8)", daily=0)
 @pytest.mark.parametrize(
   "pattern", [patterns.Strided(8), patterns.Fixed(16, 4), patterns.Local(64)], ids=repr
 )

@@ -56,7 +56,7 @@ def mutate(config: ml_collections.ConfigDict, chance) -> str:
 
 
 @pytest.mark.parametrize(
-  "count", [50, pytest.param(500, marks=pytest.mark.slow)], ids=lambda n: f"{n}-mutations"
+  "count", [20, pytest.param(500, marks=pytest.mark.slow)], ids=lambda n: f"{n}-mutations"
 )
 def test_each_trains_a_step_or_ends_with_a_message(count, tmp_path, capsys, as_a_user):
   text = tiny.text_file(tmp_path / "text")

@@ -55,6 +55,16 @@ def check(pattern, arrays, **how):
     assert_close(a, b, tolerance=2e-6, what=what)
 
 
+@pytest.mark.smoke(
+  "local-4",
+  "column-2",
+  "strided-4",
+  "fixed-2",
+  "union-4",
+  "per_head-2",
+  "fixed_of_three-4",
+  daily=3,
+)
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_equals_the_whole_sequence(name, n, arrays):

@@ -70,6 +70,7 @@ def elsewhere(tmp_path, monkeypatch):
     (tmp_path / name).mkdir()
     monkeypatch.setenv(name, str(tmp_path / name))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compilation takes most of the time
   monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows pictures inline
   # Fills a cache at its first use on a machine, which inside a cell would be told on stderr.
   importlib.import_module("matplotlib.font_manager")
