@@ -203,6 +203,10 @@ def step_kernels(implementation: str) -> types.ModuleType | None:
   if implementation == "xla":
     return None
   one_kernel = implementation == "mosaic_gpu"
+  if one_kernel and hardware.platform() != "gpu":
+    raise NotImplementedError(
+      f"{implementation}: a step's kernel runs on NVIDIA GPUs only, not on {hardware.platform()}"
+    )
   if reason := hardware.why_not_hopper() if one_kernel else hardware.why_not_nvidia():
     raise NotImplementedError(f"{implementation}: {reason}")
   if one_kernel:

@@ -61,6 +61,7 @@ def test_what_does_not_change_the_result_may_differ(run, field, value):
   workdir_lib.start(run, config, data=IDENTITY)
   assert workdir_lib.load_config(run) == config and changes(run) == {field: value}
   assert (run / "config.json").read_bytes() == stored
+  assert workdir_lib.load_config(run, data_path="/mnt/third").data.path == "/mnt/third"
   first = tiny.config(run.parent / "text")
   workdir_lib.start(run, first, data=IDENTITY)
   assert workdir_lib.load_config(run) == first and changes(run) == {}

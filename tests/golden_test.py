@@ -1,14 +1,12 @@
 """Runs and an export of commit f5fca96 go on; see tests/golden/README.md."""
 
 import json
-import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from configs import enwik8
 from experiments import evaluate as evaluate_command
 from experiments import export as export_command
 from sparse_flax import checkpoint
@@ -21,12 +19,12 @@ from sparse_flax import workdir as workdir_lib
 from tests import tiny
 
 pytestmark = pytest.mark.promotes
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = tiny.GOLDEN
 # What f5fca96 had, with XLA's optimizations: in steps 1 to 3 of the run in float32; in steps 401 to
 # 403; and for 400 on the 100 bytes of the test split.
 FIRST_LOSSES = [5.545177459716797, 5.51364803314209, 5.412549018859863]
 LAST_LOSSES = [0.3723110258579254, 0.3259880840778351, 0.3001725375652313]
-TEST_BITS = {"float32": 0.33555974597498195, "bfloat16": 0.4190498589218281}
+TEST_BITS = 0.33555974597498195
 PROMPT, LIKELIEST = b"the spar", b"the sparse transformer reads the"
 
 
@@ -38,32 +36,17 @@ def fast_compilation(tmp_path_factory):
 
 @pytest.fixture
 def old(tmp_path):
-  """Copies one of the runs: the folder of the copy."""
-  return lambda name: shutil.copytree(GOLDEN / name, tmp_path / name)
+  """The folder of a copy of the run in float32."""
+  return shutil.copytree(GOLDEN / "float32", tmp_path / "float32")
 
 
-def command(**model):
-  """The config that was given to both runs, with the data where they are now."""
-  config = enwik8.get_config("quick").copy_and_resolve_references()
-  config.unlock()
-  config.model.update(seq_len=32, width=8, num_heads=2, stride=8, summary_width=2, sub_blocks=2)
-  config.model.update(num_layers=2, ff_mult=2.0, attention_layers=("fixed", "strided"))
-  config.model.update(position_shape=(4, 8), dropout=0.0, **model)
-  config.data.update(name="bytes", path=str(GOLDEN / "text"), batch_size=4)
-  config.train.update(steps=403, log_every=1, eval_every=200, save_every=1_000, ema_decay=0.9)
-  config.optim.update(learning_rate=2e-2, warmup_steps=5)
-  config.mesh.data = 1
-  config.eval.min_context = 0
-  return config.lock()
+def command():
+  return tiny.golden_config("float32")
 
 
 def losses(workdir):
   lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def dtypes(tree):
-  return {str(x.dtype) for x in jax.tree.leaves(tree)}
 
 
 def test_the_first_losses_are_what_they_were(tmp_path):
@@ -73,33 +56,6 @@ def test_the_first_losses_are_what_they_were(tmp_path):
   assert [*losses(tmp_path / "run").values()] == pytest.approx(FIRST_LOSSES, rel=1e-5)
 
 
-def test_an_old_run_goes_on_with_the_losses_that_it_had(old):
-  workdir = old("float32")
-  stored = (workdir / "config.json").read_bytes()
-  lines = []
-  train.train(command(), str(workdir), say=lines.append)
-  assert lines[0] == f"RESUMING {workdir} at step 400"
-  assert [losses(workdir)[step] for step in (401, 402, 403)] == pytest.approx(LAST_LOSSES, rel=1e-5)
-  # The next commands find the data without being told.
-  result = evaluate_command.run(str(workdir), step=400)
-  assert result["bits_per_byte"] == pytest.approx(TEST_BITS["float32"], rel=1e-5)
-  assert (workdir / "config.json").read_bytes() == stored
-
-
-def test_an_old_run_in_bfloat16_goes_on_with_averages_in_float32(old):
-  workdir = old("bfloat16")
-  result = evaluate_command.run(str(workdir), data_path=str(GOLDEN / "text"))
-  assert result["bits_per_byte"] == pytest.approx(TEST_BITS["bfloat16"], rel=1e-2)
-  config = command(param_dtype="bfloat16")
-  result = train.train(config, str(workdir), say=str)
-  assert result["bits_per_byte"] < 0.45
-  assert all(losses(workdir)[step] < 0.4 for step in (401, 402, 403))
-  state = tiny.restore(config, workdir)
-  assert dtypes(state["ema"]) == {"float32"} and dtypes(state["opt"]) == {"float32", "int32"}
-  assert dtypes(state["params"]) == {"bfloat16", "float32"}  # norms are always in float32
-  assert dtypes(checkpoint.restore_params(workdir, 400)[2]) == {"float32"}
-
-
 def test_the_likeliest_bytes_are_what_they_were():
   _, graph, params = export.load(GOLDEN / "export")
   how = dict(key=jax.random.key(0), num=1, temperature=0, prompts=[np.frombuffer(PROMPT, np.uint8)])
@@ -107,7 +63,7 @@ def test_the_likeliest_bytes_are_what_they_were():
 
 
 def test_the_old_export_has_the_weights_of_the_old_run(old):
-  _, _, params, _ = checkpoint.restore_params(old("float32"))
+  _, _, params, _ = checkpoint.restore_params(old)
   assert tiny.leaf_bytes(export.load(GOLDEN / "export")[2]) == tiny.leaf_bytes(params)
 
 
@@ -124,10 +80,16 @@ def added(monkeypatch):
   return config
 
 
-def test_a_run_that_lacks_a_new_field_goes_on(old, added, tmp_path):
-  workdir = old("float32")
-  train.train(added.lock(), str(workdir), say=str)
-  assert losses(workdir)[403] == pytest.approx(LAST_LOSSES[2], rel=1e-5)
+def test_a_run_goes_on_with_the_losses_that_it_had(old, added, tmp_path):
+  workdir, lines = old, []
+  stored = (workdir / "config.json").read_bytes()
+  train.train(added.lock(), str(workdir), say=lines.append)
+  assert lines[0] == f"RESUMING {workdir} at step 400"
+  assert [losses(workdir)[step] for step in (401, 402, 403)] == pytest.approx(LAST_LOSSES, rel=1e-5)
+  # The next commands find the data without being told.
+  result = evaluate_command.run(str(workdir), step=400)
+  assert result["bits_per_byte"] == pytest.approx(TEST_BITS, rel=1e-5)
+  assert (workdir / "config.json").read_bytes() == stored
   config, _, params, step = checkpoint.restore_params(workdir)
   assert step == 403 and config.train.made_up == 7
   assert export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'out'}"]) == 0
@@ -140,7 +102,7 @@ def test_an_export_that_lacks_a_new_field_loads(added):
 
 
 def test_a_config_that_lacks_a_new_field_is_the_old_run_s(old, added):
-  workdir_lib.check(old("float32"), command())
+  workdir_lib.check(old, command())
   assert validate.validate_fields(command()) == [
     "config.train.made_up: is missing; must be a whole number >= 0"
   ]
@@ -150,11 +112,11 @@ def test_a_config_that_lacks_a_new_field_is_the_old_run_s(old, added):
 def test_another_value_than_the_old_run_had_is_refused(old, added):
   added.train.made_up = 8
   with pytest.raises(ValueError, match=r"another config.*\n  config\.train\.made_up: 7 -> 8$"):
-    workdir_lib.check(old("float32"), added)
+    workdir_lib.check(old, added)
 
 
 def test_a_run_of_a_later_version_is_refused_by_its_fields(old):
-  workdir = old("float32")
+  workdir = old
   config = json.loads((workdir / "config.json").read_text())
   config["train"]["later"] = 1
   (workdir / "config.json").write_text(json.dumps(config))

@@ -11,6 +11,8 @@ from sparse_flax import checkpoint
 from sparse_flax import sharding
 from sparse_flax import train
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
 
 def config(path: pathlib.Path, **groups: dict) -> ml_collections.ConfigDict:
   """A config for the file `path`; `groups` are {group: {field: value}} to change."""
@@ -25,6 +27,21 @@ def config(path: pathlib.Path, **groups: dict) -> ml_collections.ConfigDict:
   config.eval.min_context = 0
   for group, values in groups.items():
     config[group].update(values)
+  return config.lock()
+
+
+def golden_config(param_dtype: str) -> ml_collections.ConfigDict:
+  """What was given to the runs in tests/golden, with the data where they are now."""
+  config = enwik8.get_config("quick").copy_and_resolve_references()
+  config.unlock()
+  config.model.update(seq_len=32, width=8, num_heads=2, stride=8, summary_width=2, sub_blocks=2)
+  config.model.update(num_layers=2, ff_mult=2.0, attention_layers=("fixed", "strided"))
+  config.model.update(position_shape=(4, 8), dropout=0.0, param_dtype=param_dtype)
+  config.data.update(name="bytes", path=str(GOLDEN / "text"), batch_size=4)
+  config.train.update(steps=403, log_every=1, eval_every=200, save_every=1_000, ema_decay=0.9)
+  config.optim.update(learning_rate=2e-2, warmup_steps=5)
+  config.mesh.data = 1
+  config.eval.min_context = 0
   return config.lock()
 
 

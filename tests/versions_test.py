@@ -59,6 +59,11 @@ def test_a_release_that_is_known_to_be_bad_has_no_kernels(monkeypatch, caplog):
     api.choose("mosaic_gpu")  # the simulator is of the same release
 
 
+def test_the_kernel_of_a_step_is_refused_where_there_is_no_gpu():
+  with pytest.raises(NotImplementedError, match="not on cpu"):
+    sample.step_kernels("mosaic_gpu")
+
+
 def test_a_release_that_ran_on_no_gpu_runs_after_one_warning(monkeypatch, caplog):
   monkeypatch.setattr(hardware, "RAN_ON_A_GPU", ("0.1.2", "0.1.3"))
   with gpu(), caplog.at_level(logging.WARNING):
