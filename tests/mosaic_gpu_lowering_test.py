@@ -182,6 +182,7 @@ def test_odd_lengths(name):
     lowered(attend_with(PATTERNS[name](96, 8)), x, x, x, x)
 
 
+@pytest.mark.smoke("Local(window=128, causal=True)")
 @pytest.mark.parametrize(
   "pattern",
   [patterns.Dense(), patterns.Local(128), patterns.Local(600), patterns.Block(128)],

@@ -66,6 +66,7 @@ def test_prompts_of_different_lengths_do_not_see_each_other(weights):
   np.testing.assert_array_equal(generate(weights, num=3, prompts=started)[:2], got[:2])
 
 
+@pytest.mark.smoke("6", daily=0)
 @pytest.mark.parametrize("num", [1, 6, 8])
 def test_devices_share_the_rows_and_change_none(weights, num):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1, sequence=1)
@@ -119,6 +120,7 @@ def test_every_step_of_every_row_draws_anew(weights):
   assert (got[1:] != got[:-1]).mean() > 0.9
 
 
+@pytest.mark.smoke("0.5", daily=0)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_are_those_of_the_softmax(weights, temperature):
   graphdef, params = weights
