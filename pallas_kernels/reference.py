@@ -1,5 +1,7 @@
 """The definition of correct: dense masked softmax attention in float32, one screen long."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from pallas_kernels import functions
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import attending
 from pallas_kernels.scores import Scores
 
 
@@ -27,12 +31,14 @@ def reference_attention(
 
   A query without keys gets zeros and lse = -inf, and sends no gradient.
   """
-  logits, mask = _logits_and_mask(q, k, pattern, scores)
+  only = None
   if segment_ids is not None:
-    mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    only = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
   if block_mask is not None:
     blocks = jnp.repeat(jnp.repeat(block_mask, block_size, axis=2), block_size, axis=3)
-    mask = mask & blocks[:, :, : q.shape[1], : k.shape[1]]
+    blocks = blocks[:, :, : q.shape[1], : k.shape[1]]
+    only = blocks if only is None else only & blocks
+  logits, mask = _logits_and_mask(q, k, pattern, scores, only=only)
   weights, lse = _softmax(logits, mask)
   v = jnp.repeat(v.astype(jnp.float32), q.shape[2] // v.shape[2], axis=2)
   out = jnp.einsum("BHTS,BSHD->BTHD", weights, v, precision="highest")
@@ -52,24 +58,32 @@ def attention_weights(
   return _softmax(logits, mask)[0]
 
 
-def _logits_and_mask(q, k, pattern, scores, rows=None):
-  """Logits float32 [B, H, Q, S] and the pattern's mask of the pairs that attend, [1, H, Q, S]."""
+def _logits_and_mask(q, k, pattern, scores, rows=None, only=None):
+  """Logits float32 [B, H, Q, S], and the mask of the pairs that attend; `only` those at most."""
   T, H, S = q.shape[1], q.shape[2], k.shape[1]
+  held = []
+  pattern = functions.bound(functions.of_pattern(pattern, T, S, held), held)
+  scores = (scores or Scores(q.shape[-1] ** -0.5)).traced(held)
   rows = np.arange(T) if rows is None else np.asarray(rows)
   rows = rows.astype(np.int32)  # as every other implementation counts
+  mask = _mask_of_heads(pattern, H, rows, S)
+  mask = mask if only is None else mask & only
   q32 = q[:, rows].astype(jnp.float32)
   k32 = jnp.repeat(k.astype(jnp.float32), H // k.shape[2], axis=2)
   # "highest": a TPU would multiply in bf16, and the reference would be the less exact side.
   products = jnp.einsum("BTHD,BSHD->BHTS", q32, k32, precision="highest")
   i, j, h = rows[:, None], np.arange(S, dtype=np.int32)[None, :], np.arange(H)[:, None, None]
-  logits = (scores or Scores(q.shape[-1] ** -0.5))(products, i, j, h.astype(np.int32))
-  return logits, _mask_of_heads(pattern, H, rows, S)
+  if scores.score_fn is not None:
+    i, j = attending(mask, i, j)
+  return scores(products, i, j, h.astype(np.int32), held=tuple(held)), mask
 
 
-def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[np.ndarray, "1 H T S"]:
+def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[Any, "1 H T S"]:
   i, j = rows[:, None], np.arange(S, dtype=np.int32)[None, :]
-  masks = [np.broadcast_to(pattern.allowed(i, j, h), (len(rows), S)) for h in range(pattern.period)]
-  return np.stack([masks[h % len(masks)] for h in range(H)])[None]
+  masks = [
+    jnp.broadcast_to(pattern.allowed(i, j, h), (len(rows), S)) for h in range(pattern.period)
+  ]
+  return jnp.stack([masks[h % len(masks)] for h in range(H)])[None]
 
 
 def _softmax(logits: Float[Array, "B H T S"], mask):

@@ -77,6 +77,7 @@ def forward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dv"], tuple[Array, ...]]:
   """Result and log-sum-exp, of every group of heads as its kernel left it."""
   groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
@@ -117,6 +118,7 @@ def backward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
   groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)

@@ -71,6 +71,7 @@ def forward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
   """Result and natural log-sum-exp."""
   masks = segment_ids, block_mask, scores, block_size
@@ -113,6 +114,7 @@ def backward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
   delta = _row_sums(out, dout)
