@@ -218,12 +218,12 @@ def evaluate(jaxpr: Any, consts, args) -> list:
       inner = eqn.params["jaxpr"]
       results = evaluate(inner.jaxpr, inner.consts, operands)
     else:
-      results = _apply(eqn, operands)
+      results = apply(eqn, operands)
     values |= zip(eqn.outvars, results, strict=True)
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(eqn, operands) -> list:
+def apply(eqn, operands) -> list:
   """The results of one equation for every element of its operands."""
 
   def bind(*operands):
@@ -259,6 +259,83 @@ def _apply(eqn, operands) -> list:
   return [
     jnp.reshape(x, (*shape, *var.aval.shape)) for x, var in zip(results, eqn.outvars, strict=True)
   ]
+
+
+# ----------------------------------------------------------------------------------- in two parts
+
+
+class _Literal(NamedTuple):
+  value: Any
+
+
+class _Known(NamedTuple):
+  """Made of known arguments alone."""
+
+  number: int
+  value: Any
+
+
+def known_part(function: Function, held: tuple, known: dict[int, Any]) -> list:
+  """What a function needs of what it holds and of some arguments, which `known` has by place."""
+  consts = [held[x.number] if isinstance(x, Place) else x[()] for x in function.consts]
+  found = {}
+  nothing = lambda eqn, operands: [None] * len(eqn.outvars)
+  use = lambda x: found.setdefault(x.number, x.value)
+  _Walk(apply, nothing, use).all_of(function, consts, known)
+  return list(found.values())
+
+
+def unknown_part(function: Function, values: list, unknown: dict[int, Any]) -> Any:
+  """The function, given `known_part` and the other arguments."""
+  places = {}
+  nothing = lambda eqn, operands: [None] * len(eqn.outvars)
+  use = lambda x: values[places.setdefault(x.number, len(places))]
+  known = {n: None for n in range(len(function.program.invars)) if n not in unknown}
+  walk = _Walk(nothing, apply, use)
+  return walk.all_of(function, [None] * len(function.consts), known, unknown)
+
+
+class _Walk:
+  """Goes through a program in which values are known, or not; always in the same order.
+
+  Attributes:
+    of_known, of_unknown: (equation, operands) -> results.
+    use: what an equation that is not known takes for a known operand.
+  """
+
+  def __init__(self, of_known: Callable, of_unknown: Callable, use: Callable):
+    self.of_known, self.of_unknown, self.use, self.count = of_known, of_unknown, use, 0
+
+  def all_of(self, function: Function, consts: list, known: dict, unknown: dict | None = None):
+    """The result of a function, for arguments by place."""
+    places = range(len(function.program.invars))
+    unknown = unknown or {}
+    args = [self._known(known[n]) if n in known else unknown.get(n) for n in places]
+    (result,) = self._run(function.program, [self._known(x) for x in consts], args)
+    return self._open(result)
+
+  def _known(self, value) -> _Known:
+    self.count += 1
+    return _Known(self.count, value)
+
+  def _open(self, x):
+    return self.use(x) if isinstance(x, _Known) else x.value if isinstance(x, _Literal) else x
+
+  def _run(self, program, consts, args) -> list:
+    values = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
+    read = lambda x: _Literal(x.val) if isinstance(x, core.Literal) else values[x]
+    for eqn in program.eqns:
+      operands = [read(atom) for atom in eqn.invars]
+      if eqn.primitive.name in ("jit", "pjit"):
+        inner = eqn.params["jaxpr"]
+        results = self._run(inner.jaxpr, [self._known(x) for x in inner.consts], operands)
+      elif all(isinstance(x, _Known | _Literal) for x in operands):
+        found = self.of_known(eqn, [x.value for x in operands])
+        results = [self._known(x) for x in found]
+      else:
+        results = self.of_unknown(eqn, [self._open(x) for x in operands])
+      values |= zip(eqn.outvars, results, strict=True)
+    return [read(atom) for atom in program.outvars]
 
 
 # ----------------------------------------------------------------------------------------- content

@@ -80,10 +80,11 @@ def _logits_and_mask(q, k, pattern, scores, rows=None, only=None):
 
 def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[Any, "1 H T S"]:
   i, j = rows[:, None], np.arange(S, dtype=np.int32)[None, :]
-  masks = [
-    jnp.broadcast_to(pattern.allowed(i, j, h), (len(rows), S)) for h in range(pattern.period)
-  ]
-  return jnp.stack([masks[h % len(masks)] for h in range(H)])[None]
+  masks = [pattern.allowed(i, j, h) for h in range(pattern.period)]
+  # Constants of a program by numpy: XLA would compute them, slowly.
+  xp = jnp if any(isinstance(mask, jax.Array) for mask in masks) else np
+  masks = [xp.broadcast_to(mask, (len(rows), S)) for mask in masks]
+  return xp.stack([masks[h % len(masks)] for h in range(H)])[None]
 
 
 def _softmax(logits: Float[Array, "B H T S"], mask):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -76,18 +77,19 @@ class Scores:
 
     Of traced scores, with what they hold.
     """
-    logits = self._capped(products)
+    logits = self.capped(products)
     if self.score_fn is not None:
       changed = self.score_fn(logits, i, j, h, held=held)
       logits = jnp.broadcast_to(changed, logits.shape).astype(logits.dtype)
     return logits
 
-  def _capped(self, products):
+  def capped(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What `score_fn` is given."""
     logits = products * self.scale
     return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
   def _natural(self, product, i, j, h):
-    logit = self._capped(product)
+    logit = self.capped(product)
     return logit if self.score_fn is None else self.score_fn(logit, i, j, h)
 
 
@@ -96,11 +98,12 @@ def attending(mask, i, j):
 
   A function may be anything at pairs that do not attend, and its derivative times 0 no number.
   """
-  first = jnp.argmax(mask, axis=-1, keepdims=True)
+  xp = np if isinstance(mask, np.ndarray) else jnp
+  first = xp.argmax(mask, axis=-1, keepdims=True)
   some = mask.any(axis=-1, keepdims=True)
-  in_row = jnp.take_along_axis(jnp.broadcast_to(j, mask.shape), first, axis=-1)
-  rows = jnp.broadcast_to(i, some.shape)
-  row = jnp.argmax(some)  # of all rows, for those without keys
-  i = jnp.where(some, rows, rows.reshape(-1)[row])
-  in_row = jnp.where(some, in_row, in_row.reshape(-1)[row])
-  return i, jnp.where(mask, j, in_row)
+  in_row = xp.take_along_axis(xp.broadcast_to(j, mask.shape), first, axis=-1)
+  rows = xp.broadcast_to(i, some.shape)
+  row = xp.argmax(some)  # of all rows, for those without keys
+  i = xp.where(some, rows, rows.reshape(-1)[row])
+  in_row = xp.where(some, in_row, in_row.reshape(-1)[row])
+  return i, xp.where(mask, j, in_row)

@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from pallas_kernels import functions
 from pallas_kernels import passes
 from pallas_kernels import patterns
 from pallas_kernels.mosaic_tpu import steps
@@ -45,6 +46,10 @@ def unsupported(
   if max(q.shape[-1], v.shape[-1]) > 256:
     sizes = q.shape[-1], v.shape[-1]
     return f"mosaic_tpu: head sizes {sizes} are not supported, those up to 256 are"
+  if not isinstance(q.shape[0], int):
+    return f"mosaic_tpu: a symbolic batch {q.shape[0]} is not supported"
+  if functions.holds(pattern) or (scores.score_fn is not None and scores.score_fn.places):
+    return "mosaic_tpu: functions that hold arrays, and a traced scale, are not supported"
   for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
     for one in group:
       if one.pattern is not None and not _is_formula(one.pattern):
@@ -74,6 +79,7 @@ def forward(
   held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
   """Result and natural log-sum-exp."""
+  assert not held, "unsupported() refuses functions that hold arrays"
   masks = segment_ids, block_mask, scores, block_size
   groups = _lowered(pattern, q, k, segment_ids, block_mask, scores)
   parts = []
@@ -117,6 +123,7 @@ def backward(
   held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
+  assert not held, "unsupported() refuses functions that hold arrays"
   delta = _row_sums(out, dout)
   delta = delta if dlse is None else delta - dlse
   empty = lse == -jnp.inf
@@ -136,7 +143,7 @@ def backward(
 
 def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
   """Heads, and their passes. What speaks of positions, or differs in queries and keys: one view."""
-  plain = scores.score_fn is None and segment_ids is None and block_mask is None
+  plain = not scores.of_positions and segment_ids is None and block_mask is None
   natural = not plain or not pattern.causal or q.shape[1] != k.shape[1]
   lowered = passes.lower(pattern, q.shape[2], natural)
   if q.shape[2] == k.shape[2]:
