@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from pallas_kernels import functions
 from pallas_kernels import xla
@@ -43,7 +43,7 @@ def sparse_attention(
   block_size: int = 128,
   score_fn: Callable | None = None,
   scale: float | Float[Array, ""] | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
   logits_soft_cap: float | None = None,
   implementation: Implementation | None = None,
   deterministic: bool = True,
@@ -266,7 +266,9 @@ def _soft_cap(cap) -> float | None:
     raise ValueError("logits_soft_cap is traced: must be known, or part of score_fn")
   real = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
   if not (real or (np.shape(cap) == () and _is_real(cap))) or not 0 < cap < math.inf:
-    raise ValueError(f"logits_soft_cap={cap!r}: must be a finite number > 0, or None for no cap")
+    raise ValueError(
+      f"logits_soft_cap={cap!r}: must be a positive number, finite, or None for no cap"
+    )
   return float(cap)
 
 

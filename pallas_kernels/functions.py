@@ -149,13 +149,15 @@ def of_pattern(pattern: patterns.Pattern, T: int, S: int, held: list) -> pattern
       found = trace(name, where.predicate, (position, position), held, constant=True)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):  # it wants arrays of numpy
       found = _table(where, name, T, S)
+    except Exception as error:
+      raise ValueError(f"Where(predicate={name}): {type(error).__name__}: {error}") from error
     patterns.check_pairs(name, found.result(f"Where(predicate={name})").dtype)
     return patterns.Where(found, where.causal)
 
   return patterns.replaced(pattern, traced)
 
 
-def bound(pattern: patterns.Pattern, held) -> patterns.Pattern:
+def bound(pattern: patterns.Pattern, held: tuple) -> patterns.Pattern:
   """The pattern for given values of what its predicates hold: not to be compared."""
   if not holds(pattern):
     return pattern

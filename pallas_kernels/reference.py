@@ -9,6 +9,7 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
+from jaxtyping import Integer
 
 from pallas_kernels import functions
 from pallas_kernels.patterns import Pattern
@@ -23,7 +24,7 @@ def reference_attention(
   *,
   pattern: Pattern,
   scores: Scores | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
   block_size: int = 128,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
@@ -62,8 +63,10 @@ def _logits_and_mask(q, k, pattern, scores, rows=None, only=None):
   """Logits float32 [B, H, Q, S], and the mask of the pairs that attend; `only` those at most."""
   T, H, S = q.shape[1], q.shape[2], k.shape[1]
   held = []
-  pattern = functions.bound(functions.of_pattern(pattern, T, S, held), held)
+  pattern = functions.of_pattern(pattern, T, S, held)
   scores = (scores or Scores(q.shape[-1] ** -0.5)).traced(held)
+  held = tuple(held)
+  pattern = functions.bound(pattern, held)
   rows = np.arange(T) if rows is None else np.asarray(rows)
   rows = rows.astype(np.int32)  # as every other implementation counts
   mask = _mask_of_heads(pattern, H, rows, S)
@@ -75,7 +78,7 @@ def _logits_and_mask(q, k, pattern, scores, rows=None, only=None):
   i, j, h = rows[:, None], np.arange(S, dtype=np.int32)[None, :], np.arange(H)[:, None, None]
   if scores.score_fn is not None:
     i, j = attending(mask, i, j)
-  return scores(products, i, j, h.astype(np.int32), held=tuple(held)), mask
+  return scores(products, i, j, h.astype(np.int32), held=held), mask
 
 
 def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[Any, "1 H T S"]:

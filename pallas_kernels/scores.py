@@ -19,13 +19,13 @@ class Scores:
   """The logits of products q k, which `__call__` makes.
 
   Attributes:
-    scale: factor of the products.
+    scale: factor of the products; a traced one is part of `score_fn` in traced scores.
     soft_cap: c of c tanh(logit / c), which keeps logits inside -c ... c; None for no cap.
     score_fn: (logit, i, j, h) -> logit, of query i, key j and query head h.
     learned: which of the arrays that `traced` found may want gradients.
   """
 
-  scale: float
+  scale: float | Float[Array, ""]
   soft_cap: float | None = None
   score_fn: Callable[[Any, Any, Any, Any], Any] | None = None
   learned: tuple[int, ...] = ()
