@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import math
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +11,20 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr
 from jax.extend.core import Jaxpr
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
-from jaxtyping import Int
+from jaxtyping import Integer
 
+from pallas_kernels import functions
 from pallas_kernels import hardware
 from pallas_kernels import partitioning
 from pallas_kernels import xla
+from pallas_kernels.patterns import check as check_pattern
 from pallas_kernels.patterns import Dense
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
@@ -40,8 +45,8 @@ def sparse_attention(
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
   block_size: int = 128,
   score_fn: Callable | None = None,
-  scale: float | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  scale: float | Float[Array, ""] | None = None,
+  segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
   logits_soft_cap: float | None = None,
   implementation: Implementation | None = None,
   deterministic: bool = True,
@@ -49,8 +54,11 @@ def sparse_attention(
 ) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
   """softmax(scale q k^T over the keys that `pattern` allows) v  (arXiv:1904.10509, Eq. 2-3).
 
-  No implementation but `reference` builds a T x T array. Gradients of q, k and v are exact, also
-  from the cotangent of the log-sum-exp; only `reference` has second derivatives.
+  No implementation but `reference` builds a T x T array. Gradients are exact, also from the
+  cotangent of the log-sum-exp; only `reference` has second derivatives, others refuse.
+
+  What `score_fn` and the predicates of `patterns.Where` hold (closures, bound methods, callable
+  objects) is read at every call. A traced array that `score_fn` holds has a gradient.
 
   `mosaic_gpu` runs on NVIDIA Hopper GPUs, and by name on a CPU in a simulator, which is for tests:
   bfloat16 and float16, head sizes 32, 64, 96, 128, 192 and 256, every pattern (if its blocks of 128
@@ -70,11 +78,12 @@ def sparse_attention(
     block_mask: which blocks of queries and keys attend, of the pairs of the pattern: Bm is B or 1,
       Hm is H or 1, nq and nk are T and S in blocks, rounded up. It may be traced.
     block_size: tokens per block of `block_mask`.
-    score_fn: (logit, i, j, h) -> logit, for query i, key j and query head h, arrays that broadcast:
-      operators and jax.numpy, element by element. Each function is compiled once: define it once.
-      Gradients pass through the logit, not to arrays that the function holds.
-    scale: factor of the logits, Dk ** -0.5 by default. Then comes the cap, then `score_fn`.
-    segment_ids: attention stays inside equal ids (packed sequences); for T = S.
+    score_fn: (logit, i, j, h) -> logit, for one query i, key j and query head h: operators and
+      jax.numpy, with one floating point number as result. It may look up arrays (`slopes[h]`,
+      `bias[i - j]`). It is traced at every call; functions that compute the same share a program.
+    scale: factor of the logits, Dk ** -0.5 by default; a traced one has a gradient. Then comes the
+      cap, then `score_fn`.
+    segment_ids: attention stays inside equal ids (packed sequences), any integers; for T = S.
     logits_soft_cap: c > 0 of c tanh(logit / c), which keeps logits inside -c ... c.
     implementation: None for the best that works here, or the name of the one to use. On a GPU
       None is `mosaic_gpu`, on a TPU `mosaic_tpu`, and `xla`, with one line in the log, for what
@@ -94,31 +103,32 @@ def sparse_attention(
   _check_arrays(q, k, v, segment_ids)
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(f"{implementation=}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
+  check_pattern(pattern, "pattern")
   _check_blocks(q, k, block_mask, block_size)
-  if logits_soft_cap is not None and not logits_soft_cap > 0:
-    raise ValueError(f"{logits_soft_cap=}: must be a positive number, or None for no cap")
-  soft_cap = None if logits_soft_cap is None else float(logits_soft_cap)
-  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-  how = dict(pattern=pattern, scores=Scores(scale, soft_cap, score_fn), block_size=block_size)
-  if segment_ids is not None:
-    segment_ids = segment_ids.astype(jnp.int32)  # as the kernels compare them
-  masks = segment_ids, block_mask
+  if score_fn is not None and not callable(score_fn):
+    raise ValueError(f"{score_fn=}: must be a function of (logit, i, j, h), or None")
+  scores = Scores(_scale(scale, q.shape[-1]), _soft_cap(logits_soft_cap), score_fn)
+  how = dict(pattern=pattern, scores=scores, block_size=block_size)
+  masks = None if segment_ids is None else _int32_ids(segment_ids), block_mask
   if implementation == "reference":
-    how |= dict(segment_ids=segment_ids, block_mask=block_mask)
+    how |= dict(segment_ids=masks[0], block_mask=masks[1])
     with computed_by("reference"):
       out, lse = _named(*partitioning.reference(q, k, v, **how))
     return (out, lse) if return_lse else out
+  held = []
+  how["pattern"] = functions.of_pattern(pattern, q.shape[1], k.shape[1], held)
+  how["scores"] = scores.traced(held)
   name = choose(implementation)
-  if name != "xla" and (reason := _backend(name, q, k, v).unsupported(q, k, v, *masks, **how)):
+  if name != "xla" and (reason := _module(name).unsupported(q, k, v, *masks, **how)):
     name = _instead(implementation, reason)
   one_device = partitioning.mesh_of(q, k, v) is None
   may_call_cudnn = name == "mosaic_gpu" and one_device and not (deterministic or return_lse)
   if may_call_cudnn and _module(name).cudnn_serves(q, k, v, *masks, **how):
     with computed_by("cudnn"):
-      out = _module(name).cudnn_attention(q, k, v, scale=scale)
+      out = _module(name).cudnn_attention(q, k, v, scale=scores.scale)
     return checkpoint_name(out, "attention_out")
   with computed_by(name):
-    return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks)
+    return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks, tuple(held))
 
 
 def choose(implementation: Implementation | None) -> Implementation:
@@ -204,27 +214,53 @@ def _module(name: Implementation):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(name, how, return_lse, q, k, v, segment_ids, block_mask):
-  """`how`: pattern, scores and block_size of a backend, as items."""
-  return _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask)[0]
+def _attend(name, how, return_lse, q, k, v, segment_ids, block_mask, held):
+  """`how`: pattern, scores and block_size of a backend, as items; `held`: what functions hold."""
+  return _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask, held)[0]
 
 
-def _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask):
+def _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask, held):
   backend, how, masks = _backend(name, q, k, v), dict(how), (segment_ids, block_mask)
+
+  def forward(q, k, v, segment_ids, block_mask, held):
+    return backend.forward(q, k, v, segment_ids, block_mask, held=held, **how)
+
   # The residuals carry the names, so that a policy which keeps them saves the forward pass. The
   # lse among them is as the backend wants it: the public one is made for who asks.
-  out, lse = _named(*backend.forward(q, k, v, *masks, **how))
-  result = (out, backend.natural_lse(lse, q, k, v, *masks, **how)) if return_lse else out
-  return result, (q, k, v, *masks, out, lse)
+  out, lse = _named(*_differentiated_once(forward, q, k, v, *masks, held))
+  result = (out, backend.natural_lse(lse, q, k, v, *masks, held=held, **how)) if return_lse else out
+  return result, (q, k, v, *masks, held, out, lse)
 
 
 def _attend_backward(name, how, return_lse, residuals, cotangents):
   dout, dlse = cotangents if return_lse else (cotangents, None)
-  backend = _backend(name, *residuals[:3])
-  return *backend.backward(*residuals, dout, dlse, **dict(how)), None, None
+  how, (*arrays, held, out, lse) = dict(how), residuals
+
+  def backward(arrays, held, *rest):
+    return _backend(name, *arrays[:3]).backward(*arrays, *rest, held=held, **how)
+
+  dq, dk, dv, *found = _differentiated_once(backward, arrays, held, out, lse, dout, dlse)
+  of_held = [None] * len(held)
+  for n, grad in zip(how["scores"].learned, found, strict=True):
+    of_held[n] = grad
+  return dq, dk, dv, None, None, tuple(of_held)
 
 
 _attend.__wrapped__.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiated_once(function, *arrays):
+  """function(*arrays) of a rule of derivatives, which has none itself."""
+  return function(*arrays)
+
+
+@_differentiated_once.defjvp
+def _differentiated_twice(function, primals, tangents):
+  del function, primals, tangents
+  raise NotImplementedError(
+    "sparse_attention: second derivatives are those of implementation='reference' alone"
+  )
 
 
 def _named(out, lse):
@@ -232,7 +268,63 @@ def _named(out, lse):
   return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
 
 
+def _scale(scale, head_size: int):
+  """A finite number, or a traced one."""
+  if scale is None:
+    return head_size**-0.5
+  real = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+  if not real and (np.shape(scale) != () or not _is_real(scale)):
+    raise ValueError(f"scale={scale!r}: must be one number, which may be traced")
+  if isinstance(scale, jax.core.Tracer):
+    return scale
+  if not math.isfinite(scale):
+    raise ValueError(f"scale={scale}: must be finite")
+  return float(scale)
+
+
+def _is_real(x) -> bool:
+  kinds = jnp.floating, jnp.integer
+  return hasattr(x, "dtype") and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+
+
+def _soft_cap(cap) -> float | None:
+  if cap is None:
+    return None
+  if isinstance(cap, jax.core.Tracer):
+    raise ValueError("logits_soft_cap is traced: must be known, or part of score_fn")
+  real = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
+  if not (real or (np.shape(cap) == () and _is_real(cap))) or not 0 < cap < math.inf:
+    raise ValueError(
+      f"logits_soft_cap={cap!r}: must be a positive number, finite, or None for no cap"
+    )
+  return float(cap)
+
+
+def _int32_ids(segment_ids):
+  """int32 ids, as the kernels compare them, equal where those given are."""
+  if segment_ids.dtype.itemsize <= 4:
+    inner = segment_ids
+    while isinstance(inner, jax.core.Tracer) and hasattr(inner, "val"):
+      inner = inner.val  # under vmap an array of numpy keeps its 64 bits, and loses them later
+    if isinstance(inner, np.ndarray) and inner.dtype.itemsize > 4:
+      low, high = inner.min(), inner.max()
+      if low < -(1 << 31) or high >= 1 << 31:
+        raise ValueError(
+          f"segment_ids {inner.dtype} from {low} to {high}: JAX keeps 32 bits of them under vmap; "
+          "number the segments, by np.unique(segment_ids, return_inverse=True)[1] for example"
+        )
+    return segment_ids.astype(jnp.int32)
+  if isinstance(segment_ids, np.ndarray):
+    found = np.unique(segment_ids, return_inverse=True)[1]
+    return found.reshape(segment_ids.shape).astype(np.int32)
+  rank = lambda row: jnp.searchsorted(jnp.sort(row), row).astype(jnp.int32)
+  return jax.vmap(rank)(segment_ids)
+
+
 def _check_arrays(q, k, v, segment_ids) -> None:
+  for name, x in dict(q=q, k=k, v=v, segment_ids=segment_ids).items():
+    if x is not None and not (hasattr(x, "shape") and hasattr(x, "dtype")):
+      raise ValueError(f"{name}: must be an array, not {type(x).__name__}")
   shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
   if not q.ndim == k.ndim == v.ndim == 4:
     raise ValueError(f"{shapes}: must each have 4 axes [B, T, H, D]")
@@ -242,6 +334,8 @@ def _check_arrays(q, k, v, segment_ids) -> None:
     raise ValueError(f"{shapes}: q and k must have one head size, not {q.shape[3]}, {k.shape[3]}")
   if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
     raise ValueError(f"{shapes}: Hkv={k.shape[2]} must divide H={q.shape[2]}")
+  if not all(isinstance(n, int) for n in (*q.shape[1:], *k.shape[1:], *v.shape[1:])):
+    raise ValueError(f"{shapes}: no axis but the batch may be symbolic")
   if 0 in q.shape or 0 in v.shape:
     raise ValueError(f"{shapes}: no axis may be empty")
   if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from pallas_kernels import functions
 from pallas_kernels import patterns
 
 _BY_NUMPY = 1 << 22  # pairs up to which a sweep is not worth compiling
@@ -67,6 +68,8 @@ def blocks_of(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: 
       before = lambda n: n // stride * width + np.clip(n % stride - start, 0, width)
       some = (high >= 0) & (before(np.minimum(i1, j1) + 1) > before(j0))
       every = (before(j1 + 1) - before(j0) == j1 - j0 + 1) & (low >= 0)
+    case patterns.Where() if functions.holds(pattern):  # known when the program runs
+      some, every = blocks_of(patterns.Dense(pattern.causal), T, S, block_q, block_k).some, False
     case patterns.BlockLayout():
       some, every = _of_layout(pattern, i0, i1, j0, j1)
     case patterns.Union(patterns=several) | patterns.Intersection(patterns=several):
@@ -112,7 +115,8 @@ def _swept(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: int
   def row(n, xp):
     i = n * block_q + xp.arange(block_q, dtype=np.int32)[:, None]
     j = xp.arange(nk * block_k, dtype=np.int32)[None, :]
-    real, pairs = (i < T) & (j < S), pattern.allowed(i, j)
+    # A table of T entries has none for what comes after them.
+    real, pairs = (i < T) & (j < S), pattern.allowed(xp.minimum(i, T - 1), xp.minimum(j, S - 1))
     cut = lambda x: xp.broadcast_to(x, real.shape).reshape(block_q, nk, block_k)
     return cut(pairs & real).any((0, 2)), cut(pairs | ~real).all((0, 2))
 

@@ -32,8 +32,10 @@ from jax.experimental.custom_partitioning import SdyShardingRule
 from jax.sharding import AxisType
 from jaxtyping import Array
 
+from pallas_kernels import functions
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.reference import reference_attention
+from pallas_kernels.scores import Scores
 
 # B, H and Hkv may be sharded, and what vmap adds in front; a device has all else whole.
 _NAMES = {
@@ -76,17 +78,26 @@ def backend_for(backend: ModuleType, q: Array, k: Array, v: Array) -> Any:
   return backend if mesh_of(q, k, v) is None else _PerDevice(backend)
 
 
-def reference(q: Array, k: Array, v: Array, *, segment_ids, block_mask, **how):
+def reference(q: Array, k: Array, v: Array, *, segment_ids, block_mask, pattern, scores, **how):
   """`reference_attention`; where arrays may be sharded, on each device."""
   if mesh_of(q, k, v) is None:
-    return reference_attention(q, k, v, segment_ids=segment_ids, block_mask=block_mask, **how)
-  return _reference(tuple(how.items()), q, k, v, segment_ids, block_mask)
+    how |= dict(segment_ids=segment_ids, block_mask=block_mask, pattern=pattern, scores=scores)
+    return reference_attention(q, k, v, **how)
+  held = []
+  how["pattern"] = functions.of_pattern(pattern, q.shape[1], k.shape[1], held)
+  how["scores"] = scores.traced(held)
+  return _reference(tuple(how.items()), q, k, v, segment_ids, block_mask, tuple(held))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reference(how, q, k, v, segment_ids, block_mask):
+def _reference(how, q, k, v, segment_ids, block_mask, held):
+  def local(*arrays, first_head, held, pattern, scores, **how):
+    how |= dict(zip(("q", "k", "v", "segment_ids", "block_mask"), arrays, strict=True))
+    pattern, scores = functions.bound(pattern, held), _bound(scores, first_head, held)
+    return reference_attention(**how, pattern=pattern, scores=scores)
+
   operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
-  call, arrays = _call(reference_attention, operands, ("out", "lse"), dict(how))
+  call, arrays = _call(local, operands, held, ("out", "lse"), dict(how))
   return call.differentiable(*arrays)
 
 
@@ -96,67 +107,97 @@ class _PerDevice:
   def __init__(self, backend: ModuleType):
     self.backend = backend
 
-  def unsupported(self, q, k, v, segment_ids, block_mask, **how) -> str | None:
-    if how["scores"].reads_heads:
-      name = self.backend.__name__.rpartition(".")[2]
-      return f"{name}: a score_fn that reads head numbers is not supported on several devices"
-    return self.backend.unsupported(q, k, v, segment_ids, block_mask, **how)
-
-  def forward(self, q, k, v, segment_ids, block_mask, **how):
-    def local(q, k, v, segment_ids=None, block_mask=None, **how):
-      arrays = q, k, v, segment_ids, block_mask
+  def forward(self, q, k, v, segment_ids, block_mask, *, held, **how):
+    def local(*arrays, first_head, held, **how):
+      how["scores"], how["held"] = _from_head(how["scores"], first_head, held)
       out, lse = self.backend.forward(*arrays, **how)
       return out, self.backend.natural_lse(lse, *arrays, **how)
 
     operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
-    call, arrays = _call(local, operands, ("out", "lse"), how)
+    call, arrays = _call(local, operands, held, ("out", "lse"), how)
     return call(*arrays)
 
   def natural_lse(self, lse, *arrays, **how):
     del arrays, how
     return lse
 
-  def backward(self, q, k, v, segment_ids, block_mask, out, lse, dout, dlse, **how):
-    def local(q, k, v, out, lse, dout, dlse=None, segment_ids=None, block_mask=None, **how):
-      arrays = q, k, v, segment_ids, block_mask
+  def backward(self, q, k, v, segment_ids, block_mask, out, lse, dout, dlse, *, held, **how):
+    def local(*arrays, first_head, held, **how):
+      how["scores"], how["held"] = _from_head(how["scores"], first_head, held)
+      (*arrays, out, lse, dout, dlse) = arrays
       lse = self.backend.lse_of_natural(lse, *arrays, **how)
       return self.backend.backward(*arrays, out, lse, dout, dlse, **how)
 
     operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
     operands |= dict(out=out, lse=lse, dout=dout, dlse=dlse)
-    call, arrays = _call(local, operands, ("q", "k", "v"), how)
-    return _typed_like(call(*arrays), (q, k, v))
+    learned = how["scores"].learned
+    results = ("q", "k", "v", *(f"held {n}" for n in learned))
+    call, arrays = _call(local, operands, held, results, how)
+    return _typed_like(call(*arrays), (q, k, v, *(held[n] for n in learned)))
 
 
-def _call(function: Callable, operands: dict, results: tuple[str, ...], how: dict):
-  """`function` of named arrays and `how` as a `_Call`, and the arrays that it takes."""
-  operands = {name: x for name, x in operands.items() if x is not None}
-  (B, _, H, _), Hkv = operands["q"].shape, operands["k"].shape[2]
-  if how["scores"].score_fn is not None:
-    operands["head_numbers"] = jnp.arange(H, dtype=jnp.int32)
-  labels = tuple(operands)
+def _call(function: Callable, operands: dict, held: tuple, results: tuple[str, ...], how: dict):
+  """A `_Call`, and the arrays that it takes.
+
+  Args:
+    function: of the arrays of `operands` in their order, `first_head`, `held` and `how`.
+    operands: by name, None for those that are not there.
+    held: what functions of users hold: every device has it whole.
+    results: the names of the results of `function`.
+  """
+  (B, _, H, _), Hkv, scores = operands["q"].shape, operands["k"].shape[2], how["scores"]
+  given = {name: x for name, x in operands.items() if x is not None}
+  given |= {f"held {n}": x for n, x in enumerate(held)}
+  if scores.score_fn is not None and scores.score_fn.uses(3):
+    given["head_numbers"] = jnp.arange(H, dtype=jnp.int32)
 
   def local(*arrays):
-    named, mine = dict(zip(labels, arrays, strict=True)), how
-    if "head_numbers" in named:
-      mine = how | dict(scores=how["scores"].from_head(named.pop("head_numbers")[0]))
-    return tuple(function(**named, **mine))
+    named = dict(zip(given, arrays, strict=True))
+    numbers = named.get("head_numbers")
+    mine = dict(first_head=None if numbers is None else numbers[0])
+    mine["held"] = tuple(named[f"held {n}"] for n in range(len(held)))
+    return tuple(function(*map(named.get, operands), **mine, **how))
 
   def names_of(label: str) -> tuple[str, ...]:
+    if label.startswith("held"):
+      return tuple(f"{label}, axis {n}" for n in range(given[label].ndim))
     names = _NAMES[label]
     if label == "block_mask":  # one row may serve the whole batch, or all heads
-      shape, sizes = operands[label].shape, dict(B=B, H=H)
+      shape, sizes = given[label].shape, dict(B=B, H=H)
       names = (x if n == sizes.get(x, n) else "one" for x, n in zip(names, shape, strict=True))
     return tuple(names)
 
   call = _Call(
     local=local,
-    labels=labels,
-    operands=tuple(map(names_of, labels)),
+    labels=tuple(given),
+    operands=tuple(map(names_of, given)),
     results=tuple(map(names_of, results)),
     heads=(H, Hkv, how["pattern"]),
   )
-  return call, tuple(operands.values())
+  return call, tuple(jnp.asarray(x) for x in given.values())
+
+
+def _bound(scores: Scores, first_head, held: tuple) -> Scores:
+  """Traced scores for given values of what they hold, where heads are counted from `first_head`."""
+  if scores.score_fn is None:
+    return scores
+
+  def score_fn(logit, i, j, h):
+    h = h if first_head is None else h + first_head
+    return scores.score_fn(logit, i, j, h, held=held)
+
+  return dataclasses.replace(scores, score_fn=score_fn, learned=())
+
+
+def _from_head(scores: Scores, first_head, held: tuple) -> tuple[Scores, tuple]:
+  """Traced scores, and what they hold, where heads are counted from `first_head`."""
+  if first_head is None:
+    return scores, held
+  more = list(held)  # of which the pattern has its places
+  found = _bound(scores, first_head, held).traced(more)
+  place = lambda x: next(n for n in found.score_fn.places if more[n] is x)
+  learned = tuple(place(held[n]) for n in scores.learned)
+  return dataclasses.replace(found, learned=learned), tuple(more)
 
 
 @dataclasses.dataclass(frozen=True)

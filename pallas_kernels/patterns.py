@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 Positions = Any  # an integer, or an integer array of numpy, jax.numpy or a kernel
 
+_MOST = (1 << 31) - 1  # of int32, in which positions are counted
 _ROWS_AT_ONCE = 1 << 24  # entries of a row block when keys are counted without a formula
 
 
@@ -110,6 +111,9 @@ class Dense(Pattern):
 
   causal: bool = True
 
+  def __post_init__(self):
+    _check_causal(self)
+
   def allowed(self, i, j, h=0):
     return j <= i if self.causal else (i >= 0) & (j >= 0)
 
@@ -136,10 +140,16 @@ class Local(Pattern):
   causal: bool = True
 
   def __post_init__(self):
-    _check_positive(self, "window")
+    # Positions are int32: a window that is wider than all of them is no limit.
+    if _is_whole(self.window):
+      object.__setattr__(self, "window", min(int(self.window), _MOST))
+    _check_whole(self, 1, "window")
+    _check_causal(self)
 
   def allowed(self, i, j, h=0):
-    return (j > i - self.window) & ((j <= i) if self.causal else (j < i + self.window))
+    # No sum of a position and a window, which could leave int32.
+    near = i - j < self.window
+    return near & ((j <= i) if self.causal else (j - i < self.window))
 
   def keys_per_query(self, T, h=0):
     before = np.minimum(np.arange(1, T + 1), self.window)
@@ -164,7 +174,7 @@ class Column(Pattern):
   stride: int  # tokens, the paper's l; best near the square root of T
 
   def __post_init__(self):
-    _check_positive(self, "stride")
+    _check_whole(self, 1, "stride")
 
   def allowed(self, i, j, h=0):
     return (j <= i) & ((i - j) % self.stride == 0)
@@ -189,7 +199,7 @@ class Strided(Pattern):
   stride: int  # tokens, the paper's l; best near the square root of T
 
   def __post_init__(self):
-    _check_positive(self, "stride")
+    _check_whole(self, 1, "stride")
 
   def allowed(self, i, j, h=0):
     return Local(self.stride).allowed(i, j) | Column(self.stride).allowed(i, j)
@@ -214,7 +224,7 @@ class Block(Pattern):
   stride: int  # tokens, the paper's l
 
   def __post_init__(self):
-    _check_positive(self, "stride")
+    _check_whole(self, 1, "stride")
 
   def allowed(self, i, j, h=0):
     return (j <= i) & (j // self.stride == i // self.stride)
@@ -244,11 +254,11 @@ class Summary(Pattern):
   offset: int = 0  # keys between the summary and the end of its block
 
   def __post_init__(self):
-    _check_positive(self, "stride", "width")
-    if self.offset < 0 or self.offset + self.width > self.stride:
+    _check_whole(self, 1, "stride", "width")
+    _check_whole(self, 0, "offset")
+    if self.offset + self.width > self.stride:
       raise ValueError(
-        f"{self}: width + offset = {self.offset + self.width} must lie within "
-        f"stride={self.stride}, and offset must not be negative"
+        f"{self}: width + offset = {self.offset + self.width} must lie within stride={self.stride}"
       )
 
   @property
@@ -289,7 +299,7 @@ class Fixed(Pattern):
   num_subblocks: int = 1
 
   def __post_init__(self):
-    _check_positive(self, "stride", "summary", "num_subblocks")
+    _check_whole(self, 1, "stride", "summary", "num_subblocks")
     if self.summary * self.num_subblocks > self.stride:
       raise ValueError(
         f"{self}: summary * num_subblocks = {self.summary * self.num_subblocks} "
@@ -335,6 +345,8 @@ class PerHead(Pattern):
     object.__setattr__(self, "patterns", tuple(self.patterns))
     if not self.patterns:
       raise ValueError("PerHead(patterns=()): give at least one pattern")
+    for one in self.patterns:
+      check(one, "PerHead(patterns)")
 
   @property
   def causal(self):
@@ -378,7 +390,8 @@ class BlockLayout(Pattern):
         f"BlockLayout(layout={layout.dtype}{list(layout.shape)}): must be a boolean table "
         "[nq, nk] or [P, nq, nk]"
       )
-    _check_positive(self, "block_size")
+    _check_whole(self, 1, "block_size")
+    _check_causal(self)
     layout.setflags(write=False)
     object.__setattr__(self, "layout", layout)
 
@@ -430,8 +443,12 @@ class BlockLayout(Pattern):
 class Where(Pattern):
   """The pairs for which `predicate(i, j)` holds.
 
-  The predicate may use operators only, so that it runs on numpy, on jax.numpy and inside kernels.
-  Positions are int32 in all of them: i * j overflows beyond 46,341.
+  The predicate gives a boolean for every pair, or an integer that is not 0 where it attends. With
+  operators only it runs on numpy, on jax.numpy and inside kernels; it may also look up arrays, and
+  then those of jax.numpy by choice: one that only numpy can run is asked for all pairs, and kept as
+  a table of T x S bits. What it holds is read at every call of attention; masks that depend on
+  traced arrays are `reference`'s and `xla`'s, which then visits all blocks that may attend.
+  Positions are int32 everywhere: i * j overflows beyond 46,341.
 
   >>> draw(Where(lambda i, j: (i - j) ** 2 != 1), T=4)
   # . . .
@@ -443,9 +460,20 @@ class Where(Pattern):
   predicate: Callable[[Positions, Positions], Any]
   causal: bool = True
 
+  def __post_init__(self):
+    if not callable(self.predicate):
+      raise ValueError(f"Where(predicate={self.predicate!r}): must be a function of (i, j)")
+    _check_causal(self)
+
   def allowed(self, i, j, h=0):
     pairs = self.predicate(i, j)
-    return pairs & (j <= i) if self.causal else pairs
+    pairs = pairs if hasattr(pairs, "dtype") else np.asarray(pairs)
+    check_pairs(getattr(self.predicate, "__qualname__", repr(self.predicate)), pairs.dtype)
+    if pairs.dtype != bool:
+      pairs = pairs != 0
+    if self.causal:
+      return pairs & (j <= i)
+    return pairs if pairs.ndim else pairs & (i >= 0) & (j >= 0)  # of one value for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,6 +481,10 @@ class _Combined(Pattern):
   """Several patterns joined pair by pair."""
 
   patterns: tuple[Pattern, ...]
+
+  def __post_init__(self):
+    for one in self.patterns:
+      check(one, f"{type(self).__name__}(patterns)")
 
   @property
   def _cycle(self):
@@ -503,11 +535,60 @@ class Intersection(_Combined):
 # ------------------------------------------------------------------------------------- helpers
 
 
-def _check_positive(pattern: Pattern, *names: str) -> None:
+def check(pattern: Any, name: str) -> None:
+  """Raises ValueError for what is no pattern, and says what would be one."""
+  if isinstance(pattern, Pattern):
+    return
+  if isinstance(pattern, type) and issubclass(pattern, Pattern):
+    hint = f"the class: make one, as {pattern.__name__}() or with its numbers"
+  elif hasattr(pattern, "shape"):
+    hint = (
+      f"an array {pattern.dtype}{list(pattern.shape)}: a table of blocks is "
+      "patterns.BlockLayout(table, block_size), or block_mask where it is traced"
+    )
+  else:
+    hint = f"{pattern!r}"
+  raise ValueError(f"{name}={hint}; must be a pattern, such as patterns.Strided(128)")
+
+
+def check_pairs(predicate: str, dtype: Any) -> None:
+  """Raises ValueError where a predicate gives what is neither boolean nor integer."""
+  if np.dtype(dtype).kind not in "biu":
+    raise ValueError(
+      f"Where(predicate={predicate}): gives {dtype}, must give booleans, or integers that are not "
+      "0 where a pair attends"
+    )
+
+
+def replaced(pattern: Pattern, change: Callable[["Where"], Pattern]) -> Pattern:
+  """The pattern with every `Where` in it changed."""
+  if isinstance(pattern, Where):
+    return change(pattern)
+  if isinstance(pattern, PerHead | _Combined):
+    parts = tuple(replaced(one, change) for one in pattern.patterns)
+    return pattern if parts == pattern.patterns else type(pattern)(parts)
+  return pattern
+
+
+def _is_whole(value: Any) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_whole(pattern: Pattern, least: int, *names: str) -> None:
+  """Fields are whole numbers that positions, int32, can be compared with; kept as Python's."""
   for name in names:
     value = getattr(pattern, name)
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-      raise ValueError(f"{type(pattern).__name__}({name}={value!r}): must be a whole number >= 1")
+    if not _is_whole(value) or not least <= value <= _MOST:
+      raise ValueError(
+        f"{type(pattern).__name__}({name}={value!r}): must be a whole number >= {least} and, as "
+        f"positions are int32, <= {_MOST}"
+      )
+    object.__setattr__(pattern, name, int(value))
+
+
+def _check_causal(pattern: Pattern) -> None:
+  if not isinstance(pattern.causal, bool | np.bool_):
+    raise ValueError(f"{type(pattern).__name__}(causal={pattern.causal!r}): must be True or False")
 
 
 def _range(start: int, stop: int) -> Int[np.ndarray, "n"]:

@@ -1,5 +1,7 @@
 """The definition of correct: dense masked softmax attention in float32, one screen long."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,11 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
+from jaxtyping import Integer
 
+from pallas_kernels import functions
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import attending
 from pallas_kernels.scores import Scores
 
 
@@ -19,7 +24,7 @@ def reference_attention(
   *,
   pattern: Pattern,
   scores: Scores | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
+  segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
   block_size: int = 128,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
@@ -27,12 +32,14 @@ def reference_attention(
 
   A query without keys gets zeros and lse = -inf, and sends no gradient.
   """
-  logits, mask = _logits_and_mask(q, k, pattern, scores)
+  only = None
   if segment_ids is not None:
-    mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    only = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
   if block_mask is not None:
     blocks = jnp.repeat(jnp.repeat(block_mask, block_size, axis=2), block_size, axis=3)
-    mask = mask & blocks[:, :, : q.shape[1], : k.shape[1]]
+    blocks = blocks[:, :, : q.shape[1], : k.shape[1]]
+    only = blocks if only is None else only & blocks
+  logits, mask = _logits_and_mask(q, k, pattern, scores, only=only)
   weights, lse = _softmax(logits, mask)
   v = jnp.repeat(v.astype(jnp.float32), q.shape[2] // v.shape[2], axis=2)
   out = jnp.einsum("BHTS,BSHD->BTHD", weights, v, precision="highest")
@@ -52,24 +59,35 @@ def attention_weights(
   return _softmax(logits, mask)[0]
 
 
-def _logits_and_mask(q, k, pattern, scores, rows=None):
-  """Logits float32 [B, H, Q, S] and the pattern's mask of the pairs that attend, [1, H, Q, S]."""
+def _logits_and_mask(q, k, pattern, scores, rows=None, only=None):
+  """Logits float32 [B, H, Q, S], and the mask of the pairs that attend; `only` those at most."""
   T, H, S = q.shape[1], q.shape[2], k.shape[1]
+  held = []
+  pattern = functions.of_pattern(pattern, T, S, held)
+  scores = (scores or Scores(q.shape[-1] ** -0.5)).traced(held)
+  held = tuple(held)
+  pattern = functions.bound(pattern, held)
   rows = np.arange(T) if rows is None else np.asarray(rows)
   rows = rows.astype(np.int32)  # as every other implementation counts
+  mask = _mask_of_heads(pattern, H, rows, S)
+  mask = mask if only is None else mask & only
   q32 = q[:, rows].astype(jnp.float32)
   k32 = jnp.repeat(k.astype(jnp.float32), H // k.shape[2], axis=2)
   # "highest": a TPU would multiply in bf16, and the reference would be the less exact side.
   products = jnp.einsum("BTHD,BSHD->BHTS", q32, k32, precision="highest")
   i, j, h = rows[:, None], np.arange(S, dtype=np.int32)[None, :], np.arange(H)[:, None, None]
-  logits = (scores or Scores(q.shape[-1] ** -0.5))(products, i, j, h.astype(np.int32))
-  return logits, _mask_of_heads(pattern, H, rows, S)
+  if scores.score_fn is not None:
+    i, j = attending(mask, i, j)
+  return scores(products, i, j, h.astype(np.int32), held=held), mask
 
 
-def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[np.ndarray, "1 H T S"]:
+def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[Any, "1 H T S"]:
   i, j = rows[:, None], np.arange(S, dtype=np.int32)[None, :]
-  masks = [np.broadcast_to(pattern.allowed(i, j, h), (len(rows), S)) for h in range(pattern.period)]
-  return np.stack([masks[h % len(masks)] for h in range(H)])[None]
+  masks = [pattern.allowed(i, j, h) for h in range(pattern.period)]
+  # Constants of a program by numpy: XLA would compute them, slowly.
+  xp = jnp if any(isinstance(mask, jax.Array) for mask in masks) else np
+  masks = [xp.broadcast_to(mask, (len(rows), S)) for mask in masks]
+  return xp.stack([masks[h % len(masks)] for h in range(H)])[None]
 
 
 def _softmax(logits: Float[Array, "B H T S"], mask):

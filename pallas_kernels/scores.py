@@ -6,8 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
+
+from pallas_kernels import functions
+from pallas_kernels.functions import Function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +19,16 @@ class Scores:
   """The logits of products q k, which `__call__` makes.
 
   Attributes:
-    scale: factor of the products.
+    scale: factor of the products; a traced one is part of `score_fn` in traced scores.
     soft_cap: c of c tanh(logit / c), which keeps logits inside -c ... c; None for no cap.
     score_fn: (logit, i, j, h) -> logit, of query i, key j and query head h.
+    learned: which of the arrays that `traced` found may want gradients.
   """
 
-  scale: float
+  scale: float | Float[Array, ""]
   soft_cap: float | None = None
   score_fn: Callable[[Any, Any, Any, Any], Any] | None = None
+  learned: tuple[int, ...] = ()
 
   @property
   def only_scale(self) -> bool:
@@ -30,32 +36,74 @@ class Scores:
     return self.soft_cap is None and self.score_fn is None
 
   @property
-  def reads_heads(self) -> bool:
-    """Whether `score_fn` makes use of the number of a head."""
-    if self.score_fn is None:
-      return False
-    number, logit = (
-      jax.ShapeDtypeStruct((1, 1), jnp.int32),
-      jax.ShapeDtypeStruct((1, 1), jnp.float32),
-    )
-    jaxpr = jax.make_jaxpr(self.score_fn)(logit, *(number,) * 3).jaxpr
-    head = jaxpr.invars[3]
-    return any(var is head for eqn in jaxpr.eqns for var in eqn.invars) or head in jaxpr.outvars
+  def of_positions(self) -> bool:
+    """Whether traced logits depend on where a pair is, besides its head."""
+    return self.score_fn is not None and (self.score_fn.uses(1) or self.score_fn.uses(2))
 
-  def from_head(self, first) -> "Scores":
-    """The same where heads are counted from `first`."""
-    if self.score_fn is None:
+  def traced(self, held: list) -> "Scores":
+    """With what `score_fn` computes in its place, and what it holds added to `held`.
+
+    A traced scale is something that a function holds.
+
+    Raises:
+      ValueError: `score_fn` does not give one floating point number for a pair.
+    """
+    scale_is_traced = isinstance(self.scale, jax.core.Tracer)
+    if not scale_is_traced and (self.score_fn is None or isinstance(self.score_fn, Function)):
       return self
-    score_fn = lambda logit, i, j, h: self.score_fn(logit, i, j, h + first)
-    return dataclasses.replace(self, score_fn=score_fn)
+    name = "scale" if self.score_fn is None else f"score_fn={functions.name_of(self.score_fn)}"
+    whole = Scores(self.scale, self.soft_cap, self.score_fn)._natural
+    function = whole if scale_is_traced else self.score_fn
+    position = jax.ShapeDtypeStruct((), jnp.int32)
+    args = jax.ShapeDtypeStruct((), jnp.float32), position, position, position
+    first = len(held)
+    found = functions.trace(name, function, args, held, constant=False)
+    if not jnp.issubdtype(found.result(name).dtype, jnp.floating):
+      raise ValueError(
+        f"{name}: gives {found.result(name).dtype}, must give floating point numbers"
+      )
+    learned = [
+      n
+      for n, x in enumerate(held[first:], first)
+      if isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    how = dict(score_fn=found, learned=tuple(learned))
+    return dataclasses.replace(self, **how) if not scale_is_traced else Scores(1.0, **how)
 
-  def __call__(self, products: Float[Array, "..."], i, j, h) -> Float[Array, "..."]:
-    """The logits of the pairs (i, j) of heads h, which broadcast against the products."""
-    logits = products * self.scale
-    if self.soft_cap is not None:
-      logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+  def __call__(
+    self, products: Float[Array, "..."], i, j, h, held: tuple = ()
+  ) -> Float[Array, "..."]:
+    """The logits of the pairs (i, j) of heads h, which broadcast against the products.
+
+    Of traced scores, with what they hold.
+    """
+    logits = self.capped(products)
     if self.score_fn is not None:
-      i, j, h = (x[(None,) * (logits.ndim - x.ndim)] for x in (i, j, h))
-      changed = self.score_fn(logits, i, j, h)
+      changed = self.score_fn(logits, i, j, h, held=held)
       logits = jnp.broadcast_to(changed, logits.shape).astype(logits.dtype)
     return logits
+
+  def capped(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What `score_fn` is given."""
+    logits = products * self.scale
+    return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
+
+  def _natural(self, product, i, j, h):
+    logit = self.capped(product)
+    return logit if self.score_fn is None else self.score_fn(logit, i, j, h)
+
+
+def attending(mask, i, j):
+  """Positions of pairs `[..., t, s]` with those that the mask hides moved to one that attends.
+
+  A function may be anything at pairs that do not attend, and its derivative times 0 no number.
+  """
+  xp = np if isinstance(mask, np.ndarray) else jnp
+  first = xp.argmax(mask, axis=-1, keepdims=True)
+  some = mask.any(axis=-1, keepdims=True)
+  in_row = xp.take_along_axis(xp.broadcast_to(j, mask.shape), first, axis=-1)
+  rows = xp.broadcast_to(i, some.shape)
+  row = xp.argmax(some)  # of all rows, for those without keys
+  i = xp.where(some, rows, rows.reshape(-1)[row])
+  in_row = xp.where(some, in_row, in_row.reshape(-1)[row])
+  return i, xp.where(mask, j, in_row)

@@ -19,9 +19,11 @@ from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import Num
 
+from pallas_kernels import functions
 from pallas_kernels import passes
 from pallas_kernels.passes import Pass
 from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import attending
 from pallas_kernels.scores import Scores
 
 _LOGITS = 1 << 20  # logits at once: 4 MB in float32, about what the caches of a core hold
@@ -40,18 +42,22 @@ def forward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-  """Attention over the pairs of `pattern`, and the log-sum-exp of its logits."""
+  """Attention over the pairs of `pattern`, and the log-sum-exp of its logits.
+
+  `held` is what the traced functions in `pattern` and `scores` hold.
+  """
   out, lse = [], []
   heads_in_order = []
-  masks = segment_ids, block_mask, block_size
-  natural = _natural(q, k, block_mask, scores)
-  for heads, group in passes.lower(pattern, q.shape[2], natural):
+  given = segment_ids, block_mask, block_size, held
+  natural, groups = _lowered(pattern, q, k, block_mask, scores)
+  for heads, group in groups:
     part = None
     for one in group:
       view = _View(one, heads, q.shape, natural)
-      (qs, ks, vs), problem = view.arrays(q, k, v), view.problem(scores, *masks)
-      new = view.restore(*_map(problem, problem.forward, (qs, ks, vs)))
+      (qs, ks, vs), problem = view.arrays(q, k, v), view.problem(scores, *given)
+      new = view.restore(*_map(problem, problem.forward, (qs, ks, vs), view.B))
       part = new if part is None else merge(*part, *new)
     out.append(part[0])
     lse.append(part[1])
@@ -75,8 +81,11 @@ def backward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
-) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
+  held: tuple[Array, ...] = (),
+) -> tuple[Array, ...]:
   """Gradients of q, k and v, given those of the result and of its log-sum-exp, if it has any.
+
+  Then those of the arrays of `held` that `scores.learned` says.
 
   With P = exp(S - lse) of the merged lse, dS = P (dP - delta), delta = rowsum(dout out) - dlse:
   every pass of a merged pattern uses the same two rows, and the merge is never differentiated.
@@ -87,18 +96,22 @@ def backward(
   has_keys = jnp.isfinite(lse)
   lse, delta = jnp.where(has_keys, lse, 0.0), jnp.where(has_keys, delta, 0.0)
   grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-  masks = segment_ids, block_mask, block_size
-  natural = _natural(q, k, block_mask, scores)
-  for heads, group in passes.lower(pattern, q.shape[2], natural):
+  learned = [held[n] for n in scores.learned]
+  of_learned = [jnp.zeros(x.shape, jnp.float32) for x in learned]
+  given = segment_ids, block_mask, block_size, held
+  natural, groups = _lowered(pattern, q, k, block_mask, scores)
+  for heads, group in groups:
     for one in group:
       view = _View(one, heads, q.shape, natural)
       (qs, ks, vs), pull = jax.vjp(view.arrays, q, k, v)
       rows = view.queries(dout), view.queries(lse[..., None]), view.queries(delta[..., None])
-      problem = view.problem(scores, *masks)
-      parts = _map(problem, problem.backward, (qs, ks, vs, *rows))
+      problem = view.problem(scores, *given)
+      *parts, more = _map(problem, problem.backward, (qs, ks, vs, *rows), view.B)
+      of_learned = [a + b.sum(axis=0) for a, b in zip(of_learned, more, strict=True)]
       parts = tuple(part.astype(x.dtype) for part, x in zip(parts, (qs, ks, vs), strict=True))
       grads = tuple(a + b.astype(jnp.float32) for a, b in zip(grads, pull(parts), strict=True))
-  return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+  grads, arrays = (*grads, *of_learned), (q, k, v, *learned)
+  return tuple(grad.astype(x.dtype) for grad, x in zip(grads, arrays, strict=True))
 
 
 def merge(
@@ -134,9 +147,16 @@ def lse_of_natural(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "
   return lse
 
 
-def _natural(q, k, block_mask, scores: Scores) -> bool:
-  """Whether original positions count: only the natural view has them."""
-  return q.shape[1] != k.shape[1] or block_mask is not None or scores.score_fn is not None
+def _lowered(pattern: Pattern, q, k, block_mask, scores: Scores):
+  """Whether the natural view alone is swept, and heads and their passes."""
+  T, H = q.shape[1:3]
+  # Only the natural view has the original positions.
+  natural = k.shape[1] != T or block_mask is not None or scores.of_positions
+  groups = passes.lower(pattern, H, natural)
+  # Rows of summaries are whole ones, which may be much longer than the sequence.
+  if any(one.view == "summaries" and one.stride > T for _, group in groups for one in group):
+    natural, groups = True, passes.lower(pattern, H, natural=True)
+  return natural, groups
 
 
 # --------------------------------------------------------------------------------------- views
@@ -198,7 +218,7 @@ class _View:
     """Results in the order of q: `[B, T, h, D]` and `[B, T, h]`."""
     return self._unfold(out), self._unfold(lse[..., None])[..., 0]
 
-  def problem(self, scores: Scores, segment_ids, block_mask, block_size: int) -> "_Problem":
+  def problem(self, scores: Scores, segment_ids, block_mask, block_size: int, held) -> "_Problem":
     """What the problems have in common, and what masks each of them."""
     q_ids = k_ids = first_key = blocks = None
     if segment_ids is not None:
@@ -211,7 +231,11 @@ class _View:
       blocks = block_mask if block_mask.shape[1] == 1 else block_mask[:, np.asarray(self.heads)]
       blocks = jnp.broadcast_to(blocks, (self.B, *blocks.shape[1:]))
     masks = q_ids, k_ids, first_key, blocks
-    return _Problem(self.one, self.halo, scores, self.heads, block_size, masks)
+    allowed = self.one.allowed
+    if self.one.pattern is not None:
+      allowed = functions.bound(self.one.pattern, held).allowed
+    how = allowed, self.halo, scores, held, self.heads, block_size, masks
+    return _Problem(self.one, *how)
 
   def _select(self, x):
     return x if len(self.heads) == self.H else x[:, :, np.asarray(self.heads)]
@@ -235,9 +259,14 @@ class _View:
 # ------------------------------------------------------------------------------------ problems
 
 
-def _map(problem: "_Problem", solve: Callable, arrays: tuple) -> tuple:
-  """`solve` for each of the N problems: as many at once as `_LOGITS` allows."""
+def _map(problem: "_Problem", solve: Callable, arrays: tuple, batch: int) -> tuple:
+  """`solve` for each of the N problems of `batch` rows: as many at once as `_LOGITS` allows."""
   (N, h, T, _), S = arrays[0].shape, arrays[1].shape[2]
+  if not isinstance(N, int):  # of a symbolic batch: row by row
+    split = lambda x: x.reshape(batch, -1, *x.shape[1:])
+    inner = lambda xs: _map(problem._replace(masks=xs[1]), solve, xs[0], 1)
+    results = jax.lax.map(inner, jax.tree.map(split, (arrays, problem.masks)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
   block_q, block_k = problem.tiles(T, S)
   whole = (block_q, block_k) == (T, S)
   at_once = max(1, _LOGITS // (h * T * S)) if whole else 1  # a sweep groups its own tiles
@@ -252,8 +281,10 @@ class _Problem(NamedTuple):
 
   Attributes:
     one: the pass.
+    allowed: its pairs, for what its pattern holds.
     halo: keys before the first query, in a block of a window.
     scores: how its logits are made.
+    held: what they and the pattern hold.
     heads: the numbers of its heads.
     block_size: tokens of a block of the last of the masks.
     masks: segment ids of queries `[N, h, T]` and of keys `[N, h, S]`, the first key that exists
@@ -261,8 +292,10 @@ class _Problem(NamedTuple):
   """
 
   one: Pass
+  allowed: Callable[[Any, Any], Any]
   halo: int
   scores: Scores
+  held: tuple[Any, ...]
   heads: range | tuple[int, ...]
   block_size: int
   masks: tuple[Any, Any, Any, Any]
@@ -275,16 +308,32 @@ class _Problem(NamedTuple):
     return (T, S) if small else (min(_TILE, T), min(_TILE, S))
 
   def logits(self, i, j):
-    """Products `[..., h, t, s]` of queries i `[..., t]` and keys j `[..., s]` -> logits."""
+    """(products `[..., h, t, s]`) -> logits, of queries i `[..., t]` and keys j `[..., s]`."""
     pairs = i[..., None, :, None], j[..., None, None, :]
-    heads = np.asarray(self.heads, np.int32)[:, None, None]
-    return lambda products: self.scores(products, *pairs, heads)
+    return lambda products: self.scores(products, *pairs, self._heads(), held=self.held)
+
+  def learned_logits(self, i, j, mask):
+    """(products, arrays that `scores.learned` says) -> logits where `mask` says."""
+    learned, (i, j) = self.scores.learned, (i[..., None, :, None], j[..., None, None, :])
+    if learned:
+      i, j = attending(mask, i, j)
+
+    def logits(products, *values):
+      held = list(self.held)
+      for n, x in zip(learned, values, strict=True):
+        held[n] = x
+      return self.scores(products, i, j, self._heads(), held=tuple(held))
+
+    return logits, tuple(self.held[n] for n in learned)
+
+  def _heads(self):
+    return np.asarray(self.heads, np.int32)[:, None, None]
 
   def mask(self, i, j, q_ids, k_ids, first_key, blocks):
     """Pairs of queries i `[..., t]` and keys j `[..., s]` that attend, `[..., h or 1, t, s]`."""
     i, j = i[..., :, None], j[..., None, :]
     positions = self.one.query_position(i + self.halo), self.one.key_position(j)
-    mask = self.one.allowed(*positions)[..., None, :, :]
+    mask = self.allowed(*positions)[..., None, :, :]
     if first_key is not None:
       mask = mask & (j >= first_key)[None]
     if q_ids is not None:
@@ -304,14 +353,14 @@ class _Problem(NamedTuple):
     return _finish(*_attend(q, k, v, self.mask(i, j, *masks), self.logits(i, j), _start(q, v)))
 
   def backward(self, xs):
-    """(q, k, v, dout, lse, delta), masks -> dq, dk, dv, float32, of one problem."""
+    """(q, k, v, dout, lse, delta), masks -> dq, dk, dv and those of learned arrays, float32."""
     (q, k, v, dout, lse, delta), masks = xs
     tiles = self.tiles(q.shape[1], k.shape[1])
     if tiles != (q.shape[1], k.shape[1]):
       return _sweep_backward(self, tiles, q, k, v, dout, lse, delta, masks)
     i, j = _positions(q), _positions(k)
-    mask, logits = self.mask(i, j, *masks), self.logits(i, j)
-    return _gradients(q, k, v, dout, lse, delta, mask, logits)
+    mask = self.mask(i, j, *masks)
+    return _gradients(q, k, v, dout, lse, delta, mask, *self.learned_logits(i, j, mask))
 
 
 # --------------------------------------------------------------------------- one tile of logits
@@ -351,17 +400,21 @@ def _finish(total, top, weight):
   return total / safe[..., None], jnp.where(weight == 0, -jnp.inf, top + jnp.log(safe))
 
 
-def _gradients(q, k, v, dout, lse, delta, mask, logits_of):
-  """What the pairs of one tile add to dq, dk, dv; lse and delta are `[..., h, t, 1]`."""
-  logits, pull = jax.vjp(logits_of, _matmul("...td,...sd->...ts", q, k))
+def _gradients(q, k, v, dout, lse, delta, mask, logits_of, learned):
+  """What the pairs of one tile add to dq, dk, dv and to the gradients of learned arrays.
+
+  lse and delta are `[..., h, t, 1]`.
+  """
+  logits, pull = jax.vjp(logits_of, _matmul("...td,...sd->...ts", q, k), *learned)
   weights = jnp.where(mask, jnp.exp(logits - lse), 0.0)
   dweights = _matmul("...td,...sd->...ts", dout, v)
   # A pair that is masked may have any logit, and any derivative of it.
-  (dproducts,) = pull(weights * (dweights - delta))
+  dproducts, *of_learned = pull(weights * (dweights - delta))
   dproducts = jnp.where(mask, dproducts, 0.0)
+  of_learned = [jnp.where(mask.any(), x, 0.0).astype(jnp.float32) for x in of_learned]
   dq = _matmul("...ts,...sd->...td", dproducts, k)
   dk = _matmul("...ts,...td->...sd", dproducts, q)
-  return dq, dk, _matmul("...ts,...td->...sd", weights, dout)
+  return dq, dk, _matmul("...ts,...td->...sd", weights, dout), of_learned
 
 
 # -------------------------------------------------------------------------- tile by tile sweeps
@@ -404,7 +457,7 @@ class _Tiles:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
   def step(self, n, rows, idx, length, q_ids):
-    """The n-th key tile of each row of tiles: its number, the mask of the pairs, their logits."""
+    """The n-th key tile of each row of tiles: its number, the positions, the mask of the pairs."""
     cols = idx[:, n]
     i = rows[:, None] * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)[None]
     j = cols[:, None] * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)[None]
@@ -413,7 +466,7 @@ class _Tiles:
     mask = mask & (n < length)[:, None, None, None]
     if not self.problem.one.causal or self.T > self.S:  # else padded keys come after all queries
       mask = mask & (j < self.S)[:, None, None, :]
-    return cols, mask, self.problem.logits(i, j)
+    return cols, (i, j), mask
 
 
 def _sweep_forward(problem, tiles, q, k, v, masks):
@@ -425,8 +478,8 @@ def _sweep_forward(problem, tiles, q, k, v, masks):
     (rows, idx, length), qs, q_ids = xs
 
     def step(n, state):
-      cols, mask, logits = cut.step(n, rows, idx, length, q_ids)
-      return _attend(qs, ks[cols], vs[cols], mask, logits, state)
+      cols, pairs, mask = cut.step(n, rows, idx, length, q_ids)
+      return _attend(qs, ks[cols], vs[cols], mask, problem.logits(*pairs), state)
 
     return _finish(*jax.lax.fori_loop(0, length.max(), step, _start(qs, v)))
 
@@ -444,18 +497,21 @@ def _sweep_backward(problem, tiles, q, k, v, dout, lse, delta, masks):
     (rows, idx, length), arrays, q_ids = xs
 
     def step(n, grads):
-      dq, dk, dv = grads
-      cols, mask, logits = cut.step(n, rows, idx, length, q_ids)
+      dq, dk, dv, of_learned = grads
+      cols, pairs, mask = cut.step(n, rows, idx, length, q_ids)
       qs, *rest = arrays
-      new_dq, new_dk, new_dv = _gradients(qs, ks[cols], vs[cols], *rest, mask, logits)
-      return dq + new_dq, dk.at[cols].add(new_dk), dv.at[cols].add(new_dv)
+      logits = problem.learned_logits(*pairs, mask)
+      new_dq, new_dk, new_dv, more = _gradients(qs, ks[cols], vs[cols], *rest, mask, *logits)
+      of_learned = [a + b for a, b in zip(of_learned, more, strict=True)]
+      return dq + new_dq, dk.at[cols].add(new_dk), dv.at[cols].add(new_dv), of_learned
 
     start = jnp.zeros(arrays[0].shape, jnp.float32)
     dq, *carry = jax.lax.fori_loop(0, length.max(), step, (start, *carry))
     return tuple(carry), dq
 
   arrays = tuple(cut.of_queries(x) for x in (q, dout, lse, delta))
-  start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (ks, vs))
-  (dk, dv), dq = jax.lax.scan(sweep, start, (cut.lists, arrays, cut.q_ids))
+  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+  start = zeros(ks), zeros(vs), [zeros(problem.held[n]) for n in problem.scores.learned]
+  (dk, dv, of_learned), dq = jax.lax.scan(sweep, start, (cut.lists, arrays, cut.q_ids))
   dq = cut.joined(dq.reshape(-1, *dq.shape[2:]), cut.T)
-  return dq, cut.joined(dk, cut.S), cut.joined(dv, cut.S)
+  return dq, cut.joined(dk, cut.S), cut.joined(dv, cut.S), of_learned

@@ -62,12 +62,32 @@ def test_recipes_match_the_reference(title):
     assert_close(a, b, tolerance=1e-5, what=title)
 
 
+def test_chosen_blocks_keep_the_order_of_time():
+  """What comes after a token changes no bit of its output, and every token has keys."""
+  (source,) = (source for title, source in recipes.RECIPES.items() if "chooses" in title)
+  named = recipes.run(source)
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.standard_normal((1, T, 2, 16)), jnp.float32) for _ in range(3))
+  attend = jax.jit(
+    lambda q, k, v: sparse_attention(
+      q, k, v, block_mask=named["route"](q, k), block_size=32, return_lse=True
+    )
+  )
+  out, lse = attend(q, k, v)
+  assert np.isfinite(lse).all()
+  for u in range(1, T, 9):
+    other = [x.at[:, u].set(rng.standard_normal(x.shape[2:]) * 5) for x in (q, k, v)]
+    changed, _ = attend(*other)
+    np.testing.assert_array_equal(changed[:, :u], out[:, :u], err_msg=str(u))
+    assert (np.asarray(changed[:, u]) != np.asarray(out[:, u])).all()
+
+
 @pytest.mark.promotes
 def test_the_picture_shows_all_recipes(as_a_user):
   named = recipes.panels()
   names = {name.partition(", head")[0] for name, _ in named}
   without = [title for title in recipes.RECIPES if recipes.name(title) not in names]
-  assert without == ["Scores of any kind, in this order: scale, soft cap, function, mask"]
+  assert [title.partition(",")[0] for title in without] == ["Scores of any kind", "Learned slopes"]
   figure = mask_pictures.draw_tiles(named, tile=recipes.TILE)
   shown = {axes.get_title().replace("\n", " "): axes.get_images()[0] for axes in figure.axes}
   assert list(shown) == [name for name, _ in named] and len(named) == 10

@@ -303,6 +303,12 @@ GPU_PATTERNS = {
 }
 
 
+GPU_CASES = {name: dict(pattern=pattern) for name, pattern in GPU_PATTERNS.items()}
+GPU_CASES["score_fn"] = dict(
+  pattern=patterns.Local(128), score_fn=lambda x, i, j, h: x - h.astype(jnp.float32)
+)
+
+
 @pytest.fixture
 def asked_as_by_a_compiler(monkeypatch):
   """Automatic axes, lowered for devices that are not here: what the compiler would ask for."""
@@ -332,7 +338,8 @@ def asked_as_by_a_compiler(monkeypatch):
   ("name", "kind"),
   [
     ("local", "auto"),
-    ("fixed", "explicit"),
+    ("score_fn", "explicit"),
+    pytest.param("fixed", "explicit", marks=pytest.mark.slow),
     pytest.param("per_head", "auto", marks=pytest.mark.slow),
     pytest.param("per_head", "explicit", marks=pytest.mark.slow),
     pytest.param("union", "auto", marks=pytest.mark.slow),
@@ -344,7 +351,7 @@ def test_kernels_for_gpus_get_the_arrays_of_a_device(name, kind, asked_as_by_a_c
   mesh = AbstractMesh((4, 2), ("x", "y"), **how)
   sharding = jax.NamedSharding(mesh, SPEC)
   x = jax.ShapeDtypeStruct((4, 1000, 4, 64), jnp.bfloat16, sharding=sharding)
-  attend = attend_with("mosaic_gpu", pattern=GPU_PATTERNS[name])
+  attend = attend_with("mosaic_gpu", **GPU_CASES[name])
   with jax.sharding.use_abstract_mesh(mesh):
     traced = jax.jit(functools.partial(both, attend)).trace(x, x, x, x)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -354,13 +361,24 @@ def test_kernels_for_gpus_get_the_arrays_of_a_device(name, kind, asked_as_by_a_c
   assert not re.search(r"stablehlo\.(all_|collective|reduce_scatter)", program)
 
 
-def test_a_score_fn_that_reads_heads_is_refused_by_kernels_on_several_devices():
-  x = jnp.zeros((B, T, H, 32), jnp.bfloat16)
-  placed = laid(make_mesh("explicit"), [x] * 3, SPEC)
-  with pytest.raises(NotImplementedError, match="mosaic_gpu: a score_fn that reads head numbers"):
-    sparse_attention(
-      *placed, score_fn=lambda x, i, j, h: x * h.astype(x.dtype), implementation="mosaic_gpu"
-    )
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_gradients_of_what_a_score_fn_holds_are_summed_over_devices(implementation, kind):
+  """Slopes, one per head, by the heads' numbers; they lie whole on every device."""
+  q, k, v, _ = host = arrays()
+  slopes, scale = np.linspace(0.1, 0.8, H, dtype=np.float32), np.float32(0.3)
+
+  def loss(slopes, scale, q, k, v):
+    score_fn = lambda x, i, j, h: x - slopes[h] * (i - j).astype(jnp.float32)
+    how = dict(score_fn=score_fn, scale=scale, pattern=patterns.Fixed(6, 2, 2))
+    return (sparse_attention(q, k, v, implementation=implementation, **how) ** 2).sum()
+
+  grad = jax.jit(jax.grad(loss, range(5)))
+  mesh = make_mesh(kind)
+  small = laid(mesh, (slopes, scale), jax.P())
+  got = grad(*small, *laid(mesh, (q, k, v), SPEC))
+  for a, b in zip(got, grad(slopes, scale, *host[:3]), strict=True):
+    assert_close(a, b, tolerance=1e-4, what=f"{implementation}, {kind}")
 
 
 @pytest.mark.parametrize("length", [256, 200])

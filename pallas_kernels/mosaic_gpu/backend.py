@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -17,6 +18,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from pallas_kernels import functions
 from pallas_kernels import lists
 from pallas_kernels import passes
 from pallas_kernels.mosaic_gpu import backward as backward_kernels
@@ -57,8 +59,15 @@ def unsupported(
     return f"mosaic_gpu: head sizes {Dk} of k and {Dv} of v are not both in {HEAD_SIZES}"
   if block_mask is not None and block_size % lists.BLOCK:
     return f"mosaic_gpu: a block mask of {block_size=} is not supported, multiples of 128 are"
+  if not isinstance(q.shape[0], int):
+    return f"mosaic_gpu: a symbolic batch {q.shape[0]} is not supported"
+  if functions.holds(pattern):
+    return "mosaic_gpu: a predicate that holds traced arrays is not supported"
   if not formula.computes(scores):
-    return "mosaic_gpu: this score_fn is not supported, those of operators and elements are"
+    return (
+      "mosaic_gpu: this score_fn is not supported, those of operators and elements are, which may "
+      "hold numbers and arrays with an entry per head, but look up nothing by position"
+    )
   for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
     if group is not None or listed.formulas(pattern, tuple(heads))[0]:
       continue
@@ -77,9 +86,10 @@ def forward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dv"], tuple[Array, ...]]:
   """Result and log-sum-exp, of every group of heads as its kernel left it."""
-  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
+  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size, held)
   scale = scores.scale
   outs, lses = zip(*(one.forward(q, k, v, segment_ids, scale) for one in groups), strict=True)
   return _join(outs, groups), lses
@@ -96,9 +106,10 @@ def natural_lse(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> Float[Array, "B T H"]:
   """The natural log-sum-exp, from what `forward` returned."""
-  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
+  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size, held)
   parts = [one.cut(one.view.restore(x)) for one, x in zip(groups, lse, strict=True)]
   return _join(parts, groups) * math.log(2)
 
@@ -114,9 +125,10 @@ def lse_of_natural(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Array, ...]:
   """What `forward` returned, from the natural log-sum-exp."""
-  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
+  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size, held)
   lse = lse / math.log(2)
   return tuple(one.view.rows(one.padded(_select(lse, one.heads))) for one in groups)
 
@@ -135,20 +147,36 @@ def backward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
-) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
-  """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
-  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size)
+  held: tuple[Array, ...] = (),
+) -> tuple[Array, ...]:
+  """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None.
+
+  Then those of the arrays of `held` that `scores.learned` says, by one more sweep over the keys.
+  """
+  groups = _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size, held)
   grads = []
   for one, part in zip(groups, lse, strict=True):
     mine, dmine, dlse_mine = (_select(x, one.heads) for x in (out, dout, dlse))
     grads.append(one.backward(q, k, v, segment_ids, mine, part, dmine, dlse_mine, scores.scale))
-  dq, dk, dv = (_join(parts, groups) for parts in zip(*grads, strict=True))
-  return dq, _per_kv_head(dk, k.shape[2]), _per_kv_head(dv, v.shape[2])
+  dq, dk, dv = (_join(parts, groups) for parts in zip(*(x[:3] for x in grads), strict=True))
+  dk, dv = _per_kv_head(dk, k.shape[2]), _per_kv_head(dv, v.shape[2])
+  if not scores.learned:
+    return dq, dk, dv
+
+  def learned_values(*arrays):
+    other = dict(zip(scores.learned, arrays, strict=True))
+    mixed = tuple(other.get(n, x) for n, x in enumerate(held))
+    values = formula.values(scores, q.shape[2], mixed)
+    return tuple(values[n] for n in formula.learned(scores))
+
+  _, pull = jax.vjp(learned_values, *(held[n] for n in scores.learned))
+  (_, _, _, *of_values), *_ = grads  # scores with a function have one group
+  return dq, dk, dv, *pull(tuple(of_values))
 
 
-def _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size):
+def _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size, held=()):
   return [
-    _Listed(heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size)
+    _Listed(heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size, held)
     if group is None
     else _Group(heads, group, q, v)
     for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores)
@@ -390,12 +418,13 @@ class _Fixed:
 class _Listed:
   """Heads whose blocks are listed."""
 
-  def __init__(self, heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size):
+  def __init__(self, heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size, held):
     self.heads, self.pattern, self.view = heads, pattern, View("natural", q.shape[1])
     self.sizes = sizes.listed(q.shape[-1], v.shape[-1], segment_ids is not None)
     self.masks = block_mask, block_size, segment_ids
     self.own_scores = not scores.only_scale or scores.scale <= 0
     self.scores = scores if self.own_scores else None
+    self.values = formula.values(scores, q.shape[2], held)
 
   def frame(self, q, k, teams: int = 1, backward: bool = False) -> listed.Listed:
     """The lists, dealt to so many teams per core."""
@@ -417,7 +446,7 @@ class _Listed:
     bits = lists.bits_of(self.pattern, heads, T, S) if with_bits else None
     masks = each, of_head, bits, segment_ids is not None
     causal = self.pattern.causal
-    return listed.Listed(problem, causal, by_queries, by_keys, *masks, self.scores)
+    return listed.Listed(problem, causal, by_queries, by_keys, *masks, self.scores, self.values)
 
   def forward(self, q, k, v, ids, scale):
     """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""
@@ -426,14 +455,17 @@ class _Listed:
     return stream_forward.sweep(frame, _select(q, self.heads), k, v, ids, scale, blocks)
 
   def backward(self, q, k, v, ids, out, lse, dout, dlse, scale):
-    """dq [B, T, Hg, Dk]; dk and dv of key heads, or of the query heads."""
+    """dq [B, T, Hg, Dk]; dk and dv of key heads, or of the query heads; those of learned values."""
     frame, how = self.frame(q, k, backward=True), dict(scale=1.0 if self.own_scores else scale)
     dlse = None if dlse is None else _padded(self.view.rows(dlse), lse.shape[-1], axis=3)
     rest = frame, _select(q, self.heads), k, v, ids, lse
     more = dict(out=out, dlse=dlse, blocks=self.sizes.dq)
     dq, delta = stream_backward.sweep_keys(*rest, None, dout, **more, **how)
-    how.update(blocks=self.sizes.dkv)
-    return dq, *stream_backward.sweep_queries(*rest, delta, dout, **how)
+    of_keys = stream_backward.sweep_queries(*rest, delta, dout, **how, blocks=self.sizes.dkv)
+    if self.scores is None or not self.scores.learned:
+      return dq, *of_keys
+    rows = stream_backward.sweep_values(*rest, delta, dout, **how, blocks=self.sizes.dq)
+    return dq, *of_keys, *(x[:, :, 0, : q.shape[1]].sum(axis=(0, 2)) for x in rows)
 
   def padded(self, x):
     return x

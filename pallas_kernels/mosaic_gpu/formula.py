@@ -1,6 +1,8 @@
 """Functions of users inside kernels: element by element, of positions and logits.
 
-A kernel cannot look up an array by position, and its arrays have one shape, or none.
+A kernel cannot look up an array by position, and its arrays have one shape, or none. What a score
+function makes of its head and of arrays that it holds is computed outside, once a head, and the
+kernel reads these values.
 """
 
 import functools
@@ -14,12 +16,13 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
+from jaxtyping import Array
 
+from pallas_kernels import functions
 from pallas_kernels import lists
 from pallas_kernels import patterns
 from pallas_kernels.scores import Scores
 
-_SHAPE = (8, 16)  # stands for a tile's
 # What the kernels have instructions for.
 _KNOWN = frozenset(
   """
@@ -31,11 +34,12 @@ _KNOWN = frozenset(
 )
 
 
+_POSITION = jax.ShapeDtypeStruct((), jnp.int32)
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
 
 class Traced(NamedTuple):
-  """A function of arrays of one shape.
+  """A function of scalars, for arrays of one shape.
 
   Attributes:
     jaxpr, consts: of what the results need.
@@ -69,28 +73,110 @@ def of_pattern(pattern: patterns.Pattern) -> Callable | None:
     if None in parts:
       return None
     return lambda *how: functools.reduce(jnp.logical_and, (part(*how) for part in parts))
-  position = jax.ShapeDtypeStruct(_SHAPE, jnp.int32)
-  traced = _trace(pattern.allowed, position, position)
+  traced = _trace(pattern.allowed, _POSITION, _POSITION)
   return None if traced is None else lambda *how: traced(*how)[0]
 
 
 def computes(scores: Scores) -> bool:
   """Whether the kernels can compute these logits and their derivatives."""
-  return scores.only_scale or _with_derivative(scores) is not None
+  if scores.only_scale:
+    return True
+  if _with_derivative(scores) is None:
+    return False
+  return not (scores.learned and learned(scores)) or _with_slopes(scores) is not None
 
 
-def logits(scores: Scores, products, i, j, h):
-  """The logits of products, and their derivatives by them; functions make i, j and h."""
-  return _with_derivative(scores)(products.shape, lambda: products, i, j, h)
+def logits(scores: Scores, products, i, j, h, values: tuple[Callable, ...]):
+  """The logits of products, and their derivatives by them; functions make all else."""
+  return _with_derivative(scores)(products.shape, lambda: products, i, j, h, *values)
+
+
+def slopes(scores: Scores, products, i, j, h, values: tuple[Callable, ...]):
+  """The logits of products, and their derivatives by those `values` that are `learned`."""
+  return _with_slopes(scores)(products.shape, lambda: products, i, j, h, *values)
+
+
+def values(scores: Scores, heads: int, held: tuple) -> tuple[Array, ...]:
+  """What kernels read, [heads] each: float32, or int32 for booleans too."""
+  function = scores.score_fn
+  if function is None or not function.places:
+    return ()
+  each = functions.known_part(function, held, {3: np.arange(heads, dtype=np.int32)})
+  kind = lambda x: jnp.float32 if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.int32
+  return tuple(jnp.broadcast_to(jnp.asarray(x, kind(x)), (heads,)) for x in each)
+
+
+@functools.lru_cache(maxsize=64)
+def _values_for_one(scores: Scores) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Shapes and dtypes of the values of one head."""
+  function = scores.score_fn
+  if function is None or not function.places:
+    return ()
+  held = {
+    const.number: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+    for var, const in zip(function.program.constvars, function.consts, strict=True)
+  }
+  # A function knows its arrays by their places among those of all functions.
+  absent = jax.ShapeDtypeStruct((), jnp.float32)
+  held = tuple(held.get(n, absent) for n in range(max(held) + 1))
+  known = lambda held, h: functions.known_part(function, held, {3: h})
+  return tuple(jax.eval_shape(known, held, _POSITION))
+
+
+def learned(scores: Scores) -> tuple[int, ...]:
+  """Which values have derivatives."""
+  each = enumerate(_values_for_one(scores))
+  return tuple(n for n, x in each if jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _logit(scores: Scores, product, i, j, h, values) -> Any:
+  kinds = [x.dtype for x in _values_for_one(scores)]
+  if not kinds:
+    return scores(product, i, j, h)
+  pairs = zip(values, kinds, strict=True)
+  values = [x != 0 if jnp.issubdtype(kind, jnp.bool_) else x for x, kind in pairs]
+  unknown = {0: scores.capped(product), 1: i, 2: j}
+  return functions.unknown_part(scores.score_fn, values, unknown)
+
+
+def _args(scores: Scores) -> tuple:
+  kind = lambda dtype: jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32
+  each = (jax.ShapeDtypeStruct((), kind(x.dtype)) for x in _values_for_one(scores))
+  return jax.ShapeDtypeStruct((), jnp.float32), _POSITION, _POSITION, _POSITION, *each
 
 
 @functools.lru_cache(maxsize=64)
 def _with_derivative(scores: Scores) -> Traced | None:
-  def both(products, i, j, h):
-    return jax.jvp(lambda x: scores(x, i, j, h), (products,), (jnp.ones_like(products),))
+  if any(x.shape for x in _values_for_one(scores)):
+    return None  # an array that is looked up by position
 
-  position = jax.ShapeDtypeStruct(_SHAPE, jnp.int32)
-  return _trace(both, jax.ShapeDtypeStruct(_SHAPE, jnp.float32), *(position,) * 3)
+  def both(product, i, j, h, *values):
+    logit = lambda x: _logit(scores, x, i, j, h, values).astype(jnp.float32)
+    return jax.jvp(logit, (product,), (jnp.ones_like(product),))
+
+  return _trace(both, *_args(scores))
+
+
+@functools.lru_cache(maxsize=64)
+def _with_slopes(scores: Scores) -> Traced | None:
+  """As `_with_derivative`, by values."""
+
+  def all_of(product, i, j, h, *values):
+    def logit(*some):
+      every = list(values)
+      for n, x in zip(learned(scores), some, strict=True):
+        every[n] = x
+      return _logit(scores, product, i, j, h, every).astype(jnp.float32)
+
+    some = tuple(values[n] for n in learned(scores))
+    slopes = []
+    for n in range(len(some)):
+      tangents = tuple(jnp.full_like(x, float(m == n)) for m, x in enumerate(some))
+      value, slope = jax.jvp(logit, some, tangents)
+      slopes.append(slope)
+    return value, *slopes
+
+  return _trace(all_of, *_args(scores))
 
 
 def _trace(function: Callable, *args) -> Traced | None:
@@ -112,7 +198,7 @@ def _is_known(jaxpr, consts) -> bool:
   for eqn in jaxpr.eqns:
     inner = _inner(eqn)
     known = _is_known(inner.jaxpr, inner.consts) if inner is not None else _has_instruction(eqn)
-    if not known or any(var.aval.shape not in ((), _SHAPE) for var in eqn.outvars):
+    if not known or any(var.aval.shape for var in eqn.outvars):
       return False
   return True
 
@@ -157,6 +243,8 @@ def _evaluate(jaxpr, consts, args, shape):
           x if jnp.shape(x) == shape else _wide(x, atom.aval.dtype, shape)
           for x, atom in zip(operands, eqn.invars, strict=True)
         ]
+      scalar = lambda x: isinstance(x, jax.core.Tracer) and jnp.shape(x) != shape
+      operands = [_wide(x, x.dtype, shape) if scalar(x) else x for x in operands]
       results = eqn.primitive.bind(*operands, **eqn.params)
       results = results if eqn.primitive.multiple_results else [results]
     values |= zip(eqn.outvars, results, strict=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jaxtyping import Array
 
 from pallas_kernels import lists
 from pallas_kernels.bits import Bits
@@ -35,6 +36,7 @@ class Listed(stream.Frame):
     bits: the masks of blocks, where pairs are no formula.
     segments: whether segment ids mask as well.
     scores: how logits are made, where that is more than a factor.
+    values: what they need, for every query head.
 
   Attributes:
     ends_inside: whether masks have to hide keys past the last one.
@@ -51,6 +53,7 @@ class Listed(stream.Frame):
     bits: Bits | None,
     segments: bool,
     scores: Scores | None,
+    values: tuple[Array, ...] = (),
   ):
     heads = range(len(problem.heads))
     one = stream.Schedule(view="natural")
@@ -58,7 +61,8 @@ class Listed(stream.Frame):
     self.problem, self.causal = problem, causal
     self.by_queries, self.by_keys = by_queries, by_keys
     self.formulas, self.formula_of, self.bits = formulas, formula_of, bits
-    self.scores, self.has_full, self.num_keys = scores, True, problem.S
+    self.scores, self.values = scores, values
+    self.has_full, self.num_keys = True, problem.S
     numbers = by_queries.numbers
     past_the_end = not isinstance(numbers, np.ndarray) or (numbers == problem.nk).any()
     self.ends_inside = past_the_end or problem.S % lists.BLOCK > 0
@@ -67,6 +71,7 @@ class Listed(stream.Frame):
     found = (self.by_keys if transposed else self.by_queries)._asdict()
     if self.bits is not None:
       found.update(words=self.bits.by_keys if transposed else self.bits.by_queries)
+    found.update({f"value{n}": x for n, x in enumerate(self.values)})
     return {name: jnp.asarray(x) for name, x in found.items()}
 
   def keys(self, x):
@@ -216,10 +221,18 @@ class Masks:
 
   def logits(self, i, products, number=None):
     """Of products, and their derivatives."""
-    heads = self.frame.problem.heads
-    head = lambda: head_of(heads, self.head(i, number))
-    h = lambda: lax.broadcast(jnp.int32(0) + head(), products.shape)
-    return formula.logits(self.frame.scores, products, *self.places(i, number), h)
+    return formula.logits(self.frame.scores, products, *self._made_of(i, products, number))
+
+  def slopes(self, i, products, number=None):
+    """The logits of products, and their derivatives by learned values."""
+    return formula.slopes(self.frame.scores, products, *self._made_of(i, products, number))
+
+  def _made_of(self, i, products, number):
+    wide = lambda x: lax.broadcast(x, products.shape)
+    head = lambda: head_of(self.frame.problem.heads, self.head(i, number))
+    value = lambda n: lambda: wide(self.refs[f"value{n}"][head()])
+    values = tuple(map(value, range(len(self.frame.values))))
+    return *self.places(i, number), lambda: wide(jnp.int32(0) + head()), values
 
   def __call__(self, i, s, number=None):
     """Which of [64, step] attend in step i, whose tile lies in slot s.

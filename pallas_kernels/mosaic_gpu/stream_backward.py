@@ -15,6 +15,7 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from pallas_kernels.mosaic_gpu import formula
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import listed
 from pallas_kernels.mosaic_gpu import stream
@@ -264,6 +265,107 @@ class _Queries(stream_forward.Queries):
     dp = dp.get(under_way=more)
     gpu.barrier_arrive(refs["v_free"].at[s])
     return p, dp
+
+
+def sweep_values(
+  frame: listed.Listed, q, k, v, segment_ids, lse, delta, dout, *, blocks, scale
+) -> list[Float[Array, "B Hg R Mp"]]:
+  """The gradients of the learned values of a frame's scores, by query; arguments as `sweep_keys`.
+
+  Queries past the end may have any.
+  """
+  B, Dk, Dv = q.shape[0], q.shape[-1], v.shape[-1]
+  inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
+  inputs.update(lse=safe_lse(lse), delta=delta, **frame.lists(False))
+  if segment_ids is not None:
+    inputs.update(ids=frame.ids(segment_ids))
+  wgs, turns = blocks.warpgroups, blocks.held * blocks.warpgroups
+  vectors = {f"{name}_s": gpu.vector(blocks.held, wgs, TILE) for name in ("lse", "delta")}
+  scratch = dict(
+    q_s=gpu.smem(blocks.held, wgs, TILE, Dk, dtype=q.dtype),
+    dout_s=gpu.smem(blocks.held, wgs, TILE, Dv, dtype=q.dtype),
+    q_full=gpu.Barrier(num_barriers=turns, num_arrivals=4),
+    q_free=gpu.Barrier(num_barriers=turns),
+    **vectors,
+    **stream_forward.ring(frame, blocks, Dk, Dv, q.dtype),
+  )
+  work = frame.work(blocks, B, transposed=False)
+  rows = jax.ShapeDtypeStruct(lse.shape, jnp.float32)
+  number = len(formula.learned(frame.scores))
+  return gpu.launch(
+    "stream_dvalues",
+    functools.partial(_dvalues, frame=frame, blocks=blocks, work=work, scale=scale),
+    inputs=inputs,
+    outputs={f"of_value{n}": rows for n in range(number)},
+    scratch=scratch,
+    grid=(work.num_blocks,),
+    grid_names=("core",),
+    num_threads=wgs + 1,
+    thread_name="wg",
+  )
+
+
+def _dvalues(refs, *, frame, blocks, work, scale):
+  work, wg = work.of(refs), lax.axis_index("wg")
+
+  @pl.when(wg == blocks.warpgroups)
+  def _():
+    gpu.set_max_registers(blocks.registers[0], action="decrease")
+    stream_forward.produce(refs, frame, blocks, work, ("q", "dout"), ("lse", "delta"))
+
+  @pl.when(wg < blocks.warpgroups)
+  def _():
+    gpu.set_max_registers(blocks.registers[1], action="increase")
+    consume = lambda item, n, done: _Values(refs, frame, blocks, item, n, done, wg, scale).run()
+    work.each(consume, jnp.int32(0))
+
+
+class _Values(_Queries):
+  """64 queries of an item, for which the gradients of values are summed."""
+
+  def run(self):
+    """Sums and writes them; the steps taken so far."""
+    refs, item = self.refs, self.item
+    self.masks = stream_forward.masks_of(refs, self.frame, self.sweep, item, self.base)
+    gpu.barrier_wait(refs["q_full"].at[self.turn])
+    self.dout_s = refs["dout_s"].at[self.place, self.wg]
+    self.lse, self.minus_delta = self.row("lse"), -self.row("delta")
+    zeros = [gpu.full((TILE,), 0.0) for _ in formula.learned(self.frame.scores)]
+    sums = self.loops(self.step, 0, tuple(zeros))
+
+    @pl.when(self.base < self.frame.padded)
+    def _():
+      rows = pl.ds(self.base, TILE)
+      for n, total in enumerate(sums):
+        refs[f"of_value{n}"].at[item["b"], item["h"], item["r"], rows][...] = total
+
+    gpu.commit_reads()
+    gpu.barrier_arrive(refs["q_free"].at[self.turn])
+    return self.done + self.sweep.num
+
+  def step(self, i, sums, kind):
+    """Adds step i."""
+    refs, s = self.refs, self.slot(i)
+    columns = lambda x: gpu.over_columns(x, self.blocks.step)
+
+    def body(logits, dp):
+      logits.add(self.q_s, refs["k_s"].at[s].transpose((1, 0)))
+      dp.add(self.dout_s, refs["v_s"].at[s].transpose((1, 0)))
+      mask = None if kind is None else self.masks(i, s, kind)
+      x, *slopes = self.masks.slopes(i, logits.get(under_way=1), kind)
+      p = exp2_of(x * self.scale - columns(self.lse), mask)
+      ds = p * dp.get()
+      return tuple(
+        total + (ds * seen(slope, mask)).sum(axis=1)
+        for total, slope in zip(sums, slopes, strict=True)
+      )
+
+    self.wait(s)
+    # dP starts as -delta: no subtraction afterwards.
+    sums = gpu.sums(body, (TILE, self.blocks.step), columns(self.minus_delta), scratch=self.p_s)
+    for x in "kv":
+      gpu.barrier_arrive(refs[f"{x}_free"].at[s])
+    return sums
 
 
 def seen(slope, mask):

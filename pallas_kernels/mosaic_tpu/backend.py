@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from pallas_kernels import functions
 from pallas_kernels import passes
 from pallas_kernels import patterns
 from pallas_kernels.mosaic_tpu import steps
@@ -45,6 +46,10 @@ def unsupported(
   if max(q.shape[-1], v.shape[-1]) > 256:
     sizes = q.shape[-1], v.shape[-1]
     return f"mosaic_tpu: head sizes {sizes} are not supported, those up to 256 are"
+  if not isinstance(q.shape[0], int):
+    return f"mosaic_tpu: a symbolic batch {q.shape[0]} is not supported"
+  if functions.holds(pattern) or (scores.score_fn is not None and scores.score_fn.places):
+    return "mosaic_tpu: functions that hold arrays, and a traced scale, are not supported"
   for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
     for one in group:
       if one.pattern is not None and not _is_formula(one.pattern):
@@ -71,8 +76,13 @@ def forward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
   """Result and natural log-sum-exp."""
+  if held:  # `unsupported` refuses those of users
+    raise NotImplementedError(
+      "mosaic_tpu: a score_fn of head numbers is not supported where heads may be sharded"
+    )
   masks = segment_ids, block_mask, scores, block_size
   groups = _lowered(pattern, q, k, segment_ids, block_mask, scores)
   parts = []
@@ -82,20 +92,9 @@ def forward(
   return tuple(_join(x, groups) for x in zip(*parts, strict=True))
 
 
-def natural_lse(
-  lse: Float[Array, "B T H"],
-  q: Float[Array, "B T H Dk"],
-  k: Float[Array, "B S Hkv Dk"],
-  v: Float[Array, "B S Hkv Dv"],
-  segment_ids: Int[Array, "B T"] | None,
-  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
-  *,
-  pattern: Pattern,
-  scores: Scores,
-  block_size: int,
-) -> Float[Array, "B T H"]:
+def natural_lse(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T H"]:
   """The natural log-sum-exp, from what `forward` returned."""
-  del q, k, v, segment_ids, block_mask, pattern, scores, block_size
+  del arrays, how
   return lse
 
 
@@ -119,8 +118,10 @@ def backward(
   pattern: Pattern,
   scores: Scores,
   block_size: int,
+  held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
+  assert not held, "unsupported() refuses functions that hold arrays"
   delta = _row_sums(out, dout)
   delta = delta if dlse is None else delta - dlse
   empty = lse == -jnp.inf
@@ -140,7 +141,7 @@ def backward(
 
 def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
   """Heads, and their passes. What speaks of positions, or differs in queries and keys: one view."""
-  plain = scores.score_fn is None and segment_ids is None and block_mask is None
+  plain = not scores.of_positions and segment_ids is None and block_mask is None
   natural = not plain or not pattern.causal or q.shape[1] != k.shape[1]
   lowered = passes.lower(pattern, q.shape[2], natural)
   if q.shape[2] == k.shape[2]:

@@ -1,0 +1,411 @@
+"""Functions of users, traced for one pair at every call, apart from the arrays that they hold.
+
+What is traced can be compared: calls whose functions compute the same share a compiled program,
+whatever objects these are, and what changed in an object since the last call is seen. Arrays that a
+function holds are arguments of that program, in one flat tuple, `held`.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.extend import linear_util
+
+from pallas_kernels import patterns
+
+_MOST_BITS = 1 << 33  # of a table of pairs: 1 GB
+
+# Primitives that take arrays for scalars as they are.
+ELEMENTWISE = frozenset(
+  """
+  add sub mul div rem pow neg abs sign max min clamp and or xor not eq ne lt le gt ge select_n
+  shift_left shift_right_logical shift_right_arithmetic convert_element_type floor ceil round
+  integer_pow square one_minus_square sqrt rsqrt cbrt exp exp2 expm1 log log1p tanh logistic sin cos
+  tan atan2 erf is_finite add_any stop_gradient copy nextafter population_count
+  """.split()  # noqa: SIM905
+)
+
+
+class Place(NamedTuple):
+  """Of an array in the flat tuple of what functions hold."""
+
+  number: int
+
+
+class Program(NamedTuple):
+  """A jaxpr without the values that JAX attaches to it: traced ones must not outlive the call."""
+
+  constvars: tuple
+  invars: tuple
+  eqns: tuple
+  outvars: tuple
+
+
+class Function:
+  """A function of one pair, equal to others that compute the same.
+
+  Attributes:
+    name: for messages.
+    program: of scalars; its constvars are what the function holds.
+    consts: for each of them a numpy array, or its place in `held`.
+  """
+
+  def __init__(
+    self, name: str, program: Program, consts: tuple[np.ndarray | Place, ...], made_of: Any
+  ):
+    self.name, self.program, self.consts = name, program, consts
+    key = _Content()
+    values = tuple(x if isinstance(x, Place) else key.of_param(x) for x in consts)
+    self._key = key.of_jaxpr(program), values
+    # Rules of derivatives that were made while tracing cannot be compared, the function can.
+    self._key += (_identity(made_of),) if key.is_opaque else ()
+    self._hash = hash(self._key)
+
+  def __eq__(self, other):
+    return isinstance(other, Function) and self._key == other._key
+
+  def __hash__(self):
+    return self._hash
+
+  def __repr__(self):
+    return self.name
+
+  @property
+  def places(self) -> tuple[int, ...]:
+    """Of what it holds, in `held`."""
+    return tuple(x.number for x in self.consts if isinstance(x, Place))
+
+  def result(self, what: str) -> Any:
+    """What it gives for a pair, shape and dtype.
+
+    Raises:
+      ValueError: that is no single value; `what` says whose.
+    """
+    found = [var.aval for var in self.program.outvars]
+    if len(found) != 1 or found[0].shape:
+      given = ", ".join(map(str, found)) or "nothing"
+      raise ValueError(f"{what}: gives {given} for one pair, must give one value")
+    return found[0]
+
+  def uses(self, n: int) -> bool:
+    """Whether the result depends on argument n."""
+    var, eqns = self.program.invars[n], self.program.eqns
+    read = (*self.program.outvars, *(x for eqn in eqns for x in eqn.invars))
+    return any(x is var for x in read)
+
+  def __call__(self, *args, held: tuple = ()) -> Any:
+    """The results for arguments that broadcast, given all that the call's functions hold."""
+    consts = [held[x.number] if isinstance(x, Place) else x[()] for x in self.consts]
+    return evaluate(self.program, consts, args)[0]
+
+
+def trace(name: str, function: Callable, args, held: list, *, constant: bool) -> Function:
+  """Of a function of scalars; what it holds is added to `held`.
+
+  Args:
+    constant: whether arrays of known values become part of the function.
+  """
+  # A new lambda, for JAX keeps what it traced by the function.
+  closed = jax.make_jaxpr(lambda *args: function(*args))(*args)
+  consts = []
+  for const in closed.consts:
+    if constant and not isinstance(const, jax.core.Tracer):
+      consts.append(np.asarray(const))
+    else:
+      consts.append(Place(len(held)))
+      held.append(const)
+  program = Program(*(tuple(getattr(closed.jaxpr, field)) for field in Program._fields))
+  return Function(name, program, tuple(consts), function)
+
+
+def name_of(function: Callable) -> str:
+  """As a message names it."""
+  return getattr(function, "__qualname__", None) or repr(function)
+
+
+# ---------------------------------------------------------------------------------------- patterns
+
+
+def of_pattern(pattern: patterns.Pattern, T: int, S: int, held: list) -> patterns.Pattern:
+  """The pattern with its predicates traced.
+
+  Arrays of known values become part of a predicate, so that lists of blocks can be made of them;
+  traced ones are added to `held`.
+
+  Raises:
+    ValueError: for a predicate that gives neither booleans nor integers, or that fails.
+  """
+
+  def traced(where: patterns.Where) -> patterns.Where:
+    if isinstance(where.predicate, Function):
+      return where
+    name, position = name_of(where.predicate), jax.ShapeDtypeStruct((), jnp.int32)
+    try:
+      found = trace(name, where.predicate, (position, position), held, constant=True)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):  # it wants arrays of numpy
+      found = _table(where, name, T, S)
+    except Exception as error:
+      raise ValueError(f"Where(predicate={name}): {type(error).__name__}: {error}") from error
+    patterns.check_pairs(name, found.result(f"Where(predicate={name})").dtype)
+    return patterns.Where(found, where.causal)
+
+  return patterns.replaced(pattern, traced)
+
+
+def bound(pattern: patterns.Pattern, held: tuple) -> patterns.Pattern:
+  """The pattern for given values of what its predicates hold: not to be compared."""
+  if not holds(pattern):
+    return pattern
+
+  def given(where: patterns.Where) -> patterns.Where:
+    predicate = lambda i, j: where.predicate(i, j, held=held)
+    return patterns.Where(predicate, where.causal)
+
+  return patterns.replaced(pattern, given)
+
+
+def holds(pattern: patterns.Pattern) -> bool:
+  """Whether the pairs of a traced pattern depend on traced arrays."""
+  found = []
+
+  def look(where: patterns.Where) -> patterns.Where:
+    found.append(isinstance(where.predicate, Function) and bool(where.predicate.places))
+    return where
+
+  patterns.replaced(pattern, look)
+  return any(found)
+
+
+def _table(where: patterns.Where, name: str, T: int, S: int) -> Function:
+  """A predicate that only numpy can run, as one that looks its results up."""
+  if T * S > _MOST_BITS:
+    raise ValueError(
+      f"Where(predicate={name}): runs on numpy arrays alone, so that it needs a table of "
+      f"T x S = {T} x {S} bits, more than {_MOST_BITS}: look up jax.numpy arrays instead"
+    )
+  every = patterns.Where(where.predicate, causal=False)
+  rows, step = [], max(1, (1 << 24) // S)
+  j = np.arange(S, dtype=np.int32)[None]
+  for start in range(0, T, step):
+    i = np.arange(start, min(start + step, T), dtype=np.int32)[:, None]
+    try:
+      pairs = np.broadcast_to(every.allowed(i, j), (len(i), S))
+    except Exception as error:
+      raise ValueError(
+        f"Where(predicate={name}): runs neither on jax.numpy nor, for {T=} and {S=}, on numpy: "
+        f"{type(error).__name__}: {error}"
+      ) from error
+    rows.append(np.packbits(pairs, axis=1, bitorder="little"))
+  table = np.concatenate(rows)
+  look_up = lambda i, j: (jnp.asarray(table)[i, j >> 3].astype(jnp.int32) >> (j & 7)) & 1
+  position = jax.ShapeDtypeStruct((), jnp.int32)
+  return trace(name, look_up, (position, position), [], constant=True)
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(jaxpr: Any, consts, args) -> list:
+  """A jaxpr of scalars for arrays that broadcast."""
+  values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+  read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
+  for eqn in jaxpr.eqns:
+    operands = [read(atom) for atom in eqn.invars]
+    if eqn.primitive.name in ("jit", "pjit"):
+      inner = eqn.params["jaxpr"]
+      results = evaluate(inner.jaxpr, inner.consts, operands)
+    else:
+      results = apply(eqn, operands)
+    values |= zip(eqn.outvars, results, strict=True)
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def apply(eqn, operands) -> list:
+  """The results of one equation for every element of its operands."""
+
+  def bind(*operands):
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+  ranks = [len(atom.aval.shape) for atom in eqn.invars]
+  shapes = [jnp.shape(x) for x in operands]
+  # The axes in front of the equation's own are those of pairs.
+  fronts = [shape[: len(shape) - rank] for shape, rank in zip(shapes, ranks, strict=True)]
+  if not any(fronts):
+    return bind(*operands)
+  shape = np.broadcast_shapes(*fronts)
+  if eqn.primitive.name in ELEMENTWISE and not any(ranks):
+    if eqn.primitive.name == "select_n" or any(x not in ((), shape) for x in shapes):
+      dtypes = (atom.aval.dtype for atom in eqn.invars)
+      wide = zip(operands, dtypes, strict=True)
+      operands = [jnp.broadcast_to(jnp.asarray(x, dtype), shape) for x, dtype in wide]
+    return bind(*operands)
+  # Axes of one element are not mapped, so that what depends on heads alone is computed once a head.
+  fronts = [(1,) * (len(shape) - len(front)) + front for front in fronts]
+  mapped = [
+    jnp.reshape(x, (*(n for n in front if n != 1), *full[len(full) - rank :]))
+    for x, full, front, rank in zip(operands, shapes, fronts, ranks, strict=True)
+  ]
+  function = bind
+  for axis in reversed(range(len(shape))):
+    axes = [None if front[axis] == 1 else 0 for front in fronts]
+    if any(x is not None for x in axes):
+      function = jax.vmap(function, in_axes=axes)
+  results = function(*mapped)
+  # [..] of the mapped axes -> of all of them
+  return [
+    jnp.reshape(x, (*shape, *var.aval.shape)) for x, var in zip(results, eqn.outvars, strict=True)
+  ]
+
+
+# ----------------------------------------------------------------------------------- in two parts
+
+
+class _Literal(NamedTuple):
+  value: Any
+
+
+class _Known(NamedTuple):
+  """Made of known arguments alone."""
+
+  number: int
+  value: Any
+
+
+def known_part(function: Function, held: tuple, known: dict[int, Any]) -> list:
+  """What a function needs of what it holds and of some arguments, which `known` has by place."""
+  consts = [held[x.number] if isinstance(x, Place) else x[()] for x in function.consts]
+  found = {}
+  nothing = lambda eqn, operands: [None] * len(eqn.outvars)
+  use = lambda x: found.setdefault(x.number, x.value)
+  _Walk(apply, nothing, use).all_of(function, consts, known)
+  return list(found.values())
+
+
+def unknown_part(function: Function, values: list, unknown: dict[int, Any]) -> Any:
+  """The function, given `known_part` and the other arguments."""
+  places = {}
+  nothing = lambda eqn, operands: [None] * len(eqn.outvars)
+  use = lambda x: values[places.setdefault(x.number, len(places))]
+  known = {n: None for n in range(len(function.program.invars)) if n not in unknown}
+  walk = _Walk(nothing, apply, use)
+  return walk.all_of(function, [None] * len(function.consts), known, unknown)
+
+
+class _Walk:
+  """Goes through a program in which values are known, or not; always in the same order.
+
+  Attributes:
+    of_known, of_unknown: (equation, operands) -> results.
+    use: what an equation that is not known takes for a known operand.
+  """
+
+  def __init__(self, of_known: Callable, of_unknown: Callable, use: Callable):
+    self.of_known, self.of_unknown, self.use, self.count = of_known, of_unknown, use, 0
+
+  def all_of(self, function: Function, consts: list, known: dict, unknown: dict | None = None):
+    """The result of a function, for arguments by place."""
+    places = range(len(function.program.invars))
+    unknown = unknown or {}
+    args = [self._known(known[n]) if n in known else unknown.get(n) for n in places]
+    (result,) = self._run(function.program, [self._known(x) for x in consts], args)
+    return self._open(result)
+
+  def _known(self, value) -> _Known:
+    self.count += 1
+    return _Known(self.count, value)
+
+  def _open(self, x):
+    return self.use(x) if isinstance(x, _Known) else x.value if isinstance(x, _Literal) else x
+
+  def _run(self, program, consts, args) -> list:
+    values = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
+    read = lambda x: _Literal(x.val) if isinstance(x, core.Literal) else values[x]
+    for eqn in program.eqns:
+      operands = [read(atom) for atom in eqn.invars]
+      if eqn.primitive.name in ("jit", "pjit"):
+        inner = eqn.params["jaxpr"]
+        results = self._run(inner.jaxpr, [self._known(x) for x in inner.consts], operands)
+      elif all(isinstance(x, _Known | _Literal) for x in operands):
+        found = self.of_known(eqn, [x.value for x in operands])
+        results = [self._known(x) for x in found]
+      else:
+        results = self.of_unknown(eqn, [self._open(x) for x in operands])
+      values |= zip(eqn.outvars, results, strict=True)
+    return [read(atom) for atom in program.outvars]
+
+
+# ----------------------------------------------------------------------------------------- content
+
+
+class _Content:
+  """Makes of jaxprs what can be compared.
+
+  Attributes:
+    is_opaque: whether that leaves out a part which cannot.
+  """
+
+  def __init__(self):
+    self.is_opaque = False
+
+  def of_jaxpr(self, jaxpr) -> tuple:
+    numbers = {}
+    atom = lambda x: (
+      self.of_param(np.asarray(x.val))
+      if isinstance(x, core.Literal)
+      else numbers.setdefault(x, len(numbers))
+    )
+    inputs = tuple((atom(x), str(x.aval)) for x in (*jaxpr.constvars, *jaxpr.invars))
+    eqns = []
+    for eqn in jaxpr.eqns:
+      params = tuple((name, self.of_param(x)) for name, x in sorted(eqn.params.items()))
+      operands = tuple(atom(x) for x in eqn.invars)
+      results = tuple((atom(x), str(x.aval)) for x in eqn.outvars)
+      eqns.append((eqn.primitive.name, params, operands, results))
+    return inputs, tuple(eqns), tuple(atom(x) for x in jaxpr.outvars)
+
+  def of_param(self, x) -> Any:
+    if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
+      consts = (self.of_param(np.asarray(const)) for const in getattr(x, "consts", ()))
+      return self.of_jaxpr(getattr(x, "jaxpr", x)), tuple(consts)
+    if isinstance(x, np.ndarray):
+      return x.shape, str(x.dtype), x.tobytes()
+    if isinstance(x, tuple | list):
+      return tuple(self.of_param(one) for one in x)
+    if isinstance(x, dict):
+      return tuple((name, self.of_param(one)) for name, one in sorted(x.items()))
+    if isinstance(x, types.FunctionType | linear_util.WrappedFun):
+      self.is_opaque = True
+      return None
+    try:
+      hash(x)
+    except TypeError:
+      self.is_opaque = True
+      return None
+    return x
+
+
+class _Identity:
+  """An object that is equal to itself alone."""
+
+  def __init__(self, x):
+    self.x = x
+
+  def __eq__(self, other):
+    return isinstance(other, _Identity) and self.x is other.x
+
+  def __hash__(self):
+    return id(self.x)
+
+
+def _identity(function: Callable) -> Any:
+  try:
+    hash(function)
+  except TypeError:
+    return _Identity(function)
+  return function
