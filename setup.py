@@ -5,8 +5,9 @@ import pathlib
 import setuptools
 
 CORE = [
-  # The exact versions that are tested stand in constraints.txt. All lower bounds together were
-  # installed on 2026-11-29 (Python 3.12.1), and the tests of `make test-newest` pass with them.
+  # The exact versions that are tested stand in constraints.txt. The lower bounds of this list, of
+  # DATA and of LAUNCH were installed together on 2026-11-29 (Python 3.12.1): `make test-newest`'s
+  # tests pass with them, those in the simulator of GPUs apart, which were not tried.
   "jax>=0.11.2,<0.13",
   "flax>=0.12.10,<0.13",
   "optax>=0.2.8,<0.3",
