@@ -1,4 +1,4 @@
-"""Sparse attention: arrays in, arrays out. Knows no Flax, no config and no mesh."""
+"""Sparse attention: arrays in, arrays out. Knows no Flax, no config and no names of mesh axes."""
 
 from pallas_kernels import patterns
 from pallas_kernels.api import IMPLEMENTATIONS
