@@ -38,12 +38,6 @@ SIZES = dict(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation(tmp_path_factory):
-  with tiny.fast_compilation(tmp_path_factory.mktemp("cache")):
-    yield
-
-
 def in_float64(tree):
   return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 

@@ -90,6 +90,5 @@ def test_none_on_the_command_line_is_the_default_again():
 def test_the_banner_says_how_the_data_relate_to_the_published_set(tmp_path):
   said = []
   config = tiny.config(tiny.text_file(tmp_path / "text"), train=dict(steps=1, eval_every=1))
-  with tiny.fast_compilation(tmp_path / "cache"):
-    train.train(config, str(tmp_path / "run"), say=said.append)
+  train.train(config, str(tmp_path / "run"), say=said.append)
   assert "\n  data       a file of your own\n" in said[1]

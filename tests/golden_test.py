@@ -28,12 +28,6 @@ TEST_BITS = 0.33555974597498195
 PROMPT, LIKELIEST = b"the spar", b"the sparse transformer reads the"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation(tmp_path_factory):
-  with tiny.fast_compilation(tmp_path_factory.mktemp("cache")):
-    yield
-
-
 @pytest.fixture
 def old(tmp_path):
   """The folder of a copy of the run in float32."""

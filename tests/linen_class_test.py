@@ -12,7 +12,6 @@ from flax import linen as nn
 from pallas_kernels import hardware
 from pallas_kernels import patterns
 from sparse_flax import linen
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import random_tokens
 from tests.model_helpers import SMALL
 

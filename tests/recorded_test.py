@@ -20,7 +20,6 @@ from sparse_flax import evaluate
 from sparse_flax import sample
 from sparse_flax import transformer
 from tests import tiny
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import SMALL
 
 LOCAL = patterns.Local(8)

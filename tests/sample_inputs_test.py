@@ -18,7 +18,6 @@ from sparse_flax import sample
 from sparse_flax import SparseTransformer
 from sparse_flax import workdir
 from tests import tiny
-from tests.model_helpers import fast_compilation  # noqa: F401
 from tests.model_helpers import initial_model
 from tests.model_helpers import small_model
 
