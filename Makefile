@@ -32,7 +32,7 @@ PART ?= attention decode commands
 GPU_PYTHON = $(or $(PYTHON),python3)
 GPU_WORKERS ?= 8
 GPU_TESTS_attention = tests/attention_test.py tests/attention_patterns_test.py \
-  $(wildcard tests/mosaic_gpu_*_test.py)
+  $(filter-out %_lowering_test.py,$(wildcard tests/mosaic_gpu_*_test.py))
 GPU_TESTS_decode = tests/decode_cluster_test.py tests/decoding_test.py
 GPU_TESTS_commands = tests/commands_gpu_test.py
 # The type checks of the other targets need beartype, and their warnings are errors: neither is
