@@ -30,7 +30,7 @@ NEWEST_TESTS = tests/mosaic_gpu_lowering_test.py \
 # takes less than 9 minutes on one GPU; several processes share it.
 PART ?= attention decode commands
 GPU_PYTHON = $(or $(PYTHON),python3)
-GPU_WORKERS ?= 8
+GPU_WORKERS ?= auto
 GPU_TESTS_attention = tests/attention_test.py tests/attention_patterns_test.py \
   $(filter-out %_lowering_test.py,$(wildcard tests/mosaic_gpu_*_test.py))
 GPU_TESTS_decode = tests/decode_cluster_test.py tests/decoding_test.py
