@@ -277,7 +277,7 @@ class _Known(NamedTuple):
   value: Any
 
 
-def known_part(function: Function, held: tuple, known: dict[int, Any]) -> list:
+def known_part(function: Function, held: Any, known: dict[int, Any]) -> list:
   """What a function needs of what it holds and of some arguments, which `known` has by place."""
   consts = [held[x.number] if isinstance(x, Place) else x[()] for x in function.consts]
   found = {}

@@ -205,6 +205,8 @@ def _lists_suit(group: tuple[Pass, ...], T: int, segments: bool) -> bool:
   """
   if any(one.distance is None and one.view != "summaries" for one in group):
     return True
+  if len(group) == 1 and group[0].view == "summaries" and group[0].stride > T:
+    return True  # its view would be padded to a whole row
   narrow = sizes.MAX_REACH * gpu.TILE
   wide = any(one.window is not None and narrow < one.window < T for one in group)
   own = all(one.view == "blocks" or one.window is not None for one in group)

@@ -86,20 +86,20 @@ def computes(scores: Scores) -> bool:
   return not (scores.learned and learned(scores)) or _with_slopes(scores) is not None
 
 
-def logits(scores: Scores, products, i, j, h, values: tuple[Callable, ...]):
+def logits(scores: Scores, products, i, j, values: tuple[Callable, ...]):
   """The logits of products, and their derivatives by them; functions make all else."""
-  return _with_derivative(scores)(products.shape, lambda: products, i, j, h, *values)
+  return _with_derivative(scores)(products.shape, lambda: products, i, j, *values)
 
 
-def slopes(scores: Scores, products, i, j, h, values: tuple[Callable, ...]):
+def slopes(scores: Scores, products, i, j, values: tuple[Callable, ...]):
   """The logits of products, and their derivatives by those `values` that are `learned`."""
-  return _with_slopes(scores)(products.shape, lambda: products, i, j, h, *values)
+  return _with_slopes(scores)(products.shape, lambda: products, i, j, *values)
 
 
 def values(scores: Scores, heads: int, held: tuple) -> tuple[Array, ...]:
   """What kernels read, [heads] each: float32, or int32 for booleans too."""
   function = scores.score_fn
-  if function is None or not function.places:
+  if function is None:
     return ()
   each = functions.known_part(function, held, {3: np.arange(heads, dtype=np.int32)})
   kind = lambda x: jnp.float32 if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.int32
@@ -110,15 +110,12 @@ def values(scores: Scores, heads: int, held: tuple) -> tuple[Array, ...]:
 def _values_for_one(scores: Scores) -> tuple[jax.ShapeDtypeStruct, ...]:
   """Shapes and dtypes of the values of one head."""
   function = scores.score_fn
-  if function is None or not function.places:
+  if function is None:
     return ()
-  held = {
+  held = {  # by their places among what all functions hold
     const.number: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
     for var, const in zip(function.program.constvars, function.consts, strict=True)
   }
-  # A function knows its arrays by their places among those of all functions.
-  absent = jax.ShapeDtypeStruct((), jnp.float32)
-  held = tuple(held.get(n, absent) for n in range(max(held) + 1))
   known = lambda held, h: functions.known_part(function, held, {3: h})
   return tuple(jax.eval_shape(known, held, _POSITION))
 
@@ -129,20 +126,19 @@ def learned(scores: Scores) -> tuple[int, ...]:
   return tuple(n for n, x in each if jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def _logit(scores: Scores, product, i, j, h, values) -> Any:
-  kinds = [x.dtype for x in _values_for_one(scores)]
-  if not kinds:
-    return scores(product, i, j, h)
-  pairs = zip(values, kinds, strict=True)
-  values = [x != 0 if jnp.issubdtype(kind, jnp.bool_) else x for x, kind in pairs]
-  unknown = {0: scores.capped(product), 1: i, 2: j}
-  return functions.unknown_part(scores.score_fn, values, unknown)
+def _logit(scores: Scores, product, i, j, values) -> Any:
+  logit = scores.capped(product)
+  if scores.score_fn is None:
+    return logit
+  pairs = zip(values, _values_for_one(scores), strict=True)
+  values = [x != 0 if jnp.issubdtype(one.dtype, jnp.bool_) else x for x, one in pairs]
+  return functions.unknown_part(scores.score_fn, values, {0: logit, 1: i, 2: j})
 
 
 def _args(scores: Scores) -> tuple:
   kind = lambda dtype: jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32
   each = (jax.ShapeDtypeStruct((), kind(x.dtype)) for x in _values_for_one(scores))
-  return jax.ShapeDtypeStruct((), jnp.float32), _POSITION, _POSITION, _POSITION, *each
+  return jax.ShapeDtypeStruct((), jnp.float32), _POSITION, _POSITION, *each
 
 
 @functools.lru_cache(maxsize=64)
@@ -150,8 +146,8 @@ def _with_derivative(scores: Scores) -> Traced | None:
   if any(x.shape for x in _values_for_one(scores)):
     return None  # an array that is looked up by position
 
-  def both(product, i, j, h, *values):
-    logit = lambda x: _logit(scores, x, i, j, h, values).astype(jnp.float32)
+  def both(product, i, j, *values):
+    logit = lambda x: _logit(scores, x, i, j, values).astype(jnp.float32)
     return jax.jvp(logit, (product,), (jnp.ones_like(product),))
 
   return _trace(both, *_args(scores))
@@ -161,12 +157,12 @@ def _with_derivative(scores: Scores) -> Traced | None:
 def _with_slopes(scores: Scores) -> Traced | None:
   """As `_with_derivative`, by values."""
 
-  def all_of(product, i, j, h, *values):
+  def all_of(product, i, j, *values):
     def logit(*some):
       every = list(values)
       for n, x in zip(learned(scores), some, strict=True):
         every[n] = x
-      return _logit(scores, product, i, j, h, every).astype(jnp.float32)
+      return _logit(scores, product, i, j, every).astype(jnp.float32)
 
     some = tuple(values[n] for n in learned(scores))
     slopes = []

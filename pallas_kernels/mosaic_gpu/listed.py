@@ -232,7 +232,7 @@ class Masks:
     head = lambda: head_of(self.frame.problem.heads, self.head(i, number))
     value = lambda n: lambda: wide(self.refs[f"value{n}"][head()])
     values = tuple(map(value, range(len(self.frame.values))))
-    return *self.places(i, number), lambda: wide(jnp.int32(0) + head()), values
+    return *self.places(i, number), values
 
   def __call__(self, i, s, number=None):
     """Which of [64, step] attend in step i, whose tile lies in slot s.

@@ -144,6 +144,10 @@ def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
   plain = not scores.of_positions and segment_ids is None and block_mask is None
   natural = not plain or not pattern.causal or q.shape[1] != k.shape[1]
   lowered = passes.lower(pattern, q.shape[2], natural)
+  if any(
+    one.view == "summaries" and one.stride > q.shape[1] for _, group in lowered for one in group
+  ):
+    lowered = passes.lower(pattern, q.shape[2], natural=True)  # no view of whole rows
   if q.shape[2] == k.shape[2]:
     return lowered
   groups = []
