@@ -213,7 +213,7 @@ def _table(where: patterns.Where, name: str, T: int, S: int) -> Function:
 def evaluate(jaxpr: Any, consts, args) -> list:
   """A jaxpr of scalars for arrays that broadcast."""
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-  read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
+  read = lambda atom: value_of(atom) if isinstance(atom, core.Literal) else values[atom]
   for eqn in jaxpr.eqns:
     operands = [read(atom) for atom in eqn.invars]
     if eqn.primitive.name in ("jit", "pjit"):
@@ -223,6 +223,11 @@ def evaluate(jaxpr: Any, consts, args) -> list:
       results = apply(eqn, operands)
     values |= zip(eqn.outvars, results, strict=True)
   return [read(atom) for atom in jaxpr.outvars]
+
+
+def value_of(literal: core.Literal) -> Any:
+  """Without the mesh under which it was traced: the program may be used under another."""
+  return np.asarray(literal.val)[()]
 
 
 def apply(eqn, operands) -> list:
@@ -325,7 +330,7 @@ class _Walk:
 
   def _run(self, program, consts, args) -> list:
     values = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
-    read = lambda x: _Literal(x.val) if isinstance(x, core.Literal) else values[x]
+    read = lambda x: _Literal(value_of(x)) if isinstance(x, core.Literal) else values[x]
     for eqn in program.eqns:
       operands = [read(atom) for atom in eqn.invars]
       if eqn.primitive.name in ("jit", "pjit"):

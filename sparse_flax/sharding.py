@@ -151,7 +151,8 @@ def over_devices(
   """
   mesh, how = jax.sharding.get_abstract_mesh(), dict(pattern=pattern, implementation=implementation)
   n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
-  ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
+  traced = isinstance(q, jax.core.Tracer)  # other arrays lie somewhere already
+  ours = traced and mesh.size > 1 and mesh.axis_names == AXES and not explicit
   if mesh.manual_axes or (n == 1 and not ours):
     return sparse_attention(q, k, v, **how)
   # Axes of one device stand in it too: gradients are summed over those that do not.
@@ -162,12 +163,13 @@ def over_devices(
     "sequence",
     named("tensor") if q.shape[2] % (size("tensor") * pattern.period) == 0 else None,
   )
-  laid = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
-  q, k, v = (laid(x, spec) for x in (q, k, v))
   if n == 1:
-    return laid(sparse_attention(q, k, v, **how), spec)
+    pinned = lambda x: jax.lax.with_sharding_constraint(x, spec)
+    return pinned(sparse_attention(*map(pinned, (q, k, v)), **how))
   if text := sequence.problem(pattern, q.shape[1], n):
     raise ValueError(f"mesh axis sequence={n}: must {text}")
+  if explicit:
+    q, k, v = (jax.sharding.reshard(x, spec) for x in (q, k, v))
   attend = functools.partial(sequence.attend, axis="sequence", **how)
   return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 

@@ -216,7 +216,8 @@ def _inner(eqn):
 def _evaluate(jaxpr, consts, args, shape):
   consts = [np.asarray(const)[()] for const in consts]  # of programs, not of memory
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-  read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
+  value_of = functions.value_of
+  read = lambda atom: value_of(atom) if isinstance(atom, core.Literal) else values[atom]
   for eqn in jaxpr.eqns:
     operands, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
     if (inner := _inner(eqn)) is not None:
