@@ -17,6 +17,9 @@ def test_named_and_daily(n): pass
 @pytest.mark.slow
 @pytest.mark.parametrize("n", range(2))
 def test_slow_as_a_whole(n): pass
+
+@pytest.mark.one_day_in_three(0)
+def test_of_the_day(): pass
 """,
   "unknown": """
 @pytest.mark.smoke("10")
@@ -40,7 +43,12 @@ def test_of_a_skipped_file(): pass
 def run(folder: pathlib.Path, **environment) -> str:
   """What pytest says of FILES, run as `make test` runs."""
   command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow"]
-  command += ["-o", "markers=smoke\nslow\ngpu\npromotes", "--continue-on-collection-errors", folder]
+  command += [
+    "-o",
+    "markers=smoke\none_day_in_three\nslow\ngpu\npromotes",
+    "--continue-on-collection-errors",
+    folder,
+  ]
   variables = {key: value for key, value in os.environ.items() if key != "CI"} | environment
   return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True).stdout
 
@@ -63,3 +71,6 @@ def test_cases_are_chosen_and_neither_lost_nor_skipped(tmp_path):
   others = re.findall(r"::test_named_and_daily\[(\d)\] PASSED", other_day)
   assert len(others) == 3 and set(others) & set(chosen) == {"2", "7"}
   assert "2 skipped" in other_day
+
+  days = [said, other_day, run(tmp_path, TEST_DATE="2026-12-01")]
+  assert ["test_of_the_day PASSED" in day for day in days].count(True) == 1

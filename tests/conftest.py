@@ -56,19 +56,25 @@ def pytest_pycollect_makeitem(collector, name, obj):
 
 def _choose(cases: list[pytest.Function]) -> None:
   function = cases[0].nodeid.partition("[")[0]
+  today = datetime.date.fromisoformat(os.environ["TEST_DATE"]).toordinal()
   if mark := cases[0].get_closest_marker("smoke"):
     by_name = {case.callspec.id: case for case in cases}
     if unknown := [name for name in mark.args if name not in by_name]:
       raise pytest.Collector.CollectError(f"{function}: no case {unknown[0]!r} among {[*by_name]}")
     others = [case for name, case in by_name.items() if name not in mark.args]
     daily = mark.kwargs.get("daily", 1)
-    first = daily * datetime.date.fromisoformat(os.environ["TEST_DATE"]).toordinal()
+    first = daily * today
     for n, case in enumerate(others):
       if (n - first) % len(others) >= daily:
         case.add_marker(pytest.mark.slow)
+  if mark := cases[0].get_closest_marker("one_day_in_three"):
+    for case in cases if (today - mark.args[0]) % 3 else ():
+      case.add_marker(pytest.mark.slow)
   # Whole functions, and files, may be slow or a GPU's: their own marks say so.
   own = {mark.name for mark in (*cases[0].parent.iter_markers(), *_marks_of(cases[0].obj))}
-  if not own & {"slow", "gpu"} and all(case.get_closest_marker("slow") for case in cases):
+  if not own & {"slow", "gpu", "one_day_in_three"} and all(
+    case.get_closest_marker("slow") for case in cases
+  ):
     raise pytest.Collector.CollectError(
       f"{function}: no case is left for make test; mark the function slow"
     )

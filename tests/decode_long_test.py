@@ -35,6 +35,7 @@ QUICK = {
 }
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize(
   "modality, cycle, dtype, prompt",
   [

@@ -82,6 +82,7 @@ def test_sigterm_is_a_pause(root, straight):
   check(root, "stopped", straight)
 
 
+@pytest.mark.one_day_in_three(1)
 def test_a_run_goes_on_with_other_devices(root, straight):
   """Not with the same bits: sums are taken in another order."""
   for devices, mesh in (
@@ -99,6 +100,7 @@ def test_a_run_goes_on_with_other_devices(root, straight):
   assert pod.losses(root / "moved") == pytest.approx(straight[1], rel=1e-4)
 
 
+@pytest.mark.one_day_in_three(0)
 def test_one_bad_batch_costs_nothing_but_itself(root, straight):
   said = finish(root, "one-bad", NAN_STEPS="6")
   assert "1 skipped" in said
@@ -108,6 +110,7 @@ def test_one_bad_batch_costs_nothing_but_itself(root, straight):
   assert records[5]["loss"] == pytest.approx(straight[1][4], rel=1e-6)  # of another program
 
 
+@pytest.mark.one_day_in_three(1)
 def test_bad_batches_in_a_row_end_the_run_and_the_same_command_goes_on(root, straight):
   bad = ",".join(map(str, range(7, 30)))
   child = start(root, "bad", NAN_STEPS=bad)
@@ -119,6 +122,7 @@ def test_bad_batches_in_a_row_end_the_run_and_the_same_command_goes_on(root, str
   check(root, "bad", straight)
 
 
+@pytest.mark.one_day_in_three(2)
 def test_a_full_disk_ends_clearly_and_harms_nothing(root, straight):
   child = start(root, "full", FILE_LIMIT="9:2000")
   assert child.wait() == [1], child.text()
@@ -128,6 +132,7 @@ def test_a_full_disk_ends_clearly_and_harms_nothing(root, straight):
   check(root, "full", straight)
 
 
+@pytest.mark.one_day_in_three(2)
 def test_a_hung_step_is_reported_and_ended(root, straight):
   child = start(root, "hung", "--stall_report=2", "--stall_exit=5", HANG="6")
   assert child.wait() == [1], child.text()
@@ -147,6 +152,7 @@ def test_a_workdir_that_cannot_be_written(root, place):
   assert workdir in line
 
 
+@pytest.mark.one_day_in_three(0)
 def test_data_that_vanished_are_missed_by_name(root, straight):
   text = tiny.text_file(root / "vanishing", size=4_000)
   args = pod.arguments("fixed", text, root / "vanished", train__steps=4)

@@ -97,6 +97,7 @@ def listening(pid: int) -> set[str]:
   return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
+@pytest.mark.one_day_in_three(2)
 def test_sigterm_to_one_process_stops_both_and_the_same_command_goes_on(root):
   args = pod.arguments("fixed", root / "text", root / "stopped", train__steps=100, mesh__data=2)
   args += ["--config.train.eval_every=100", "--config.train.save_every=100"]
@@ -117,6 +118,7 @@ def test_sigterm_to_one_process_stops_both_and_the_same_command_goes_on(root):
   assert whole == list(range(1, 101))
 
 
+@pytest.mark.one_day_in_three(1)
 def test_a_missing_host_is_told_before_the_abort(root):
   args = pod.arguments("fixed", root / "text", root / "missing")
   join = [f"--coordinator={pod.LOOPBACK}:{pod.free_port()}", "--num_processes=2", "--process_id=0"]

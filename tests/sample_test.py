@@ -120,6 +120,7 @@ def test_every_step_of_every_row_draws_anew(weights):
   assert (got[1:] != got[:-1]).mean() > 0.9
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("0.5", daily=0)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_are_those_of_the_softmax(weights, temperature):
@@ -216,6 +217,7 @@ def test_held_out_text_is_completed_beside_the_original(text_run):
     assert all(text[8:] != example[8:] for text in drawn)
 
 
+@pytest.mark.one_day_in_three(1)
 def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
   texts = [b"Once upon", b"Two"]
   for n, text in enumerate(texts):
@@ -231,6 +233,7 @@ def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
     launcher.run(text_run, num=4, prompt=files)
 
 
+@pytest.mark.one_day_in_three(2)
 def test_a_file_is_completed(text_run, tmp_path):
   (tmp_path / "prompt.txt").write_bytes(b"Once upon")
   paths = launcher.run(text_run, num=2, prompt=[tmp_path / "prompt.txt"])
@@ -298,6 +301,7 @@ def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
     launcher.run(run, prompt=[tmp_path / "prompt.png"])
 
 
+@pytest.mark.one_day_in_three(0)
 def test_sounds_become_wav_files(tmp_path):
   config = small(audio.get_config("quick"), seq_len=64, position_shape=(8, 8), stride=8)
   paths = launcher.run(make_run(tmp_path / "run", config), num=2, keep=0.5)

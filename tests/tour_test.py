@@ -78,6 +78,7 @@ def elsewhere(tmp_path, monkeypatch):
   return tmp_path / "work"
 
 
+@pytest.mark.one_day_in_three(0)
 def test_it_runs(elsewhere, monkeypatch):
   monkeypatch.setenv("TOUR_STEPS", "10")
   notebook = read()

@@ -217,6 +217,7 @@ def kept_loss_and_gradient(remat, implementation):
   return kept, loss, jax.jit(lambda backward: backward(jnp.float32(1.0))[0])(backward)
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("xla", daily=0)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_remat_changes_memory_and_nothing_else(implementation):

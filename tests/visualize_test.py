@@ -158,6 +158,7 @@ def text_run(tmp_path_factory):
   return make_run(folder / "run", config)
 
 
+@pytest.mark.one_day_in_three(2)
 def test_text_runs_give_layers_patterns_and_the_curve(text_run, capsys):
   records = [dict(step=1, bits_per_byte=8.0), dict(step=2, validation_bits_per_byte=7.5)]
   lines = "".join(json.dumps(record) + "\n" for record in records)
