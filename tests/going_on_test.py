@@ -161,7 +161,15 @@ train.run(None, sys.argv[1])
 """
 
 
-def start_loop(kind, **how):
+@pytest.fixture
+def start_loop():
+  children = []
+  yield lambda kind, **how: children.append(_start_loop(kind, **how)) or children[-1]
+  for child in children:
+    child.kill()
+
+
+def _start_loop(kind, **how):
   """A process that Ctrl-C reaches, as in a terminal, also where it is ignored here."""
   ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
@@ -202,7 +210,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, caps
   assert "a second Ctrl-C ends it at once" in said
 
 
-def test_a_second_ctrl_c_ends_at_once():
+def test_a_second_ctrl_c_ends_at_once(start_loop):
   child = start_loop("twice", stderr=subprocess.PIPE, text=True)
   child.send_signal(signal.SIGINT)
   assert child.stderr.readline().startswith("Ctrl-C: the run ends after this step")
@@ -211,7 +219,7 @@ def test_a_second_ctrl_c_ends_at_once():
   assert child.returncode == 130 and "the same command goes on" in said
 
 
-def test_ctrl_c_that_ends_the_reader_of_the_output_too():
+def test_ctrl_c_that_ends_the_reader_of_the_output_too(start_loop):
   child = start_loop("once", stderr=subprocess.STDOUT)
   child.stdout.close()  # as `2>&1 | tee log` has it
   child.send_signal(signal.SIGINT)
