@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import difflib
+import os
 import pathlib
 import re
 import sys
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NoReturn
+from typing import TextIO
 
 import ml_collections
 from absl import flags
@@ -27,8 +29,21 @@ FAILED, BAD_INPUT, NOT_FINITE, DAMAGED, PREEMPTED, INTERRUPTED = 1, 2, 3, 4, 75,
 
 def fail(*lines: str, status: int = BAD_INPUT) -> NoReturn:
   """Prints the lines to stderr and leaves."""
-  print("\n".join(lines), file=sys.stderr)
+  tell(*lines)
   raise SystemExit(status)
+
+
+def tell(*lines: str) -> None:
+  """Prints the lines to stderr, which may have lost its reader: Ctrl-C ends `2>&1 | tee` too."""
+  try:
+    print("\n".join(lines), file=sys.stderr, flush=True)
+  except OSError:
+    discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+  """Nothing more is written where `stream` went, which fails; else Python itself ends with 120."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager

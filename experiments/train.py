@@ -6,11 +6,12 @@
 --config.group.field=value changes any field of the config. On many hosts run the same command on
 each (docs/pods.md). It goes on too where the data have moved, on another mesh, and with other
 values of model.remat, model.implementation and train.*_every. Ctrl-C, like SIGTERM, ends the run
-after the step that is under way, and saves that; a second Ctrl-C ends it at once.
+after the step that is under way, and saves that; a second Ctrl-C ends it at once, and so does the
+first while data are prepared.
 
 Exit status: 0 finished; 2 bad input, nothing written; 3 the loss or a weight is not finite; 4 no
 checkpoint is sound; 75 stopped (SIGTERM, a preemption) and saved, to be started again; 130 stopped
-by Ctrl-C, saved unless it was the second; 1 anything else, such as a full disk or the watchdog.
+by Ctrl-C, and saved unless it ended at once; 1 anything else, such as a full disk or the watchdog.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 
@@ -44,15 +46,30 @@ def run(
 
   Leaves with the status that tells how the run ended, if it did not finish.
   """
-  say = lambda line: print(line, flush=True)
   stop = Stop()
+
+  def say(line: str) -> None:
+    try:
+      print(line, flush=True)
+    except BrokenPipeError:  # Ctrl-C ends `| tee` too, and may do so before we hear of it
+      if not stop.asked.wait(1):
+        raise
+      cli.discard(sys.stdout)
+
   try:
-    with stop.by_signals():
-      return train.train(config, workdir, say=say, stop=stop.asked.is_set, watched=watched)
+    with stop.by_sigterm():
+      return train.train(
+        config,
+        workdir,
+        say=say,
+        stop=stop.asked.is_set,
+        around_loop=stop.by_ctrl_c(),
+        watched=watched,
+      )
   except errors.NonFiniteError as error:
     cli.fail(str(error), status=cli.NOT_FINITE)
   except errors.StorageError as error:
-    print(error, file=sys.stderr, flush=True)
+    cli.tell(str(error))
     os._exit(cli.FAILED)  # else everything that still holds a file has its say, with tracebacks
   except errors.Preempted as end:
     status = cli.INTERRUPTED if stop.interrupted else cli.PREEMPTED
@@ -102,48 +119,62 @@ class Stop:
   asked: threading.Event = dataclasses.field(default_factory=threading.Event)
   interrupted: bool = False  # by Ctrl-C
 
-  @contextlib.contextmanager
-  def by_signals(self) -> Iterator[None]:
-    """Takes the signals of this process; a second Ctrl-C ends it where it is.
+  def by_sigterm(self) -> contextlib.AbstractContextManager:
+    """Takes SIGTERM. Of many processes JAX's preemption service does; this would disable it."""
+    if jax.process_count() > 1:
+      return contextlib.nullcontext()
+    return _handled(signal.SIGTERM, lambda *_: self.asked.set())
 
-    Of many processes, JAX's preemption service catches SIGTERM, and a handler of ours would disable
-    it: Ctrl-C becomes a SIGTERM there, so that all of them save the same step.
+  @contextlib.contextmanager
+  def by_ctrl_c(self) -> Iterator[None]:
+    """Takes Ctrl-C; a second one ends the process where it is.
+
+    Of many processes Ctrl-C becomes a SIGTERM, so that all of them save the same step.
     """
-    several = jax.process_count() > 1
-    kinds = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    kinds = [kind for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN]  # as nohup does
     # Python runs handlers between two lines of the main thread, which may be compiling for minutes;
     # a thread of ours hears of a signal when it comes.
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    handlers = {kind: signal.signal(kind, lambda *_: None) for kind in kinds}
-    before = signal.set_wakeup_fd(theirs.fileno())
-    listener = threading.Thread(target=self._listen, args=(ours, several), daemon=True)
-    listener.start()
-    try:
-      yield
-    finally:
-      signal.set_wakeup_fd(before)
-      for kind, handler in handlers.items():
-        signal.signal(kind, handler)
-      theirs.close()  # ends the thread
-      listener.join()
-      ours.close()
+    with _handled(signal.SIGINT, lambda *_: None):
+      before = signal.set_wakeup_fd(theirs.fileno())
+      listener = threading.Thread(target=self._listen, args=(ours,), daemon=True)
+      listener.start()
+      try:
+        yield
+      finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()  # ends the thread
+        listener.join()
+        ours.close()
 
-  def _listen(self, signals: socket.socket, several: bool) -> None:
-    say = lambda line: print(line, file=sys.stderr, flush=True)
+  def _listen(self, signals: socket.socket) -> None:
     while received := signals.recv(1):
-      if received[0] == signal.SIGTERM:
-        self.asked.set()
-      elif received[0] == signal.SIGINT and not self.interrupted:
-        say("Ctrl-C: this step is finished and saved; a second Ctrl-C ends the run at once")
+      if received[0] == signal.SIGINT and not self.interrupted:
         self.interrupted = True
         self.asked.set()
-        if several:
+        if jax.process_count() > 1:
           os.kill(os.getpid(), signal.SIGTERM)
+        cli.tell(
+          "Ctrl-C: the run ends after this step and says what is saved; a second Ctrl-C ends it at "
+          "once"
+        )
       elif received[0] == signal.SIGINT:
-        say("ended by a second Ctrl-C; the same command goes on from the last checkpoint")
+        cli.tell(
+          "ended by a second Ctrl-C; the same command goes on from the last checkpoint, if any"
+        )
         os._exit(cli.INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _handled(kind: signal.Signals, handler: Callable) -> Iterator[None]:
+  """Handles a signal, unless it is ignored, as a shell has Ctrl-C for what runs behind `&`."""
+  before = signal.getsignal(kind)
+  if before != signal.SIG_IGN:
+    signal.signal(kind, handler)
+  try:
+    yield
+  finally:
+    signal.signal(kind, before)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ def train(
   *,
   say: Callable[[str], None] = print,
   stop: Callable[[], bool] = lambda: False,
+  around_loop: contextlib.AbstractContextManager | None = None,
   watched: watchdog.Watchdog | None = None,
 ) -> dict:
   """Trains as `config` says; picks up again if `workdir` holds a checkpoint.
@@ -175,6 +176,7 @@ def train(
     say: takes the lines that a person shall read.
     stop: whether to save and end after this step; with many processes their preemption service
       is asked instead.
+    around_loop: entered when the data are prepared, left when everything is saved.
     watched: gets a beat for every step.
 
   Returns:
@@ -218,12 +220,23 @@ def train(
   shapes = jax.eval_shape(init, init_key)
   layout = sharding.by_rules(shapes, mesh)
   shapes = checkpoint.laid_out(shapes, layout)
+  step_fn = chex.assert_max_traces(one_step, n=1)
+  step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, everywhere))
+  tokens = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.uint8, sharding=by_batch)
+  try:  # before anything is written
+    with _no_mistake_of_the_caller(workdir), jax.set_mesh(mesh):
+      program = step_fn.trace(shapes, tokens, dropout_key)
+  except NotImplementedError as error:
+    raise ValueError(
+      f"config.model.implementation={config.model.implementation!r}: {error}"
+    ) from error
   if leads:
     workdir_lib.start(workdir, config, data=identity)
   if several:  # no process may look for what the first one has not written
     multihost_utils.sync_global_devices("the folder is there")
     workdir_lib.check(workdir, config, data=identity)  # what the first one has written
   with contextlib.ExitStack() as stack:
+    stack.enter_context(around_loop or contextlib.nullcontext())
     stack.enter_context(_no_mistake_of_the_caller(workdir))
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(watched)
@@ -252,8 +265,6 @@ def train(
       say=say,
     )
 
-    step_fn = chex.assert_max_traces(one_step, n=1)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, everywhere))
     waiting, saved = collections.deque(), first
 
     def settle(leave: int) -> None:  # fetches metrics until `leave` steps of them are waiting
@@ -286,7 +297,6 @@ def train(
       if step < steps:
         upcoming = reader.submit(batch, step)
       if step == first + 1:
-        program = step_fn.trace(state, tokens, dropout_key)
         say(f"  {'computed':<11}attention by {', '.join(api.implementations_in(program.jaxpr))}")
         say("compiling ...")
       state, record = step_fn(state, tokens, dropout_key)

@@ -41,7 +41,8 @@ def load_config(
   changes = _changes(workdir) | ({} if data_path is None else {_PATH: data_path})
   for field, value in changes.items():
     group, _, name = field.rpartition(".")
-    values.setdefault(group, {})[name] = value
+    if isinstance(inside := values.setdefault(group, {}), dict):  # else the validation says so
+      inside[name] = value
   config = ml_collections.ConfigDict(_with_tuples(values)).lock()
   problems = validate.validate_fields(config)
   if problems:
@@ -85,9 +86,12 @@ def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
   lines = [
     f"  config.{field}: {old.get(field, 'absent')!r} -> {new[field]!r}"
     for field in sorted(new)
-    if (field not in old or old[field] != new[field])
-    and not _MAY_CHANGE.fullmatch(field)
-    and not (field == _PATH and judged_later)
+    if field not in old
+    or (
+      old[field] != new[field]
+      and not _MAY_CHANGE.fullmatch(field)
+      and not (field == _PATH and judged_later)
+    )
   ]
   if lines:
     head = f"{workdir}: this run was started with another config; choose another --workdir"
@@ -95,12 +99,14 @@ def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
 
 
 def _check_data(workdir: epath.Path, data: dict) -> None:
-  old, new = _load(workdir / "data.json"), json.loads(to_json(data))
+  old = validate.flatten(_load(workdir / "data.json"))
+  new = validate.flatten(json.loads(to_json(data)))
   lines = [
-    f"  data.{split}.{field}: {value!r} -> {new[split].get(field, 'absent')!r}"
-    for split in sorted(old.keys() & new.keys())
-    for field, value in sorted(old[split].items())
-    if field != _REMARK and (field not in new[split] or new[split][field] != value)
+    f"  data.{field}: {value!r} -> {new.get(field, 'absent')!r}"
+    for field, value in sorted(old.items())
+    if field.partition(".")[0] in data
+    and not field.endswith(f".{_REMARK}")
+    and (field not in new or new[field] != value)
   ]
   if lines:
     head = f"{workdir}: this run was started with other data; choose another --workdir"

@@ -73,6 +73,7 @@ def test_bad_input_to_training(argv, message, tmp_path, capsys):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promotes
 def test_workdir_that_cannot_be_made(tmp_path, capsys):
   (tmp_path / "file").write_text("")
   status, said = failure(train.main, [CONFIG, f"--workdir={tmp_path / 'file' / 'run'}"], capsys)

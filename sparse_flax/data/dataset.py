@@ -96,7 +96,7 @@ class Dataset:
     version: which preparation of which data.
     remark: how the data relates to the published set.
     identity: name, version, split, count (of images, bytes or recordings), num_bytes, digest,
-      remark: goes with every result, and a run refuses to go on with another one.
+      remark: goes with every result. A run refuses to go on where any of it but the remark differs.
   """
 
   name: str
