@@ -16,6 +16,7 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
   options = vars(parser.parse_args(argv))
   workdir = cli.open_workdir(options.pop("workdir"))
   with cli.readable_errors():
-    paths = run(workdir, **options)
+    paths = run(workdir, **options, on_programs=_say_what_computes)
   for path in paths:
     print(path)
   page = paths[0].with_name(report_samples.PAGE)
@@ -78,8 +79,11 @@ def run(
   seed: int = 0,
   step: int | None = None,
   data_path: str | None = None,
+  on_programs: Callable[[str, str], None] = lambda prompts, steps: None,
 ) -> list[epath.Path]:
   """Draws `num` samples from the run in `workdir`; returns the files written.
+
+  `on_programs` is told what computes the attention, as by `sample.generate`.
 
   Raises:
     ValueError: an option makes no sense, or the prompt does not fit the model.
@@ -104,7 +108,7 @@ def run(
     prompts=[examples[r // _PER_ROW][: kept[r // _PER_ROW]] for r in range(num)] if kept else None,
     mesh=sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1),
     on_progress=progress,
-    on_programs=_say_what_computes,
+    on_programs=on_programs,
   )
   progress.end()
   folder = epath.Path(workdir) / "samples" / str(step)
@@ -133,7 +137,7 @@ def _again(workdir: str | os.PathLike, step: int | str) -> str:
 
 def _say_what_computes(prompts: str, steps: str) -> None:
   of_prompts = f", of the prompts by {prompts}" if prompts else ""
-  print(f"attention of the steps by {steps}{of_prompts}")
+  print(f"attention of the steps by {steps}{of_prompts}", file=sys.stderr)
 
 
 def _examples(
