@@ -11,6 +11,7 @@ DIR/samples/STEP/; sounds also all in one, with silence between them. A name has
 they are given, temperature, top_k and top_p, and a number where an earlier run has taken that name.
 """
 
+import contextlib
 import io
 import itertools
 import os
@@ -29,6 +30,8 @@ from experiments import cli
 from sparse_flax import checkpoint
 from sparse_flax import data
 from sparse_flax import evaluate
+from sparse_flax import files
+from sparse_flax import metrics
 from sparse_flax import pictures
 from sparse_flax import report_samples
 from sparse_flax import sample
@@ -114,8 +117,9 @@ def run(
   folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
   named = ("temperature", "top_k", "top_p")  # what was kept is seen in the files
-  stem = folder / report_samples.free_stem(
-    [path.name for path in folder.iterdir()],
+  stem = _claim_stem(
+    folder,
+    config.model.modality,
     kind="completions" if kept else "samples",
     seed=seed,
     options={name: how[name] for name in named if how[name] != run.__kwdefaults__[name]},
@@ -126,8 +130,22 @@ def run(
     paths = _write_files(stem, config.model.modality, samples, examples, kept)
   page = folder / report_samples.PAGE
   if page.exists():
-    page.write_text(report_samples.as_older(page.read_text(), command=_again(workdir, step)))
+    older = report_samples.as_older(page.read_text(), command=_again(workdir, step))
+    files.write(page, older.encode())
   return paths
+
+
+def _claim_stem(folder: epath.Path, modality: str, *, kind: str, **named) -> epath.Path:
+  """A free stem; its first file is made here, so that a run that ends meanwhile takes another."""
+  number = "-00" if kind == "samples" else "-00-drawn1"
+  first = {"image": ".png", "text": f"{number}.txt", "audio": f"{number}.wav"}[modality]
+  while True:
+    taken = [path.name for path in folder.iterdir()]
+    stem = folder / report_samples.free_stem(taken, kind=kind, **named)
+    if metrics.is_remote(folder):  # which cannot refuse to make a file
+      return stem
+    with contextlib.suppress(FileExistsError), open(f"{stem}{first}", "x"):
+      return stem
 
 
 def _again(workdir: str | os.PathLike, step: int | str) -> str:
