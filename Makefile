@@ -67,7 +67,7 @@ test-newest: .venv-newest/installed  ## with the newest JAX allowed: kernels low
 	.venv-newest/bin/python -m pytest -q -n $(WORKERS) -m "not gpu and not slow" $(NEWEST_TESTS)
 
 test-tpu-aot: .venv  ## kernels and training steps through the TPU compiler; no TPU is needed
-	$(RUN) pytest -q tests/tpu_aot_test.py
+	$(RUN) pytest -q tests/tpu_aot_test.py tests/tpu_table_test.py
 
 test-gpu:  ## kernels and commands on this machine's GPU, with the running interpreter
 	@$(GPU_PYTHON) -c "import jax, sys; sys.exit(jax.default_backend() != 'gpu')" || \

@@ -11,11 +11,13 @@ DIR/samples/STEP/; sounds also all in one, with silence between them. A name has
 they are given, temperature, top_k and top_p, and a number where an earlier run has taken that name.
 """
 
+import contextlib
 import io
 import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
@@ -28,6 +30,8 @@ from experiments import cli
 from sparse_flax import checkpoint
 from sparse_flax import data
 from sparse_flax import evaluate
+from sparse_flax import files
+from sparse_flax import metrics
 from sparse_flax import pictures
 from sparse_flax import report_samples
 from sparse_flax import sample
@@ -56,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
   options = vars(parser.parse_args(argv))
   workdir = cli.open_workdir(options.pop("workdir"))
   with cli.readable_errors():
-    paths = run(workdir, **options)
+    paths = run(workdir, **options, on_programs=_say_what_computes)
   for path in paths:
     print(path)
   page = paths[0].with_name(report_samples.PAGE)
@@ -78,8 +82,11 @@ def run(
   seed: int = 0,
   step: int | None = None,
   data_path: str | None = None,
+  on_programs: Callable[[str, str], None] = lambda prompts, steps: None,
 ) -> list[epath.Path]:
   """Draws `num` samples from the run in `workdir`; returns the files written.
+
+  `on_programs` is told what computes the attention, as by `sample.generate`.
 
   Raises:
     ValueError: an option makes no sense, or the prompt does not fit the model.
@@ -104,14 +111,15 @@ def run(
     prompts=[examples[r // _PER_ROW][: kept[r // _PER_ROW]] for r in range(num)] if kept else None,
     mesh=sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1),
     on_progress=progress,
-    on_programs=_say_what_computes,
+    on_programs=on_programs,
   )
   progress.end()
   folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
   named = ("temperature", "top_k", "top_p")  # what was kept is seen in the files
-  stem = folder / report_samples.free_stem(
-    [path.name for path in folder.iterdir()],
+  stem = _claim_stem(
+    folder,
+    config.model.modality,
     kind="completions" if kept else "samples",
     seed=seed,
     options={name: how[name] for name in named if how[name] != run.__kwdefaults__[name]},
@@ -122,8 +130,22 @@ def run(
     paths = _write_files(stem, config.model.modality, samples, examples, kept)
   page = folder / report_samples.PAGE
   if page.exists():
-    page.write_text(report_samples.as_older(page.read_text(), command=_again(workdir, step)))
+    older = report_samples.as_older(page.read_text(), command=_again(workdir, step))
+    files.write(page, older.encode())
   return paths
+
+
+def _claim_stem(folder: epath.Path, modality: str, *, kind: str, **named) -> epath.Path:
+  """A free stem; its first file is made here, so that a run that ends meanwhile takes another."""
+  number = "-00" if kind == "samples" else "-00-drawn1"
+  first = {"image": ".png", "text": f"{number}.txt", "audio": f"{number}.wav"}[modality]
+  while True:
+    taken = [path.name for path in folder.iterdir()]
+    stem = folder / report_samples.free_stem(taken, kind=kind, **named)
+    if metrics.is_remote(folder):  # which cannot refuse to make a file
+      return stem
+    with contextlib.suppress(FileExistsError), open(f"{stem}{first}", "x"):
+      return stem
 
 
 def _again(workdir: str | os.PathLike, step: int | str) -> str:
@@ -133,7 +155,7 @@ def _again(workdir: str | os.PathLike, step: int | str) -> str:
 
 def _say_what_computes(prompts: str, steps: str) -> None:
   of_prompts = f", of the prompts by {prompts}" if prompts else ""
-  print(f"attention of the steps by {steps}{of_prompts}")
+  print(f"attention of the steps by {steps}{of_prompts}", file=sys.stderr)
 
 
 def _examples(

@@ -31,6 +31,7 @@ from sparse_flax import average_pictures
 from sparse_flax import checkpoint
 from sparse_flax import data
 from sparse_flax import evaluate
+from sparse_flax import files
 from sparse_flax import layer_patterns
 from sparse_flax import mask_pictures
 from sparse_flax import metrics
@@ -145,7 +146,7 @@ def run(
     attention=attention,
   )
   paths.append(folder / report_samples.PAGE)
-  paths[-1].write_text(page)
+  files.write(paths[-1], page.encode())
   return paths
 
 

@@ -29,6 +29,7 @@ from flax import nnx
 
 from sparse_flax import digest
 from sparse_flax import errors
+from sparse_flax import files
 from sparse_flax import transformer
 from sparse_flax import workdir
 
@@ -67,9 +68,7 @@ def save(
       (CONFIG, text.encode()),
       (MODEL, safetensors.flax.save(arrays, metadata=metadata)),
     ):
-      temporary = folder / f"{name}.tmp"
-      temporary.write_bytes(content)
-      temporary.replace(folder / name)
+      files.write(folder / name, content)
   except OSError as error:
     raise ValueError(f"{folder}: cannot be written: {error.strerror or error}") from error
   return [folder / MODEL, folder / CONFIG]

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from sparse_flax import files
+
 _REMOTE_SECONDS = 30.0
 
 UNIT = {"image": "bits/dim", "text": "bits/byte", "audio": "bits/byte"}
@@ -100,9 +102,7 @@ def _drop_later_lines(path: epath.Path, step: int) -> list[str]:
   lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
   kept = [line for line in lines if _step_of(line) <= step]
   if kept != lines:
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    files.write(path, "".join(kept).encode())
   return kept
 
 

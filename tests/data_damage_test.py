@@ -173,6 +173,39 @@ def test_a_file_of_no_sound_has_none_whatever_follows(tmp_path):
     recordings.load_codes(tmp_path / "sound.wav")
 
 
+@pytest.mark.parametrize("bits", [4, 12, 20, 28])
+def test_integers_are_the_upper_bits_of_their_bytes(tmp_path, bits):
+  width = -(-bits // 8)
+  values = np.array([0, 1, -1, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))])
+  stored = (values << 8 * width - bits) + (128 if width == 1 else 0)
+  content = b"".join(int(x).to_bytes(width, "little", signed=width > 1) for x in stored)
+  samples, _ = read_wav(tmp_path, wav(content, bits=bits, frame=width))
+  np.testing.assert_array_equal(samples[:, 0], (values / 2 ** (bits - 1)).astype(np.float32))
+
+
+def chunk(name, content):
+  return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+
+TAGS = chunk(b"LIST", bytes(3_001)) + chunk(b"id3 ", bytes(2_000))
+
+
+@pytest.mark.parametrize("content", [PCM, TONE.astype("<f4").tobytes()], ids=["16bits", "floats"])
+def test_tags_may_follow_the_sound_though_the_header_does_not_count_them(tmp_path, content):
+  form = dict(tag=1) if content is PCM else dict(tag=3, bits=32)
+  alone, _ = read_wav(tmp_path, wav(content, **form))
+  for tags in (TAGS, TAGS + bytes(1_024)):
+    np.testing.assert_array_equal(read_wav(tmp_path, wav(content, **form) + tags)[0], alone)
+
+
+@pytest.mark.parametrize(
+  "tags", [TAGS[:-1], TAGS + bytes(1_025), b"\0" + TAGS], ids=["cut off", "zeros", "no chunks"]
+)
+def test_what_follows_the_sound_and_is_no_chunk_is_refused(tmp_path, tags):
+  with pytest.raises(ValueError, match=r"sound\.wav goes on for [\d,]+ bytes behind the end"):
+    read_wav(tmp_path, wav() + tags)
+
+
 @pytest.mark.parametrize("extensible", [False, True], ids=["plain", "extensible"])
 @pytest.mark.parametrize("bits", [32, 64])
 def test_floats_are_read_as_they_are(tmp_path, bits, extensible):
@@ -209,7 +242,10 @@ WRONG_WAV = {
   "4 MHz": (dict(rate=4_000_003), "says 4,000,003 Hz in its header"),
   "2**31 Hz": (dict(rate=2**31), "says 2,147,483,648 Hz in its header"),
   "no channels": (dict(channels=0, frame=2), "0 channels"),
-  "12 bits": (dict(bits=12, frame=2), "12 bits"),
+  "0 bits": (dict(bits=0, frame=2), "0 bits"),
+  "40 bits": (dict(bits=40), "40 bits"),
+  "20 bits in 4 bytes": (dict(bits=20, frame=4), "20 bits, 1 channels, 4 bytes"),
+  "floats of 31 bits": (dict(tag=3, bits=31, frame=4), "format 3, 31 bits"),
   "ADPCM": (dict(tag=2, bits=4, frame=1), "format 2, 4 bits"),
   "24 bits in 4 bytes": (dict(bits=24, frame=4), "24 bits, 1 channels, 4 bytes"),
   "another extension": (

@@ -7,6 +7,7 @@ from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import train
 from sparse_flax import validate
+from sparse_flax import workdir
 from tests import data_files as files
 from tests import tiny
 
@@ -74,6 +75,20 @@ def test_a_path_beside_a_sample_is_refused_where_a_run_begins(tmp_path):
     )
   # Runs of earlier versions have such configs: they can still be evaluated and sampled from.
   assert evaluate.open_dataset(config, "test").name == "cifar10_sample"
+
+
+def test_a_run_that_began_on_the_sample_with_a_path_goes_on_without_it(tmp_path):
+  # Earlier versions took such a path and did not read it.
+  old = parse(
+    "cifar10.py:quick", f"--config.data.path={tmp_path}", "--config.data.name=cifar10_sample"
+  )
+  identity = {"train": {"digest": "sha256:1"}}
+  workdir.start(tmp_path / "run", old, data=identity)
+  now = parse("cifar10.py:quick", "--config.data.path=")
+  assert validate.validate(now) == []
+  workdir.check(tmp_path / "run", now, data=identity)
+  with pytest.raises(ValueError, match=r"config\.data\.name: 'cifar10_sample' -> 'cifar10'"):
+    workdir.check(tmp_path / "run", parse("cifar10.py:quick", f"--config.data.path={tmp_path}"))
 
 
 def test_none_on_the_command_line_is_the_default_again():

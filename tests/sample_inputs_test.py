@@ -1,7 +1,10 @@
 """What sampling starts from, exactly or refused, and what its files are called."""
 
+import os
+
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
@@ -216,10 +219,40 @@ def test_no_run_of_sample_replaces_the_files_of_another(text_run):
   assert "<h3>Completions beside the originals, seed 0, run 2<" in shown
 
 
+@pytest.mark.parametrize("options", [{}, {"keep": 0.25}], ids=["samples", "completions"])
+@pytest.mark.parametrize("modality", ["text", "image", "audio"])
+def test_runs_of_sample_that_end_together_replace_nothing(modality, options, tmp_path, monkeypatch):
+  rng = np.random.default_rng(0)
+  shape = (4, 8, 1) if modality == "image" else (4, 8)
+  model = dict(modality=modality, seq_len=32, position_shape=shape)
+  config = ml_collections.ConfigDict(dict(model=model))
+  restore = lambda *args, **how: (config, None, None, 3)
+  monkeypatch.setattr(launcher.checkpoint, "restore_params", restore)
+  examples = lambda *args, **how: rng.integers(0, 256, (1, 32)).astype(np.uint8)
+  monkeypatch.setattr(launcher, "_held_out", examples)
+  draw = lambda *weights, num, **options: rng.integers(0, 256, (num, 32)).astype(np.uint8)
+  monkeypatch.setattr(launcher.sample, "generate", draw)
+  free_stem, others = report_samples.free_stem, {}
+
+  def free_until_another_run_ends(*args, **named):
+    monkeypatch.setattr(report_samples, "free_stem", free_stem)
+    stem = free_stem(*args, **named)
+    others.update((path, path.read_bytes()) for path in launcher.run(tmp_path, num=1, **options))
+    return stem
+
+  monkeypatch.setattr(report_samples, "free_stem", free_until_another_run_ends)
+  mine = launcher.run(tmp_path, num=1, **options)
+  assert {path: path.read_bytes() for path in others} == others
+  there = sorted([*mine, *others])
+  assert sorted(others.popitem()[0].parent.iterdir()) == there
+
+
 def test_a_report_that_is_older_than_the_samples_says_so(text_run, capsys):
   (path,) = launcher.run(text_run, num=1)
   page = path.with_name("report.html")
   page.write_text("<body><main>a &lt;main&gt;</main></body>")
+  opened = path.with_name("opened.html")
+  os.link(page, opened)  # as a browser has it: only a new file does not change it
   command = f"python -m experiments.visualize --workdir={text_run} --step=3"
   for _ in range(2):  # said once
     assert launcher.main([f"--workdir={text_run}", "--num=1"]) == 0
@@ -228,6 +261,7 @@ def test_a_report_that_is_older_than_the_samples_says_so(text_run, capsys):
     assert older.count("is older than some of the samples") == older.count(command) == 1
     assert older.startswith('<body><main><p class="none">This page')
     assert older.endswith("</p>a &lt;main&gt;</main></body>")
+  assert opened.read_text() == "<body><main>a &lt;main&gt;</main></body>"
 
 
 def test_pictures_that_cannot_be_prompts_are_named(tmp_path):

@@ -198,8 +198,10 @@ def text_run(tmp_path_factory):
 
 def test_texts_are_written_byte_by_byte(text_run, capsys):
   assert launcher.main([f"--workdir={text_run}", "--num=3", "--seed=5"]) == 0
-  printed = capsys.readouterr().out.splitlines()
+  said = capsys.readouterr()
+  printed = said.out.splitlines()
   assert printed[0].startswith("sampled 3 x 32 bytes in ")
+  assert said.err == "attention of the steps by xla\n"
   texts = sorted((text_run / "samples" / "3").glob("samples-seed5-*.txt"))
   assert printed[1:] == [str(path) for path in texts] and len(texts) == 3
   assert [path.stat().st_size for path in texts] == [32] * 3

@@ -1,9 +1,6 @@
 """Our kernels and training steps through the real TPU compiler, which runs without a TPU."""
 
 import functools
-import itertools
-import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -11,12 +8,10 @@ import pytest
 from experiments.benchmark import tpu
 from experiments.benchmark import tpu_aot
 from experiments.benchmark import tpu_jobs
+from tests.tpu_rows import check_rows
 
-pytestmark = pytest.mark.skipif(tpu.libtpu_path() is None, reason="libtpu is for Linux on x86-64")
-TABLE = pathlib.Path(__file__).parent.parent / "benchmarks" / "tpu_aot.json"
+pytestmark = pytest.mark.skipif(tpu.libtpu_path() is None, reason="libtpu is missing")
 FLOOR = 512 * 512 * 128 * 2 // 131_072  # bundles of one product of a block, on a v5e
-# 8 heads of 128, as the arguments of a program lie: nothing may be moved.
-AS_THEY_LIE = ("dense", "local", "column", "strided", "fixed", "layout")
 
 
 @functools.cache
@@ -36,17 +31,6 @@ def check_calls(chips, cases) -> set[str]:
   check_rows(found)
   assert {row["chip"] for row in found} == set(chips)
   return {kernel["kernel"] for row in found for kernel in row["kernels"]}
-
-
-def check_rows(found: list[dict]) -> None:
-  """What every call's row has to show."""
-  for row in found:
-    assert row["kernels"], "no kernel of ours was compiled"
-    assert row["hbm_need"] <= tpu.CHIPS[row["chip"]].hbm
-    if row["case"] in AS_THEY_LIE:
-      assert row["moves"] == []
-    if row["case"] == "column" and row["direction"] == "forward":
-      assert row["hbm_bytes"] <= 1.1 * row["hbm_bytes_of_arrays"]
 
 
 def test_columns_compile_for_all_chips_and_move_their_arrays_once():
@@ -117,26 +101,3 @@ def check_step(chip: str, config: str, devices: int) -> None:
 )
 def test_every_training_step_compiles_and_fits(chip, devices, config):
   check_step(chip, config, devices)
-
-
-def test_the_table_has_what_is_claimed_and_no_failure():
-  found = json.loads(TABLE.read_text())["rows"]
-  there = {row["job"] for row in found}
-  assert not [row["job"] for row in found if "error" in row]
-  assert there == set(tpu_aot.jobs())
-  assert all(row["hbm_need"] <= row["hbm"] for row in found if "hbm" in row)
-  check_rows([row for row in found if "case" in row])
-
-
-def test_the_command_prints_and_writes_the_table(tmp_path, monkeypatch, capsys):
-  there = {}
-  for row in json.loads(TABLE.read_text())["rows"]:
-    there.setdefault(row["job"], []).append(row)
-  failed = dict(job="step/v5e/none/1", error="no such config")
-  monkeypatch.setattr(tpu_aot, "jobs", lambda: [*there, failed["job"]])
-  monkeypatch.setattr(tpu_aot, "compile_jobs", lambda name: there.get(name, [failed]))
-  assert not tpu_aot.run(tmp_path)
-  written = json.loads((tmp_path / "tpu_aot.json").read_text())
-  assert written["rows"] == [*itertools.chain(*there.values()), failed]
-  assert written["compiler"].startswith("libtpu-")
-  assert "no such config" in capsys.readouterr().out

@@ -15,7 +15,7 @@ SAMPLE_RATE = 12_000  # Hz, of all audio here (arXiv:1904.10509, section 7.4)
 _SLOWEST, _FASTEST = 1_000, 768_000  # Hz, of recordings
 _MU = 255.0
 
-# The numbers in a WAV file, by format tag and bits: integers and floats.
+# The numbers in a WAV file, by format tag and bits: integers, rounded up to bytes, and floats.
 _DTYPES = {
   (1, 8): np.dtype("u1"),
   (1, 16): np.dtype("<i2"),
@@ -29,7 +29,7 @@ _GUID_TAIL = bytes.fromhex("00000000 1000 8000 00aa00389b71")
 # Sizes that programs write who do not know theirs yet, and into a pipe cannot go back to correct
 # them: the largest there is, or the largest with a sign, less a header or rounded down.
 _OPEN_SIZES = (range(0xFFFF_FF00, 0x1_0000_0000), range(0x7FFF_F000, 0x8000_0001))
-_MOST_BEYOND = 1_024  # bytes of tags or padding behind the end of a WAV file
+_MOST_BEYOND = 1_024  # bytes of tags or padding behind the last chunk of a WAV file
 _LOUDEST = 16.0  # of floats, which may be some way above full scale
 
 
@@ -73,9 +73,10 @@ def write_wav(
 
 
 def read_wav(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
-  """Reads a WAV file of 8, 16, 24 or 32-bit integers, or of 32 or 64-bit floats.
+  """Reads a WAV file of integers of up to 32 bits, or of 32 or 64-bit floats.
 
-  Sizes that were left open, as by programs that write into a pipe, mean all there is.
+  Integers of other sizes than whole bytes are the upper bits of the bytes they lie in. Sizes that
+  were left open, as by programs that write into a pipe, mean all there is.
 
   Returns:
     (samples, rate): T samples of C channels, and the rate in Hz. Integers are in [-1, 1); floats
@@ -146,11 +147,24 @@ def _read_header(file: BinaryIO, length: int) -> _WavHeader:
     raise ValueError(
       f"is cut off: its header promises {size:,} bytes of sound, {available:,} are there"
     )
-  beyond = length - max(start + size, end)
+  # Programs that add tags do not always correct the size of the whole.
+  beyond = length - max(_end_of_chunks(file, start + size + size % 2, length), end)
   if beyond > _MOST_BEYOND:
     raise ValueError(f"goes on for {beyond:,} bytes behind the end that its header tells")
+  file.seek(start)
   dtype, channels, rate = fields
   return _WavHeader(dtype, channels, rate, size - size % (channels * dtype.itemsize))
+
+
+def _end_of_chunks(file: BinaryIO, position: int, length: int) -> int:
+  """The end of the whole chunks that follow each other from `position` on."""
+  while position + 8 <= length:
+    file.seek(position)
+    name, size = _unpack(file, "<4sI")
+    if not (name.isascii() and name.decode().isprintable()) or position + 8 + size > length:
+      break
+    position += 8 + size + size % 2
+  return position
 
 
 def _read_format(file: BinaryIO, size: int) -> tuple[np.dtype, int, int]:
@@ -159,11 +173,11 @@ def _read_format(file: BinaryIO, size: int) -> tuple[np.dtype, int, int]:
   if tag == _EXTENSIBLE and size >= 40:
     _, _, _, tag, tail = _unpack(file, "<HHIH14s")
     tag = tag if tail == _GUID_TAIL else _EXTENSIBLE
-  dtype = _DTYPES.get((tag, bits))
+  dtype = _DTYPES.get((tag, -(-bits // 8) * 8 if tag == 1 else bits))
   if dtype is None or not channels or frame_bytes != channels * dtype.itemsize:
     raise ValueError(
-      "is not a WAV file of integers of 8, 16, 24 or 32 bits or floats of 32 or 64 bits: its "
-      f"header says format {tag}, {bits} bits, {channels} channels, {frame_bytes} bytes for all"
+      "is not a WAV file of integers of up to 32 bits or floats of 32 or 64 bits: its header "
+      f"says format {tag}, {bits} bits, {channels} channels, {frame_bytes} bytes for all"
     )
   check_rate(rate)
   return dtype, channels, rate
