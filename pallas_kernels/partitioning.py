@@ -28,7 +28,6 @@ import numpy as np
 from jax._src import sharding_impls  # reads shardings of the compiler; nothing public does
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping
-from jax.experimental.custom_partitioning import CompoundFactor
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.custom_partitioning import SdyShardingRule
 from jax.sharding import AxisType
@@ -343,18 +342,23 @@ class _Call:
     return shared(*arrays)
 
   def _rule(self) -> SdyShardingRule:
-    """Shardings of batch and heads pass from array to array, those of other axes do not."""
-    H, Hkv, _ = self.heads
-    grouped = 1 < Hkv < H
-    heads = CompoundFactor("Hkv", "group") if grouped else "Hkv" if Hkv == H else "group"
+    """Shardings of batch and heads pass from array to array, those of other axes do not.
 
-    def mapping(n: int, names: tuple[str, ...]) -> ArrayMapping:
-      factor = lambda axis, name: name if _may_be_sharded(name) else f"whole_{n}_{axis}"
-      return ArrayMapping(*(heads if x == "H" else factor(d, x) for d, x in enumerate(names)))
+    Where query heads share key heads, theirs do not pass to each other: a compiler would split an
+    axis of the mesh that has more devices than there are key heads, and has no name for its parts.
+    """
+    same = self.heads[0] == self.heads[1]
 
-    arrays = tuple(mapping(n, names) for n, names in enumerate(self.operands + self.results))
-    at, sizes = len(self.operands), dict(group=H // Hkv) if grouped else {}
-    return SdyShardingRule(arrays[:at], arrays[at:], **sizes)
+    def factor(n: int, axis: int, name: str) -> str:
+      name = _key(name) if same else name
+      return name if _may_be_sharded(name) else f"whole_{n}_{axis}"
+
+    arrays = tuple(
+      ArrayMapping(*(factor(n, axis, name) for axis, name in enumerate(names)))
+      for n, names in enumerate(self.operands + self.results)
+    )
+    at = len(self.operands)
+    return SdyShardingRule(arrays[:at], arrays[at:])
 
   def _partition(
     self, traced: jax.sharding.AbstractMesh, mesh: jax.sharding.Mesh, operands, results
