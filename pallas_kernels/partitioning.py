@@ -120,8 +120,13 @@ def backend_for(backend: ModuleType, q: Array, k: Array, v: Array) -> Any:
 
 
 def reference(q: Array, k: Array, v: Array, *, segment_ids, block_mask, pattern, scores, **how):
-  """`reference_attention`; where arrays may be sharded, on each device."""
-  if mesh_of(q, k, v) is None:
+  """`reference_attention`; where types say how arrays are sharded, on each device.
+
+  Of automatic axes the compiler itself leaves batch and heads of its products where they are, and a
+  plain call has derivatives of either mode.
+  """
+  mesh = mesh_of(q, k, v)
+  if mesh is None or _axes_with(mesh, AxisType.Auto):
     how |= dict(segment_ids=segment_ids, block_mask=block_mask, pattern=pattern, scores=scores)
     return reference_attention(q, k, v, **how)
   held = []
@@ -414,7 +419,8 @@ class _Call:
     found = {}
     for label, names, x, spec in zip(self.labels, self.operands, arrays, specs, strict=False):
       for name, axes in zip(names, _axes_of(spec, x.ndim), strict=True):
-        if axes and where.get(_key(name)) != axes:
+        follows = axes in found and label in ("out", "lse", "dout", "dlse")  # q, which is named
+        if axes and where.get(_key(name)) != axes and not follows:
           found.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
     return {
       axes: f"mesh axes {axes} shard {', '.join(parts)}: attention needs whole sequences, and the "
