@@ -13,6 +13,7 @@ would sum gradients over all axes of the mesh, also over those that shard nothin
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import re
@@ -23,10 +24,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import compiler  # raises errors of the compiler; nothing public does
+import numpy as np
+from jax._src import sharding_impls  # reads shardings of the compiler; nothing public does
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import ArrayMapping
-from jax.experimental.custom_partitioning import CompoundFactor
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.custom_partitioning import SdyShardingRule
 from jax.sharding import AxisType
@@ -63,14 +64,54 @@ def mesh_of(*arrays: Array) -> jax.sharding.AbstractMesh | None:
 
   None for one device, where no mesh is named, and inside `jax.shard_map`, where arrays are those of
   one device already.
+
+  Raises:
+    NotImplementedError: axes of several types shard the arrays, or may: explicit and automatic
+      ones, or explicit ones inside a `jax.shard_map` over other axes.
   """
   meshes = (jax.typeof(x).sharding.mesh for x in arrays)
   mesh = next((mesh for mesh in meshes if not mesh.empty), None)
-  if mesh is None or AxisType.Manual in mesh.axis_types:
+  if mesh is None:
     return None
   # A mesh of one device matters to types that name its axes.
   named = any(axes for x in arrays for axes in jax.typeof(x).sharding.spec)
+  manual, auto = _axes_with(mesh, AxisType.Manual), _axes_with(mesh, AxisType.Auto)
+  if AxisType.Manual in mesh.axis_types:
+    explicit = _axes_with(mesh, AxisType.Explicit)
+    if explicit and named:
+      raise NotImplementedError(
+        f"sparse_attention inside a shard_map over mesh axes {manual}: explicit axes {explicit} "
+        "shard q, k or v there too; the shard_map must be over those as well"
+      )
+    if auto and manual:
+      _say_once(
+        f"sparse_attention inside a shard_map over mesh axes {manual}: what {auto} shard is left "
+        "to the compiler, which may gather it; a shard_map over those as well does not"
+      )
+    return None
+  if auto and AxisType.Explicit in mesh.axis_types and named:
+    raise NotImplementedError(
+      f"sparse_attention: explicit mesh axes shard q, k or v, and automatic axes {auto} may too; "
+      "the axes of a mesh must have one type (axis_types), or be those of a jax.shard_map"
+    )
   return mesh if mesh.size > 1 or named else None
+
+
+def _axes_with(mesh: jax.sharding.AbstractMesh, kind: AxisType) -> tuple[str, ...]:
+  """The axes of this type that are more than one device."""
+  axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+  return tuple(name for name, n, found in axes if n > 1 and found == kind)
+
+
+def heads_may_be_numbered(
+  q: Array, k: Array, v: Array, *, pattern: Pattern, scores: Scores
+) -> bool:
+  """Whether a device may have other heads than the first ones, and traced scores depend on that."""
+  if scores.score_fn is None or not scores.score_fn.uses(3):
+    return False
+  mesh = mesh_of(q, k, v)
+  sizes = () if mesh is None else mesh.axis_sizes
+  return any(n > 1 and _heads_fit(n, q.shape[2], k.shape[2], pattern) for n in sizes)
 
 
 def backend_for(backend: ModuleType, q: Array, k: Array, v: Array) -> Any:
@@ -79,8 +120,13 @@ def backend_for(backend: ModuleType, q: Array, k: Array, v: Array) -> Any:
 
 
 def reference(q: Array, k: Array, v: Array, *, segment_ids, block_mask, pattern, scores, **how):
-  """`reference_attention`; where arrays may be sharded, on each device."""
-  if mesh_of(q, k, v) is None:
+  """`reference_attention`; where types say how arrays are sharded, on each device.
+
+  Of automatic axes the compiler itself leaves batch and heads of its products where they are, and a
+  plain call has derivatives of either mode.
+  """
+  mesh = mesh_of(q, k, v)
+  if mesh is None or _axes_with(mesh, AxisType.Auto):
     how |= dict(segment_ids=segment_ids, block_mask=block_mask, pattern=pattern, scores=scores)
     return reference_attention(q, k, v, **how)
   held = []
@@ -148,7 +194,7 @@ def _call(function: Callable, operands: dict, held: tuple, results: tuple[str, .
   (B, _, H, _), Hkv, scores = operands["q"].shape, operands["k"].shape[2], how["scores"]
   given = {name: x for name, x in operands.items() if x is not None}
   given |= {f"held {n}": x for n, x in enumerate(held)}
-  if scores.score_fn is not None and scores.score_fn.uses(3):
+  if heads_may_be_numbered(*(operands[x] for x in "qkv"), pattern=how["pattern"], scores=scores):
     given["head_numbers"] = jnp.arange(H, dtype=jnp.int32)
 
   def local(*arrays):
@@ -220,8 +266,8 @@ class _Call:
 
   def __call__(self, *arrays: Array) -> tuple[Array, ...]:
     mesh = mesh_of(*arrays)
-    explicit = AxisType.Explicit in mesh.axis_types
-    call = custom_vmap(functools.partial(self._typed, mesh) if explicit else self._compiled())
+    automatic = _axes_with(mesh, AxisType.Auto)
+    call = custom_vmap(functools.partial(self._compiled if automatic else self._typed, mesh))
 
     @call.def_vmap
     def mapped(size, is_mapped, *arrays):
@@ -281,7 +327,7 @@ class _Call:
 
   def _typed(self, mesh: jax.sharding.AbstractMesh, *arrays: Array) -> tuple[Array, ...]:
     specs = [jax.typeof(x).sharding.spec for x in arrays]
-    where = self._where(mesh.shape, arrays, specs)
+    where = self._where(mesh.shape, arrays, specs, typed=True)
     for text in self._moved(where, arrays, specs).values():
       raise ValueError(f"{text}; jax.sharding.reshard gathers what is to be gathered")
     in_specs = tuple(_spec(names, where) for names in self.operands)
@@ -293,65 +339,79 @@ class _Call:
 
   # --------------------------------------------------------------------------- automatic axes
 
-  def _compiled(self) -> Callable[..., tuple[Array, ...]]:
+  def _compiled(self, mesh: jax.sharding.AbstractMesh, *arrays: Array) -> tuple[Array, ...]:
     local = jax.jit(self.local)  # keeps its constants to itself: custom_partitioning takes none
     shared = custom_partitioning(lambda *arrays: local(*arrays))
-    shared.def_partition(self._partition, sharding_rule=self._rule())
-    return lambda *arrays: shared(*arrays)
+    partition = functools.partial(self._partition, mesh)
+    shared.def_partition(partition, sharding_rule=self._rule())
+    return shared(*arrays)
 
   def _rule(self) -> SdyShardingRule:
-    """Shardings of batch and heads pass from array to array, those of other axes do not."""
-    H, Hkv, _ = self.heads
-    grouped = 1 < Hkv < H
-    heads = CompoundFactor("Hkv", "group") if grouped else "Hkv" if Hkv == H else "group"
+    """Shardings of batch and heads pass from array to array, those of other axes do not.
 
-    def mapping(n: int, names: tuple[str, ...]) -> ArrayMapping:
-      factor = lambda axis, name: name if _may_be_sharded(name) else f"whole_{n}_{axis}"
-      return ArrayMapping(*(heads if x == "H" else factor(d, x) for d, x in enumerate(names)))
+    Where query heads share key heads, theirs do not pass to each other: a compiler would split an
+    axis of the mesh that has more devices than there are key heads, and has no name for its parts.
+    """
+    same = self.heads[0] == self.heads[1]
 
-    arrays = tuple(mapping(n, names) for n, names in enumerate(self.operands + self.results))
-    at, sizes = len(self.operands), dict(group=H // Hkv) if grouped else {}
-    return SdyShardingRule(arrays[:at], arrays[at:], **sizes)
+    def factor(n: int, axis: int, name: str) -> str:
+      name = _key(name) if same else name
+      return name if _may_be_sharded(name) else f"whole_{n}_{axis}"
 
-  def _partition(self, mesh: jax.sharding.Mesh, operands, results):
+    arrays = tuple(
+      ArrayMapping(*(factor(n, axis, name) for axis, name in enumerate(names)))
+      for n, names in enumerate(self.operands + self.results)
+    )
+    at = len(self.operands)
+    return SdyShardingRule(arrays[:at], arrays[at:])
+
+  def _partition(
+    self, traced: jax.sharding.AbstractMesh, mesh: jax.sharding.Mesh, operands, results
+  ):
     """What the compiler asks for: the function of a device, and how its arrays are sharded."""
-    specs = [x.sharding.spec for x in (*operands, *results)]
-    where = self._where(mesh.shape, (*operands, *results), specs)
-    for axes, text in self._moved(where, operands, specs).items():
-      _say_once(axes, f"{text}; every device gathers them")
+    if mesh.empty:  # no argument of the program is placed, and custom_partitioning looks at those
+      devices = np.asarray(operands[0].sharding._device_assignment)
+      mesh = jax.sharding.Mesh(devices.reshape(traced.axis_sizes), traced.axis_names)
+      specs = [_decoded(x, mesh) for x in (*operands, *results)]
+    else:
+      specs = [x.sharding.spec for x in (*operands, *results)]
+    where = self._where(mesh.shape, (*operands, *results), specs, typed=False)
+    for text in self._moved(where, operands, specs).values():
+      _say_once(f"{text}; every device gathers them")
     laid = lambda names: jax.NamedSharding(mesh, _spec(names, where))
     local = functools.partial(self._summed, where)
     return mesh, local, tuple(map(laid, self.results)), tuple(map(laid, self.operands))
 
   # ------------------------------------------------------------------------------------- both
 
-  def _where(self, sizes: Mapping[str, int], arrays, specs) -> dict[str, tuple[str, ...]]:
+  def _where(
+    self, sizes: Mapping[str, int], arrays, specs, *, typed: bool
+  ) -> dict[str, tuple[str, ...]]:
     """The axes of the mesh for each name of an axis: those of the first array that is sharded.
 
+    Heads are left out where a device could not compute its own: the caller's choice of the results
+    alone, or of query heads that share key heads with those of other devices, is no reason to fail.
+
     Raises:
-      ShardedHeadsError: a device's query heads would not be whole groups that share a key head, or
-        whole periods of the pattern.
+      ShardedHeadsError: the heads of operands are sharded so that those of a device are not whole
+        periods of the pattern, or with `typed` not whole groups that share a key head.
     """
     where, size = {}, lambda axes: math.prod(sizes[x] for x in axes)
-    for names, x, spec in zip(self.operands + self.results, arrays, specs, strict=False):
+    H, Hkv, pattern = self.heads
+    for at, names, x, spec in zip(
+      itertools.count(), self.operands + self.results, arrays, specs, strict=False
+    ):
       for name, length, axes in zip(names, x.shape, _axes_of(spec, x.ndim), strict=True):
         n, key = size(axes), _key(name)
         fits = length % n == 0 and (n == 1 or _may_be_sharded(name))
         taken = key in where or any(set(axes) & set(others) for others in where.values())
-        if axes and fits and not taken:
-          where[key] = axes
-    axes, (H, Hkv, pattern) = where.get("H", ()), self.heads
-    n = size(axes)
-    if Hkv % n:
-      raise ShardedHeadsError(
-        f"H={H} query heads are sharded over {n} devices (mesh axes {axes}), which must divide the "
-        f"Hkv={Hkv} heads of k and v"
-      )
-    if n > 1 and H // n % pattern.period:
-      raise ShardedHeadsError(
-        f"H={H} heads over {n} devices (mesh axes {axes}) are {H // n} heads each, which must be a "
-        f"multiple of {pattern.period}, the heads after which pattern={pattern} repeats"
-      )
+        if not axes or not fits or taken:
+          continue
+        if key == "H" and not _heads_fit(n, H, Hkv, pattern):
+          if at < len(self.operands) and (typed or Hkv % n == 0):
+            raise ShardedHeadsError(_why_not(n, axes, *self.heads))
+          continue
+        where[key] = axes
     return where
 
   def _moved(self, where, arrays, specs) -> dict[tuple[str, ...], str]:
@@ -359,7 +419,8 @@ class _Call:
     found = {}
     for label, names, x, spec in zip(self.labels, self.operands, arrays, specs, strict=False):
       for name, axes in zip(names, _axes_of(spec, x.ndim), strict=True):
-        if axes and where.get(_key(name)) != axes:
+        follows = axes in found and label in ("out", "lse", "dout", "dlse")  # q, which is named
+        if axes and where.get(_key(name)) != axes and not follows:
           found.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
     return {
       axes: f"mesh axes {axes} shard {', '.join(parts)}: attention needs whole sequences, and the "
@@ -375,6 +436,24 @@ class _Call:
       over = [axes for key, axes in where.items() if _may_be_sharded(key) and key not in mine]
       results.append(jax.lax.psum(x, sum(over, ())) if over else x)
     return tuple(results)
+
+
+def _heads_fit(n: int, H: int, Hkv: int, pattern: Pattern) -> bool:
+  """Whether each of n devices can have whole groups that share a key head, and whole periods."""
+  return Hkv % n == 0 and (n == 1 or H // n % pattern.period == 0)
+
+
+def _why_not(n: int, axes: tuple[str, ...], H: int, Hkv: int, pattern: Pattern) -> str:
+  """What does not fit, of heads that `_heads_fit` refuses."""
+  if Hkv % n:
+    return (
+      f"H={H} query heads are sharded over {n} devices (mesh axes {axes}), which must divide the "
+      f"Hkv={Hkv} heads of k and v"
+    )
+  return (
+    f"H={H} heads over {n} devices (mesh axes {axes}) are {H // n} heads each, which must be a "
+    f"multiple of {pattern.period}, the heads after which pattern={pattern} repeats"
+  )
 
 
 def _key(name: str) -> str:
@@ -400,6 +479,12 @@ def _spec(names: tuple[str, ...], where: Mapping[str, tuple[str, ...]]) -> jax.P
   return jax.P(*(where.get(_key(name)) for name in names))
 
 
+def _decoded(x: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.P:
+  """How an array is sharded over the axes of a mesh, from the compiler's word for it."""
+  whole = x.sharding._to_xla_hlo_sharding(x.ndim)
+  return sharding_impls.parse_flatten_op_sharding(whole, mesh)[0]
+
+
 def _typed_like(grads, arrays) -> tuple[Array, ...]:
   """Gradients as the types of their arrays say, which name what is sharded where it is explicit."""
   shardings = [jax.typeof(x).sharding for x in arrays]
@@ -409,13 +494,9 @@ def _typed_like(grads, arrays) -> tuple[Array, ...]:
   )
 
 
-_said = set()
-
-
-def _say_once(axes: tuple[str, ...], text: str) -> None:
-  if axes not in _said:
-    _said.add(axes)
-    logger.warning("%s", text)
+@functools.cache
+def _say_once(text: str) -> None:
+  logger.warning("%s", text)
 
 
 def _error_of_ours(error: Exception) -> ShardedHeadsError | None:
@@ -424,4 +505,9 @@ def _error_of_ours(error: Exception) -> ShardedHeadsError | None:
   return None if found is None else ShardedHeadsError(found.group(1))
 
 
-compiler.register_xla_runtime_error_handler(_error_of_ours)
+try:  # nothing public raises errors of the compiler as our own
+  from jax._src.compiler import register_xla_runtime_error_handler
+except ImportError:
+  pass  # then they are raised as the compiler's, with our text inside
+else:
+  register_xla_runtime_error_handler(_error_of_ours)

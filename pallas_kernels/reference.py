@@ -87,7 +87,8 @@ def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[Any, "1 H T S
   # Constants of a program by numpy: XLA would compute them, slowly.
   xp = jnp if any(isinstance(mask, jax.Array) for mask in masks) else np
   masks = [xp.broadcast_to(mask, (len(rows), S)) for mask in masks]
-  return xp.stack([masks[h % len(masks)] for h in range(H)])[None]
+  # By an index, which a compiler computes for some heads alone, as it does not a stack of H.
+  return xp.stack(masks)[np.arange(H) % len(masks)][None]
 
 
 def _softmax(logits: Float[Array, "B H T S"], mask):

@@ -139,22 +139,26 @@ def over_devices(
   pattern: Pattern,
   implementation: str | None = None,
 ) -> Float[Array, "B T H Dv"]:
-  """`sparse_attention`, which leaves batch and heads as they are sharded, and two things more.
+  """`sparse_attention`, where every device has its share of the sequences, heads and tokens.
 
-  In a mesh like those of `make_mesh` it says how they are sharded: nothing else does that to what
-  a model computes on the way. And where the mesh of `jax.set_mesh` has an axis "sequence", devices
-  share out the tokens of a sequence. Batch or heads that do not come out even, or would give a head
-  another number in the pattern, are not shared out in either case.
+  In a mesh like those of `make_mesh` our rules say how batch and heads are sharded; elsewhere they
+  stay as they are. Where the mesh of `jax.set_mesh` has an axis "sequence", devices share out the
+  tokens of a sequence. Batch or heads that do not come out even, or would give a head another
+  number in the pattern, are not shared out in either case.
 
   Raises:
     ValueError: the mesh has a sequence axis over which the pattern cannot be shared out.
   """
   mesh, how = jax.sharding.get_abstract_mesh(), dict(pattern=pattern, implementation=implementation)
   n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
-  traced = isinstance(q, jax.core.Tracer)  # other arrays lie somewhere already
-  ours = traced and mesh.size > 1 and mesh.axis_names == AXES and not explicit
+  attend = functools.partial(sparse_attention, **how)
+  ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
   if mesh.manual_axes or (n == 1 and not ours):
-    return sparse_attention(q, k, v, **how)
+    return attend(q, k, v)
+  if n > 1:
+    if text := sequence.problem(pattern, q.shape[1], n):
+      raise ValueError(f"mesh axis sequence={n}: must {text}")
+    attend = functools.partial(sequence.attend, axis="sequence", **how)
   # Axes of one device stand in it too: gradients are summed over those that do not.
   named = lambda *names: tuple(name for name in names if name in mesh.axis_names) or None
   size = lambda *names: math.prod(mesh.shape.get(name, 1) for name in names)
@@ -163,14 +167,8 @@ def over_devices(
     "sequence",
     named("tensor") if q.shape[2] % (size("tensor") * pattern.period) == 0 else None,
   )
-  if n == 1:
-    pinned = lambda x: jax.lax.with_sharding_constraint(x, spec)
-    return pinned(sparse_attention(*map(pinned, (q, k, v)), **how))
-  if text := sequence.problem(pattern, q.shape[1], n):
-    raise ValueError(f"mesh axis sequence={n}: must {text}")
   if explicit:
     q, k, v = (jax.sharding.reshard(x, spec) for x in (q, k, v))
-  attend = functools.partial(sequence.attend, axis="sequence", **how)
   return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels import functions
+from pallas_kernels import partitioning
 from pallas_kernels import passes
 from pallas_kernels import patterns
 from pallas_kernels.mosaic_tpu import steps
@@ -50,6 +51,8 @@ def unsupported(
     return f"mosaic_tpu: a symbolic batch {q.shape[0]} is not supported"
   if functions.holds(pattern) or (scores.score_fn is not None and scores.score_fn.places):
     return "mosaic_tpu: functions that hold arrays, and a traced scale, are not supported"
+  if partitioning.heads_may_be_numbered(q, k, v, pattern=pattern, scores=scores):
+    return "mosaic_tpu: a score_fn of head numbers is not supported where heads may be sharded"
   for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
     for one in group:
       if one.pattern is not None and not _is_formula(one.pattern):
@@ -79,10 +82,7 @@ def forward(
   held: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
   """Result and natural log-sum-exp."""
-  if held:  # `unsupported` refuses those of users
-    raise NotImplementedError(
-      "mosaic_tpu: a score_fn of head numbers is not supported where heads may be sharded"
-    )
+  assert not held, "unsupported() refuses functions that hold arrays"
   masks = segment_ids, block_mask, scores, block_size
   groups = _lowered(pattern, q, k, segment_ids, block_mask, scores)
   parts = []
