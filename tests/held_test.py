@@ -10,11 +10,16 @@ import pytest
 from helpers import assert_close
 from helpers import EVERY_PATTERN
 from jax import export
+from jax.sharding import AbstractDevice
+from jax.sharding import AbstractMesh
+from jax.sharding import AxisType
 
 from pallas_kernels import api
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import xla
+from pallas_kernels.mosaic_gpu import formula
+from pallas_kernels.scores import Scores
 
 H = 2
 number = functools.partial(jnp.asarray, dtype=jnp.float32)
@@ -438,6 +443,34 @@ def test_kernels_read_values_per_head_and_sum_their_gradients():
   np.testing.assert_allclose(out, truth, rtol=2e-2)
   np.testing.assert_allclose(dw, dw_truth, rtol=5e-2, atol=5e-2)
   np.testing.assert_allclose(dscale, dscale_truth, rtol=5e-2, atol=5e-2)
+
+
+def test_kernels_read_floats_of_16_bits():
+  """Lowered for an H100, with the values that `reference` computes, rounded alike."""
+  w, x = jnp.asarray([0.3, -0.7], jnp.bfloat16), jnp.ones((1, 128, H, 64), jnp.bfloat16)
+  function = lambda w: lambda s, i, j, h: s - number(w[h] * (i - j).astype(w.dtype))
+
+  def loss(w, implementation):
+    how = dict(score_fn=function(w), implementation=implementation)
+    return sparse_attention(x, x, x, **how).astype(jnp.float32).sum()
+
+  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+  one = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(one):
+    traced = jax.jit(jax.grad(loss), static_argnums=1).trace(w, "mosaic_gpu")
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
+    narrow = lambda w: loss(w.astype(jnp.int16), None)  # kernels have no such instructions
+    assert api.implementations_in(jax.jit(narrow).trace(w).jaxpr) == ("xla",)
+
+  held = []
+  scores = Scores(1.0, None, function(w)).traced(held)
+  products = jnp.asarray(np.random.default_rng(0).standard_normal((300, 300)), jnp.float32)
+  (j, i), values = np.meshgrid(*[np.arange(300, dtype=np.int32)] * 2), formula.values
+  for h in range(H):
+    each = tuple(lambda x=x, h=h: x[h] for x in values(scores, H, tuple(held)))
+    got, slope = formula.logits(scores, products, lambda: i, lambda: j, each)
+    np.testing.assert_array_equal(got, scores(products, i, j, h, held=tuple(held)))
+    np.testing.assert_array_equal(slope, 1)
 
 
 NOT_HELD = {
