@@ -228,6 +228,21 @@ WRONG_SCORES = {
 }
 
 
+FAILING_SCORES = {
+  "branch": (lambda s, i, j, h: s if i > j else 0.0, "jax.numpy.where"),
+  "numpy": (lambda s, i, j, h: s + np.ones(6, np.float32)[i], "not numpy's"),
+  "three": (lambda s, i, j: s, r"\(logit, i, j, h\)"),
+}
+
+
+@pytest.mark.parametrize("what", FAILING_SCORES)
+def test_score_functions_that_fail_are_named(what):
+  function, words = FAILING_SCORES[what]
+  for implementation in ("reference", "xla"):
+    with pytest.raises(ValueError, match=f"score_fn=.*<lambda>.*{words}"):
+      sparse_attention(*arrays(6), score_fn=function, implementation=implementation)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("what", WRONG_SCORES)
 def test_results_of_score_functions_are_checked(what, implementation):
@@ -421,6 +436,9 @@ ARGUMENTS = {
   "bool": (dict(block_size=True), "block_size=True"),
   "nan": (dict(scale=float("nan")), "scale=nan: must be finite"),
   "inf": (dict(scale=jnp.float32(np.inf)), "scale=inf: must be finite"),
+  "huge": (dict(scale=10**400), "scale=1.*must be finite"),
+  "huge cap": (dict(logits_soft_cap=10**400), "logits_soft_cap=1.*finite"),
+  "blocks": (dict(block_mask=[[True]]), "block_mask: must be an array"),
   "scales": (dict(scale=jnp.ones(2)), "scale=.*one number"),
   "word": (dict(scale="1"), "scale='1'"),
   "no cap": (dict(logits_soft_cap=float("inf")), "logits_soft_cap=inf.*None for no cap"),
