@@ -277,9 +277,17 @@ def _scale(scale, head_size: int):
     raise ValueError(f"scale={scale!r}: must be one number, which may be traced")
   if isinstance(scale, jax.core.Tracer):
     return scale
-  if not math.isfinite(scale):
+  if not _is_finite(scale):
     raise ValueError(f"scale={scale}: must be finite")
   return float(scale)
+
+
+def _is_finite(x) -> bool:
+  """As a float."""
+  try:
+    return math.isfinite(x)
+  except OverflowError:
+    return False
 
 
 def _is_real(x) -> bool:
@@ -293,7 +301,8 @@ def _soft_cap(cap) -> float | None:
   if isinstance(cap, jax.core.Tracer):
     raise ValueError("logits_soft_cap is traced: must be known, or part of score_fn")
   real = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
-  if not (real or (np.shape(cap) == () and _is_real(cap))) or not 0 < cap < math.inf:
+  number = real or (np.shape(cap) == () and _is_real(cap))
+  if not number or not _is_finite(cap) or cap <= 0:
     raise ValueError(
       f"logits_soft_cap={cap!r}: must be a positive number, finite, or None for no cap"
     )
@@ -361,6 +370,8 @@ def _check_blocks(q, k, block_mask, block_size) -> None:
     return
   (B, T, H, _), S = q.shape, k.shape[1]
   nq, nk = -(-T // block_size), -(-S // block_size)
+  if not (hasattr(block_mask, "shape") and hasattr(block_mask, "dtype")):
+    raise ValueError(f"block_mask: must be an array, not {type(block_mask).__name__}")
   shape = block_mask.shape
   fits = block_mask.ndim == 4 and shape[0] in (1, B) and shape[1] in (1, H)
   if not fits or shape[2:] != (nq, nk) or block_mask.dtype != bool:

@@ -55,15 +55,12 @@ class Function:
     consts: for each of them a numpy array, or its place in `held`.
   """
 
-  def __init__(
-    self, name: str, program: Program, consts: tuple[np.ndarray | Place, ...], made_of: Any
-  ):
+  def __init__(self, name: str, program: Program, consts: tuple[np.ndarray | Place, ...]):
     self.name, self.program, self.consts = name, program, consts
     key = _Content()
     values = tuple(x if isinstance(x, Place) else key.of_param(x) for x in consts)
     self._key = key.of_jaxpr(program), values
-    # Rules of derivatives that were made while tracing cannot be compared, the function can.
-    self._key += (_identity(made_of),) if key.is_opaque else ()
+    self._key += (object(),) if key.is_opaque else ()  # equal to itself alone
     self._hash = hash(self._key)
 
   def __eq__(self, other):
@@ -112,6 +109,8 @@ def trace(name: str, function: Callable, args, held: list, *, constant: bool) ->
   """
   # A new lambda, for JAX keeps what it traced by the function.
   closed = jax.make_jaxpr(lambda *args: function(*args))(*args)
+  if _has_rules(closed.jaxpr):
+    closed = _with_own_rules(closed, _ORDERS)
   consts = []
   for const in closed.consts:
     if constant and not isinstance(const, jax.core.Tracer):
@@ -119,8 +118,11 @@ def trace(name: str, function: Callable, args, held: list, *, constant: bool) ->
     else:
       consts.append(Place(len(held)))
       held.append(const)
-  program = Program(*(tuple(getattr(closed.jaxpr, field)) for field in Program._fields))
-  return Function(name, program, tuple(consts), function)
+  return Function(name, _program(closed.jaxpr), tuple(consts))
+
+
+def _program(jaxpr) -> Program:
+  return Program(*(tuple(getattr(jaxpr, field)) for field in Program._fields))
 
 
 def name_of(function: Callable) -> str:
@@ -210,15 +212,20 @@ def _table(where: patterns.Where, name: str, T: int, S: int) -> Function:
 # -------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(jaxpr: Any, consts, args) -> list:
-  """A jaxpr of scalars for arrays that broadcast."""
+def evaluate(jaxpr: Any, consts, args, apply: Callable | None = None) -> list:
+  """A jaxpr of scalars for arrays that broadcast.
+
+  Args:
+    apply: (equation, operands) -> results, for other equations than calls by `jax.jit`.
+  """
+  apply = apply or apply_elementwise
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
   read = lambda atom: value_of(atom) if isinstance(atom, core.Literal) else values[atom]
   for eqn in jaxpr.eqns:
     operands = [read(atom) for atom in eqn.invars]
     if eqn.primitive.name in ("jit", "pjit"):
       inner = eqn.params["jaxpr"]
-      results = evaluate(inner.jaxpr, inner.consts, operands)
+      results = evaluate(inner.jaxpr, inner.consts, operands, apply)
     else:
       results = apply(eqn, operands)
     values |= zip(eqn.outvars, results, strict=True)
@@ -230,10 +237,12 @@ def value_of(literal: core.Literal) -> Any:
   return np.asarray(literal.val)[()]
 
 
-def apply(eqn, operands) -> list:
+def apply_elementwise(eqn, operands) -> list:
   """The results of one equation for every element of its operands."""
 
   def bind(*operands):
+    if eqn.primitive is _ruled:
+      return _call_ruled(*operands, **eqn.params)
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
 
@@ -268,6 +277,106 @@ def apply(eqn, operands) -> list:
   ]
 
 
+# --------------------------------------------------------------------------- rules of derivatives
+
+# A call of a function with a rule of its derivatives (jax.custom_jvp, jax.custom_vjp) as programs,
+# which can be compared and hold nothing. JAX has the rule as a function, with its closure.
+_ruled = core.Primitive("ruled")
+_ruled.multiple_results = True
+_ruled.def_abstract_eval(lambda *_, value, **how: [var.aval for var in value.outvars])
+
+_RULES = "custom_jvp_call", "custom_vjp_call"
+_ORDERS = 2  # of derivatives that have rules; those of higher order are of what rules compute
+
+
+def _has_rules(jaxpr) -> bool:
+  def has(eqn) -> bool:
+    name = eqn.primitive.name
+    return name in _RULES or (name in ("jit", "pjit") and _has_rules(eqn.params["jaxpr"].jaxpr))
+
+  return any(map(has, jaxpr.eqns))
+
+
+def _with_own_rules(closed: Any, orders: int) -> Any:
+  """A closed jaxpr whose calls with rules are `_ruled`, or for no orders are what they compute."""
+
+  def apply(eqn, operands):
+    if eqn.primitive.name not in _RULES:
+      return apply_elementwise(eqn, operands)
+    call = eqn.params["call_jaxpr"]
+    if not orders:
+      return evaluate(call.jaxpr, call.consts, operands, apply)
+    found = _ruled_of(eqn, orders)
+    if found is None:
+      return apply_elementwise(eqn, operands)
+    value, rule, floats = found
+    programs = dict(value=_program(value.jaxpr), rule=_program(rule.jaxpr), floats=floats)
+    return _ruled.bind(*value.consts, *rule.consts, *operands, **programs)
+
+  run = lambda *args: evaluate(closed.jaxpr, closed.consts, args, apply)
+  return jax.make_jaxpr(run)(*_shapes(closed.jaxpr.invars))
+
+
+def _ruled_of(eqn, orders: int) -> tuple[Any, Any, tuple[int, ...]] | None:
+  """Jaxprs of what an equation with a rule computes, and of its tangents; None if they fail.
+
+  The third: by which operands, whose tangents follow the operands in the second.
+  """
+  call = eqn.params["call_jaxpr"]
+  is_float = lambda var: jnp.issubdtype(var.aval.dtype, jnp.floating)
+  forward = eqn.primitive.name == "custom_jvp_call"
+  # The rule of a custom_vjp gives gradients of one number, and none by what its function holds.
+  simple = all(not var.aval.shape for var in eqn.outvars) and not eqn.params["num_consts"]
+  if not all(map(is_float, eqn.outvars)) or not (forward or simple):
+    return None
+  shapes = _shapes(eqn.invars)
+  floats = tuple(n for n, var in enumerate(eqn.invars) if is_float(var))
+
+  def tangents(*args):
+    operands, given = args[: len(shapes)], args[len(shapes) :]
+
+    def function(*some):
+      changed = dict(zip(floats, some, strict=True))
+      return apply_elementwise(eqn, [changed.get(n, x) for n, x in enumerate(operands)])
+
+    some = tuple(operands[n] for n in floats)
+    if forward:
+      return jax.jvp(function, some, given)[1]
+    results, pull = jax.vjp(function, *some)
+    found = []
+    for n, result in enumerate(results):
+      grads = pull([jnp.full_like(x, float(m == n)) for m, x in enumerate(results)])
+      parts = (jnp.sum(grad * x).astype(result.dtype) for grad, x in zip(grads, given, strict=True))
+      found.append(sum(parts, jnp.zeros_like(result)))
+    return found
+
+  rule = jax.make_jaxpr(tangents)(*shapes, *(shapes[n] for n in floats))
+  value = _with_own_rules(call, 0) if _has_rules(call.jaxpr) else call
+  return value, _with_own_rules(rule, orders - 1) if _has_rules(rule.jaxpr) else rule, floats
+
+
+def _call_ruled(*operands, value: Program, rule: Program, floats: tuple[int, ...]) -> list:
+  first, second = len(value.constvars), len(value.constvars) + len(rule.constvars)
+
+  @jax.custom_jvp
+  def call(of_value, of_rule, operands):
+    return evaluate(value, of_value, operands)
+
+  @call.defjvp
+  def call_jvp(primals, tangents):
+    _, of_rule, operands = primals
+    given = (tangents[2][n] for n in floats)
+    return call(*primals), evaluate(rule, of_rule, (*operands, *given))
+
+  return call(operands[:first], operands[first:second], operands[second:])
+
+
+def _shapes(variables) -> list[jax.ShapeDtypeStruct]:
+  return [
+    jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype, weak_type=x.aval.weak_type) for x in variables
+  ]
+
+
 # ----------------------------------------------------------------------------------- in two parts
 
 
@@ -288,7 +397,7 @@ def known_part(function: Function, held: Any, known: dict[int, Any]) -> list:
   found = {}
   nothing = lambda eqn, operands: [None] * len(eqn.outvars)
   use = lambda x: found.setdefault(x.number, x.value)
-  _Walk(apply, nothing, use).all_of(function, consts, known)
+  _Walk(apply_elementwise, nothing, use).all_of(function, consts, known)
   return list(found.values())
 
 
@@ -298,7 +407,7 @@ def unknown_part(function: Function, values: list, unknown: dict[int, Any]) -> A
   nothing = lambda eqn, operands: [None] * len(eqn.outvars)
   use = lambda x: values[places.setdefault(x.number, len(places))]
   known = {n: None for n in range(len(function.program.invars)) if n not in unknown}
-  walk = _Walk(nothing, apply, use)
+  walk = _Walk(nothing, apply_elementwise, use)
   return walk.all_of(function, [None] * len(function.consts), known, unknown)
 
 
@@ -378,6 +487,8 @@ class _Content:
     if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
       consts = (self.of_param(np.asarray(const)) for const in getattr(x, "consts", ()))
       return self.of_jaxpr(getattr(x, "jaxpr", x)), tuple(consts)
+    if isinstance(x, Program):
+      return self.of_jaxpr(x)
     if isinstance(x, np.ndarray):
       return x.shape, str(x.dtype), x.tobytes()
     if isinstance(x, tuple | list):
@@ -393,24 +504,3 @@ class _Content:
       self.is_opaque = True
       return None
     return x
-
-
-class _Identity:
-  """An object that is equal to itself alone."""
-
-  def __init__(self, x):
-    self.x = x
-
-  def __eq__(self, other):
-    return isinstance(other, _Identity) and self.x is other.x
-
-  def __hash__(self):
-    return id(self.x)
-
-
-def _identity(function: Callable) -> Any:
-  try:
-    hash(function)
-  except TypeError:
-    return _Identity(function)
-  return function

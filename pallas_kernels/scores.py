@@ -46,7 +46,7 @@ class Scores:
     A traced scale is something that a function holds.
 
     Raises:
-      ValueError: `score_fn` does not give one floating point number for a pair.
+      ValueError: `score_fn` fails, or does not give one floating point number for a pair.
     """
     scale_is_traced = isinstance(self.scale, jax.core.Tracer)
     if not scale_is_traced and (self.score_fn is None or isinstance(self.score_fn, Function)):
@@ -57,7 +57,17 @@ class Scores:
     position = jax.ShapeDtypeStruct((), jnp.int32)
     args = jax.ShapeDtypeStruct((), jnp.float32), position, position, position
     first = len(held)
-    found = functions.trace(name, function, args, held, constant=False)
+    try:
+      found = functions.trace(name, function, args, held, constant=False)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+      raise ValueError(
+        f"{name}: is traced for one pair of JAX numbers: must branch by jax.numpy.where, and look "
+        f"up jax.numpy arrays, not numpy's: {type(error).__name__}: {error}"
+      ) from error
+    except Exception as error:
+      raise ValueError(
+        f"{name}: fails for the (logit, i, j, h) of one pair: {type(error).__name__}: {error}"
+      ) from error
     if not jnp.issubdtype(found.result(name).dtype, jnp.floating):
       raise ValueError(
         f"{name}: gives {found.result(name).dtype}, must give floating point numbers"

@@ -1,7 +1,9 @@
 """What users' functions hold: read at every call, with gradients; their results are checked."""
 
 import functools
+import gc
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,16 @@ import pytest
 from helpers import assert_close
 from helpers import EVERY_PATTERN
 from jax import export
+from jax.sharding import AbstractDevice
+from jax.sharding import AbstractMesh
+from jax.sharding import AxisType
 
 from pallas_kernels import api
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import xla
+from pallas_kernels.mosaic_gpu import formula
+from pallas_kernels.scores import Scores
 
 H = 2
 number = functools.partial(jnp.asarray, dtype=jnp.float32)
@@ -60,22 +67,65 @@ def test_what_changed_in_an_object_is_seen(of, implementation):
     assert_close(attend(score_fn=function), truth, tolerance=1e-6, what=str(slope))
 
 
-def test_functions_that_compute_the_same_share_a_program():
+def with_rule(kind, w):
+  """A function with a rule for its derivative, which holds an array; it has twice the slope."""
+  function = lambda s: s * w[0]
+  if kind == "custom_vjp":
+    ruled = jax.custom_vjp(lambda s, w: s * w)
+    ruled.defvjp(lambda s, w: (s * w, (s, w)), lambda kept, d: (2 * d * kept[1], 3 * d * kept[0]))
+    return lambda s, i, j, h: ruled(s, w[0])
+  ruled = jax.custom_jvp(function)
+  ruled.defjvp(lambda primals, tangents: (ruled(*primals), 2 * w[0] * tangents[0]))
+  return lambda s, i, j, h: ruled(s)
+
+
+# Functions of what they hold, made at every call.
+MADE = {
+  "operators": lambda w: lambda s, i, j, h: jnp.where(i > j, s, 0.0) - w[h] * number(i - j),
+  "relu": lambda w: lambda s, i, j, h: jax.nn.relu(s * w[h]),
+  "softplus": lambda w: lambda s, i, j, h: jax.nn.softplus(s * w[h]),
+  "logaddexp": lambda w: lambda s, i, j, h: jnp.logaddexp(s, w[h]),
+  "custom_jvp": lambda w: with_rule("custom_jvp", w),
+  "custom_vjp": lambda w: with_rule("custom_vjp", w),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_functions_that_compute_the_same_share_a_program(name):
   q, k, v = arrays(7)
-  run = lambda slope, away: sparse_attention(
-    q, k, v, score_fn=lambda s, i, j, h: jnp.where(i > j, s, 0.0) - slope * number(i - j + away)
-  )
-  relu = lambda s, i, j, h: jax.nn.relu(s)  # whose derivative is a rule that cannot be compared
-  for _ in range(2):
-    sparse_attention(q, k, v, score_fn=relu)
-  run(jnp.float32(1), 1)
+
+  def run(slope, away=0.0):
+    made = MADE[name](jnp.full(H, slope))
+    kept.append(weakref.ref(made))
+    function = lambda s, i, j, h: made(s, i, j, h) + away
+    return sparse_attention(q, k, v, score_fn=function)
+
+  kept = []
+  run(1.0)
   size = api._attend._cache_size()
-  first, second = run(jnp.float32(2), 1), run(jnp.float32(3), 1)
-  sparse_attention(q, k, v, score_fn=relu)
-  assert (first != second).any()
+  assert (run(2.0) != run(3.0)).any()
   assert api._attend._cache_size() == size
-  run(jnp.float32(2), 2)
+  run(2.0, away=1.0)
   assert api._attend._cache_size() > size
+  gc.collect()
+  assert not any(function() for function in kept)
+
+
+@pytest.mark.parametrize(("kind", "of_w"), [("custom_jvp", 0.0), ("custom_vjp", 3.0)])
+def test_rules_of_derivatives_are_followed(kind, of_w):
+  q, k, v = arrays(7)
+
+  def loss(made, w, q, implementation=None):
+    out = sparse_attention(q, k, v, score_fn=made(w), implementation=implementation)
+    return jnp.square(out).sum()
+
+  plain = lambda w: lambda s, i, j, h: s * w[0]
+  grad = lambda made, **how: jax.jit(jax.grad(functools.partial(loss, made, **how), (0, 1)))
+  truth = grad(plain)(jnp.full(H, 0.5), q)
+  for implementation in ("xla", "reference"):
+    found = grad(lambda w: with_rule(kind, w), implementation=implementation)(jnp.full(H, 0.5), q)
+    assert_close(found[0], of_w * truth[0], tolerance=1e-5, what="w")
+    assert_close(found[1], 2 * truth[1], tolerance=1e-5, what="q")
 
 
 FUNCTIONS = {
@@ -150,11 +200,12 @@ def test_held_arrays_may_be_mapped(tiles):
       assert_close(a[n], b, tolerance=1e-5, what=str(n))
 
 
-def test_traced_arrays_do_not_stay():
-  w, (q, k, v) = jnp.ones(5), arrays(8)
-  grad, args = gradients("xla", w, "bias", patterns.Dense(), q, k, v)
+@pytest.mark.parametrize("name", ["operators", "relu", "custom_jvp", "custom_vjp"])
+def test_traced_arrays_do_not_stay(name):
+  q, k, v = arrays(8)
+  loss = lambda w: jnp.square(sparse_attention(q, k, v, score_fn=MADE[name](w))).sum()
   with jax.checking_leaks():
-    jax.jit(grad)(*args)
+    jax.jit(jax.grad(loss))(jnp.ones(H))
 
 
 @pytest.mark.parametrize("more", [{}, dict(logits_soft_cap=2.0, score_fn=Slope(0.1))])
@@ -175,6 +226,21 @@ WRONG_SCORES = {
   "nothing": (lambda s, i, j, h: None, "must give one value"),
   "heads": (lambda s, i, j, h: s + jnp.ones((H, 1, 1)), "must give one value"),
 }
+
+
+FAILING_SCORES = {
+  "branch": (lambda s, i, j, h: s if i > j else 0.0, "jax.numpy.where"),
+  "numpy": (lambda s, i, j, h: s + np.ones(6, np.float32)[i], "not numpy's"),
+  "three": (lambda s, i, j: s, r"\(logit, i, j, h\)"),
+}
+
+
+@pytest.mark.parametrize("what", FAILING_SCORES)
+def test_score_functions_that_fail_are_named(what):
+  function, words = FAILING_SCORES[what]
+  for implementation in ("reference", "xla"):
+    with pytest.raises(ValueError, match=f"score_fn=.*<lambda>.*{words}"):
+      sparse_attention(*arrays(6), score_fn=function, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -370,6 +436,9 @@ ARGUMENTS = {
   "bool": (dict(block_size=True), "block_size=True"),
   "nan": (dict(scale=float("nan")), "scale=nan: must be finite"),
   "inf": (dict(scale=jnp.float32(np.inf)), "scale=inf: must be finite"),
+  "huge": (dict(scale=10**400), "scale=1.*must be finite"),
+  "huge cap": (dict(logits_soft_cap=10**400), "logits_soft_cap=1.*finite"),
+  "blocks": (dict(block_mask=[[True]]), "block_mask: must be an array"),
   "scales": (dict(scale=jnp.ones(2)), "scale=.*one number"),
   "word": (dict(scale="1"), "scale='1'"),
   "no cap": (dict(logits_soft_cap=float("inf")), "logits_soft_cap=inf.*None for no cap"),
@@ -438,6 +507,34 @@ def test_kernels_read_values_per_head_and_sum_their_gradients():
   np.testing.assert_allclose(out, truth, rtol=2e-2)
   np.testing.assert_allclose(dw, dw_truth, rtol=5e-2, atol=5e-2)
   np.testing.assert_allclose(dscale, dscale_truth, rtol=5e-2, atol=5e-2)
+
+
+def test_kernels_read_floats_of_16_bits():
+  """Lowered for an H100, with the values that `reference` computes, rounded alike."""
+  w, x = jnp.asarray([0.3, -0.7], jnp.bfloat16), jnp.ones((1, 128, H, 64), jnp.bfloat16)
+  function = lambda w: lambda s, i, j, h: s - number(w[h] * (i - j).astype(w.dtype))
+
+  def loss(w, implementation):
+    how = dict(score_fn=function(w), implementation=implementation)
+    return sparse_attention(x, x, x, **how).astype(jnp.float32).sum()
+
+  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+  one = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(one):
+    traced = jax.jit(jax.grad(loss), static_argnums=1).trace(w, "mosaic_gpu")
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
+    narrow = lambda w: loss(w.astype(jnp.int16), None)  # kernels have no such instructions
+    assert api.implementations_in(jax.jit(narrow).trace(w).jaxpr) == ("xla",)
+
+  held = []
+  scores = Scores(1.0, None, function(w)).traced(held)
+  products = jnp.asarray(np.random.default_rng(0).standard_normal((300, 300)), jnp.float32)
+  (j, i), values = np.meshgrid(*[np.arange(300, dtype=np.int32)] * 2), formula.values
+  for h in range(H):
+    each = tuple(lambda x=x, h=h: x[h] for x in values(scores, H, tuple(held)))
+    got, slope = formula.logits(scores, products, lambda: i, lambda: j, each)
+    np.testing.assert_array_equal(got, scores(products, i, j, h, held=tuple(held)))
+    np.testing.assert_array_equal(slope, 1)
 
 
 NOT_HELD = {

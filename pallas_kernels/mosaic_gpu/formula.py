@@ -34,6 +34,7 @@ _KNOWN = frozenset(
 )
 
 
+_DTYPES = frozenset(map(jnp.dtype, ("float32", "bfloat16", "float16", "int32", "uint32", "bool")))
 _POSITION = jax.ShapeDtypeStruct((), jnp.int32)
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
@@ -55,7 +56,7 @@ class Traced(NamedTuple):
     """The results for arguments of a shape, each of which a function makes."""
     args = [one() for one, used in zip(make, self.used, strict=True) if used]
     results = _evaluate(self.jaxpr, self.consts, args, shape)
-    kinds = (var.aval.dtype for var in self.jaxpr.outvars)
+    kinds = (_kept(var.aval.dtype) for var in self.jaxpr.outvars)
     return [_wide(x, dtype, shape) for x, dtype in zip(results, kinds, strict=True)]
 
 
@@ -130,8 +131,9 @@ def _logit(scores: Scores, product, i, j, values) -> Any:
   logit = scores.capped(product)
   if scores.score_fn is None:
     return logit
+  typed = lambda x, dtype: x != 0 if jnp.issubdtype(dtype, jnp.bool_) else x.astype(dtype)
   pairs = zip(values, _values_for_one(scores), strict=True)
-  values = [x != 0 if jnp.issubdtype(one.dtype, jnp.bool_) else x for x, one in pairs]
+  values = [typed(x, one.dtype) for x, one in pairs]
   return functions.unknown_part(scores.score_fn, values, {0: logit, 1: i, 2: j})
 
 
@@ -194,7 +196,8 @@ def _is_known(jaxpr, consts) -> bool:
   for eqn in jaxpr.eqns:
     inner = _inner(eqn)
     known = _is_known(inner.jaxpr, inner.consts) if inner is not None else _has_instruction(eqn)
-    if not known or any(var.aval.shape for var in eqn.outvars):
+    avals = [var.aval for var in eqn.outvars]
+    if not known or any(x.shape or x.dtype not in _DTYPES for x in avals):
       return False
   return True
 
@@ -214,16 +217,21 @@ def _inner(eqn):
 
 
 def _evaluate(jaxpr, consts, args, shape):
-  consts = [np.asarray(const)[()] for const in consts]  # of programs, not of memory
+  """The results; floats of 16 bits are in float32, rounded after each operation.
+
+  Not every instruction has a form for 16 bits.
+  """
+  consts = [_number(np.asarray(const)[()]) for const in consts]  # of programs, not of memory
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-  value_of = functions.value_of
-  read = lambda atom: value_of(atom) if isinstance(atom, core.Literal) else values[atom]
+  number = lambda literal: _number(functions.value_of(literal))
+  read = lambda atom: number(atom) if isinstance(atom, core.Literal) else values[atom]
   for eqn in jaxpr.eqns:
     operands, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
-    if (inner := _inner(eqn)) is not None:
+    inner = _inner(eqn)
+    if inner is not None:
       results = _evaluate(inner.jaxpr, inner.consts, operands, shape)
     elif name == "broadcast_in_dim":
-      results = [_wide(operands[0], eqn.outvars[0].aval.dtype, shape)]
+      results = [_wide(operands[0], _kept(eqn.outvars[0].aval.dtype), shape)]
     elif name == "add_any":
       results = [lax.add(*operands)]
     elif name == "logistic":
@@ -237,16 +245,39 @@ def _evaluate(jaxpr, consts, args, shape):
     else:
       if name == "select_n":  # all of one shape
         operands = [
-          x if jnp.shape(x) == shape else _wide(x, atom.aval.dtype, shape)
+          x if jnp.shape(x) == shape else _wide(x, _kept(atom.aval.dtype), shape)
           for x, atom in zip(operands, eqn.invars, strict=True)
         ]
       scalar = lambda x: isinstance(x, jax.core.Tracer) and jnp.shape(x) != shape
       operands = [_wide(x, x.dtype, shape) if scalar(x) else x for x in operands]
-      results = eqn.primitive.bind(*operands, **eqn.params)
+      params = dict(eqn.params)
+      if name == "convert_element_type":
+        params["new_dtype"] = _kept(params["new_dtype"])
+      results = eqn.primitive.bind(*operands, **params)
       results = results if eqn.primitive.multiple_results else [results]
+    if inner is None:
+      kinds = [var.aval.dtype for var in eqn.outvars]
+      results = [_rounded(x, dtype) for x, dtype in zip(results, kinds, strict=True)]
     values |= zip(eqn.outvars, results, strict=True)
   return [read(atom) for atom in jaxpr.outvars]
 
 
 def _wide(x, dtype, shape):
   return x if jnp.shape(x) == shape else lax.broadcast(jnp.asarray(x, dtype), shape)
+
+
+def _kept(dtype):
+  """The dtype in which a kernel has values of a dtype."""
+  return jnp.dtype(jnp.float32) if _is_half(dtype) else dtype
+
+
+def _is_half(dtype) -> bool:
+  return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2
+
+
+def _number(x):
+  return x.astype(_kept(x.dtype))
+
+
+def _rounded(x, dtype):
+  return x.astype(dtype).astype(jnp.float32) if _is_half(dtype) else x
