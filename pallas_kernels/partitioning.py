@@ -51,6 +51,8 @@ _NAMES = {
   "dlse": ("B", "T", "H"),
   "head_numbers": ("H",),
 }
+# Operands that a backward pass has from the forward pass and from its caller's use of the results.
+_OF_RESULTS = ("out", "lse", "dout", "dlse")
 
 logger = logging.getLogger(__name__)
 
@@ -408,7 +410,8 @@ class _Call:
         if not axes or not fits or taken:
           continue
         if key == "H" and not _heads_fit(n, H, Hkv, pattern):
-          if at < len(self.operands) and (typed or Hkv % n == 0):
+          given = at < len(self.operands) and self.labels[at] not in _OF_RESULTS
+          if given and (typed or Hkv % n == 0):
             raise ShardedHeadsError(_why_not(n, axes, *self.heads))
           continue
         where[key] = axes
@@ -419,7 +422,7 @@ class _Call:
     found = {}
     for label, names, x, spec in zip(self.labels, self.operands, arrays, specs, strict=False):
       for name, axes in zip(names, _axes_of(spec, x.ndim), strict=True):
-        follows = axes in found and label in ("out", "lse", "dout", "dlse")  # q, which is named
+        follows = axes in found and label in _OF_RESULTS  # q, which is named
         if axes and where.get(_key(name)) != axes and not follows:
           found.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
     return {

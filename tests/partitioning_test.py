@@ -279,8 +279,12 @@ def test_heads_of_the_result_alone_are_no_error():
   mesh = make_mesh("auto")
   attend = attend_with("xla", pattern=patterns.Fixed(6, 2, 3))
   (*placed, _), where = laid(mesh, arrays(), jax.P("x")), jax.NamedSharding(mesh, SPEC)
-  out = jax.jit(attend, out_shardings=where)(*placed)
-  assert_close(out, jax.jit(attend)(*arrays()[:3]), tolerance=1e-6, what="out")
+  pinned = lambda *xs: jax.lax.with_sharding_constraint(attend(*xs), where)
+  loss = lambda attend, *xs: (attend(*xs) ** 2).sum()
+  grads = lambda attend, *xs: jax.jit(jax.value_and_grad(functools.partial(loss, attend)))(*xs)
+  (got, dq), (expected, expected_dq) = grads(pinned, *placed), grads(attend, *arrays()[:3])
+  assert_close(got, expected, tolerance=1e-6, what="loss")
+  assert_close(dq, expected_dq, tolerance=1e-5, what="dq")
 
 
 def test_axes_of_several_types_that_shard_attention_are_refused():
