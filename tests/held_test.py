@@ -55,6 +55,7 @@ class Slope:
     return logit - self.slope * number(i - j)
 
 
+@pytest.mark.smoke("method-xla")
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("of", ["method", "object"])
 def test_what_changed_in_an_object_is_seen(of, implementation):
@@ -90,6 +91,7 @@ MADE = {
 }
 
 
+@pytest.mark.smoke("operators", "relu")
 @pytest.mark.parametrize("name", MADE)
 def test_functions_that_compute_the_same_share_a_program(name):
   q, k, v = arrays(7)
@@ -115,17 +117,15 @@ def test_functions_that_compute_the_same_share_a_program(name):
 def test_rules_of_derivatives_are_followed(kind, of_w):
   q, k, v = arrays(7)
 
-  def loss(made, w, q, implementation=None):
-    out = sparse_attention(q, k, v, score_fn=made(w), implementation=implementation)
-    return jnp.square(out).sum()
+  def loss(made, w, q):
+    return jnp.square(sparse_attention(q, k, v, score_fn=made(w))).sum()
 
   plain = lambda w: lambda s, i, j, h: s * w[0]
-  grad = lambda made, **how: jax.jit(jax.grad(functools.partial(loss, made, **how), (0, 1)))
+  grad = lambda made: jax.jit(jax.grad(functools.partial(loss, made), (0, 1)))
   truth = grad(plain)(jnp.full(H, 0.5), q)
-  for implementation in ("xla", "reference"):
-    found = grad(lambda w: with_rule(kind, w), implementation=implementation)(jnp.full(H, 0.5), q)
-    assert_close(found[0], of_w * truth[0], tolerance=1e-5, what="w")
-    assert_close(found[1], 2 * truth[1], tolerance=1e-5, what="q")
+  found = grad(lambda w: with_rule(kind, w))(jnp.full(H, 0.5), q)
+  assert_close(found[0], of_w * truth[0], tolerance=1e-5, what="w")
+  assert_close(found[1], 2 * truth[1], tolerance=1e-5, what="q")
 
 
 FUNCTIONS = {
@@ -156,6 +156,7 @@ def gradients(implementation, w, name, pattern, q, k, v, **how):
   return jax.grad(loss, (0, 1, 2, 3)), (w, q, k, v)
 
 
+@pytest.mark.smoke("heads", daily=0)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_held_arrays_have_gradients(name, tiles):
   w = jnp.asarray([0.3, -0.5, 0.2, 0.7, -0.1])
@@ -170,16 +171,18 @@ def test_gradients_of_held_arrays_are_those_of_differences():
   w, (q, k, v) = jnp.asarray([0.3, -0.5]), arrays(12)
   grad, args = gradients("reference", w, "singular", patterns.Dense(), q, k, v)
 
+  @jax.jit
   def loss(w):
     function = lambda s, i, j, h: s - w[h] * jnp.log(number(abs(i - j) + 1))
     return jnp.square(sparse_attention(q, k, v, score_fn=function)).sum()
 
-  got, step = grad(*args)[0], np.float32(1e-2)
+  got, step = jax.jit(grad)(*args)[0], np.float32(1e-2)
   for n in range(2):
     slope = (loss(w.at[n].add(step)) - loss(w.at[n].add(-step))) / (2 * step)
     np.testing.assert_allclose(got[n], slope, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_gradients_outside_jit_and_for_other_arguments_alone():
   w, (q, k, v) = jnp.asarray([0.3, -0.5, 0.2, 0.7, -0.1]), arrays(12)
   grad, args = gradients("xla", w, "bias", patterns.Dense(), q, k, v)
@@ -190,6 +193,7 @@ def test_gradients_outside_jit_and_for_other_arguments_alone():
   assert_close(alone(q), grad(*args)[1], tolerance=1e-6, what="q")
 
 
+@pytest.mark.slow
 def test_held_arrays_may_be_mapped(tiles):
   q, k, v = arrays(20)
   many = jnp.asarray([[0.3, -0.5], [0.1, 0.2]])
@@ -200,6 +204,7 @@ def test_held_arrays_may_be_mapped(tiles):
       assert_close(a[n], b, tolerance=1e-5, what=str(n))
 
 
+@pytest.mark.smoke("custom_jvp", daily=0)
 @pytest.mark.parametrize("name", ["operators", "relu", "custom_jvp", "custom_vjp"])
 def test_traced_arrays_do_not_stay(name):
   q, k, v = arrays(8)
@@ -208,6 +213,7 @@ def test_traced_arrays_do_not_stay(name):
     jax.jit(jax.grad(loss))(jnp.ones(H))
 
 
+@pytest.mark.smoke("more1", daily=0)
 @pytest.mark.parametrize("more", [{}, dict(logits_soft_cap=2.0, score_fn=Slope(0.1))])
 def test_a_traced_scale_has_a_gradient(more):
   def loss(scale, implementation, q, k, v):
@@ -267,6 +273,7 @@ def same_as(mask, pattern, T, **how):
   assert_close(out, truth, tolerance=1e-5, what=f"{pattern} {T=}")
 
 
+@pytest.mark.smoke("33-asarray0", daily=0)
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("T", LENGTHS)
 def test_predicates_may_look_up_a_table(T, kind, tiles):
@@ -289,6 +296,7 @@ def test_tables_that_are_too_short_are_refused_by_name():
       sparse_attention(*arrays(T), pattern=patterns.Where(in_table))
 
 
+@pytest.mark.smoke("xla-33", daily=0)
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_a_traced_number_in_a_predicate(implementation, T, tiles):
@@ -317,6 +325,7 @@ VALUES = {  # predicate, causal, what it means
 }
 
 
+@pytest.mark.smoke("bits-33", "false-33")
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("what", VALUES)
 def test_predicates_give_booleans_or_integers(what, T, tiles):
@@ -369,11 +378,13 @@ def test_second_derivatives_are_refused_by_name(name, twice):
     jax.eval_shape(lambda q: TWICE[twice](q, how), arrays(12)[0])
 
 
+@pytest.mark.smoke("summary", daily=0)
 @pytest.mark.parametrize("name", ["strided", "summary"])
 def test_second_derivatives_of_the_reference(name):
   q, how, step = arrays(12)[0], dict(pattern=EVERY_PATTERN[name], implementation="reference"), 1e-2
-  up, down = (slope(q * (1 + sign * step), **how) for sign in (1, -1))
-  assert_close(TWICE["forward"](q, how), (up - down) / (2 * step), tolerance=1e-2, what=name)
+  once, twice = jax.jit(lambda q: slope(q, **how)), jax.jit(lambda q: TWICE["forward"](q, how))
+  up, down = (once(q * (1 + sign * step)) for sign in (1, -1))
+  assert_close(twice(q), (up - down) / (2 * step), tolerance=1e-2, what=name)
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
@@ -405,6 +416,7 @@ WIDE = [
 ]
 
 
+@pytest.mark.smoke("Strided(stride=2147483647)")
 @pytest.mark.parametrize("pattern", WIDE, ids=str)
 def test_wide_strides_are_exact(pattern):
   same_as(pattern.of_head(0).mask(20), pattern, 20, implementation="xla")
@@ -475,6 +487,7 @@ def test_segment_ids_of_any_width(kind):
       jax.vmap(lambda ids: sparse_attention(q, k, v, segment_ids=ids))(ids[None])
 
 
+@pytest.mark.smoke("union_of_any", daily=0)
 @pytest.mark.parametrize("name", ["strided", "union_of_any"])
 def test_exports_may_have_a_symbolic_batch(name, tiles, as_a_user):
   (b,) = export.symbolic_shape("b")
@@ -490,6 +503,7 @@ def test_exports_may_have_a_symbolic_batch(name, tiles, as_a_user):
 # ------------------------------------------------------------------------------------------ kernels
 
 
+@pytest.mark.slow
 def test_kernels_read_values_per_head_and_sum_their_gradients():
   """In the simulator; q, k and v have the values of bfloat16 in both."""
   q, k, v = (x.astype(jnp.bfloat16) for x in arrays(140, D=64))
