@@ -13,6 +13,7 @@ import ml_collections
 from etils import epath
 
 from sparse_flax import digest
+from sparse_flax import files
 from sparse_flax import validate
 
 # What a run may go on with other values of: where arrays lie, what is computed again or by which
@@ -126,11 +127,11 @@ def start(workdir: epath.PathLike, config: ml_collections.ConfigDict, *, data: d
     workdir.mkdir(parents=True, exist_ok=True)
     for name, values in (("data", data), ("config", _plain(config))):
       if not (workdir / f"{name}.json").exists():
-        _write(workdir / f"{name}.json", values)
+        files.write(workdir / f"{name}.json", to_json(values).encode())
     old, new = _fields(_load(workdir / "config.json")), _fields(_plain(config))
     changes = {field: value for field, value in new.items() if old[field] != value}
     if changes != _changes(workdir):
-      _write(workdir / "changes.json", changes)
+      files.write(workdir / "changes.json", to_json(changes).encode())
   except OSError as error:
     reason = error.strerror or error
     raise ValueError(f"--workdir={workdir}: cannot be written: {reason}") from error
@@ -170,12 +171,6 @@ def _load(path: epath.Path) -> dict:
     return values
   except ValueError as error:  # of JSON, or of UTF-8
     raise ValueError(f"{path}: is not valid JSON: {error}") from error
-
-
-def _write(path: epath.Path, values: dict) -> None:
-  temporary = path.with_name(f"{path.name}.tmp")
-  temporary.write_text(to_json(values))
-  temporary.replace(path)
 
 
 def to_json(values: dict) -> str:

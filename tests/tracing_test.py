@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 _HEAD = """
 import jax
@@ -75,3 +77,32 @@ step = jax.jit(counted(step))
 assert len({program(step, *args) for _ in range(2)}) == 1
 assert num_traces == 1, num_traces
 """)
+
+
+@pytest.mark.smoke("mosaic_gpu", daily=0)
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
+def test_training_goes_on_after_its_first_step_with_simulated_kernels(implementation, tmp_path):
+  """What lowering imports must not change the context either; train refuses a second trace."""
+  changes = {
+    "model.implementation": implementation,
+    "model.compute_dtype": "bfloat16",
+    "model.seq_len": 64,
+    "model.width": 64,
+    "model.num_heads": 2,
+    "model.num_layers": 1,
+    "model.attention_layers": ("local",),
+    "model.summary_width": 0,
+    "model.stride": 16,
+    "model.position_shape": (4, 16),
+    "data.batch_size": 1,
+    "train.steps": 3,
+    "train.log_every": 1,
+    "eval.min_context": 0,
+    "eval.monitor_batches": 1,
+  }
+  command = [sys.executable, "-m", "experiments.train", "--config=configs/enwik8.py:quick"]
+  command += [f"--config.{field}={value}" for field, value in changes.items()]
+  command += [f"--workdir={tmp_path / 'run'}"]
+  child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert child.returncode == 0, child.stderr
+  assert f"attention by {implementation}\n" in child.stdout and "step 3/3" in child.stdout

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import fuser  # noqa: F401  the simulator's, which imports it late
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hardware
