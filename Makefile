@@ -27,7 +27,7 @@ NEWEST_TESTS = tests/mosaic_gpu_lowering_test.py \
   tests/train_test.py tests/evaluate_test.py tests/export_test.py
 
 # What the GPU's own tests need, with whatever else that machine has: its Python, no .venv. Each part
-# takes less than 9 minutes on one GPU; several processes share it.
+# is meant to take less than 9 minutes on one GPU, which several processes share.
 PART ?= attention decode commands
 GPU_PYTHON = $(or $(PYTHON),python3)
 GPU_WORKERS ?= auto
