@@ -28,6 +28,7 @@ KEYS = {  # by the first words of a recipe
 }
 
 
+@pytest.mark.smoke(daily=5)
 @pytest.mark.promotes
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_examples_run(number, as_a_user):
@@ -43,6 +44,7 @@ def test_recipes_allow_what_they_say(words):
   np.testing.assert_array_equal(pattern.mask(T), KEYS[words])
 
 
+@pytest.mark.smoke(daily=3)
 @pytest.mark.parametrize("title", PATTERNS, ids=lambda title: title[:12])
 def test_recipes_match_the_reference(title):
   pattern = recipes.run(PATTERNS[title])["pattern"]

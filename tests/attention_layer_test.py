@@ -39,6 +39,7 @@ def attention_by_hand(layer, x):
   return apply(layer.out, np.concatenate(heads, axis=-1))
 
 
+@pytest.mark.smoke(daily=3)
 @pytest.mark.parametrize("implementation", [None, "reference"], ids=["best", "reference"])
 @pytest.mark.parametrize("qk_ratio", [1.0, 0.5])
 def test_it_is_scaled_masked_softmax_attention(qk_ratio, implementation, nnx_mode):  # noqa: F811

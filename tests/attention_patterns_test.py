@@ -28,8 +28,8 @@ KERNELS = dict(dtypes=("bfloat16",), head_sizes=(32, 64, 128))
 # What draws, the examples of a part, and the parts that `make test` has time for, of about 200
 # examples. On a CPU the kernels run in a simulator: seconds for an example.
 SEARCHES = {
-  "xla": (dict(), 10, 1),
-  "xla in tiles": (dict(), 5, 1),
+  "xla": (dict(), 6, 1),
+  "xla in tiles": (dict(), 3, 1),
   "mosaic_gpu": (KERNELS | dict(heads=(1, 2)), 3, 1),
 }
 PARTS = [

@@ -397,6 +397,7 @@ def test_the_support_of_the_gradient_is_the_mask(name, implementation):
     np.testing.assert_array_equal(influence[:, h] != 0, mask[h % len(mask)])
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_without_keys_give_zeros_and_send_no_gradient(implementation):
   case = Case(patterns.Summary(8, 2), T=12, **SIZES.get(implementation, {}))
@@ -467,6 +468,7 @@ def test_a_policy_keeps_out_and_lse_by_name():
   assert count(kept) < count(recomputed)
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_number_of_a_batch_row_reaches_another(implementation):
   case = Case(patterns.Local(70), T=150, H=1, Hkv=1, Dk=32, Dv=32, dtype="bfloat16")

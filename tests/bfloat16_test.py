@@ -21,7 +21,7 @@ from sparse_flax import train
 from sparse_flax import transformer
 from tests import tiny
 
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.one_day_in_three(2)]
 SIZES = dict(
   modality="text",
   seq_len=8,

@@ -39,6 +39,7 @@ at_once = jax.jit(lambda model, x: model(x))
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 
 
+@pytest.mark.smoke(daily=14)
 @each_pattern
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("length", [LENGTH, 4], ids=["long", "shorter-than-stride"])

@@ -72,6 +72,7 @@ def test_sigkill_at_any_moment_changes_no_bit(root, straight, kills):
   check(root, name, straight)
 
 
+@pytest.mark.one_day_in_three(1)
 def test_sigterm_is_a_pause(root, straight):
   child = start(root, "stopped")
   child.wait_for("step 7/")

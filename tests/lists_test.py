@@ -88,6 +88,7 @@ def words_of(pattern, one, transposed):
   return found.by_keys if transposed else found.by_queries
 
 
+@pytest.mark.smoke(daily=12)
 @pytest.mark.parametrize("transposed", [False, True], ids=["by_queries", "by_keys"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_lists_and_bits_hold_exactly_the_pairs(name, transposed):
@@ -99,6 +100,7 @@ def test_lists_and_bits_hold_exactly_the_pairs(name, transposed):
     np.testing.assert_array_equal(got, truth(pattern, one))
 
 
+@pytest.mark.smoke(daily=3)
 @pytest.mark.parametrize("transposed", [False, True], ids=["by_queries", "by_keys"])
 @pytest.mark.parametrize("name", ["local", "odd_blocks", "per_head", "whole_blocks"])
 def test_traced_lists_hold_the_same(name, transposed):

@@ -127,6 +127,7 @@ def test_keys_that_nobody_sees_get_zeros():
   assert np.all(np.asarray(dq[:, :96]) == 0)
 
 
+@pytest.mark.smoke(daily=10)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", [*EVERY_PATTERN])
 def test_steps_visit_what_holds_pairs_and_mask_what_is_not_full(name, transposed):

@@ -279,6 +279,7 @@ def small(config, **model):
   return config.lock()
 
 
+@pytest.mark.one_day_in_three(0)
 def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
   run = make_run(tmp_path / "run", small(cifar10.get_config("quick")))
   (path,) = launcher.run(run, num=2, keep=0.5)

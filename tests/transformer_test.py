@@ -160,6 +160,7 @@ def reachable_slots(model):
   return reach
 
 
+@pytest.mark.smoke(daily=3)
 @pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES)
 def test_the_support_of_the_gradient_is_what_the_masks_reach(cycle):
   overrides = {} if isinstance(cycle[0], str) else dict(sub_blocks=1)  # one head per group
