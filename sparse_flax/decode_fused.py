@@ -80,7 +80,7 @@ def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
         after.append(cache)
       return x, tuple(after)
 
-    # Kernels read the weights of all layers where they lie; a scan would cut them up.
+    # Kernels read the weights of all layers in place; a scan would slice, and so copy, them.
     with api.computed_by("triton"):
       return jax.lax.fori_loop(0, num_groups, run_group, (x, caches))
 

@@ -144,7 +144,7 @@ def over_devices(
   In a mesh like those of `make_mesh` our rules say how batch and heads are sharded; elsewhere they
   stay as they are. Where the mesh of `jax.set_mesh` has an axis "sequence", devices share out the
   tokens of a sequence. Batch or heads that do not come out even, or would give a head another
-  number in the pattern, are not shared out in either case.
+  number in the pattern, are not sharded in either case.
 
   Raises:
     ValueError: the mesh has a sequence axis over which the pattern cannot be shared out.
