@@ -68,7 +68,7 @@ def unsupported(
       "mosaic_gpu: this score_fn is not supported, those of operators and elements are, which may "
       "hold numbers and arrays with an entry per head, but look up nothing by position"
     )
-  for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
+  for heads, group in _lowered(pattern, q, k, v, segment_ids, block_mask, scores):
     if group is not None or listed.formulas(pattern, tuple(heads))[0]:
       continue
     if lists.bits_of(pattern, tuple(heads), q.shape[1], k.shape[1]) is None:
@@ -179,11 +179,11 @@ def _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size, held=
     _Listed(heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size, held)
     if group is None
     else _Group(heads, group, q, v)
-    for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores)
+    for heads, group in _lowered(pattern, q, k, v, segment_ids, block_mask, scores)
   ]
 
 
-def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
+def _lowered(pattern: Pattern, q, k, v, segment_ids, block_mask, scores: Scores):
   """Heads, and their passes: None for lists of blocks."""
   every = range(q.shape[2])
   plain = scores.only_scale and scores.scale > 0 and block_mask is None
@@ -191,22 +191,26 @@ def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
     return [(every, None)]
   found, rest = [], []
   for heads, group in passes.lower(pattern, q.shape[2]):
-    if _lists_suit(group, q.shape[1], segment_ids is not None):
+    if _lists_suit(group, q.shape[1], max(q.shape[-1], v.shape[-1]), segment_ids is not None):
       rest.extend(heads)
     else:
       found.append((heads, group))
   return found + ([(every if len(rest) == len(every) else tuple(rest), None)] if rest else [])
 
 
-def _lists_suit(group: tuple[Pass, ...], T: int, segments: bool) -> bool:
+def _lists_suit(group: tuple[Pass, ...], T: int, D: int, segments: bool) -> bool:
   """Whether the heads of a group have no kernel of their own, or lists are faster.
 
   Segments prune the blocks of long rows; narrow windows and blocks see little else than their own.
+  Dense attention with heads of 128 features has a faster dq by lists: on an H200, T = 32,768, 8.1
+  ms instead of 9.5; with heads of 64, forward and backward take 35 ms instead of 31.
   """
   if any(one.distance is None and one.view != "summaries" for one in group):
     return True
   if len(group) == 1 and group[0].view == "summaries" and group[0].stride > T:
     return True  # its view would be padded to a whole row
+  if len(group) == 1 and group[0].view == "natural" and group[0].window is None and 64 < D <= 128:
+    return True
   narrow = sizes.MAX_REACH * gpu.TILE
   wide = any(one.window is not None and narrow < one.window < T for one in group)
   own = all(one.view == "blocks" or one.window is not None for one in group)
