@@ -27,17 +27,17 @@ import PIL.Image
 from etils import epath
 
 from experiments import cli
-from sparse_flax import checkpoint
 from sparse_flax import data
 from sparse_flax import evaluate
-from sparse_flax import files
-from sparse_flax import metrics
-from sparse_flax import pictures
-from sparse_flax import report_samples
 from sparse_flax import sample
-from sparse_flax import sharding
 from sparse_flax.data import audio
 from sparse_flax.data import recordings
+from sparse_flax.parallel import sharding
+from sparse_flax.run import checkpoint
+from sparse_flax.run import files
+from sparse_flax.train import metrics
+from sparse_flax.view import grids
+from sparse_flax.view.report import samples as samples_lib
 
 _PER_ROW = 4  # completions of one example, beside each other
 _GRID_COLUMNS = 8
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     paths = run(workdir, **options, on_programs=_say_what_computes)
   for path in paths:
     print(path)
-  page = paths[0].with_name(report_samples.PAGE)
+  page = paths[0].with_name(samples_lib.PAGE)
   if page.exists():
     command = _again(workdir, page.parent.name)
     print(f"{page} is older than these; to make it again: {command}", file=sys.stderr)
@@ -128,9 +128,9 @@ def run(
     paths = [_write_grid(stem.with_name(f"{stem.name}.png"), config, samples, examples, kept)]
   else:
     paths = _write_files(stem, config.model.modality, samples, examples, kept)
-  page = folder / report_samples.PAGE
+  page = folder / samples_lib.PAGE
   if page.exists():
-    older = report_samples.as_older(page.read_text(), command=_again(workdir, step))
+    older = samples_lib.as_older(page.read_text(), command=_again(workdir, step))
     files.write(page, older.encode())
   return paths
 
@@ -141,7 +141,7 @@ def _claim_stem(folder: epath.Path, modality: str, *, kind: str, **named) -> epa
   first = {"image": ".png", "text": f"{number}.txt", "audio": f"{number}.wav"}[modality]
   while True:
     taken = [path.name for path in folder.iterdir()]
-    stem = folder / report_samples.free_stem(taken, kind=kind, **named)
+    stem = folder / samples_lib.free_stem(taken, kind=kind, **named)
     if metrics.is_remote(folder):  # which cannot refuse to make a file
       return stem
     with contextlib.suppress(FileExistsError), open(f"{stem}{first}", "x"):
@@ -267,17 +267,17 @@ def _write_grid(path, config, samples, examples, kept) -> epath.Path:
   if not kept:
     columns = min(_GRID_COLUMNS, -(-len(samples) // max(1, round(len(samples) ** 0.5))))
     starts = range(0, len(samples), columns)
-    pictures.save_grid(path, [[image(x) for x in samples[i : i + columns]] for i in starts])
+    grids.save_grid(path, [[image(x) for x in samples[i : i + columns]] for i in starts])
     return path
   columns = min(_PER_ROW, len(samples))
   rows = []
   for n, (example, known) in enumerate(zip(examples, kept, strict=True)):
     drawn = [image(x) for x in samples[n * columns : (n + 1) * columns]]
     drawn += [None] * (columns - len(drawn))
-    prompt = pictures.with_unknown(image(example), known=known)
+    prompt = grids.with_unknown(image(example), known=known)
     rows.append([prompt, *drawn, image(example)])
   captions = ["given", *(f"drawn {n + 1}" for n in range(columns)), "original"]
-  pictures.save_grid(path, rows, captions=captions)
+  grids.save_grid(path, rows, captions=captions)
   return path
 
 
