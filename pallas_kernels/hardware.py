@@ -38,7 +38,9 @@ def device_kind() -> str:
 def num_cores() -> int:
   """Streaming multiprocessors of a GPU."""
   device = _abstract_device()
-  return jax.devices()[0].core_count if device is None else device.num_cores
+  cores = jax.devices()[0].core_count if device is None else device.num_cores
+  assert cores is not None  # every GPU says it
+  return cores
 
 
 def compute_capability() -> str:

@@ -40,6 +40,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
   def exec_module(self, module: types.ModuleType) -> None:
     """It has run already. The import system gave it the spec of the old path: put it right."""
+    assert module.__spec__ is not None  # the one of the old path
     module.__spec__ = self.specs.pop(module.__spec__.name)
 
 

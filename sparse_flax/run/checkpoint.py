@@ -224,7 +224,8 @@ class Checkpoints:
     """What a step says of itself, and what is wrong with that."""
     try:
       handler = self._ocp.JsonCheckpointHandler()
-      about = handler.restore(self._directory / str(step) / "about", self._ocp.args.JsonRestore())
+      args = self._ocp.args.JsonRestore()
+      about = dict(handler.restore(self._directory / str(step) / "about", args=args))
       handler.close()
       rest = {name: value for name, value in about.items() if name != "sha256"}
       if about["sha256"] == digest.of_json(rest) and about["step"] == step:

@@ -179,7 +179,7 @@ def train(
           # While updates are skipped, the step to come back to is one before that began.
           if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
             stop_if_not_finite(state, saved=saved)
-            checkpoints.save(state, bits_per_byte=result and result["bits_per_byte"])
+            checkpoints.save(state, bits_per_byte=result["bits_per_byte"] if result else None)
             saved = step
         if stop_now and step < steps:
           checkpoints.wait()
