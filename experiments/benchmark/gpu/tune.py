@@ -279,5 +279,5 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
     if row["best"] or row["sizes"] is None
   ]  # fmt: skip
   report.print_table(("kernel, shape", "direction", "ms", "sizes", ""), table)
-  report.write(out / f"tune_{report.short_device()}.json", rows, gpu=report.gpu_state())
+  report.write(out / f"tune_{report.short_device()}.json", rows)
   return sum(row["best"] for row in rows) == len(cases)
