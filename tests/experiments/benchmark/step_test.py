@@ -125,7 +125,7 @@ def test_modes_are_the_recipes_on_one_device(name):
 
 
 @pytest.mark.promotes
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.slow
 def test_two_devices_lose_what_one_does(tiny_recipe, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(mesh, "BODIES", {"tiny": 2})
   assert mesh.run(tmp_path)
