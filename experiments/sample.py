@@ -6,7 +6,7 @@
 
 The first form samples from nothing. --keep completes held-out examples of the test split, of which
 it keeps that share; --prompt completes files: pictures of the model's size, texts, WAV files, each
-of its own length. Samples are dealt out over the devices there are. The files are written into
+of its own length. Samples are sharded over the devices there are. The files are written into
 DIR/samples/STEP/; sounds also all in one, with silence between them. A name has the seed and, if
 they are given, temperature, top_k and top_p, and a number where an earlier run has taken that name.
 """
