@@ -66,7 +66,7 @@ def generate(
     implementation: of a step. "mosaic_gpu": one kernel for NVIDIA GPUs of compute capability 9;
       "triton": a few per layer for NVIDIA GPUs (elsewhere simulated); "xla": none of ours. None is
       the best one here.
-    mesh: devices over whose "data" and "fsdp" the rows are dealt out; None is one device.
+    mesh: devices over whose "data" and "fsdp" the rows are sharded; None is one device.
     on_progress: called with (steps done, steps in all) now and then.
     on_programs: called once with the implementations that compute the attention of the prompts
       and of the steps, as the programs contain them; "" where all prompts are empty.

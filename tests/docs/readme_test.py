@@ -36,16 +36,3 @@ def test_commands_exist(module):
 )
 def test_files_exist(path):
   assert (ROOT / path).exists()
-
-
-def test_the_house_stands():
-  tree = README.partition("\n## The house\n")[2].partition("\n\nData flows")[0]
-  folder, places = "", []
-  for line in tree.strip("\n").splitlines():
-    indent, name = len(line) - len(line.lstrip()), line.split()[0]
-    if indent == 4:
-      folder = name
-      places.append(name)
-    elif indent == 6:
-      places.append(folder + name)
-  assert len(places) > 30 and [place for place in places if not (ROOT / place).exists()] == []

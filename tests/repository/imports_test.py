@@ -27,7 +27,7 @@ ORDER = {
     "decode_cluster", "api",
   ),
   "sparse_flax": (
-    "moved", "parallel", "model", "data", "run", "evaluate", "train", "sample", "view", "export",
+    "moved", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample", "export",
     "linen",
   ),
 }  # fmt: skip

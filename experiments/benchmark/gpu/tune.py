@@ -36,7 +36,7 @@ ROWS = {
 }
 PARTS = (*timing.SHAPES, *ROWS)
 DIRECTIONS = ("fwd", "bwd")
-DENSE_SHAPES = ("enwik8", "modern32k")  # without return_lse, dense attention is cuDNN's
+DENSE_SHAPES = ("enwik8",)  # heads of more than 64 features take lists, whose sizes are fixed
 ERROR = 2e-2  # of bfloat16 results that are summed in another order
 GAIN = 0.01  # less is noise
 PROJECTIONS = 32  # by the bits of one word

@@ -255,7 +255,7 @@ def test_candidates_are_all_different(kind, name, direction):
 
 def test_there_are_few_candidates():
   nums = [len(tune.candidates(kind, timing.SHAPES[name], way)) for kind, name, way in cases()]
-  assert len(nums) == 5 * 4 * 2 + 4 and sum(nums) + len(nums) <= 230
+  assert len(nums) == 5 * 4 * 2 + 2 and sum(nums) + len(nums) <= 230
 
 
 @pytest.mark.parametrize("name", timing.SHAPES)
@@ -264,6 +264,9 @@ def test_effective_sizes_are_what_the_backend_uses(kind, name):
   shape = timing.SHAPES[name]
   x = jax.ShapeDtypeStruct((shape.B, shape.T, shape.H, shape.D), jnp.bfloat16)
   (group,) = backend._groups(attention.PATTERNS[kind](shape), x, x, x, None, None, Scores(1.0), 128)
+  if kind == "dense" and shape.D > 64:
+    assert isinstance(group, backend._Listed) and name not in tune.DENSE_SHAPES
+    return
   (sweep,) = group.sweeps
   used = sweep.resident or sweep.window or sweep.streamed.forward
   assert tune.effective(kind, shape, "fwd", None) == used
