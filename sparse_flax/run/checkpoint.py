@@ -262,7 +262,7 @@ class _Best:
 
   bits_per_byte: dict[int, float | None]
 
-  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     bits = [self.bits_per_byte.get(info.step) for info in checkpoints]
     best = min((x for x in bits if x is not None), default=None)
