@@ -22,6 +22,7 @@ from jaxtyping import Int
 from pallas_kernels import hardware
 
 Place = int | Int[Array, ""]  # a slot of a cache
+Softmax = tuple[Any, Any, Any]  # its maximum, its total, and the weighted sum of values
 WIDEST = 1_024  # features of a norm, which a program has at once
 _ROWS = 16  # of a tile: the least that tensor cores take
 # Features of a product that are read at once; of more than twice as many, several programs take a
@@ -29,6 +30,7 @@ _ROWS = 16  # of a tile: the least that tensor cores take
 _MOST = 512
 # Columns of a program: more programs where a product has few of them.
 _WIDE, _NARROW = 32, 16
+_MANY_COLUMNS = 512  # from which on the wide ones are enough programs
 _CHUNK = 128  # slots of a cache that are read at once: their keys and values stay in registers
 _LOWEST = -1e30  # below all scores, and finite: exp(-inf - lowest) is 0, not NaN
 
@@ -81,7 +83,7 @@ def linear(
   (B, E), F = x.shape, weight.shape[2]
   if norm is not None and (reason := unsupported_norm(E)):
     raise NotImplementedError(reason)
-  columns = _WIDE if F >= 512 else _NARROW
+  columns = _WIDE if F >= _MANY_COLUMNS else _NARROW
   # A norm needs all features of a row, so that its program cannot have a share of them only.
   splits = 1 if norm is not None or E <= 2 * _MOST else pl.cdiv(E, _MOST)
   share = pl.cdiv(E, splits)  # of the features, for each program along the grid's last axis
@@ -99,6 +101,8 @@ def linear(
       first = pl.program_id(2) * share
       feature = _from(first + start, at_once, jnp.minimum(first + share, E))
       piece = _load(x_ref.at[row.at, feature.at], row.there[:, None] & feature.there[None])
+      # The norm is computed again by the program of every tile of columns: a kernel of its own
+      # would take longer than that.
       if norm is not None:
         gain, shift = (
           _load(ref.at[n, feature.at], feature.there) for ref in (refs.pop(0), refs.pop(0))
@@ -123,6 +127,7 @@ def linear(
     total = total if activation is None else activation(total)
     return total if before is None else total + before.astype(jnp.float32)
 
+  # Only what is there: a kernel has no optional arguments.
   extra = [] if norm is None else [norm.gain, norm.shift]
   extra += [] if residual is None else [residual]
   out = pl.pallas_call(
@@ -221,6 +226,7 @@ def attend(
     ],
     # After layer, where and qkv: the caches are updated in place.
     input_output_aliases={3 + n: 1 + n for n in range(len(tables))},
+    # One program for a head of a sequence: nobody has to be joined with anybody.
     grid=(B, len(heads)),
     compiler_params=triton.CompilerParams(num_warps=8),
     interpret=_simulated(),
@@ -237,7 +243,7 @@ class _Rows(NamedTuple):
   new: Any
   tile: "_Tile"  # of a row
 
-  def read(self, first, i, there, fresh):
+  def read(self, first: Any, i: Any, there: Array, fresh: Array) -> Array:
     """Chunk i of the rows from `first` on, float32; `fresh` are the step's own."""
     mask = there[:, None] & self.tile.there[None]
     chunk = there.shape[0]
@@ -246,8 +252,10 @@ class _Rows(NamedTuple):
     return jnp.where(fresh, self.new[None], piece).astype(jnp.float32)
 
 
-def _softmax(carry, q, rows: list[_Rows], cache: Cached, t, slot, first):
-  """(maximum, total, weighted sum of values), after the rows of one more cache."""
+def _softmax(
+  carry: Softmax, q: Array, rows: list[_Rows], cache: Cached, t: Any, slot: Any, first: Any
+) -> Softmax:
+  """The softmax after the rows of one more cache."""
   chunk = min(_CHUNK, _up(cache.size))
 
   def read(i, carry):
@@ -294,11 +302,13 @@ def _up(count: int) -> int:
   return max(16, 1 << (count - 1).bit_length())
 
 
-def _load(ref, mask):
+def _load(ref: Any, mask: Array) -> Array:
+  # Zeros, where there is nothing: they add nothing to a product.
   return triton.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _normed(x, there, count: int, epsilon: float):
+def _normed(x: Array, there: Array, count: int, epsilon: float) -> Array:
+  # In two passes, since the row is in registers: no cancellation as with sums of squares.
   mean = jnp.sum(x, axis=1, keepdims=True) / count
   apart = jnp.where(there[None], x - mean, 0.0)
   variance = jnp.sum(apart * apart, axis=1, keepdims=True) / count
@@ -309,5 +319,6 @@ def _simulated() -> bool:
   return hardware.platform() != "gpu"
 
 
-def _precision(dtype) -> jax.lax.Precision | None:
+def _precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
+  # Else Triton would multiply float32 as TF32.
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -74,13 +74,23 @@ def run_layers(
   Raises:
     NotImplementedError: the sizes do not go into shared memory.
   """
+  # The last cluster may have fewer sequences than the others.
   out = jax.ShapeDtypeStruct(x.shape, x.dtype)
   grid = dict(cluster=s.C, clusters=-(-s.B // s.R))
   return run(Step(s), [x, places, biases, *matrices], tables, [out], **grid)
 
 
-def simulated(kernel: Step, inputs, inouts, outputs, *, cluster: int, clusters: int) -> list[Array]:
+def simulated(
+  kernel: Step,
+  inputs: Sequence[Array],
+  inouts: Sequence[Array],
+  outputs: Sequence[jax.ShapeDtypeStruct],
+  *,
+  cluster: int,
+  clusters: int,
+) -> list[Array]:
   """What `launch` does, in numpy: not for tracing."""
+  # Copies, of which the simulator changes some.
   tables = [np.array(x) for x in (*inputs, *inouts)]
   tables += [np.zeros(x.shape, x.dtype) for x in outputs]
   simulator.simulate(kernel, tables, cluster=cluster, clusters=clusters)

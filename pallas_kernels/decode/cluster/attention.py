@@ -24,6 +24,7 @@ from pallas_kernels.decode.cluster import sizes
 from pallas_kernels.decode.cluster.frame import Frame
 from pallas_kernels.decode.cluster.machine import Machine
 from pallas_kernels.decode.cluster.machine import Number
+from pallas_kernels.decode.cluster.machine import Table
 from pallas_kernels.decode.cluster.machine import WARP
 from pallas_kernels.decode.cluster.sizes import Piece
 
@@ -35,6 +36,7 @@ _MOST_AT_ONCE = 4
 
 # Chunks of cached rows that are read at once: (its first row among those of all pieces, rows).
 Bite = list[tuple[int, int]]
+Softmax = tuple[Number, Number, list[Number]]  # its maximum, its total, the weighted values
 Pass = tuple[Number, Number, Number | None]
 
 
@@ -205,7 +207,7 @@ class _Round:
 
   # The softmax: its maximum, its total, and the weighted sum of values.
 
-  def _own_row(self, shown: Number) -> tuple[Number, Number, list[Number]]:
+  def _own_row(self, shown: Number) -> Softmax:
     """The first of a job's warps begins with the step's own row, if it is seen."""
     on, Dk = self.on, self.frame.sizes.Dk
     score = self._score(self._key(self.own + Dk * 2 + self.key_at))
@@ -218,7 +220,9 @@ class _Round:
       out = [on.select(on.lane < self.over, x, on.zero()) for x in out]
     return top, total, out
 
-  def _bite(self, bite: Bite, biases: Iterable[Number], several: bool, carry, number: Number):
+  def _bite(
+    self, bite: Bite, biases: Iterable[Number], several: bool, carry: Softmax, number: Number
+  ) -> Softmax:
     """The softmax with the rows of a bite."""
     on, (top, total, out) = self.on, carry
     next_bias, scores, values = iter(biases), [], []
@@ -255,7 +259,9 @@ class _Round:
         ring.read(on, number + k)
     return [ring.read(on, number + self.which + k * jobs) for k in range(len(bite))]
 
-  def _add_values(self, out, weight: Number, start: Number, begin: Number, rows: int | None):
+  def _add_values(
+    self, out: list[Number], weight: Number, start: Number, begin: Number, rows: int | None
+  ) -> list[Number]:
     """out + weights times values of a pass; `rows` of the chunk, if it may have fewer."""
     # WARP / across rows of a pass were scored at once; of their values, WARP / over go at once. A
     # row's weight is with the lanes that scored it.
@@ -328,7 +334,9 @@ class _Round:
     frame.each(on, total * s.C, push)
 
 
-def _store_row(frame: Frame, on: Machine, g: Number, piece: Piece, tables, slot: Number) -> None:
+def _store_row(
+  frame: Frame, on: Machine, g: Number, piece: Piece, tables: Iterable[Table], slot: Number
+) -> None:
   """Writes the step's keys and values to a piece's slot."""
   s = frame.sizes
   of_key, of_value = (s.Dk, s.Dk * 2), (s.Dv, s.Dk * 4)  # width, and where it lies in a job's qkv

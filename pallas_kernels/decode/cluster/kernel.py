@@ -55,6 +55,7 @@ class Step(machine.Kernel):
     Raises:
       NotImplementedError: they do not go into shared memory.
     """
+    # Asked again of whoever has not asked `supported`: else the launch would fail on the device.
     if reason := shared.unsupported(s):
       raise NotImplementedError(reason)
     self.sizes, self.frame = s, frames.Frame(s)
@@ -145,6 +146,7 @@ class Step(machine.Kernel):
     # attention is needed again at the end.
     number = multiply("qkv", "x", x, number)
     product.push_to_jobs(self.frame, on)
+    # The jobs' outputs are pushed by the attention itself, round by round.
     number = self.frame.by_kind(on, layer, number, attend)
     number = multiply("out", "attended", on.base + memory.attended, number, add(x))
     push("out", memory.x[1], arriving="middle", width=s.E)
@@ -165,6 +167,7 @@ class Step(machine.Kernel):
     self, on: Machine, start: Number, r: Number, f: Number, pair: list[Number]
   ) -> list[Number]:
     """A pair of the thread block's columns, and that of the rows which begin at `start`."""
+    # Two bfloat16 are the word that the pair will be.
     n = self.sizes.E // self.sizes.C
     (word,) = on.load(start + r * shared.pitch(self.sizes.E) + (on.rank * n + f) * 2, 1)
     return [a + b for a, b in zip(pair, on.unpack(word), strict=True)]

@@ -92,7 +92,7 @@ class Machine(abc.ABC):
   def pack(self, low: Number, high: Number) -> Number:
     """Two float32 rounded to the two bfloat16 of a word."""
 
-  # Threads of a warp, all of which take part.
+  # Threads of a warp, all of which take part: not within a `when` that divides a warp.
 
   @abc.abstractmethod
   def shuffle_xor(self, x: Number, distance: int) -> Number:
@@ -174,7 +174,7 @@ class Machine(abc.ABC):
   def sync(self) -> None:
     """Waits for the threads of the thread block that compute."""
 
-  # Copies that count their bytes at a barrier.
+  # Copies that count their bytes at a barrier: whoever has waited for it may read them.
 
   @abc.abstractmethod
   def fetch(

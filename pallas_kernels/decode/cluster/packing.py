@@ -85,6 +85,7 @@ def pack(
   # Tile by tile in the order of use, so that a slot of the ring is one copy of bytes in a row.
   w = weight.reshape(L, *_axes(K, N, C)).transpose(_AS_READ)
   header = _words(jnp.stack([x.reshape(L, C, -1) for x in header], axis=2)).reshape(L, C, -1)
+  # One array of words for both, so that a thread block's share is one piece of memory.
   return jnp.concatenate([header, _words(w).reshape(L, C, -1)], axis=2)
 
 

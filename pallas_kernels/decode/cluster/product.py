@@ -7,6 +7,7 @@ moments come from two more mma, so that nobody waits for them before.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from pallas_kernels.decode.cluster import machine
 from pallas_kernels.decode.cluster import shared
@@ -114,7 +115,9 @@ class Product:
       headers.append([[on.as_float(x) for x in two] for two in words])
     return headers
 
-  def _multiply(self, sums, moments, halves: list[list[Number]], u: int) -> None:
+  def _multiply(
+    self, sums: list[Any], moments: list[Any] | None, halves: list[list[Number]], u: int
+  ) -> None:
     """Adds a tile's products, and the moments of the rows where they are asked for."""
     on, matrix = self.on, self.matrix
     for k, row in enumerate(self.rows):

@@ -50,43 +50,47 @@ class Value:
       return other.x
     return utils.c(float(other) if self.is_float else int(other), self.x.type)
 
-  def _with(self, of_ints, of_floats, other, *, swap=False):
+  def _with(
+    self, of_ints: Callable, of_floats: Callable | None, other: Any, *, swap: bool = False
+  ) -> "Value":
+    # There is one sort of integers and one of floats: no other type has to be told apart.
     operands = (self.x, self.like(other))
     operation = of_floats if self.is_float else of_ints
     return Value(operation(*(operands[::-1] if swap else operands)))
 
-  def __add__(self, other):
+  def __add__(self, other: Any) -> "Value":
     return self._with(arith.addi, arith.addf, other)
 
-  def __sub__(self, other):
+  def __sub__(self, other: Any) -> "Value":
     return self._with(arith.subi, arith.subf, other)
 
-  def __rsub__(self, other):
+  def __rsub__(self, other: Any) -> "Value":
     return self._with(arith.subi, arith.subf, other, swap=True)
 
-  def __mul__(self, other):
+  def __mul__(self, other: Any) -> "Value":
     return self._with(arith.muli, arith.mulf, other)
 
   # Unsigned: of a power of two it is a shift, without the correction that signs need.
-  def __floordiv__(self, other):
+  def __floordiv__(self, other: Any) -> "Value":
     return self._with(arith.divui, None, other)
 
-  def __mod__(self, other):
+  def __mod__(self, other: Any) -> "Value":
     return self._with(arith.remui, None, other)
 
   __radd__ = __add__
   __rmul__ = __mul__
 
-  def _compare(self, of_ints, of_floats, other):
+  def _compare(self, of_ints: str, of_floats: str, other: Any) -> "Value":
+    # Signed and ordered: a sum may be below zero, and NaN compares as false.
     kind = arith.CmpFPredicate if self.is_float else arith.CmpIPredicate
     predicate = getattr(kind, of_floats if self.is_float else of_ints)
     compare = arith.cmpf if self.is_float else arith.cmpi
     return Value(compare(predicate, self.x, self.like(other)))
 
-  def __lt__(self, other):
+  def __lt__(self, other: Any) -> "Value":
     return self._compare("slt", "OLT", other)
 
-  def __eq__(self, other):
+  def __eq__(self, other: Any) -> "Value":
     return self._compare("eq", "OEQ", other)
 
   __hash__ = None  # == makes an instruction: two values cannot be told apart while tracing
@@ -145,7 +149,7 @@ class Gpu(machine.Machine):
 
   # One instruction each, right to about 22 bits: what follows is rounded to bfloat16 anyway.
 
-  def _float_function(self, name, x):
+  def _float_function(self, name: str, x: Value) -> Value:
     return Value(utils.inline_ptx(f"{name} $0, $1;", x.x, result_types=self._f32))
 
   def exp2(self, x: Number) -> Number:
@@ -175,7 +179,7 @@ class Gpu(machine.Machine):
 
   # Threads of a warp, all of which take part.
 
-  def _shuffle(self, kind, x, lane):
+  def _shuffle(self, kind: str, x: Value, lane: Value | int) -> Value:
     # The instruction knows words only. Convergent: all lanes have to come to it together.
     word = self.as_word(x) if x.is_float else x
     lane = lane.x if isinstance(lane, Value) else utils.c(lane, self._i32)
@@ -206,14 +210,14 @@ class Gpu(machine.Machine):
   # Memory. Loads have side effects, as MLIR sees it: else it would join those before and after a
   # barrier.
 
-  def _load(self, space, num, register):
+  def _load(self, space: str, num: int, register: ir.Value) -> list[Value]:
     outputs = ",".join(f"${n}" for n in range(num))
     outputs = f"{{{outputs}}}" if num > 1 else outputs
     ptx = f"ld.{space}{_VECTORS[num]}.b32 {outputs}, [${num}];"
     options = dict(result_types=[self._i32] * num, has_side_effects=True)
     return [Value(x) for x in utils.inline_ptx(ptx, register, **options)]
 
-  def _store(self, space, register, words):
+  def _store(self, space: str, register: ir.Value, words: list[Value]) -> None:
     names = ",".join(f"${n + 1}" for n in range(len(words)))
     names = f"{{{names}}}" if len(words) > 1 else names
     ptx = f"st.{space}{_VECTORS[len(words)]}.b32 [$0], {names};"
@@ -234,7 +238,8 @@ class Gpu(machine.Machine):
         chosen = arith.select((which < n).x, chosen, self._tables[table])
     return chosen
 
-  def _place(self, table, index, pitch, offset):
+  def _place(self, table: Table, index: Number, pitch: int, offset: Number) -> ir.Value:
+    # A chosen table is an address already.
     table = table if isinstance(table, ir.Value) else self._tables[table]
     # Caches and the weights of all layers may have more than 4 GiB.
     wide = lambda x: arith.extui(self._i64, x.x) if isinstance(x, Value) else utils.c(x, self._i64)
@@ -266,6 +271,7 @@ class Gpu(machine.Machine):
     utils.inline_ptx(ptx, convergent=True)
 
   def expect(self, barrier: Number, num_bytes: Number) -> None:
+    # One instruction for both: no byte can complete the barrier in between.
     ptx = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
     num_bytes = num_bytes.x if isinstance(num_bytes, Value) else utils.c(num_bytes, self._i32)
     utils.inline_ptx(ptx, barrier.x, num_bytes)

@@ -41,7 +41,7 @@ class _Barrier:
     self.arrivals = self.pending = arrivals
     self.bytes = self.parity = 0
 
-  def add(self, *, arrivals: int = 0, num_bytes: int = 0):
+  def add(self, *, arrivals: int = 0, num_bytes: int = 0) -> None:
     self.pending -= arrivals
     # Expected bytes are added, those that arrive are taken away.
     self.bytes += num_bytes
@@ -64,7 +64,8 @@ class Simulated(machine.Machine):
     # all, as nobody sees those of the others.
     self._active = np.ones(len(threads), bool)
 
-  def _all(self, x, dtype=np.int64):
+  # Addresses in 64 bits, as those in global memory are on a GPU.
+  def _all(self, x: Number, dtype: Any = np.int64) -> np.ndarray:
     return np.broadcast_to(np.asarray(x, dtype), self.thread.shape)
 
   # Numbers.
@@ -140,7 +141,7 @@ class Simulated(machine.Machine):
 
   # Memory.
 
-  def _words(self, memory: np.ndarray, address, num: int) -> list[np.ndarray]:
+  def _words(self, memory: np.ndarray, address: Number, num: int) -> list[np.ndarray]:
     address = self._all(address)
     assert (address[self._active] % (4 * num) == 0).all(), "an address is not aligned"
     # Others may have addresses beyond the memory.
@@ -150,7 +151,7 @@ class Simulated(machine.Machine):
       words[n, self._active] = memory.view(np.uint32)[at // 4]
     return list(words)
 
-  def _put(self, memory: np.ndarray, address, words):
+  def _put(self, memory: np.ndarray, address: Number, words: list[Number]) -> None:
     address = self._all(address)[self._active]
     assert (address % (4 * len(words)) == 0).all(), "an address is not aligned"
     for n, word in enumerate(words):
@@ -167,7 +168,7 @@ class Simulated(machine.Machine):
   def choose_table(self, tables: list[int], which: Number) -> Table:
     return tables[which]
 
-  def _place(self, index, pitch, offset):
+  def _place(self, index: Number, pitch: int, offset: Number) -> np.ndarray:
     return self._all(index) * pitch + offset
 
   def load_global(
@@ -182,11 +183,12 @@ class Simulated(machine.Machine):
 
   # Barriers.
 
-  def _at(self, barrier, rank=None):
+  def _at(self, barrier: Number, rank: Any = None) -> list[_Barrier]:
     barriers = self._memory.barriers[self.rank if rank is None else rank]
     return [barriers[int(at)] for at in self._all(barrier)[self._active]]
 
-  def _add(self, barriers, num_arrivals, num_bytes):
+  def _add(self, barriers: list[_Barrier], num_arrivals: int, num_bytes: Any) -> None:
+    # All roles of all thread blocks wait for the one condition: barriers change often enough.
     with self._memory.change:
       for barrier, size in zip(barriers, num_bytes, strict=True):
         barrier.add(arrivals=num_arrivals, num_bytes=int(size))
@@ -286,6 +288,7 @@ def simulate(
           kernel.setup(on)
         on.sync_cluster()
         (kernel.compute if computes else kernel.fetch)(on)
+      # Whatever it is: the others would wait for this thread forever.
       except BaseException as e:
         with memory.change:
           memory.failed = memory.failed or e  # the first: the others follow from it

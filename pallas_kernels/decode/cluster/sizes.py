@@ -53,6 +53,7 @@ def cluster_shape(B: int) -> tuple[int, int]:
 
   With one cluster too many, a step takes twice as long.
   """
+  # Fewer sequences of a cluster are faster; clusters beyond those at once wait for a whole step.
   for blocks in CLUSTERS:
     clusters = clusters_at_once(blocks)
     if clusters and (rows := -(-B // clusters)) <= MOST_SEQUENCES:
@@ -89,6 +90,7 @@ class Matrix:
   @property
   def chunks(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
     """(first byte, bytes, tiles) of each slot of the ring; the header is in the first."""
+    # Whole tiles, so that a warp has all that it needs of one in the same slot.
     per, out = CHUNK_BYTES // TILE_BYTES, []
     for first in range(0, len(self.tiles), per):
       tiles = self.tiles[first : first + per]
@@ -155,6 +157,7 @@ class Sizes:
 
   @property
   def matrices(self) -> dict[str, Matrix]:
+    # Columns are shared, not rows: then nothing has to be summed over thread blocks.
     share = lambda K, N, norm: Matrix(K, N // self.C, norm)
     return dict(
       qkv=share(self.E, self.H * self.head_width, True),
@@ -170,6 +173,7 @@ class Sizes:
   @property
   def jobs(self) -> int:
     """Heads of sequences that each thread block attends for."""
+    # In order, so that the last thread blocks may have fewer, or none.
     return -(-self.R * self.H // self.C)
 
   @property
