@@ -177,23 +177,20 @@ def best(model: transformer.SparseTransformer, batch_size: int, *, sparse: bool 
   """
   if hardware.platform() != "gpu" or "nvidia" not in hardware.device_kind().lower():
     return "xla"
-  token = jax.ShapeDtypeStruct((batch_size,), jnp.uint8)
   caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
   for name in ("mosaic_gpu", "triton"):
-    try:  # traced, and not run: whether the kernels take it
-      run_blocks_of = step_kernels(name).run_blocks_of
-      trace = lambda model, token, caches: model.decode_step(
-        token, 0, caches, run_blocks=run_blocks_of(model.groups, batch_size)
-      )
-      jax.eval_shape(trace, model, token, caches)
+    reason = _why_not_here(name)
+    reason = reason or step_kernels(name).supported(model.groups, caches, batch_size)
+    if reason is None:
       return name
-    except NotImplementedError as reason:
-      _say_once(f"no decoding step by {name}: {reason}")
+    _say_once(f"no decoding step by {name}: {reason}")
   return "xla"
 
 
 def step_kernels(implementation: str) -> types.ModuleType | None:
-  """Of a step: the module with `run_blocks_of`, imported only where it is used; None for "xla".
+  """Of a step: the module with `run_blocks_of` and `supported`, imported only where it is used.
+
+  None for "xla".
 
   The import may add options to JAX's configuration: it must come before what uses it is traced.
 
@@ -202,20 +199,24 @@ def step_kernels(implementation: str) -> types.ModuleType | None:
   """
   if implementation == "xla":
     return None
-  one_kernel = implementation == "mosaic_gpu"
-  if one_kernel and hardware.platform() != "gpu":
-    raise NotImplementedError(
-      f"{implementation}: a step's kernel runs on NVIDIA GPUs only, not on {hardware.platform()}"
-    )
-  if reason := hardware.why_not_hopper() if one_kernel else hardware.why_not_nvidia():
-    raise NotImplementedError(f"{implementation}: {reason}")
-  if one_kernel:
+  if reason := _why_not_here(implementation):
+    raise NotImplementedError(reason)
+  if implementation == "mosaic_gpu":
     from sparse_flax.sample import cluster
 
     return cluster
   from sparse_flax.sample import triton
 
   return triton
+
+
+def _why_not_here(implementation: str) -> str | None:
+  """Why kernels of a step do not run on these devices, whatever the model; None where they do."""
+  one_kernel = implementation == "mosaic_gpu"
+  if one_kernel and (platform := hardware.platform()) != "gpu":
+    return f"{implementation}: a step's kernel runs on NVIDIA GPUs only, not on {platform}"
+  reason = hardware.why_not_hopper() if one_kernel else hardware.why_not_nvidia()
+  return reason and f"{implementation}: {reason}"
 
 
 @functools.cache

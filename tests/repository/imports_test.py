@@ -23,8 +23,7 @@ MAY_IMPORT = {
 ORDER = {
   "pallas_kernels": (
     "moved", "hardware", "patterns", "functions", "scores", "tuning", "blocks", "bits", "lists",
-    "passes", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu", "decoding",
-    "decode_cluster", "api",
+    "passes", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu", "decode", "api",
   ),
   "sparse_flax": (
     "moved", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample", "export",
