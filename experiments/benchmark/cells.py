@@ -33,7 +33,7 @@ def sample(result: Result) -> Cells:
   rows = by(result["rows"], "name", "implementation", "step")
   yield "model, sequences", "sparse caches", "read per step", "dense caches", "read per step"
   for name in ("cifar10", "imagenet64"):
-    sparse, dense = rows[name, "sparse", "mosaic_gpu"], rows[name, "dense", "triton"]
+    sparse, dense = rows[name, "sparse", "cluster"], rows[name, "dense", "triton"]
     rate = float(f"{sparse['bytes_per_second']:.3g}")
     read = lambda row: f"{digits((row['weight_bytes'] + row['cache_bytes_read']) / GB)} GB"
     yield (
@@ -49,7 +49,7 @@ def sample_steps(result: Result) -> Cells:
   rows = by(result["rows"], "name", "implementation", "step")
   yield "", "floor: weights and rows read once", "one kernel", "five per layer", "XLA"
   for name in ("cifar10", "imagenet64"):
-    ways = [rows[name, "sparse", step] for step in ("mosaic_gpu", "triton", "xla")]
+    ways = [rows[name, "sparse", step] for step in ("cluster", "triton", "xla")]
     times = (f"{digits(way['ms_per_step'], 4)} ({way['launches']:,.0f})" for way in ways)
     label = f"{MODELS[name]}, {ways[0]['batch']} sequences"
     yield label, digits(ways[0]["floor_ms"], 4), *times

@@ -78,7 +78,7 @@ def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
   weights = weights_of(groups, C=kernels.cluster_shape(batch_size)[0])
 
   def run_blocks(x, step, caches):
-    with api.computed_by("mosaic_gpu"):
+    with api.computed_by("cluster"):
       return decode_steps(x, weights, step, caches)
 
   return run_blocks

@@ -58,7 +58,7 @@ def test_what_is_committed_is_what_is_claimed():
     sparse, dense = found[name, "sparse", "triton"], found[name, "dense", "triton"]
     assert sparse.keys() >= FIELDS and sparse["batch"] == dense["batch"] == batch
     assert sparse["ms_per_step"] < 0.25 * dense["ms_per_step"]
-    best = found[name, "sparse", "mosaic_gpu"]
+    best = found[name, "sparse", "cluster"]
     assert best["ms_per_step"] <= 3 * best["floor_ms"]
   (row,) = json.loads((FOLDER / "sample_cpu.json").read_text())["rows"]
   assert row["steps"] == 3_072 and row["batch"] == 16
