@@ -16,7 +16,11 @@ MAY_IMPORT = {
 # Between the files of the kernels: patterns -> passes -> backends -> api.
 KERNEL_ORDER = (
   "hardware", "patterns", "scores", "blocks", "passes", "tuning", "reference", "xla",
-  "mosaic_gpu.gpu", "mosaic_gpu.views", "mosaic_gpu.forward", "mosaic_gpu.backward",
+  "mosaic_gpu.gpu", "mosaic_gpu.views", "mosaic_gpu.ring", "mosaic_gpu.softmax",
+  "mosaic_gpu.pairs", "mosaic_gpu.resident.forward", "mosaic_gpu.resident.backward",
+  "mosaic_gpu.window.share", "mosaic_gpu.window.schedule", "mosaic_gpu.window.tile",
+  "mosaic_gpu.window.forward", "mosaic_gpu.window.dq", "mosaic_gpu.window.dkv",
+  "mosaic_gpu.window.backward",
   "mosaic_gpu.stream", "mosaic_gpu.stream_forward", "mosaic_gpu.stream_backward",
   "mosaic_gpu.sizes", "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands",
   "mosaic_tpu.steps", "mosaic_tpu.kernels", "mosaic_tpu.views", "mosaic_tpu.backend", "api",
