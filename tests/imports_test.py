@@ -17,7 +17,8 @@ MAY_IMPORT = {
 KERNEL_ORDER = (
   "hardware", "patterns", "scores", "blocks", "passes", "tuning", "reference", "xla",
   "mosaic_gpu.gpu", "mosaic_gpu.views", "mosaic_gpu.ring", "mosaic_gpu.softmax",
-  "mosaic_gpu.pairs", "mosaic_gpu.resident.forward", "mosaic_gpu.resident.backward",
+  "mosaic_gpu.pairs", "mosaic_gpu.resident.forward", "mosaic_gpu.resident.tiles",
+  "mosaic_gpu.resident.backward",
   "mosaic_gpu.window.share", "mosaic_gpu.window.schedule", "mosaic_gpu.window.tile",
   "mosaic_gpu.window.forward", "mosaic_gpu.window.dq", "mosaic_gpu.window.dkv",
   "mosaic_gpu.window.backward",

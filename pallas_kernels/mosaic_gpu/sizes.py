@@ -12,7 +12,7 @@ from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_backward
 from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.gpu import TILE
-from pallas_kernels.mosaic_gpu.resident.backward import MAX_TILES_WITH_DS
+from pallas_kernels.mosaic_gpu.resident.tiles import MAX_TILES_WITH_DS
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import schedule

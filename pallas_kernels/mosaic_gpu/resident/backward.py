@@ -6,8 +6,8 @@ q and dout of these and of later tiles, k and v of these and of earlier ones. He
 six tiles:
 
     shared memory, one pool of slots     sweeps of own tile 2
-      q, dout  [2] [3] [4] [5]             dk, dv: queries 5, 4, 3, then 2 (masked)
-      k, v     [0] [1] [2] [3]             dq:     keys    0, 1, then 2 (masked)
+      q, dout  [2] [3] [4] [5]             dk, dv: queries 3, 4, 5, then 2 (masked)
+      k, v     [0] [1] [2] [3]             dq:     keys    1, 0, then 2 (masked)
 
     1  warpgroup 0 starts all copies; each tile has a barrier, which all warpgroups wait for
     2  the warpgroups make delta of dout and out, each for every W-th query tile
@@ -18,8 +18,6 @@ The weights are computed twice, for dk, dv and for dq: 7 matrix products a pair 
 block that owns all of a very short sequence keeps dS^T of every pair in shared memory instead, and
 step 4 is in two halves with a barrier ("ds_full") between them: 5 products.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +31,10 @@ from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
-from pallas_kernels.mosaic_gpu.softmax import safe_lse
+from pallas_kernels.mosaic_gpu.resident import tiles
 from pallas_kernels.mosaic_gpu.views import Band
-from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
-MAX_TILES_WITH_DS = 2  # of a sequence whose dS^T is kept: nt (nt + 1) / 2 tiles of 8 KiB
 GRADIENTS = ("dq", "dk", "dv")
 
 
@@ -89,10 +85,10 @@ def backward(
   inputs = {name: x for name, x in inputs.items() if x is not None}
   like = lambda D: jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], Hg, D), q.dtype)
   rows = jax.ShapeDtypeStruct((B, Hg, view.R, nt * TILE), jnp.float32)
-  sizes = Sizes(view, band, tuple(heads), H // k.shape[2], own_tiles, W, Dk, Dv, scale)
+  sizes = tiles.Sizes(view, band, tuple(heads), H // k.shape[2], own_tiles, W, Dk, Dv, scale)
   dq, dk, dv, new_delta = gpu.launch(
     "resident_backward",
-    lambda refs: Tiles(sizes, refs).run(),
+    lambda refs: Gradients(sizes, refs).run(),
     inputs=inputs,
     outputs=dict(dq=like(Dk), dk=like(Dk), dv=like(Dv), new_delta=rows),
     scratch=_scratch(sizes, q.dtype, adds=prev is not None),
@@ -106,46 +102,7 @@ def backward(
   return dq, dk, dv, new_delta if delta is None else delta
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """What is known before the kernel runs; `group` query heads share a key head."""
-
-  view: View
-  band: Band
-  heads: tuple[int, ...]
-  group: int
-  own_tiles: int
-  warpgroups: int
-  Dk: int
-  Dv: int
-  scale: float
-
-  @property
-  def num_tiles(self) -> int:
-    return self.view.num_tiles
-
-  @property
-  def num_groups(self) -> int:
-    """Thread blocks of a sequence."""
-    return -(-self.num_tiles // self.own_tiles)
-
-  @property
-  def num_slots(self) -> int:
-    """Tiles of queries from the own ones on, and of keys up to them, in one pool of memory."""
-    return self.num_tiles + self.own_tiles
-
-  @property
-  def keeps_ds(self) -> bool:
-    """Whether dS^T stays in shared memory, so that dq needs no weights of its own."""
-    return self.num_groups == 1 and self.num_tiles <= MAX_TILES_WITH_DS
-
-  @property
-  def num_pairs(self) -> int:
-    """Causal pairs of tiles."""
-    return self.num_tiles * (self.num_tiles + 1) // 2
-
-
-def _scratch(sizes: Sizes, dtype, adds: bool) -> dict:
+def _scratch(sizes: tiles.Sizes, dtype, adds: bool) -> dict:
   nt, W, Dk, Dv = sizes.num_tiles, sizes.warpgroups, sizes.Dk, sizes.Dv
   scratch = dict(
     qk_s=gpu.smem(sizes.num_slots, TILE, Dk, dtype=dtype),
@@ -170,22 +127,8 @@ def _scratch(sizes: Sizes, dtype, adds: bool) -> dict:
   return dict(sorted(scratch.items()))  # a place in memory does not depend on the order above
 
 
-class Tiles:
-  """The own tiles of a thread block: some of one sequence of one head."""
-
-  def __init__(self, sizes: Sizes, refs: dict):
-    self.sizes, self.refs = sizes, refs
-    self.b, g, self.r, self.h, self.wg = (lax.axis_index(x) for x in ("b", "g", "r", "h", "wg"))
-    self.head = head_of(sizes.heads, self.h)
-    self.kv_head = self.head // sizes.group
-    self.begin = g * sizes.own_tiles
-    self.end = self.begin + sizes.own_tiles
-    self.num_q = sizes.num_tiles - self.begin
-    self.makes_delta = "out" in refs
-    self.p_s = refs["p_s"].at[self.wg] if gpu.simulated() else None
-    self.stage_v = refs["out_s"].at[self.wg]
-    self.stage_k = self.stage_v if sizes.Dk == sizes.Dv else refs["stage_s"].at[self.wg]
-    self.c = sizes.scale * gpu.LOG2E
+class Gradients(tiles.Tiles):
+  """What the warpgroups make of the own tiles."""
 
   def run(self):
     refs, nt = self.refs, self.sizes.num_tiles
@@ -217,80 +160,6 @@ class Tiles:
     else:
       gpu.loop(self.begin + self.wg, self.end, step=W)(body)
 
-  # ----------------------------------------------------------------------- where tiles lie
-
-  def box(self, name, head, t):
-    return self.sizes.view.box(self.refs[name], self.b, self.r, head, t * TILE)
-
-  def rows(self, name, t):
-    return self.refs[name].at[self.b, self.h, self.r, gpu.ds(t * TILE, TILE)]
-
-  def q_slot(self, t):
-    return t - self.begin
-
-  def k_slot(self, t):
-    return t + self.num_q
-
-  def slot(self, n):
-    """q and dout of a slot of queries, k and v of one of keys."""
-    return self.refs["qk_s"].at[n], self.refs["dout_v_s"].at[n]
-
-  def ds(self, q_tile, k_tile):
-    """The room of dS^T, where it is kept."""
-    causal_pairs = lax.div(q_tile * (q_tile + 1), jnp.int32(2))  # of the query tiles before
-    return self.refs["ds_s"].at[causal_pairs + k_tile]
-
-  # ----------------------------------------------------------------------- loads and delta
-
-  def load(self):
-    """Starts the copies of all tiles; out through a room a warpgroup, as `make_delta` goes on."""
-    refs = self.refs
-
-    @gpu.loop(self.begin, self.sizes.num_tiles)
-    def _(t):
-      n = self.q_slot(t)
-      full = refs["q_full"].at[n]
-      gpu.to_smem(self.box("dout", self.h, t), refs["dout_v_s"].at[n], full)
-      gpu.to_smem(self.box("q", self.head, t), refs["qk_s"].at[n], full)
-      gpu.to_smem(self.rows("lse", t), refs["lse_s"].at[n], full)
-      if self.makes_delta:
-        gpu.when(n < self.sizes.warpgroups)(lambda: self.load_out(t))
-      else:
-        gpu.to_smem(self.rows("delta", t), refs["delta_s"].at[n], refs["out_full"].at[n])
-
-    @gpu.loop(0, self.end)
-    def _(t):
-      n = self.k_slot(t)
-      full = refs["k_full"].at[n]
-      gpu.to_smem(self.box("k", self.kv_head, t), refs["qk_s"].at[n], full)
-      gpu.to_smem(self.box("v", self.kv_head, t), refs["dout_v_s"].at[n], full)
-
-  def load_out(self, t):
-    n, refs = self.q_slot(t), self.refs
-    room = refs["out_s"].at[lax.rem(n, jnp.int32(self.sizes.warpgroups))]
-    gpu.to_smem(self.box("out", self.h, t), room, refs["out_full"].at[n])
-
-  def make_delta(self, t):
-    """delta of a query tile, and its lse as weights need it, both in shared memory."""
-    n, refs, W = self.q_slot(t), self.refs, self.sizes.warpgroups
-    gpu.barrier_wait(refs["out_full"].at[n])
-    dout, out = pairs.load(refs["dout_v_s"].at[n]), pairs.load(refs["out_s"].at[self.wg])
-    delta = (dout * out).sum(axis=1)
-    gpu.commit_reads()
-    gpu.when(n + W < self.num_q)(lambda: self.load_out(t + W))  # into the room just read
-    if "dlse" in refs:
-      delta = delta - gpu.load(self.rows("dlse", t), layout=ROW, optimized=False)
-    lse = gpu.load(refs["lse_s"].at[n], layout=ROW, optimized=False)
-    refs["delta_s"].at[n][...] = jnp.where(lse > -jnp.inf, delta, 0.0)
-    refs["lse_s"].at[n][...] = safe_lse(lse)
-
-  def lse_and_delta(self, t, layout):
-    lse, delta = (
-      gpu.load(self.refs[name].at[self.q_slot(t)], layout=layout, optimized=False)
-      for name in ("lse_s", "delta_s")
-    )
-    return lse if self.makes_delta else safe_lse(lse), delta
-
   # ------------------------------------------------------------------------------ gradients
 
   def mask(self, q_tile, k_tile, query_axis: int, masked: bool):
@@ -301,8 +170,8 @@ class Tiles:
       difference = positions(query_axis) - positions(1 - query_axis)
       mask = self.sizes.band.mask(difference + (q_tile - k_tile) * TILE)
     if "row_ids" in self.refs:
-      tiles = (q_tile, k_tile) if query_axis == 0 else (k_tile, q_tile)
-      mask = pairs.both(mask, pairs.tiles_share_segment(self.refs, self.b, self.r, *tiles))
+      axes = (q_tile, k_tile) if query_axis == 0 else (k_tile, q_tile)
+      mask = pairs.both(mask, pairs.tiles_share_segment(self.refs, self.b, self.r, *axes))
     return mask
 
   def key_gradients(self, own):

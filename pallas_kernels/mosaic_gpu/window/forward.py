@@ -8,15 +8,15 @@
 
 A step takes W query tiles, one for each consumer, and the key tiles that these see; schedule.py
 says which. When thread blocks walk along the sequence, a step brings W new key tiles and finds the
-others in memory, where the step before left them:
+others in memory, where the step before left them. With W = 2, reach = 3:
 
-    places of keys     [a][b][c] d  e           step n: reach = 3, W = 2, of which d, e are new
-                             [c][d][e] f  g     step n + 1 brings f, g where a, b may be overwritten
+    step n            a  b  c  d  e             sees five key tiles, d and e are new
+    step n + 1              c  d  e  f  g       f and g are new, a and b are seen no more
 
-So a stage of the ring is the new tiles of a step, and the places of its keys overlap with those of
-the steps around it: a stage is free when the consumers have left the step that saw its tiles first.
-The memory has room for the overlap besides: tiles of a step are overwritten only after the last
-step that sees them.
+Places of keys are one ring of stages * W + reach tiles, and what step n brings goes where the tiles
+lie that step n - stages saw last. So a slot of the barriers is a step, free once the consumers have
+left it, as usual. The first step of a walk finds nothing: what it should find is loaded besides
+("lead").
 """
 
 import jax
@@ -40,8 +40,8 @@ from pallas_kernels.mosaic_gpu.window import schedule
 from pallas_kernels.mosaic_gpu.window import share
 from pallas_kernels.mosaic_gpu.window import tile
 
-# By consumers. With the producer's 24 of the 504 (three warpgroups) and 512 that four threads, one
-# of each warpgroup, are launched with.
+# Of a thread, by consumers: with the producer's no more than what a thread block is launched with
+# (share.py), 24 + 2 * 232 of 504, 24 + 3 * 160 of 512. One consumer starts with all it can have.
 CONSUMER_REGISTERS = {2: 232, 3: 160}
 
 
@@ -134,7 +134,7 @@ def _kernel(sizes: schedule.Sizes, refs: dict):
 
   @gpu.when(wg == W)
   def _():
-    if W > 1:  # with one consumer there are enough registers as they are
+    if W > 1:
       gpu.set_max_registers(share.PRODUCER_REGISTERS, action="decrease")
     _Producer(sizes, refs, steps).run()
 

@@ -25,11 +25,12 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
-# Registers of a thread come in eights. The warpgroups of a thread block share what it is launched
-# with: equal parts of a multiprocessor's 65,536, of four threads 512, of three 504.
+# Registers of a thread come in eights, and warpgroups give and take what a thread block is launched
+# with: as many for every thread as a multiprocessor's 65,536 allow. Summed over one thread of each
+# warpgroup that is 512 for four (128 each), 504 for three (168 each).
 REGISTERS, THREADS = 65_536, 128  # of a multiprocessor; of a warpgroup
-PRODUCER_REGISTERS = 24  # the fewest that there can be: one thread computes addresses
-SINGLE_REGISTERS = 232, 248  # for dq, and for dk and dv in one warpgroup: with the producer's 504
+PRODUCER_REGISTERS = 24  # the fewest that can be asked for: enough for addresses
+SINGLE_REGISTERS = 232, 248  # for dq, and for dk and dv of one warpgroup: the 504, less 24
 SPARE_REGISTERS = 40  # for dq, besides its accumulators: addresses, numbers of tiles
 MAX_DQ_REGISTERS = SINGLE_REGISTERS[0] - SPARE_REGISTERS
 
