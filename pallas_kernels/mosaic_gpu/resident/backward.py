@@ -93,6 +93,7 @@ def backward(
     outputs=dict(dq=like(Dk), dk=like(Dk), dv=like(Dv), new_delta=rows),
     scratch=_scratch(sizes, q.dtype, adds=prev is not None),
     # Thread blocks of a sequence run at the same time: what several read comes from the cache.
+    # Heads, which are neighbours in memory, are the fastest axis.
     grid=(B, view.R, sizes.num_groups, Hg),
     grid_names=("b", "r", "g", "h"),
     num_threads=W,
@@ -133,16 +134,22 @@ class Gradients(tiles.Tiles):
   def run(self):
     refs, nt = self.refs, self.sizes.num_tiles
     gpu.when(self.wg == 0)(self.load)
+    # All waits come here, a tile at a time: sweeps meet a tile several times, and barriers complete
+    # once.
     gpu.loop(self.begin, nt)(lambda t: gpu.barrier_wait(refs["q_full"].at[self.q_slot(t)]))
     if self.makes_delta:
       gpu.loop(self.begin + self.wg, nt, step=self.sizes.warpgroups)(self.make_delta)
+      # All wait for all: a key tile needs delta of queries that other warpgroups have made.
       gpu.barrier_arrive(refs["delta_full"])
       gpu.barrier_wait(refs["delta_full"])
     else:
       gpu.loop(0, self.num_q)(lambda n: gpu.barrier_wait(refs["out_full"].at[n]))
+    # Keys only now: making delta takes part of the time that they need to come.
     gpu.loop(0, self.end)(lambda t: gpu.barrier_wait(refs["k_full"].at[self.k_slot(t)]))
     if self.sizes.keeps_ds:
       self.each_own_tile(self.store_key_gradients)
+      # dS^T of a query tile and the keys before it comes from all warpgroups, and is read by the
+      # matrix units: hence the fence.
       gpu.commit_smem()
       gpu.barrier_arrive(refs["ds_full"])
       gpu.barrier_wait(refs["ds_full"])
@@ -154,7 +161,9 @@ class Gradients(tiles.Tiles):
   def each_own_tile(self, body):
     """Calls body(tile) for every W-th own tile: those of this warpgroup."""
     W = self.sizes.warpgroups
-    if self.sizes.keeps_ds:  # a bound that ptxas knows
+    if self.sizes.keeps_ds:
+      # A bound that ptxas knows saves registers in this short kernel; in the longer one, below, it
+      # would cost spills.
       turns = self.sizes.own_tiles // W
       gpu.loop(0, turns)(lambda turn: body(self.begin + turn * W + self.wg))
     else:
@@ -185,7 +194,8 @@ class Gradients(tiles.Tiles):
       ds_s = self.ds(t, own) if sizes.keeps_ds else None
       mask = self.mask(t, own, 1, masked)
       x, dp = products((k, pairs.transposed(q)), (v, pairs.transposed(dout)))
-      # Only now, for 32 registers that the products can use.
+      # Only now, for 32 registers that the products can use: 167 instead of 182 are three thread
+      # blocks of a multiprocessor instead of two.
       lse, delta = self.lse_and_delta(t, COLUMN)
       p = pairs.weights_by_key(x, lse, self.c, mask)
       ds = pairs.derivatives_by_key(p, dp, delta, k.dtype)
@@ -207,6 +217,7 @@ class Gradients(tiles.Tiles):
         return dq + gpu.matmul((ds, k))[0]
 
       return lax.fori_loop(0, own + 1 - sizes.band.first(), add, start())
+    # By row, outside of the loop: they are this query tile's own, and cost 2 registers each.
     (q, dout), (lse, delta) = self.slot(self.q_slot(own)), self.lse_and_delta(own, ROW)
 
     def step(t, dq, masked):
@@ -230,7 +241,7 @@ class Gradients(tiles.Tiles):
     dk, dv = self.key_gradients(own)
     self.store(dv, self.stage_v, "dv", own)
     self.store(dk * self.sizes.scale, self.stage_k, "dk", own)
-    if self.makes_delta:
+    if self.makes_delta:  # every query tile is the own one of one thread block, which says it
       gpu.to_gmem(self.refs["delta_s"].at[self.q_slot(own)], self.rows("new_delta", own))
 
   def store_query_gradient(self, own):
@@ -241,6 +252,7 @@ class Gradients(tiles.Tiles):
     refs = self.refs
     gpu.wait_to_gmem(0, wait_read_only=True)  # what was staged here before has left
     if "prev_full" in refs:
+      # Loaded late, into the stage itself: there is no room for it earlier.
       full = refs["prev_full"].at[self.wg * len(GRADIENTS) + GRADIENTS.index(name)]
       gpu.to_smem(self.box(f"prev_{name}", self.h, t), stage, full)
       gpu.barrier_wait(full)
@@ -252,6 +264,8 @@ class Gradients(tiles.Tiles):
 
 def products(*factors):
   """S and dP of a pair of tiles: both in flight together where that leaves enough registers."""
+  # S and dP are 32 registers each, beside accumulators of (Dk + Dv) / 2: at 64 + 64 features both
+  # fit, at 128 one at a time.
   if factors[0][0].shape[1] <= 64:
     return gpu.matmul(*factors)
   return tuple(gpu.matmul(pair)[0] for pair in factors)

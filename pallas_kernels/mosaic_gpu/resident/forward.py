@@ -64,7 +64,8 @@ def forward(
   nt = view.num_tiles
   # As many turns for each warpgroup: a bound that ptxas knows saves registers.
   W = next(n for n in range(warpgroups, 0, -1) if nt % n == 0)
-  # The result is staged where `prev` or q was, if it fits there.
+  # The result is staged where `prev` or q was, if it fits there: nobody else reads a query tile,
+  # and with less memory more thread blocks run at a time.
   stage = "prev" if prev is not None else "q" if Dk == Dv else "o"
   inputs = dict(q=view(q), k=view(k), v=view(v), ids=ids)
   if prev is not None:
@@ -79,6 +80,8 @@ def forward(
     inputs=inputs,
     outputs=dict(out=out, lse=lse),
     scratch=_scratch(sizes, Dk, q.dtype),
+    # Heads are the fastest axis: they are neighbours in memory, so that thread blocks that run at
+    # the same time read whole pages.
     grid=(B, view.R, Hg),
     grid_names=("b", "r", "h"),
     num_threads=W,
@@ -153,11 +156,13 @@ class Sequence:
 
   def run(self):
     sizes, W = self.sizes, self.sizes.warpgroups
+    # No warpgroup of its own for loads: all copies are started at once, after which it would idle.
     gpu.when(self.wg == 0)(self.load)
     if sizes.padding:
-      gpu.when(self.wg == W - 1)(self.fill_tail)  # whose is the last tile
+      gpu.when(self.wg == W - 1)(self.fill_tail)  # this warpgroup has the last tile, and sends it
+    # In turn, not in halves: early tiles have few keys, which come first, and late ones many.
     gpu.loop(0, sizes.num_tiles // W)(self.attend)
-    gpu.wait_to_gmem(0)
+    gpu.wait_to_gmem(0)  # shared memory is another's when the thread block ends
 
   def box(self, name, head, t):
     rows = self.sizes.rows
@@ -169,6 +174,7 @@ class Sequence:
 
     @gpu.loop(0, self.sizes.num_tiles)
     def _(t):
+      # k and v of a tile are waited for by all warpgroups, its q and `prev` by one alone.
       full = lambda name: refs[f"{name}_full"].at[t]
       gpu.to_smem(self.box("q", self.head, t), refs["q_s"].at[t, self.valid], full("q"))
       gpu.to_smem(self.box("k", self.kv_head, t), refs["k_s"].at[t], full("k"))
@@ -183,8 +189,8 @@ class Sequence:
     """Attends with this warpgroup's query tile of a turn, and stores the result."""
     sizes, refs = self.sizes, self.refs
     own = turn * sizes.warpgroups + self.wg
-    # An earlier turn of this warpgroup has waited for the key tiles before this one. A barrier
-    # completes once, and is waited for once.
+    # The first key tile that no earlier turn of this warpgroup has waited for. A barrier completes
+    # once here, and a second wait for it would be for a completion that never comes.
     waited = jnp.where(turn == 0, 0, own - sizes.warpgroups + 1 - sizes.band.first(sizes.rows))
     rows = gpu.ds(own * sizes.rows, TILE)
     gpu.barrier_wait(refs["q_full"].at[own])
@@ -194,6 +200,7 @@ class Sequence:
       state = softmax.start(sizes.Dv)
     else:
       lse = refs["prev_lse"].at[self.b, self.h, self.r, rows]
+      # Straight from device memory, while the copy of `prev` is under way: nobody else reads it.
       lse = gpu.load(lse, layout=ROW, optimized=False)
       gpu.barrier_wait(refs["prev_full"].at[own])
       state = softmax.resume(refs["prev_s"].at[own], lse, sizes.scale)
@@ -221,6 +228,7 @@ class Sequence:
       columns = gpu.over_rows(gpu.iota((size,), layout=COLUMN), TILE)
       difference = gpu.over_columns(gpu.iota((TILE,), layout=ROW), size) - columns
       mask = self.sizes.band.mask(difference + (own - t) * size)
+    # On the diagonal and off it: a document may end anywhere.
     if query_ids is not None:
       mask = pairs.both(mask, pairs.share_segment(query_ids, self.ids(t, size, COLUMN)))
     return mask
@@ -229,9 +237,10 @@ class Sequence:
     """Sends out and lse of a query tile on their way."""
     refs, size, nt = self.refs, self.sizes.rows, self.sizes.num_tiles
     stage, lse_s = refs[f"{self.sizes.stage}_s"].at[own], refs["lse_s"].at[self.wg]
-    gpu.wait_to_gmem(0, wait_read_only=True)  # the lse of the turn before has left
+    # lse has one room a warpgroup, from which that of the turn before may still leave.
+    gpu.wait_to_gmem(0, wait_read_only=True)
     lse_s[...] = softmax.store(state, stage, self.sizes.scale)
-    gpu.commit_smem()
+    gpu.commit_smem()  # what threads wrote, before the copy engine reads it
     gpu.to_gmem(refs[f"{self.sizes.stage}_s"].at[own, self.valid], self.box("out", self.h, own))
     lse_rows = lambda start, rows: refs["lse"].at[self.b, self.h, self.r, gpu.ds(start, rows)]
     gpu.to_gmem(refs["lse_s"].at[self.wg, self.valid], lse_rows(own * size, size))
@@ -249,8 +258,8 @@ def sweep(own, num_tiles: int, band: Band, size: int, step, state):
   full = jnp.maximum(own - first_full + 1, 0)
   if num_tiles > first_full:
     state = lax.fori_loop(0, full, functools.partial(step, masked=False), state)
-  # One masked tile needs no loop, after which ptxas would wait for each matrix instruction by
-  # itself.
+  # One masked tile, the query tile's own, needs no loop: with two loops that carry one accumulator
+  # ptxas would wait after every matrix instruction (C7511).
   if (first, first_full) == (0, 1):
     return step(own, state, masked=True)
   end = jnp.maximum(own - first + 1, 0)
@@ -260,6 +269,7 @@ def sweep(own, num_tiles: int, band: Band, size: int, step, state):
 def add_keys(state: softmax.State, q, k, v, mask, scale: float, scratch) -> softmax.State:
   """The state after the keys and values of a tile."""
   (x,) = gpu.matmul((q, pairs.transposed(k)))
+  # After the products: what a mask compares would else be kept in registers meanwhile.
   if mask is not None:
     x = jnp.where(mask, x, -jnp.inf)
   (p,), state = softmax.rescale(state, [x], scale)

@@ -19,7 +19,9 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
-MAX_TILES_WITH_DS = 2  # of a sequence whose dS^T is kept: nt (nt + 1) / 2 tiles of 8 KiB
+# Of a sequence whose dS^T is kept, nt (nt + 1) / 2 tiles of 8 KiB: three would take 48 KiB from the
+# thread blocks that load while this one computes.
+MAX_TILES_WITH_DS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Tiles:
     self.num_q = sizes.num_tiles - self.begin
     self.makes_delta = "out" in refs
     self.p_s = refs["p_s"].at[self.wg] if gpu.simulated() else None
+    # Gradients leave from where out was: delta is made by then.
     self.stage_v = refs["out_s"].at[self.wg]
     self.stage_k = self.stage_v if sizes.Dk == sizes.Dv else refs["stage_s"].at[self.wg]
     self.c = sizes.scale * gpu.LOG2E
@@ -107,6 +110,7 @@ class Tiles:
     """Starts the copies of all tiles; out through a room a warpgroup, as `make_delta` goes on."""
     refs = self.refs
 
+    # Queries before keys: delta, which is made first, needs no key.
     @gpu.loop(self.begin, self.sizes.num_tiles)
     def _(t):
       n = self.q_slot(t)
@@ -115,6 +119,7 @@ class Tiles:
       gpu.to_smem(self.box("q", self.head, t), refs["qk_s"].at[n], full)
       gpu.to_smem(self.rows("lse", t), refs["lse_s"].at[n], full)
       if self.makes_delta:
+        # There is room for W tiles of out, from which delta is made in turn: the first W now.
         gpu.when(n < self.sizes.warpgroups)(lambda: self.load_out(t))
       else:
         gpu.to_smem(self.rows("delta", t), refs["delta_s"].at[n], refs["out_full"].at[n])
@@ -137,10 +142,11 @@ class Tiles:
     gpu.barrier_wait(refs["out_full"].at[n])
     dout, out = pairs.load(refs["dout_v_s"].at[n]), pairs.load(refs["out_s"].at[self.wg])
     delta = (dout * out).sum(axis=1)
-    gpu.commit_reads()
+    gpu.commit_reads()  # before the copy engine writes where we have read
     gpu.when(n + W < self.num_q)(lambda: self.load_out(t + W))  # into the room just read
     if "dlse" in refs:
       delta = delta - gpu.load(self.rows("dlse", t), layout=ROW, optimized=False)
+    # Both are changed in place: marked here once, rows without keys weigh nothing in every product.
     lse = gpu.load(refs["lse_s"].at[n], layout=ROW, optimized=False)
     refs["delta_s"].at[n][...] = jnp.where(lse > -jnp.inf, delta, 0.0)
     refs["lse_s"].at[n][...] = safe_lse(lse)
@@ -150,4 +156,5 @@ class Tiles:
       gpu.load(self.refs[name].at[self.q_slot(t)], layout=layout, optimized=False)
       for name in ("lse_s", "delta_s")
     )
+    # A delta that came from another kernel came without the lse that was marked with it.
     return lse if self.makes_delta else safe_lse(lse), delta

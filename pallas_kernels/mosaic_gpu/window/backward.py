@@ -150,6 +150,7 @@ def _produce(part: share.Share):
   @gpu.loop(0, part.total)
   def _(n):
     part.keys.wait_until_free(n)
+    # Key and query tiles of the same number are needed at the same turn.
     t = part.inside(part.first - part.sizes.reach + n)
     slot = part.keys.slot(n)
     gpu.to_smem(part.box("k", kv_head(), t), slot["k"], slot.full())
@@ -160,11 +161,13 @@ def _produce(part: share.Share):
     gpu.to_smem(part.box("dout", part.h, t), slot["dout"], slot.full())
     gpu.to_smem(part.box("q", part.head, t), slot["q"], slot.full())
     gpu.to_smem(part.rows("lse", t), slot["lse"], slot.full())
+    # out last: its ring may have one slot, which is free only when delta of the tile before is made
+    # and, where dq is staged in it, that has left. Nothing else should wait for that.
     part.outs.wait_until_free(n)
     slot = part.outs.slot(n)
     gpu.to_smem(part.box("out", part.h, t), slot["out"], slot.full())
 
-  # The queries after the share are never released: no key that meets them all is this share's.
+  # The queries after the share are never released: nothing is loaded after them.
   ring.drain(part.total, part.queries, freed=part.count)
   ring.drain(part.total, part.keys)
   ring.drain(part.total, part.outs)

@@ -32,8 +32,10 @@ class QueryGradients:
   def run(self):
     part, reach, ahead = self.share, self.sizes.reach, self.sizes.warpgroups
     for_dq, _ = self.sizes.registers
-    more = for_dq >= self.sizes.launched_registers
-    gpu.set_max_registers(for_dq, action="increase" if more else "decrease")
+    # "increase" to less than a warpgroup has is an illegal instruction, as only the card notices.
+    grows = for_dq >= self.sizes.launched_registers
+    gpu.set_max_registers(for_dq, action="increase" if grows else "decrease")
+    # The others can begin with the first key tiles when these are there.
     for n in range(ahead):
       self.make_delta(n)
       self.release_out(n)
@@ -50,12 +52,14 @@ class QueryGradients:
     """Key tile n, after which dq of query tile n - reach is done."""
     part, sizes = self.share, self.sizes
     ahead = n + sizes.warpgroups
+    # Delta first: the others wait for it. dq before it took 17 % more time on enwik8.
+    # The room of the out before is free once the dq of the step before, staged there, has left.
     gpu.when((n > sizes.reach) & (ahead <= part.total))(lambda: self.release_out(ahead - 1))
     gpu.when(ahead < part.total)(lambda: self.make_delta(ahead))
     dq, *dqs = self.add(n, [*dqs, self.zeros()], range(sizes.reach + 1))
     # Staged where the out of the delta just made was, if it fits there.
     stage = part.outs.slot(ahead)["out"] if sizes.Dk == sizes.Dv else self.own_stage
-    gpu.wait_to_gmem(0, wait_read_only=True)
+    gpu.wait_to_gmem(0, wait_read_only=True)  # the dq before may leave from here as well
     stage[...] = (dq * sizes.scale).astype(stage.dtype)
     gpu.commit_smem()
     gpu.to_gmem(stage, part.box("dq", part.h, part.first + n - sizes.reach))
@@ -82,6 +86,7 @@ class QueryGradients:
     delta = (pairs.load(query["dout"]) * pairs.load(out["out"])).sum(axis=1)
     if "dlse" in refs:
       delta = delta - gpu.load(part.rows("dlse", t), layout=ROW, optimized=False)
+    # lse is changed in place, by this warpgroup alone, before it says that delta is there.
     lse = gpu.load(query["lse"], layout=ROW, optimized=False)
     delta = jnp.where(lse > -jnp.inf, delta, 0.0)
     query["delta"][...] = delta
@@ -108,6 +113,7 @@ class QueryGradients:
     ds = part.ds.slot(n)
     ds.wait_full()
     factors = lambda distance: (pairs.transposed(part.ds_tile(ds, distance)), key["k"])
+    # All products in flight at once: each has an accumulator of its own.
     terms = [(dqs[distance], factors(distance)) for distance in distances]
     added = dict(zip(distances, add_matmul(*terms), strict=True))
     ds.release()

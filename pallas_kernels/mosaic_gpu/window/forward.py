@@ -153,20 +153,25 @@ class _Producer:
     self.queries, self.keys = (x.of(refs) for x in _rings(sizes))
 
   def run(self):
-    # What the first step would find in memory, had there been one before it.
+    # What the first step would find in memory, had there been one before it. It has a barrier of
+    # its own: at that of step 0 as many tiles arrive as at every step's.
     for m in range(self.sizes.num_overlap):
       self.load_keys(jnp.int32(0), m, self.refs["lead_full"])
     gpu.loop(0, self.steps.count)(self.load)
+    # Consumers have left all steps when the producer ends.
     ring.drain(self.steps.count, self.keys)
     ring.drain(self.steps.count, self.queries)
 
   def load(self, n):
     """The new keys of step n, then its queries."""
     sizes, W = self.sizes, self.sizes.warpgroups
+    # One barrier for all keys of a step, and one that frees them: a barrier for every tile and
+    # consumer cost a quarter of the time of a tile, in loops of waits and arrivals.
     slot = self.keys.slot(n)
     slot.wait_until_free()
     for m in range(sizes.num_overlap, W + sizes.reach):
       self.load_keys(n, m, slot.full())
+    # Then queries: in the order in which consumers wait.
     slot = self.queries.slot(n)
     slot.wait_until_free()
     b, h = self.steps.sequence(n)
@@ -194,6 +199,7 @@ class _Consumer:
     self.queries, self.keys = (x.of(refs) for x in _rings(sizes))
     self.stage = refs["out_s"].at[wg]
     self.p_s = refs["p_s"].at[wg] if gpu.simulated() else None
+    # Segments have masks of their own for each tile, which a folded one would have to combine.
     folds = sizes.band.folds(sizes.reach + 1) and "ids" not in refs
     self.near = tile.lower_triangle() if folds else None
 
@@ -208,6 +214,7 @@ class _Consumer:
     sizes, refs = self.sizes, self.refs
     b, h = self.steps.sequence(n)
     t = self.steps.query_tile(n, self.wg)
+    # Before the wait for keys, which come meanwhile.
     state = self.resume(b, h, t) if "prev" in refs else None
     key_slot, query_slot = self.keys.slot(n), self.queries.slot(n)
     key_slot.wait_full()
@@ -219,6 +226,7 @@ class _Consumer:
     keys, values = ([refs[name].at[x] for x in places] for name in ("k_s", "v_s"))
     window = tile.Window(sizes.band, t, q, keys, values, same, self.near, sizes.scale, self.p_s)
     state = window.attend(state)
+    # As soon as the products are done, before the result is stored: the producer waits for this.
     query_slot.release()
     key_slot.release()
     self.store(b, h, t, state)
@@ -230,7 +238,7 @@ class _Consumer:
     full = refs["prev_full"].at[self.wg]
     gpu.to_smem(sizes.view.box(refs["prev"], b, 0, h, row), self.stage, full)
     lse = refs["prev_lse"].at[b, h, 0, gpu.ds(row, TILE)]
-    lse = gpu.load(lse, layout=ROW, optimized=False)
+    lse = gpu.load(lse, layout=ROW, optimized=False)  # while the copy is under way
     gpu.barrier_wait(full)
     return softmax.resume(self.stage, lse, sizes.scale)
 
@@ -240,7 +248,8 @@ class _Consumer:
     ids = lambda row, layout: pairs.segments(self.refs["ids"], b, 0, row, TILE, layout)
     distances = range(sizes.reach + 1)
     starts = [schedule.first_row(sizes, t - distance) for distance in distances]
-    # From a row computed otherwise: one load would have to be in two layouts.
+    # From a row computed otherwise than that of the nearest keys, which is the same: two loads of
+    # one place are merged, and one load cannot be in two layouts.
     query_ids = ids(jnp.minimum(t, sizes.num_tiles - 1) * TILE, ROW)
     return [pairs.share_segment(query_ids, ids(start, COLUMN)) for start in starts]
 
@@ -256,4 +265,6 @@ class _Consumer:
       # Last: the fence above would wait for it.
       refs["lse"].at[b, h, 0, gpu.ds(t * TILE, TILE)][...] = lse
 
+    # Copies of tiles are clipped where a sequence ends, rows of lse are not: they would go to the
+    # next head.
     send() if sizes.num_tiles % sizes.warpgroups == 0 else gpu.when(t < sizes.num_tiles)(send)

@@ -23,7 +23,9 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import share
 
-QUERY_STEPS = 2  # steps whose queries are in memory: the one at work and the next
+# Steps whose queries are in memory, the one at work and the next: deeper rings gained nothing, and
+# results staged where q was made the queries of the step after next come late.
+QUERY_STEPS = 2
 
 
 def tiles_of_keys(reach: int, warpgroups: int, stages: int, walks: bool) -> tuple[int, int]:
@@ -100,7 +102,9 @@ class Sizes:
 
   @property
   def grid(self) -> dict[str, int]:
-    """Thread blocks, by axis: all heads of a share walk side by side, neighbours in memory."""
+    """Thread blocks, by axis."""
+    # Either way heads of the same rows run side by side: a row of a head is 64 to 256 bytes, its
+    # neighbours in memory are those of other heads, and pages of memory are read whole.
     if self.walks:
       num_shares = -(-self.num_groups // self.share)
       return dict(b=self.batch, share=num_shares, h=len(self.heads))
@@ -120,7 +124,8 @@ class Walk:
     index = lax.axis_index("share")
     begin = index * sizes.share
     self.count = jnp.minimum(sizes.num_groups - begin, sizes.share)  # steps
-    self.backward = _rem(index, 2) == 1
+    self.backward = _rem(index, 2) == 1  # traced: neighbours run the same program
+    # The first and the last query tile. The last group may lie past the end of the sequence.
     self.start, self.end = begin * W, (begin + self.count) * W - 1
 
   def sequence(self, n):
@@ -144,6 +149,7 @@ class Walk:
 
   def place(self, n, m):
     """Where the m-th key tile of step n lies: step by step W places further."""
+    # The m-th tile of step n is the (m - W)-th of step n + 1: the same place by the same sum.
     return _rem(n * self.sizes.warpgroups + m, self.sizes.num_key_tiles)
 
 
@@ -157,6 +163,7 @@ class Dealt:
   def __init__(self, sizes: Sizes):
     self.sizes, self.num_blocks = sizes, sizes.grid["cta"]
     self.cta = lax.axis_index("cta")
+    # Steps cta, cta + num_blocks, ...: at any time all multiprocessors are close together.
     self.count = _div(sizes.num_steps - 1 - self.cta, self.num_blocks) + 1
 
   def group(self, n):
@@ -165,6 +172,7 @@ class Dealt:
 
   def sequence(self, n):
     """Batch row and head of step n."""
+    # Heads are the fastest axis, then groups of query tiles, then batch rows.
     row = _div(self.group(n), self.sizes.num_groups)
     return row, _rem(n * self.num_blocks + self.cta, len(self.sizes.heads))
 
@@ -187,6 +195,8 @@ class Dealt:
 
 def first_row(sizes: Sizes, t):
   """Of tile t. Tiles that do not exist are masked, but must hold numbers: others' will do."""
+  # A copy that is not made would have to be left out of what a barrier counts, which is fixed; and
+  # what memory holds by chance may be NaN, which no weight of 0 undoes.
   return jnp.clip(t, 0, sizes.num_tiles - 1) * TILE
 
 

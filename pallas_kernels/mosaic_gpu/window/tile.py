@@ -20,13 +20,15 @@ from pallas_kernels.mosaic_gpu import softmax
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.views import Band
 
-AT_ONCE = 2  # tiles of logits in registers, 32 each
+# Tiles of logits in registers, 32 each: one maximum and one rescaling for both. All of a window at
+# once took 187 registers at D = 32, two thread blocks of a multiprocessor instead of three.
+AT_ONCE = 2
 
 
 def lower_triangle():
   """int16 that takes two folded tiles apart: -1 where the key is no later than the query, or 0."""
   near = gpu.iota((TILE, TILE), 0) >= gpu.iota((TILE, TILE), 1)
-  # Opaque, or it would be computed again in each step.
+  # Opaque, or it would be computed again in each step; packed, it is 16 registers.
   return lax.optimization_barrier(jnp.where(near, jnp.int16(-1), jnp.int16(0)))
 
 
@@ -89,16 +91,19 @@ class Window:
     """
     xs = gpu.matmul(*((self.q, pairs.transposed(self.keys[n])) for n in distances))
     if farthest := distances[-1]:
-      # Only the first query tiles of a sequence pay for masks of tiles that do not exist.
+      # Only the first query tiles of a sequence pay for tiles that do not exist. A condition around
+      # these additions is cheap; one around the products would make ptxas wait for each.
       beyond = lambda *xs: self.without_tiles_before(xs, distances)
       xs = lax.cond(self.own >= farthest, lambda *xs: xs, beyond, *xs)
     mask = None
     if len(distances) > 1:
       x = jnp.where(difference >= 0, *xs)
+      # No pair of places is in the window in both tiles (`Band.folds`): "or" tells whether in one.
       if self.band.far < self.last * TILE:  # the window ends inside a tile
         mask = self.band.mask(difference) | self.band.mask(difference + self.last * TILE)
     else:
       (x,), (n,) = xs, distances
+      # A tile in the middle of the window has all pairs, and needs no mask.
       mask = self.same[n]
       if not self.band.covers(n):
         mask = pairs.both(mask, self.band.mask(difference + n * TILE))
