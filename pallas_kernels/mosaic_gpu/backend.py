@@ -1,7 +1,7 @@
 """The backend protocol on Hopper GPUs: passes in an order, each by the kernel that suits it.
 
 Sequences that fit in shared memory and windows have kernels that the memory system bounds
-(forward.py, backward.py), all else streams (stream_forward.py, stream_backward.py). The passes of a
+(resident/, window/), all else streams (stream_forward.py, stream_backward.py). The passes of a
 union are one softmax: each takes up where the one before ended, and adds to its gradients.
 """
 
@@ -21,17 +21,19 @@ from jaxtyping import Int
 from pallas_kernels import functions
 from pallas_kernels import lists
 from pallas_kernels import passes
-from pallas_kernels.mosaic_gpu import backward as backward_kernels
 from pallas_kernels.mosaic_gpu import formula
-from pallas_kernels.mosaic_gpu import forward as forward_kernels
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import listed
 from pallas_kernels.mosaic_gpu import sizes
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu import stream_backward
 from pallas_kernels.mosaic_gpu import stream_forward
+from pallas_kernels.mosaic_gpu.resident import backward as resident_backward
+from pallas_kernels.mosaic_gpu.resident import forward as resident_forward
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
+from pallas_kernels.mosaic_gpu.window import backward as window_backward
+from pallas_kernels.mosaic_gpu.window import forward as window_forward
 from pallas_kernels.passes import Pass
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
@@ -346,9 +348,9 @@ class _Sweep:
   def forward(self, q, k, v, ids, prev, scale):
     how = dict(scale=scale, heads=self.heads)
     if self.resumes:
-      kernel = forward_kernels.resident if self.resident else forward_kernels.window
+      kernel = resident_forward if self.resident else window_forward
       how |= self.resident or self.window
-      return kernel(self.view, self.band, q, k, v, self.ids(ids), prev, **how)
+      return kernel.forward(self.view, self.band, q, k, v, self.ids(ids), prev, **how)
     blocks = self.streamed.forward
     new = stream_forward.forward(self.schedule, q, k, v, ids, blocks=blocks, **how)
     return new if prev is None else _merge(self.view, prev, new)
@@ -358,11 +360,11 @@ class _Sweep:
     if self.window_backward:
       how |= self.window_backward
       rows = self.ids(ids), out, lse, dout, dlse
-      return backward_kernels.window(self.view, self.band, q, k, v, *rows, **how)
+      return window_backward.backward(self.view, self.band, q, k, v, *rows, **how)
     if self.resident_backward:
       how |= self.resident_backward
       rows = self.ids(ids), out, lse, dout, dlse, delta
-      return backward_kernels.resident(self.view, self.band, q, k, v, *rows, prev, **how)
+      return resident_backward.backward(self.view, self.band, q, k, v, *rows, prev, **how)
     lse, dlse, delta = (self.streamed_rows(x) for x in (lse, dlse, delta))
     rest = q, k, v, ids, lse
     how |= dict(out=out, dlse=dlse, blocks=self.streamed.dq)
