@@ -17,8 +17,11 @@ MAY_IMPORT = {
 KERNEL_ORDER = (
   "hardware", "patterns", "scores", "blocks", "passes", "tuning", "reference", "xla",
   "mosaic_gpu.gpu", "mosaic_gpu.views", "mosaic_gpu.forward", "mosaic_gpu.backward",
-  "mosaic_gpu.stream", "mosaic_gpu.stream_forward", "mosaic_gpu.stream_backward",
-  "mosaic_gpu.sizes", "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands",
+  "mosaic_gpu.ring", "mosaic_gpu.stream.block_sizes", "mosaic_gpu.stream.tiles",
+  "mosaic_gpu.stream.frame", "mosaic_gpu.stream.launch", "mosaic_gpu.stream.producer",
+  "mosaic_gpu.stream.consumer", "mosaic_gpu.stream.forward", "mosaic_gpu.stream.dq",
+  "mosaic_gpu.stream.dkv", "mosaic_gpu.stream.__init__", "mosaic_gpu.sizes",
+  "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands",
   "mosaic_tpu.steps", "mosaic_tpu.kernels", "mosaic_tpu.views", "mosaic_tpu.backend", "api",
 )  # fmt: skip
 # Code in data: none of these may be called or imported anywhere.

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from pallas_kernels import tuning
 from pallas_kernels.mosaic_gpu import stream
-from pallas_kernels.mosaic_gpu import stream_backward
-from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.backward import KEPT_TILES
 from pallas_kernels.mosaic_gpu.forward import window_tiles
 from pallas_kernels.mosaic_gpu.gpu import TILE
@@ -150,9 +148,9 @@ def streamed(problem: Problem) -> Streamed:
 
   D = problem.Dk, problem.Dv
   return Streamed(
-    forward=of("fwd", stream_forward.default_blocks(*D)),
-    dq=of("bwd", stream_backward.default_dq_blocks(*D)),
-    dkv=of("bwd", stream_backward.default_dkv_blocks(*D)),
+    forward=of("fwd", stream.forward_blocks(*D)),
+    dq=of("bwd", stream.dq_blocks(*D)),
+    dkv=of("bwd", stream.dkv_blocks(*D)),
   )
 
 

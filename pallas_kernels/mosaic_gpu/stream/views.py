@@ -1,0 +1,72 @@
+"""Frames whose keys lie as their queries do: one sequence, columns, blocks."""
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.stream.frame import cut
+from pallas_kernels.mosaic_gpu.stream.frame import Frame
+from pallas_kernels.mosaic_gpu.stream.frame import padded
+
+
+class Natural(Frame):
+  """One sequence, [B, T, H, D] as it is."""
+
+  def shape(self, T, stride):
+    del stride
+    return 1, T
+
+  def folded(self, x):
+    return padded(x, 1, self.spare)
+
+  def unfolded(self, x):
+    return cut(x, 1, self.length).reshape(x.shape[0], self.T, *x.shape[-2:])
+
+  def key_shape(self, batch, D):
+    return batch, self.length + self.spare, len(self.heads), D
+
+  def tile(self, ref, b, r, start, size, h):
+    del r
+    return ref.at[b, gpu.ds(start, size), h]
+
+
+class Columns(Frame):
+  """[B, T/l, l, H, D]: row m of sequence r is token m l + r."""
+
+  takes_segments = False
+
+  def shape(self, T, stride):
+    return stride, T // stride
+
+  def folded(self, x):
+    return padded(in_rows(x, self.schedule.stride), 1, self.spare)
+
+  def unfolded(self, x):
+    return cut(x, 1, self.length).reshape(x.shape[0], self.T, *x.shape[-2:])
+
+  def key_shape(self, batch, D):
+    return batch, self.length + self.spare, self.sequences, len(self.heads), D
+
+  def tile(self, ref, b, r, start, size, h):
+    return ref.at[b, gpu.ds(start, size), r, h]
+
+
+class Blocks(Frame):
+  """[B, T/l, l, H, D]: row m of sequence r is token r l + m."""
+
+  def shape(self, T, stride):
+    return T // stride, stride
+
+  def folded(self, x):
+    return padded(in_rows(x, self.schedule.stride), 2, self.spare)
+
+  def unfolded(self, x):
+    return cut(x, 2, self.length).reshape(x.shape[0], self.T, *x.shape[-2:])
+
+  def key_shape(self, batch, D):
+    return batch, self.sequences, self.length + self.spare, len(self.heads), D
+
+  def tile(self, ref, b, r, start, size, h):
+    return ref.at[b, r, gpu.ds(start, size), h]
+
+
+def in_rows(x, stride: int):
+  """[B, T, H, D] -> [B, T/l, l, H, D]; no copy."""
+  return x.reshape(x.shape[0], -1, stride, *x.shape[2:])
