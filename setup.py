@@ -46,7 +46,7 @@ setuptools.setup(
   python_requires=">=3.12",
   packages=setuptools.find_packages(include=["sparse_flax*", "pallas_kernels*"]),
   package_data={
-    "sparse_flax": ["report.css", "report.html", "report.js"],
+    "sparse_flax.view.report": ["page.css", "page.html", "page.js"],
     "sparse_flax.data": ["samples/*"],
     "pallas_kernels": ["tuning.json"],
   },

@@ -18,8 +18,8 @@ from jaxtyping import UInt8
 
 from pallas_kernels import api
 from sparse_flax import data
-from sparse_flax import sharding
-from sparse_flax import transformer
+from sparse_flax.model import transformer
+from sparse_flax.parallel import sharding
 
 
 def token_nats(

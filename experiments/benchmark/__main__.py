@@ -20,6 +20,13 @@ BENCHMARKS = {
   "tune": "measures tile sizes into pallas_kernels/tuning.json, on a GPU; only when named",
   "xla": "time and memory of the xla backend up to T = 65,536",
 }
+MODULES = {
+  **{
+    name: f"gpu.{name}" for name in ("attention", "block_sparse", "mesh", "sample", "step", "tune")
+  },
+  **{name: f"cpu.{name}" for name in ("checkpoints", "memory", "xla")},
+  "tpu_aot": "tpu.aot",
+}
 ON_GPU = ("attention", "block_sparse", "step", "tune")
 IN_WORKERS = {"attention", "block_sparse", "tune"}
 
@@ -55,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if name in ON_GPU and backend != "gpu":
       print(f"{name}: skipped, {missing}", flush=True)
       continue
-    module = importlib.import_module(f"experiments.benchmark.{name}")
+    module = importlib.import_module(f"experiments.benchmark.{MODULES[name]}")
     parts = getattr(module, "PARTS", ())
     if unknown := sorted(set(args.only) - set(parts)):
       parser.error(f"--only={unknown[0]}: {name} has {', '.join(parts) or 'no parts'}")
