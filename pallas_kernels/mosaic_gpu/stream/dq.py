@@ -1,16 +1,6 @@
-"""Streaming attention backward, gradients of queries: a sweep of keys, as forward.
+"""Streaming attention backward, gradients of queries: a sweep of keys, as forward."""
 
-    P = exp2(logits - lse)       again, from the log-sum-exp of the whole softmax
-    dS = P (dP - delta)          dP = dout v^T, delta = rowsum(dout out) - dlse
-    dq = scale sum of dS k
-
-    producer     q, dout, [out], lse, .. -> [ring q]   k -> [ring k]   v -> [ring v]
-    `in turn`    step i:  k, v full | x, dP | v free | dS | dq += dS k, wait | k free
-    `ahead`      step i:  start x, dP, start dq += dS' k' of step i - 1 | v free | dS
-                          wait for k, v of step i + 1 | k' free
-
-The queries' memory also stages dq.
-"""
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +14,27 @@ from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.softmax import safe_lse
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.block_sizes import dq_blocks
-from pallas_kernels.mosaic_gpu.stream.consumer import Queries
 from pallas_kernels.mosaic_gpu.stream.frame import Frame
 from pallas_kernels.mosaic_gpu.stream.launch import Launch
-from pallas_kernels.mosaic_gpu.stream.producer import key_rings
-from pallas_kernels.mosaic_gpu.stream.producer import open_boxes
-from pallas_kernels.mosaic_gpu.stream.producer import produce
-from pallas_kernels.mosaic_gpu.stream.producer import query_ring
+from pallas_kernels.mosaic_gpu.stream.load_keys import key_rings
+from pallas_kernels.mosaic_gpu.stream.load_keys import open_boxes
+from pallas_kernels.mosaic_gpu.stream.load_keys import produce_keys
+from pallas_kernels.mosaic_gpu.stream.load_keys import query_ring
+from pallas_kernels.mosaic_gpu.stream.queries import Queries
+from pallas_kernels.mosaic_gpu.stream.scalars import Refs
+from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
+
+# Rings of q, k and v, and the producer: load_keys.py. A consumer, for 64 queries:
+#
+#   P = exp2(x - lse), x = q k^T      again, from the log-sum-exp of the whole softmax
+#   dS = P (dP - delta)               dP = dout v^T, delta = rowsum(dout out) - dlse
+#   dq = scale sum of dS k
+#
+#   in turn    k, v full | x, dP | v free | dS | dq += dS k, wait | k free
+#   ahead      start x, dP | start dq += dS k of the step before | wait for x, dP | v free | next dS
+#                     | next k, v full | wait for dq | k of the step before free
+#
+# k is needed twice, so that v is free first. dq is staged where q was, which saves memory.
 
 TILES, VECTORS = ("q", "dout", "out"), ("lse", "delta", "dlse")  # what may be loaded with queries
 
@@ -93,7 +97,7 @@ def dq_kernel(
   return frame.unfolded(grads[0]), -grads[1] if makes_delta else delta
 
 
-def _thread_block(launch: Launch, refs):
+def _thread_block(launch: Launch, refs: Refs) -> None:
   launch = launch.of(open_boxes(refs, launch.frame, launch.blocks))
   wg = lax.axis_index("wg")
 
@@ -102,13 +106,13 @@ def _thread_block(launch: Launch, refs):
     gpu.wait_to_gmem(0)
 
   arrays = [[x for x in names if x in refs] for names in (TILES, VECTORS)]
-  launch.split(wg, lambda: produce(launch, *arrays), consume)
+  launch.split(wg, lambda: produce_keys(launch, *arrays), consume)
 
 
 class Dq(Queries):
   """64 queries of an item, whose dq a consumer accumulates."""
 
-  def run(self):
+  def run(self) -> Scalar:
     """Accumulates and writes dq; the steps taken so far."""
     refs, item = self.refs, self.item
     self.tiles.prepare(refs, self.base)
@@ -126,11 +130,11 @@ class Dq(Queries):
     self.own.release()
     return self.done + self.tiles.num
 
-  def vector(self, name: str):
+  def vector(self, name: str) -> jax.Array:
     """A value per query."""
     return gpu.load(self.own[name], layout=gpu.ROW, optimized=False)
 
-  def _make_minus_delta(self):
+  def _make_minus_delta(self) -> jax.Array:
     """Computes and writes -delta."""
     dout, out = (
       gpu.load(x, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
@@ -146,15 +150,15 @@ class Dq(Queries):
 
     return minus_delta
 
-  # --------------------------------------------------------------------- steps, one after another
+  # ------------------------------------------------------------------------------------ in turn
 
-  def in_turn(self):
-    """Each step: logits and dP, dS, its product. The warpgroups fill each other's gaps."""
+  def in_turn(self) -> jax.Array:
+    """Each step: logits and dP, dS, its product."""
     # dP starts as -delta: no subtraction afterwards.
     self.start_of_dp = self._columns(self.minus_delta)
     return self.run_steps(self._step_in_turn, gpu.zeros((TILE, self.q_s.shape[-1])), first=0)
 
-  def _step_in_turn(self, i, dq, part):
+  def _step_in_turn(self, i: Scalar, dq: jax.Array, part: Scalar | str | None) -> jax.Array:
     k, v = self.k_and_v(i)
     body = lambda logits, dp: self._weights(i, part, logits, dp)
     k.wait_full()
@@ -165,9 +169,9 @@ class Dq(Queries):
     k.release()
     return dq
 
-  # ----------------------------------------------------------- a step's logits before the last dS k
+  # -------------------------------------------------------------------------------------- ahead
 
-  def ahead(self):
+  def ahead(self) -> jax.Array:
     """The logits and dP of a step are made while the product of the step before runs."""
     first, tile = jnp.int32(0), (TILE, self.blocks.step)
     self._wait_full(0)
@@ -180,7 +184,7 @@ class Dq(Queries):
     last.release()
     return dq
 
-  def _step_ahead(self, i, carry, part):
+  def _step_ahead(self, i: Scalar, carry: tuple, part: Scalar | str | None) -> tuple:
     dq, ds = carry
     k_before, tile = self.k(i - 1), (TILE, self.blocks.step)
 
@@ -194,7 +198,14 @@ class Dq(Queries):
     dq, ds = lax.optimization_barrier((dq, ds))
     return dq, ds.astype(self.q_s.dtype)
 
-  def _dlogits(self, i, part, logits, dp, start_product=None):
+  def _dlogits(
+    self,
+    i: Scalar,
+    part: Scalar | str | None,
+    logits: gpu.Sum,
+    dp: gpu.Sum,
+    start_product: Callable | None = None,
+  ) -> jax.Array:
     """dS of step i; the keys and values of the next one are there."""
     p, dp = self._weights(i, part, logits, dp, start_product)
     # Fresh accumulators cost nothing here, those that start as -delta as much as this.
@@ -205,19 +216,29 @@ class Dq(Queries):
     gpu.when(i + 1 < self.tiles.num)(lambda: self._wait_full(i + 1))
     return ds
 
-  # ---------------------------------------------------------------------------------- both
+  # --------------------------------------------------------------------------------------- both
 
-  def _weights(self, i, part, logits, dp, start_product=None):
+  def _weights(
+    self,
+    i: Scalar,
+    part: Scalar | str | None,
+    logits: gpu.Sum,
+    dp: gpu.Sum,
+    start_product: Callable | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
     """P, times the logits' derivative, and dP of step i, which leaves its values.
 
     `start_product` starts one more product while those two run.
     """
     k, v = self.k_and_v(i)
+    # No barrier around the places of q and dout, as dkv has around those of k and v: nothing spills
+    # here, and it would cost 25 instructions a step.
     logits.add(self.q_s, k["k"].transpose((1, 0)))
     dp.add(self.dout_s, v["v"].transpose((1, 0)))
     if start_product is not None:
       start_product()
     under_way = 0 if start_product is None else 1
+    # The mask is made while the products run; dP is waited for after P's exponentials.
     mask = self.tiles.mask(i, k, part)
     x, derivative = self.tiles.logits(i, logits.get(under_way=1 + under_way), part)
     p = weights(x * self.scale_base_2 - self._columns(self.lse), mask)
@@ -227,20 +248,21 @@ class Dq(Queries):
     v.release()
     return p, dp
 
-  def _wait_full(self, i):
+  def _wait_full(self, i: Scalar) -> None:
     for slot in self.k_and_v(i):
       slot.wait_full()
 
-  def _columns(self, row):
+  def _columns(self, row: jax.Array) -> jax.Array:
+    """A value per query, over all keys of a step."""
     return gpu.over_columns(row, self.blocks.step)
 
 
-def weights(x, mask):
-  """exp2 of logits in base 2, less the log-sum-exp."""
+def weights(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """exp2 of logits in base 2, less the log-sum-exp; 0 where masked."""
   p = jnp.exp2(x)
   return p if mask is None else jnp.where(mask, p, 0.0)
 
 
-def where_attending(derivative, mask):
+def where_attending(derivative: jax.Array, mask: jax.Array | None) -> jax.Array:
   """The derivative where pairs attend: of others it may be anything."""
   return derivative if mask is None else jnp.where(mask, derivative, 0.0)

@@ -4,6 +4,7 @@ A kernel's arrays have one shape, or none, and not every operation of JAX has an
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ class Traced(NamedTuple):
     return [_wide(x, dtype, shape) for x, dtype in zip(results, kinds, strict=True)]
 
 
-def trace(function: Callable, *args) -> Traced | None:
+def trace(function: Callable, *args: jax.ShapeDtypeStruct) -> Traced | None:
   """None where a kernel has not what the function needs."""
   try:
     closed = jax.make_jaxpr(function)(*args)
@@ -63,7 +64,7 @@ def trace(function: Callable, *args) -> Traced | None:
   return Traced(jaxpr, tuple(closed.consts), tuple(used))
 
 
-def _is_known(jaxpr, consts) -> bool:
+def _is_known(jaxpr: Any, consts: Sequence) -> bool:
   # A value that another function is traced with is not known when the kernel is.
   if any(jnp.ndim(const) or isinstance(const, jax.core.Tracer) for const in consts):
     return False
@@ -76,7 +77,7 @@ def _is_known(jaxpr, consts) -> bool:
   return True
 
 
-def _has_instruction(eqn) -> bool:
+def _has_instruction(eqn: Any) -> bool:
   name, first = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
   if name == "rem":
     return bool(jnp.issubdtype(first.aval.dtype, jnp.integer))
@@ -85,12 +86,12 @@ def _has_instruction(eqn) -> bool:
   return name in _KNOWN
 
 
-def _inner(eqn):
+def _inner(eqn: Any) -> Any:
   """The function that an equation calls once."""
   return eqn.params.get(_CALLS.get(eqn.primitive.name))
 
 
-def _evaluate(jaxpr, consts, args, shape):
+def _evaluate(jaxpr: Any, consts: Sequence, args: Sequence, shape: tuple[int, ...]) -> list:
   """The results; floats of 16 bits are in float32, rounded after each operation.
 
   Not every instruction has a form for 16 bits.
@@ -136,22 +137,22 @@ def _evaluate(jaxpr, consts, args, shape):
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _wide(x, dtype, shape):
+def _wide(x: Any, dtype: jax.typing.DTypeLike, shape: tuple[int, ...]) -> Any:
   return x if jnp.shape(x) == shape else lax.broadcast(jnp.asarray(x, dtype), shape)
 
 
-def _kernel_dtype(dtype):
+def _kernel_dtype(dtype: Any) -> Any:
   """The dtype in which a kernel has values of a dtype."""
   return jnp.dtype(jnp.float32) if _is_half(dtype) else dtype
 
 
-def _is_half(dtype) -> bool:
+def _is_half(dtype: Any) -> bool:
   return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2
 
 
-def _number(x):
+def _number(x: Any) -> Any:
   return x.astype(_kernel_dtype(x.dtype))
 
 
-def _rounded(x, dtype):
+def _rounded(x: Any, dtype: Any) -> Any:
   return x.astype(dtype).astype(jnp.float32) if _is_half(dtype) else x

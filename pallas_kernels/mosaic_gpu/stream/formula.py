@@ -6,6 +6,7 @@ that it holds is computed outside, once a head, and the kernel reads these value
 
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,12 +51,16 @@ def computes(scores: Scores) -> bool:
   return not (scores.learned and learned(scores)) or _with_value_derivatives(scores) is not None
 
 
-def logits(scores: Scores, products, i, j, values: tuple[Callable, ...]):
+def logits(
+  scores: Scores, products: Array, i: Callable, j: Callable, values: tuple[Callable, ...]
+) -> list[Array]:
   """The logits of products, and their derivatives by them; functions make all else."""
   return _with_derivative(scores)(products.shape, lambda: products, i, j, *values)
 
 
-def value_derivatives(scores: Scores, products, i, j, values: tuple[Callable, ...]):
+def value_derivatives(
+  scores: Scores, products: Array, i: Callable, j: Callable, values: tuple[Callable, ...]
+) -> list[Array]:
   """The logits of products, and their derivatives by those `values` that are `learned`."""
   return _with_value_derivatives(scores)(products.shape, lambda: products, i, j, *values)
 
@@ -90,7 +95,7 @@ def learned(scores: Scores) -> tuple[int, ...]:
   return tuple(n for n, x in each if jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def _logit(scores: Scores, product, i, j, values) -> Any:
+def _logit(scores: Scores, product: Any, i: Any, j: Any, values: Sequence) -> Any:
   logit = scores.capped(product)
   if scores.score_fn is None:
     return logit

@@ -1,12 +1,4 @@
-"""Streaming attention forward: an online softmax in base 2 over the key tiles of a sweep.
-
-    producer     q -> [ring q]   k -> [ring k]   v -> [ring v]           (producer.py)
-    consumer     64 queries:  x = q k^T  ->  p = exp2(x - top)  ->  acc = keep acc + p v
-    `in turn`    step i:  k full | x | k free | p | v full | acc, p v, wait | v free
-    `ahead`      step i:  k full | start x, start p' v' of step i - 1 | k free | p | v' free
-
-In turn, the warpgroups fill each other's gaps; ahead, one's softmax runs beside its own product.
-"""
+"""Streaming attention forward: an online softmax in base 2 over the key tiles of a sweep."""
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +12,26 @@ from pallas_kernels.mosaic_gpu import softmax
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.block_sizes import forward_blocks
-from pallas_kernels.mosaic_gpu.stream.consumer import Queries
 from pallas_kernels.mosaic_gpu.stream.frame import Frame
 from pallas_kernels.mosaic_gpu.stream.launch import Launch
-from pallas_kernels.mosaic_gpu.stream.producer import key_rings
-from pallas_kernels.mosaic_gpu.stream.producer import open_boxes
-from pallas_kernels.mosaic_gpu.stream.producer import produce
-from pallas_kernels.mosaic_gpu.stream.producer import query_ring
+from pallas_kernels.mosaic_gpu.stream.load_keys import key_rings
+from pallas_kernels.mosaic_gpu.stream.load_keys import open_boxes
+from pallas_kernels.mosaic_gpu.stream.load_keys import produce_keys
+from pallas_kernels.mosaic_gpu.stream.load_keys import query_ring
+from pallas_kernels.mosaic_gpu.stream.queries import Queries
+from pallas_kernels.mosaic_gpu.stream.scalars import Refs
+from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
+
+# Rings of q, k and v, and the producer: load_keys.py. A consumer, for 64 queries:
+#
+#   x = q k^T  ->  p = exp2(x - top)  ->  acc = keep acc + p v          keep: exp2(old top - top)
+#
+#   in turn    k full | x, wait | k free | p | v full | acc, wait | v free
+#   ahead      k full | start x | start acc with p, v of the step before | wait for x | k free
+#                     | next p | v full | wait for acc | v of the step before free
+#
+# In turn, a consumer's exponentials run beside the products of another one. Ahead, they run beside
+# its own last product: where two consumers are all there is room for, and products take longer.
 
 
 def forward_kernel(
@@ -62,6 +67,7 @@ def forward_kernel(
   lse = jax.ShapeDtypeStruct((B, len(heads), frame.sequences, frame.padded), jnp.float32)
   wgs, ring = blocks.warpgroups, query_ring(blocks, num_copies=1)
   scratch = ring.scratch(q=gpu.smem(blocks.held, wgs, TILE, Dk, dtype=q.dtype))
+  # The output is not staged where q was: there the queries of the next item are soon loaded.
   scratch |= dict(out_s=gpu.smem(wgs, TILE, Dv, dtype=q.dtype), lse_s=gpu.vector(wgs, TILE))
   rings, memory = key_rings(frame, blocks, Dk, Dv, q.dtype)
   scratch |= memory
@@ -75,7 +81,7 @@ def forward_kernel(
   return frame.unfolded(out), lse
 
 
-def _thread_block(launch: Launch, refs, scratch):
+def _thread_block(launch: Launch, refs: Refs, scratch: dict) -> None:
   refs = open_boxes(refs, launch.frame, launch.blocks)
   wg, core = lax.axis_index("wg"), lax.axis_index("core")
   refs, wg, core = launch.of_team(refs, scratch, wg, core)
@@ -83,45 +89,48 @@ def _thread_block(launch: Launch, refs, scratch):
 
   def consume():
     launch.each_item(Forward, wg)
-    gpu.wait_to_gmem(0)
+    gpu.wait_to_gmem(0)  # shared memory must not go before it is copied
 
-  launch.split(wg, lambda: produce(launch), consume)
+  launch.split(wg, lambda: produce_keys(launch), consume)
 
 
 class Forward(Queries):
   """64 queries of an item, whose output a consumer accumulates."""
 
-  def run(self):
+  def run(self) -> Scalar:
     """Attends, writes out and lse; the steps taken so far."""
     refs, wg, item = self.refs, self.wg, self.item
     self.tiles.prepare(refs, self.base)
     self.own.wait_full()
     acc, top, total = self.ahead() if self.blocks.ahead else self.in_turn()
-    self.own.release()
+    self.own.release()  # the next queries load while this item ends
     mean, lse = softmax.finish(acc, top, total, self.scale)
     gpu.wait_to_gmem(0, wait_read_only=True)  # the item before leaves its buffers
     out_s, lse_s = refs["out_s"].at[wg], refs["lse_s"].at[wg]
     out_s[...] = mean.astype(out_s.dtype)
     lse_s[...] = lse
     gpu.commit_smem()
-    gpu.to_gmem(
-      out_s, self.frame.tile(refs["out"], item["b"], item["r"], self.base, TILE, item["h"])
-    )
+    # This copy runs while the next item is worked on.
+    target = self.frame.tile(refs["out"], item["b"], item["r"], self.base, TILE, item["h"])
+    gpu.to_gmem(out_s, target)
     self.when_inside()(lambda: gpu.to_gmem(lse_s, refs["lse"].at[self.rows]))
     return self.done + self.tiles.num
 
-  def in_turn(self):
-    """Each step: logits, softmax, weighted sum. The warpgroups fill each other's gaps."""
+  # ------------------------------------------------------------------------------------ in turn
+
+  def in_turn(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each step: logits, softmax, weighted sum."""
     return self.run_steps(self._step_in_turn, self._start(), first=0)
 
-  def _step_in_turn(self, i, carry, part):
+  def _step_in_turn(self, i: Scalar, carry: tuple, part: Scalar | str | None) -> tuple:
     acc, top, total = carry
     k, v = self.k_and_v(i)
     k.wait_full()
     (x,) = gpu.matmul((self.q_s, k["k"].transpose((1, 0))))
     x, _ = self.tiles.logits(i, x, part)
+    # Masks come after the product: before it, what they compare would be kept in registers.
     mask = self.tiles.mask(i, k, part)
-    k.release()
+    k.release()  # with its ids; the next keys load during the exponentials
     p, top, total, keep = self._weights(x, top, total, mask)
     acc = acc * gpu.over_columns(keep, acc.shape[1])
     v.wait_full()
@@ -129,12 +138,15 @@ class Forward(Queries):
     v.release()
     return acc, top, total
 
-  def ahead(self):
+  # -------------------------------------------------------------------------------------- ahead
+
+  def ahead(self) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The logits of a step are made while the weighted sum of the step before runs."""
     acc, top, total = self._start()
     k, first = self.k(0), jnp.int32(0)
     k.wait_full()
     (x,) = gpu.matmul((self.q_s, k["k"].transpose((1, 0))))
+    # There is one copy of this code: its mask serves full tiles as well.
     p, top, total, _ = self._attend(first, x, top, total, self.first_part)
     carry = acc, p.astype(self.q_s.dtype), top, total
     acc, p, top, total = self.run_steps(self._step_ahead, carry, first=1)
@@ -143,12 +155,13 @@ class Forward(Queries):
     v.release()
     return acc, top, total
 
-  def _step_ahead(self, i, carry, part):
+  def _step_ahead(self, i: Scalar, carry: tuple, part: Scalar | str | None) -> tuple:
     acc, p, top, total = carry
     k, v_before = self.k(i), self.v(i - 1)
     k.wait_full()
 
     def body(logits, acc):
+      # Products end in the order in which they start: logits are there with one under way.
       logits.add(self.q_s, k["k"].transpose((1, 0)))
       acc.add_from_registers(p, v_before["v"])
       return self._attend(i, logits.get(under_way=1), top, total, part), acc.get()
@@ -160,8 +173,15 @@ class Forward(Queries):
     acc, p = lax.optimization_barrier((acc, p))
     return acc * gpu.over_columns(keep, acc.shape[1]), p.astype(self.q_s.dtype), top, total
 
-  def _attend(self, i, x, top, total, part):
-    """What `_weights` returns, of products; the values of step i are there."""
+  def _attend(
+    self,
+    i: Scalar,
+    x: jax.Array,
+    top: jax.Array,
+    total: jax.Array,
+    part: Scalar | str | None,
+  ) -> tuple[jax.Array, ...]:
+    """What `_weights` returns, of products; then the values of step i are there."""
     x, _ = self.tiles.logits(i, x, part)
     mask = self.tiles.mask(i, self.k(i), part)
     self.k(i).release()
@@ -172,12 +192,16 @@ class Forward(Queries):
     self.v(i).wait_full()
     return p, *state
 
-  def _start(self):
+  # --------------------------------------------------------------------------------------- both
+
+  def _start(self) -> tuple[jax.Array, jax.Array, jax.Array]:
     """acc, running maximum, and sum of weights, before the first key."""
     acc = gpu.zeros((TILE, self.refs["v_s"].shape[-1]))
     return acc, gpu.full((TILE,), softmax.NO_MAXIMUM), gpu.full((TILE,), 0.0)
 
-  def _weights(self, x, top, total, mask):
+  def _weights(
+    self, x: jax.Array, top: jax.Array, total: jax.Array, mask: jax.Array | None
+  ) -> tuple[jax.Array, ...]:
     """exp2 of logits x under the running maximum; new maximum, sum of weights, rescaling."""
     if mask is not None:
       x = jnp.where(mask, x, -jnp.inf)

@@ -21,8 +21,10 @@ from jaxtyping import Num
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
-from pallas_kernels.mosaic_gpu.stream.integers import div
-from pallas_kernels.mosaic_gpu.stream.integers import pick
+from pallas_kernels.mosaic_gpu.stream.scalars import div
+from pallas_kernels.mosaic_gpu.stream.scalars import Item
+from pallas_kernels.mosaic_gpu.stream.scalars import pick
+from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
 from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
 from pallas_kernels.mosaic_gpu.stream.tiles import KeyTiles
 from pallas_kernels.mosaic_gpu.stream.tiles import QueryTiles
@@ -109,7 +111,13 @@ class Frame:
     del transposed
     return {}
 
-  def further_inputs(self, k, v, segment_ids, transposed: bool = False) -> dict[str, Array]:
+  def further_inputs(
+    self,
+    k: Num[Array, "B S Hkv Dk"],
+    v: Num[Array, "B S Hkv Dv"],
+    segment_ids: Int[Array, "B T"] | None,
+    transposed: bool = False,
+  ) -> dict[str, Array]:
     """What a launch reads besides q, k, v and what belongs to queries."""
     inputs = self.lists(transposed)
     if self.schedule.own and not transposed:
@@ -122,23 +130,23 @@ class Frame:
     """The shape of dk or dv as the kernel stores it, of the heads of the launch."""
     raise NotImplementedError
 
-  def key_grads(self, x: Num[Array, "B *T H D"]) -> Num[Array, "B *T H D"]:
+  def key_grads(self, x: Array) -> Array:
     """dk or dv without the rows that fill tiles."""
     return self.unfolded(x)
 
   # -------------------------------------------------------------------------- places in memory
 
-  def head(self, h):
+  def head(self, h: Scalar) -> Scalar:
     """The query head of head h of the launch."""
     step = self.heads[1] - self.heads[0] if len(self.heads) > 1 else 0
     if self.heads == tuple(self.heads[0] + n * step for n in range(len(self.heads))):
       return self.heads[0] + h * step
     return pick(h, self.heads)
 
-  def kv_head(self, h):
+  def kv_head(self, h: Scalar) -> Scalar:
     return div(self.head(h), self.group)
 
-  def tile(self, ref, b, r, start, size: int, h):
+  def tile(self, ref: Any, b: Scalar, r: Scalar, start: Scalar, size: int, h: Scalar) -> Any:
     """`size` rows of sequence r of an array as `folded` returns it."""
     raise NotImplementedError
 
@@ -147,17 +155,26 @@ class Frame:
     del step
     return 1
 
-  def in_boxes(self, step: int, D: int, dtype) -> bool:
+  def in_boxes(self, step: int, D: int, dtype: Any) -> bool:
     """Whether one copy fills a key tile with rows that lie apart (`Summaries.boxes`)."""
     del step, D, dtype
     return False
 
-  def load_keys(self, copy: Callable, source, item: dict, tile, step: int):
+  def load_keys(self, copy: Callable, source: Any, item: Item, tile: Scalar, step: int) -> None:
     """Copies key tile `tile`; `copy(piece of the source, first row, rows)`."""
     rows = self.tile(source, item["b"], item["r"], tile * step, step, self.kv_head(item["h"]))
     copy(rows, 0, step)
 
-  def store_keys(self, copy: Callable, target, b, r, h, first, size: int):
+  def store_keys(
+    self,
+    copy: Callable,
+    target: Any,
+    b: Scalar,
+    r: Scalar,
+    h: Scalar,
+    first: Scalar,
+    size: int,
+  ) -> None:
     """Stores `size` keys from key `first` on into an array of `key_shape`."""
     copy(0, size, self.tile(target, b, r, first, size, h))
 
@@ -169,15 +186,15 @@ class Frame:
     sizes = dict(b=batch, r=self.sequences, h=len(self.heads))
     return Work(sizes, -(-num_rows // blocks.rows), blocks.spread)
 
-  def sweep_keys(self, item: dict, blocks: BlockSizes) -> KeyTiles:
+  def sweep_keys(self, item: Item, blocks: BlockSizes) -> Any:
     """What an item of queries sweeps."""
-    # Items come in order, and the longest rows of tiles are those of the last queries.
+    # The longest items are dealt first (work.py): those of the last queries.
     q0 = (-(-self.length // blocks.rows) - 1 - item["tile"]) * blocks.rows
     return KeyTiles(self, item, q0, blocks)
 
   def sweep_queries(
-    self, item: dict, k0, blocks: BlockSizes, shares: int, batch: int
-  ) -> QueryTiles:
+    self, item: Item, k0: Scalar, blocks: BlockSizes, shares: int, batch: int
+  ) -> Any:
     """What an item of keys, from key k0 on, sweeps; see `QueryTiles` for shares."""
     return QueryTiles(self, item, k0, blocks, shares, batch)
 
@@ -186,7 +203,7 @@ class Frame:
     del batch, rows
     return 1
 
-  def key_tiles(self, q0, rows: int, step: int) -> tuple[Any, Any, Any, Any]:
+  def key_tiles(self, q0: Scalar, rows: int, step: int) -> tuple[Scalar, ...]:
     """The key tiles of queries q0 ... q0 + rows - 1 (rows past the end do not count).
 
     They are first ... end - 1, of which full_first ... full_end - 1 need no mask.
@@ -198,7 +215,7 @@ class Frame:
     last = jnp.minimum(q0 + rows, self.length) - 1
     end = div(jnp.maximum(last - distance + step, 0), step)
     full = div(jnp.maximum(q0 - distance + 1, 0), step)
-    first = full_first = 0 * end
+    first = full_first = 0 * end  # one object: `Tiles.tile` knows by it that none is before
     if window is not None:
       first = div(jnp.maximum(q0 - window + 1, 0), step)
       full_first = jnp.minimum(div(jnp.maximum(last - window + 1, 0) + step - 1, step), end)
@@ -206,7 +223,7 @@ class Frame:
       full_first = full = first
     return first, full_first, jnp.maximum(full, full_first), jnp.maximum(end, first)
 
-  def query_tiles(self, k0, keys: int, step: int) -> tuple[Any, Any, Any, Any]:
+  def query_tiles(self, k0: Scalar, keys: int, step: int) -> tuple[Scalar, ...]:
     """The tiles of queries that see any of the keys k0 ... k0 + keys - 1, as `key_tiles`."""
     distance, window = self.schedule.distance, self.schedule.window
     end = jnp.int32(-(-self.length // step))
@@ -224,33 +241,33 @@ class Frame:
       full = full_end = end
     return first, full, full_end, end
 
-  def last_key(self, k0, keys: int):
+  def last_key(self, k0: Scalar, keys: int) -> Scalar:
     """The last one of keys k0 ... k0 + keys - 1 that exists."""
     return jnp.minimum(k0 + keys, max(self.num_keys, 2)) - 1
 
-  def first_query(self, key):
+  def first_query(self, key: Scalar) -> Scalar:
     """The first query that can see a key or a later one, or a little before it."""
     return key + self.schedule.distance
 
   # -------------------------------------------------------------------------------------- masks
 
-  def query_bounds(self, q0, rows: int, layout):
+  def query_bounds(self, q0: Scalar, rows: int, layout: Any) -> tuple[Array, Array | None]:
     """Per query, what `key_places` may at most and must at least be; None: no lower bound."""
     i = q0 + gpu.iota((rows,), layout=layout)
     low = None if self.schedule.window is None else i - (self.schedule.window - 1)
     return i - self.schedule.distance, low
 
-  def key_places(self, k0, keys: int, h, layout):
+  def key_places(self, k0: Scalar, keys: int, h: Scalar, layout: Any) -> Array:
     """Per key, where it stands among the queries: which row sees it first."""
     del h
     return k0 + gpu.iota((keys,), layout=layout)
 
 
-def padded(x, axis: int, num_rows: int):
+def padded(x: Array, axis: int, num_rows: int) -> Array:
   """x with `num_rows` more rows of zeros."""
   return jnp.pad(x, [(0, num_rows if n == axis else 0) for n in range(x.ndim)]) if num_rows else x
 
 
-def cut(x, axis: int, length: int):
+def cut(x: Array, axis: int, length: int) -> Array:
   """x with so many rows alone."""
   return x if x.shape[axis] == length else lax.slice_in_dim(x, 0, length, axis=axis)

@@ -1,14 +1,11 @@
 """What the streaming kernels sweep where a pattern is no formula of tiles: lists of blocks.
 
 `pallas_kernels.lists` makes the lists. A kernel's tile is a block, or a part of one.
-
-    cores     first item, number of items     of each team of warpgroups
-    items     b, h, kv, tile, start, num_full, num     in the order they are worked on
-    numbers   ... | full blocks, masked blocks | ...     `num` of them from `start` on
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,16 +16,29 @@ from pallas_kernels import lists
 from pallas_kernels.bits import Bits
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.stream import formula
+from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.frame import COPY_ROWS
 from pallas_kernels.mosaic_gpu.stream.frame import padded
-from pallas_kernels.mosaic_gpu.stream.integers import div
-from pallas_kernels.mosaic_gpu.stream.integers import rem
 from pallas_kernels.mosaic_gpu.stream.listed_tiles import ListedTiles
+from pallas_kernels.mosaic_gpu.stream.scalars import div
+from pallas_kernels.mosaic_gpu.stream.scalars import Item
+from pallas_kernels.mosaic_gpu.stream.scalars import Refs
+from pallas_kernels.mosaic_gpu.stream.scalars import rem
+from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
 from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
 from pallas_kernels.mosaic_gpu.stream.views import Natural
 from pallas_kernels.mosaic_gpu.stream.work import Work
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
+
+# What a kernel reads (`pallas_kernels.lists.Lists`):
+#
+#   cores     [first item, number of items]            of each team of warpgroups
+#      |
+#   items     [b, h, kv, tile, start, num_full, num]   in the order they are worked on
+#      |                         |
+#   numbers   .. | full blocks, then masked blocks | ..        `num` of them from `start` on
+#   masks     .. |  -              place in words  | ..        beside them, where masks are bits
 
 
 class Listed(Natural):
@@ -70,42 +80,45 @@ class Listed(Natural):
     self.by_queries, self.by_keys = by_queries, by_keys
     self.formulas, self.formula_of, self.bits = formulas, formula_of, bits
     self.scores, self.values = scores, values
-    self.has_full, self.num_keys = True, problem.S
+    self.num_keys = problem.S
+    self.has_full = True  # also with segment ids: the lists say which blocks they leave whole
     numbers = by_queries.numbers
     past_the_end = not isinstance(numbers, np.ndarray) or (numbers == problem.nk).any()
     self.ends_inside = past_the_end or problem.S % lists.BLOCK > 0
 
-  def lists(self, transposed):
+  def lists(self, transposed: bool) -> dict[str, Array]:
     arrays = (self.by_keys if transposed else self.by_queries)._asdict()
     if self.bits is not None:
       arrays.update(words=self.bits.by_keys if transposed else self.bits.by_queries)
     arrays.update({f"value{n}": x for n, x in enumerate(self.values)})
     return {name: jnp.asarray(x) for name, x in arrays.items()}
 
-  def keys(self, x):
+  def keys(self, x: Array) -> Array:
     return padded(x, 1, -self.num_keys % COPY_ROWS)
 
-  def key_shape(self, batch, D):
+  def key_shape(self, batch: int, D: int) -> tuple[int, ...]:
     return batch, self.num_keys + -self.num_keys % COPY_ROWS, len(self.problem.owners), D
 
-  def key_grads(self, x):
+  def key_grads(self, x: Array) -> Array:
     return x[:, : self.num_keys] if self.num_keys % COPY_ROWS else x
 
-  def load_keys(self, copy, source, item, tile, step):
+  def load_keys(self, copy: Callable, source: Any, item: Item, tile: Scalar, step: int) -> None:
     copy(source.at[item["b"], gpu.ds(tile * step, step), item["kv"]], 0, step)
 
-  def work(self, blocks, batch, transposed):
+  def work(self, blocks: BlockSizes, batch: int, transposed: bool) -> Work:
     del batch
     num_cores = (self.by_keys if transposed else self.by_queries).cores.shape[0] - 1
     return ListedWork(num_cores, lists.BLOCK // blocks.rows)
 
-  def sweep_keys(self, item, blocks):
-    return ListedTiles.of_keys(self, item, blocks)
+  def sweep_keys(self, item: Item, blocks: BlockSizes) -> ListedTiles:
+    return ListedTiles(self, item, blocks)
 
-  def sweep_queries(self, item, k0, blocks, shares, batch):
+  def sweep_queries(
+    self, item: Item, k0: Scalar, blocks: BlockSizes, shares: int, batch: int
+  ) -> ListedTiles:
     del k0
     assert shares == 1
-    return ListedTiles.of_queries(self, item, blocks, batch)
+    return ListedTiles(self, item, blocks, batch)
 
 
 class ListedWork(Work):
@@ -116,17 +129,19 @@ class ListedWork(Work):
     parts: items of the kernel to one of the lists.
   """
 
-  def __init__(self, num_cores: int, parts: int, refs=None, core=None):
+  def __init__(
+    self, num_cores: int, parts: int, refs: Refs | None = None, core: Scalar | None = None
+  ):
     self.num_blocks, self.parts, self.refs, self.core = num_cores, parts, refs, core
 
-  def of(self, refs, core=None):
+  def of(self, refs: Refs, core: Scalar | None = None) -> "ListedWork":
     core = lax.axis_index("core") if core is None else core
     return ListedWork(self.num_blocks, self.parts, refs, core)
 
-  def count(self):
+  def count(self) -> Scalar:
     return self.refs["cores"][self.core, 1] * self.parts
 
-  def each(self, body, carry):
+  def each(self, body: Callable, carry: Any) -> Any:
     refs, last = self.refs, self.refs["items"].shape[0] - 1
     first = refs["cores"][self.core, 0]
 
@@ -155,4 +170,4 @@ def formulas(pattern: Pattern, heads: tuple[int, ...]) -> tuple[tuple, tuple[int
   if None in of_heads:
     return (), ()
   distinct = list(dict.fromkeys(of_heads))
-  return tuple(distinct), tuple(distinct.index(one) for one in of_heads)
+  return tuple(distinct), tuple(map(distinct.index, of_heads))

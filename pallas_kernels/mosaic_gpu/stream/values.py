@@ -1,8 +1,4 @@
-"""Gradients of the learned values of a score function, one row of them per value and query.
-
-Rings and roles are those of dq (dq.py); each step adds P dS's share of every value, and there is no
-product beside those of logits and dP.
-"""
+"""Gradients of the learned values of a score function, by query: their sums are the values'."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +17,21 @@ from pallas_kernels.mosaic_gpu.stream.dq import weights
 from pallas_kernels.mosaic_gpu.stream.dq import where_attending
 from pallas_kernels.mosaic_gpu.stream.launch import Launch
 from pallas_kernels.mosaic_gpu.stream.listed import Listed
-from pallas_kernels.mosaic_gpu.stream.producer import key_rings
-from pallas_kernels.mosaic_gpu.stream.producer import produce
-from pallas_kernels.mosaic_gpu.stream.producer import query_ring
+from pallas_kernels.mosaic_gpu.stream.load_keys import key_rings
+from pallas_kernels.mosaic_gpu.stream.load_keys import produce_keys
+from pallas_kernels.mosaic_gpu.stream.load_keys import query_ring
+from pallas_kernels.mosaic_gpu.stream.scalars import Refs
+from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
+
+# Rings of q, k and v, and the producer: load_keys.py. A consumer, for 64 queries:
+#
+#   dvalue = rowsum of P (dP - delta) dlogit/dvalue       P, dP and delta as in dq.py
+#
+#   in turn    k, v full | x, dP | dlogits | dvalues | k, v free
+#
+# One more sweep of the keys, not a part of dq's: its registers have no room for the derivatives.
+
+TILES, VECTORS = ("q", "dout"), ("lse", "delta")  # what is loaded with queries
 
 
 def dvalues_kernel(
@@ -47,7 +55,7 @@ def dvalues_kernel(
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
   inputs |= dict(lse=safe_lse(lse), delta=delta)
   inputs |= frame.further_inputs(k, v, segment_ids)
-  lanes, ring = (blocks.held, blocks.warpgroups), query_ring(blocks, num_copies=4)
+  lanes, ring = (blocks.held, blocks.warpgroups), query_ring(blocks, len(TILES) + len(VECTORS))
   scratch = ring.scratch(
     q=gpu.smem(*lanes, TILE, Dk, dtype=q.dtype),
     dout=gpu.smem(*lanes, TILE, Dv, dtype=q.dtype),
@@ -63,17 +71,17 @@ def dvalues_kernel(
   return launch.run("stream_dvalues", _thread_block, **arrays)
 
 
-def _thread_block(launch: Launch, refs):
+def _thread_block(launch: Launch, refs: Refs) -> None:
   launch = launch.of(refs)
   wg = lax.axis_index("wg")
-  load = lambda: produce(launch, ("q", "dout"), ("lse", "delta"))
+  load = lambda: produce_keys(launch, TILES, VECTORS)
   launch.split(wg, load, lambda: launch.each_item(Dvalues, wg))
 
 
 class Dvalues(Dq):
   """64 queries of an item, whose gradients of values a consumer accumulates."""
 
-  def run(self):
+  def run(self) -> Scalar:
     """Accumulates and writes them; the steps taken so far."""
     refs = self.refs
     self.tiles.prepare(refs, self.base)
@@ -88,11 +96,11 @@ class Dvalues(Dq):
       for n, total in enumerate(totals):
         refs[f"of_value{n}"].at[self.rows][...] = total
 
-    gpu.commit_reads()
+    gpu.commit_reads()  # of lse and delta
     self.own.release()
     return self.done + self.tiles.num
 
-  def _step(self, i, totals, part):
+  def _step(self, i: Scalar, totals: tuple, part: Scalar | str | None) -> tuple:
     k, v = self.k_and_v(i)
 
     def body(logits, dp):
