@@ -16,8 +16,6 @@ from pallas_kernels.mosaic_gpu.ring import Slot
 from pallas_kernels.mosaic_gpu.softmax import safe_lse
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.block_sizes import dkv_blocks
-from pallas_kernels.mosaic_gpu.stream.dq import weights
-from pallas_kernels.mosaic_gpu.stream.dq import where_attending
 from pallas_kernels.mosaic_gpu.stream.frame import Frame
 from pallas_kernels.mosaic_gpu.stream.launch import Launch
 from pallas_kernels.mosaic_gpu.stream.load_queries import key_slot
@@ -26,6 +24,8 @@ from pallas_kernels.mosaic_gpu.stream.load_queries import rings_of
 from pallas_kernels.mosaic_gpu.stream.scalars import Item
 from pallas_kernels.mosaic_gpu.stream.scalars import Refs
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
+from pallas_kernels.mosaic_gpu.stream.weights import weights
+from pallas_kernels.mosaic_gpu.stream.weights import where_attending
 
 # Rings of k and q, and the producer: load_queries.py. A consumer, for 64 keys, makes transposed
 # tiles, whose rows are keys: P^T and dS^T come out of the matrix units in registers, as the left

@@ -23,6 +23,8 @@ from pallas_kernels.mosaic_gpu.stream.load_keys import query_ring
 from pallas_kernels.mosaic_gpu.stream.queries import Queries
 from pallas_kernels.mosaic_gpu.stream.scalars import Refs
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
+from pallas_kernels.mosaic_gpu.stream.weights import weights
+from pallas_kernels.mosaic_gpu.stream.weights import where_attending
 
 # Rings of q, k and v, and the producer: load_keys.py. A consumer, for 64 queries:
 #
@@ -105,8 +107,8 @@ def _thread_block(launch: Launch, refs: Refs) -> None:
     launch.each_item(Dq, wg)
     gpu.wait_to_gmem(0)
 
-  arrays = [[x for x in names if x in refs] for names in (TILES, VECTORS)]
-  launch.split(wg, lambda: produce_keys(launch, *arrays), consume)
+  names = [tuple(x for x in each if x in refs) for each in (TILES, VECTORS)]
+  launch.split(wg, lambda: produce_keys(launch, *names), consume)
 
 
 class Dq(Queries):
@@ -255,14 +257,3 @@ class Dq(Queries):
   def _columns(self, row: jax.Array) -> jax.Array:
     """A value per query, over all keys of a step."""
     return gpu.over_columns(row, self.blocks.step)
-
-
-def weights(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """exp2 of logits in base 2, less the log-sum-exp; 0 where masked."""
-  p = jnp.exp2(x)
-  return p if mask is None else jnp.where(mask, p, 0.0)
-
-
-def where_attending(derivative: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """The derivative where pairs attend: of others it may be anything."""
-  return derivative if mask is None else jnp.where(mask, derivative, 0.0)

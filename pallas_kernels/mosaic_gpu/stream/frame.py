@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 from jaxtyping import Int
 from jaxtyping import Num
@@ -98,11 +97,9 @@ class Frame:
     return self.folded(x)
 
   def ids(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B R Mp"]:
-    """Segment ids of every sequence, padded to whole tiles.
-
-    Two more than its rows have: the first of three warpgroups may be at the last tile, and ids,
-    unlike tiles, are read past the end.
-    """
+    """Segment ids of every sequence, padded to whole tiles."""
+    # And two tiles more: the first of three warpgroups may be at the last one, and ids, unlike
+    # tiles, are not clipped.
     x = segment_ids.reshape(segment_ids.shape[0], self.sequences, self.length)
     return jnp.pad(x, [(0, 0), (0, 0), (0, self.padded + 2 * TILE - self.length)])
 
@@ -138,12 +135,14 @@ class Frame:
 
   def head(self, h: Scalar) -> Scalar:
     """The query head of head h of the launch."""
+    # Regular heads by arithmetic: comparing takes an instruction for each of them.
     step = self.heads[1] - self.heads[0] if len(self.heads) > 1 else 0
     if self.heads == tuple(self.heads[0] + n * step for n in range(len(self.heads))):
       return self.heads[0] + h * step
     return pick(h, self.heads)
 
   def kv_head(self, h: Scalar) -> Scalar:
+    """The head of k and v that it reads."""
     return div(self.head(h), self.group)
 
   def tile(self, ref: Any, b: Scalar, r: Scalar, start: Scalar, size: int, h: Scalar) -> Any:
@@ -213,19 +212,22 @@ class Frame:
     """
     distance, window = self.schedule.distance, self.schedule.window
     last = jnp.minimum(q0 + rows, self.length) - 1
+    # The last query decides which tiles there are, the first one which of them all see in full; of
+    # a window's other end it is the other way round.
     end = div(jnp.maximum(last - distance + step, 0), step)
     full = div(jnp.maximum(q0 - distance + 1, 0), step)
     first = full_first = 0 * end  # one object: `Tiles.tile` knows by it that none is before
     if window is not None:
       first = div(jnp.maximum(q0 - window + 1, 0), step)
       full_first = jnp.minimum(div(jnp.maximum(last - window + 1, 0) + step - 1, step), end)
-    if self.segments:
+    if self.segments:  # any tile may hold keys of another segment
       full_first = full = first
     return first, full_first, jnp.maximum(full, full_first), jnp.maximum(end, first)
 
   def query_tiles(self, k0: Scalar, keys: int, step: int) -> tuple[Scalar, ...]:
     """The tiles of queries that see any of the keys k0 ... k0 + keys - 1, as `key_tiles`."""
     distance, window = self.schedule.distance, self.schedule.window
+    # Queries see keys before them: without a window, all from the first one on that sees key k0.
     end = jnp.int32(-(-self.length // step))
     last = self.last_key(k0, keys)
     first = jnp.minimum(div(self.first_query(k0), step), end)
@@ -243,7 +245,7 @@ class Frame:
 
   def last_key(self, k0: Scalar, keys: int) -> Scalar:
     """The last one of keys k0 ... k0 + keys - 1 that exists."""
-    return jnp.minimum(k0 + keys, max(self.num_keys, 2)) - 1
+    return jnp.minimum(k0 + keys, self.num_keys) - 1
 
   def first_query(self, key: Scalar) -> Scalar:
     """The first query that can see a key or a later one, or a little before it."""
@@ -261,13 +263,3 @@ class Frame:
     """Per key, where it stands among the queries: which row sees it first."""
     del h
     return k0 + gpu.iota((keys,), layout=layout)
-
-
-def padded(x: Array, axis: int, num_rows: int) -> Array:
-  """x with `num_rows` more rows of zeros."""
-  return jnp.pad(x, [(0, num_rows if n == axis else 0) for n in range(x.ndim)]) if num_rows else x
-
-
-def cut(x: Array, axis: int, length: int) -> Array:
-  """x with so many rows alone."""
-  return x if x.shape[axis] == length else lax.slice_in_dim(x, 0, length, axis=axis)

@@ -16,9 +16,9 @@ from pallas_kernels import lists
 from pallas_kernels.bits import Bits
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.stream import formula
+from pallas_kernels.mosaic_gpu.stream.arrays import padded
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.frame import COPY_ROWS
-from pallas_kernels.mosaic_gpu.stream.frame import padded
 from pallas_kernels.mosaic_gpu.stream.listed_tiles import ListedTiles
 from pallas_kernels.mosaic_gpu.stream.scalars import div
 from pallas_kernels.mosaic_gpu.stream.scalars import Item

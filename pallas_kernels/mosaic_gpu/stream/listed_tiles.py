@@ -57,6 +57,7 @@ class ListedTiles:
 
   def number(self, i: Scalar) -> Scalar:
     """Of the block of step i; of no one's, one step after the last."""
+    # The list behind this one, or its own end where it is the last of all: nobody uses it.
     numbers = self.item["numbers"]
     return numbers[jnp.minimum(self._place(i), numbers.shape[0] - 1)]
 
@@ -130,6 +131,8 @@ class ListedTiles:
         (turn == n) & allowed(shape, queries, keys) for n, allowed in enumerate(frame.formulas)
       ]
       mask = functools.reduce(jnp.logical_or, each)
+    # Keys past the last one are zeros, and would have weights; queries past the last one matter
+    # where a score function makes no number of them.
     if frame.ends_inside:
       mask = mask & (keys() < frame.num_keys)
     if self.transposed and frame.problem.rows_end:
@@ -184,6 +187,7 @@ class ListedTiles:
     return formula.value_derivatives(scores, products, *self._made_of(i, products, number))
 
   def _made_of(self, i: Scalar, products: jax.Array, number: Scalar | None) -> tuple:
+    # Read by each step, not held in registers: it is one load from the cache.
     wide = lambda x: lax.broadcast(x, products.shape)
     head = lambda: head_of(self.frame.problem.heads, self.head(i, number))
     value = lambda n: lambda: wide(self.refs[f"value{n}"][head()])

@@ -8,15 +8,15 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.stream.arrays import in_rows
+from pallas_kernels.mosaic_gpu.stream.arrays import padded
 from pallas_kernels.mosaic_gpu.stream.frame import COPY_ROWS
-from pallas_kernels.mosaic_gpu.stream.frame import padded
 from pallas_kernels.mosaic_gpu.stream.scalars import div
 from pallas_kernels.mosaic_gpu.stream.scalars import Item
 from pallas_kernels.mosaic_gpu.stream.scalars import pick
 from pallas_kernels.mosaic_gpu.stream.scalars import rem
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
 from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
-from pallas_kernels.mosaic_gpu.stream.views import in_rows
 from pallas_kernels.mosaic_gpu.stream.views import Natural
 
 # Keys are numbered as if every row had `slot` of them, so that a tile holds whole rows or lies

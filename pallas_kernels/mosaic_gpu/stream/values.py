@@ -13,8 +13,6 @@ from pallas_kernels.mosaic_gpu.softmax import safe_lse
 from pallas_kernels.mosaic_gpu.stream import formula
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.dq import Dq
-from pallas_kernels.mosaic_gpu.stream.dq import weights
-from pallas_kernels.mosaic_gpu.stream.dq import where_attending
 from pallas_kernels.mosaic_gpu.stream.launch import Launch
 from pallas_kernels.mosaic_gpu.stream.listed import Listed
 from pallas_kernels.mosaic_gpu.stream.load_keys import key_rings
@@ -22,6 +20,8 @@ from pallas_kernels.mosaic_gpu.stream.load_keys import produce_keys
 from pallas_kernels.mosaic_gpu.stream.load_keys import query_ring
 from pallas_kernels.mosaic_gpu.stream.scalars import Refs
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
+from pallas_kernels.mosaic_gpu.stream.weights import weights
+from pallas_kernels.mosaic_gpu.stream.weights import where_attending
 
 # Rings of q, k and v, and the producer: load_keys.py. A consumer, for 64 queries:
 #

@@ -5,9 +5,10 @@ from typing import Any
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu import gpu
-from pallas_kernels.mosaic_gpu.stream.frame import cut
+from pallas_kernels.mosaic_gpu.stream.arrays import cut
+from pallas_kernels.mosaic_gpu.stream.arrays import in_rows
+from pallas_kernels.mosaic_gpu.stream.arrays import padded
 from pallas_kernels.mosaic_gpu.stream.frame import Frame
-from pallas_kernels.mosaic_gpu.stream.frame import padded
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
 
 
@@ -35,6 +36,8 @@ class Natural(Frame):
 class Columns(Frame):
   """[B, T/l, l, H, D]: row m of sequence r is token m l + r."""
 
+  # Ids of a column would be a copy in another order; such calls take lists.
+
   takes_segments = False
 
   def shape(self, T: int, stride: int) -> tuple[int, int]:
@@ -50,6 +53,7 @@ class Columns(Frame):
     return batch, self.length + self.spare, self.sequences, len(self.heads), D
 
   def tile(self, ref: Any, b: Scalar, r: Scalar, start: Scalar, size: int, h: Scalar) -> Any:
+    # Strided in memory, dense in a copy: columns need no gather and no transposed array.
     return ref.at[b, gpu.ds(start, size), r, h]
 
 
@@ -70,8 +74,3 @@ class Blocks(Frame):
 
   def tile(self, ref: Any, b: Scalar, r: Scalar, start: Scalar, size: int, h: Scalar) -> Any:
     return ref.at[b, r, gpu.ds(start, size), h]
-
-
-def in_rows(x: Array, stride: int) -> Array:
-  """[B, T, H, D] -> [B, T/l, l, H, D]; no copy."""
-  return x.reshape(x.shape[0], -1, stride, *x.shape[2:])

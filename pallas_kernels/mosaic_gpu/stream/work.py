@@ -52,6 +52,7 @@ class Work:
     """
 
     def step(n, carry):
+      # From the last name, which varies fastest, to the first.
       number, item = n * self.num_blocks + self._place(n), {}
       for name, size in reversed(self.sizes.items()):
         item[name] = rem(number, size)
