@@ -29,7 +29,7 @@ from pallas_kernels.mosaic_gpu.stream.weights import where_attending
 
 # Rings of k and q, and the producer: load_queries.py. A consumer, for 64 keys, makes transposed
 # tiles, whose rows are keys: P^T and dS^T come out of the matrix units in registers, as the left
-# operands that the sums want.
+# operands of dv and dk.
 #
 #   P^T = exp2(x^T - lse), x^T = k q^T       dS^T = P^T (dP^T - delta), dP^T = v dout^T
 #   dv = sum of P^T dout                     dk = scale sum of dS^T q
@@ -69,15 +69,15 @@ def dkv_kernel(
   together = q.shape[-1] + v.shape[-1] <= MAX_TOGETHER
   arrays = q, k, v, segment_ids, lse, delta, dout
   grads = []
-  for outputs in ["kv"] if together else ["k", "v"]:
-    grads += _launch(frame, outputs, *arrays, scale, blocks)
+  for wanted in ["kv"] if together else ["k", "v"]:
+    grads += _launch(frame, wanted, *arrays, scale, blocks)
   dk, dv = grads
   return dk, dv
 
 
 def _launch(
   frame: Frame,
-  parts: str,
+  wanted: str,
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
@@ -88,20 +88,20 @@ def _launch(
   scale: float,
   blocks: BlockSizes,
 ) -> tuple[jax.Array, ...]:
-  """Those gradients that `parts` names, of "k" and "v"."""
+  """Those gradients that `wanted` names, of "k" and "v"."""
   B, Dk, Dv = q.shape[0], q.shape[-1], v.shape[-1]
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
   inputs |= dict(lse=safe_lse(lse), minus_delta=-delta)
   inputs |= frame.further_inputs(k, v, segment_ids, transposed=True)
   shares = frame.shares(B, blocks.rows)
   shapes = dict(k=frame.key_shape(shares * B, Dk), v=frame.key_shape(shares * B, Dv))
-  outputs = {f"d{x}": jax.ShapeDtypeStruct(shapes[x], q.dtype) for x in parts}
+  outputs = {f"d{x}": jax.ShapeDtypeStruct(shapes[x], q.dtype) for x in wanted}
   rings, scratch = rings_of(frame, blocks, Dk, Dv, q.dtype)
   if gpu.simulated():  # its matrix instructions take no operand from registers
     scratch |= dict(p_s=gpu.smem(blocks.warpgroups, TILE, blocks.step, dtype=q.dtype))
   work = frame.work(blocks, shares * B, transposed=True)
   launch = Launch(frame=frame, blocks=blocks, work=work, rings=rings, scale=scale)
-  body = functools.partial(_thread_block, parts=parts, shares=shares)
+  body = functools.partial(_thread_block, wanted=wanted, shares=shares)
   grads = launch.run("stream_dkv", body, inputs=inputs, outputs=outputs, scratch=scratch)
   grads = (frame.key_grads(x) for x in grads)
   # Shares are summed here, in float32 and in one order: equal bits in every run.
@@ -111,12 +111,12 @@ def _launch(
   return tuple(x.sum(axis=0, dtype=jnp.float32).astype(q.dtype) for x in grads)
 
 
-def _thread_block(launch: Launch, refs: Refs, parts: str, shares: int) -> None:
+def _thread_block(launch: Launch, refs: Refs, wanted: str, shares: int) -> None:
   launch = launch.of(refs)
   wg = lax.axis_index("wg")
 
   def consume():
-    launch.each_item(functools.partial(Dkv, parts, shares), wg)
+    launch.each_item(functools.partial(Dkv, wanted, shares), wg)
     gpu.wait_to_gmem(0)
 
   launch.split(wg, lambda: produce_queries(launch, shares), consume)
@@ -127,7 +127,7 @@ class Dkv:
 
   def __init__(
     self,
-    parts: str,
+    wanted: str,
     shares: int,
     launch: Launch,
     item: Item,
@@ -135,7 +135,7 @@ class Dkv:
     done: Scalar,
     wg: Scalar,
   ):
-    self.launch, self.parts, self.item, self.done, self.wg = launch, parts, item, done, wg
+    self.launch, self.wanted, self.item, self.done, self.wg = launch, wanted, item, done, wg
     self.frame, self.refs, self.step_size = launch.frame, launch.refs, launch.blocks.step
     self.scale, self.scale_base_2 = launch.scale, launch.scale * gpu.LOG2E
     k0, batch = item["tile"] * launch.blocks.rows, self.refs["q"].shape[0]
@@ -148,7 +148,7 @@ class Dkv:
     """Accumulates and writes dk and dv; the steps taken so far."""
     self.tiles.prepare(self.refs, self.base)
     self.own.wait_full()
-    buffers = {x: self.own[x] for x in self.parts}
+    buffers = {x: self.own[x] for x in self.wanted}
     zeros = tuple(gpu.zeros((TILE, buffer.shape[-1])) for buffer in buffers.values())
     totals = self.tiles.run(self._step, zeros, skip=self._skip)
     # Staged where the keys were: nothing reads those any more.
@@ -162,7 +162,7 @@ class Dkv:
       self.frame.store_keys(store, self.refs[f"d{x}"], b, r, h, self.base, TILE)
     gpu.wait_to_gmem(0, wait_read_only=True)
     self.own.release()
-    return self.done + self.tiles.last_step - self.tiles.first_step
+    return self.done + self.tiles.end_step - self.tiles.first_step
 
   def _slot(self, i: Scalar) -> Slot:
     """Where the queries of step i lie."""
@@ -180,7 +180,7 @@ class Dkv:
     slot = self._slot(i)
     slot.wait_full()
     starts = [(TILE, self.step_size)]
-    if "k" in self.parts:  # dP starts as -delta: no subtraction afterwards
+    if "k" in self.wanted:  # dP starts as -delta: no subtraction afterwards
       starts.append(self._columns(slot["minus_delta"]))
     body = functools.partial(self._add, i, part, slot)
     totals = gpu.sums(body, *starts, *totals, scratch=self.p_s)
@@ -198,8 +198,8 @@ class Dkv:
   ) -> tuple[jax.Array, ...]:
     """The totals with step i; `accumulators` are dP, where it is needed, and the totals."""
     q, dout, dtype = slot["q"], slot["dout"], slot["q"].dtype
-    dp = accumulators[0] if "k" in self.parts else None
-    totals = dict(zip(self.parts, accumulators[-len(self.parts) :], strict=True))
+    dp = accumulators[0] if "k" in self.wanted else None
+    totals = dict(zip(self.wanted, accumulators[-len(self.wanted) :], strict=True))
     # Behind a barrier, so that places in k and v do not stay in registers over the loop: there
     # are too few for those of both, and at large heads for either. They would be spilled: all 30
     # spills of a step at D = 128.

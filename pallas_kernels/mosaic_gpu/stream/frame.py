@@ -185,7 +185,7 @@ class Frame:
     sizes = dict(b=batch, r=self.sequences, h=len(self.heads))
     return Work(sizes, -(-num_rows // blocks.rows), blocks.spread)
 
-  def sweep_keys(self, item: Item, blocks: BlockSizes) -> Any:
+  def sweep_keys(self, item: Item, blocks: BlockSizes) -> KeyTiles:
     """What an item of queries sweeps."""
     # The longest items are dealt first (work.py): those of the last queries.
     q0 = (-(-self.length // blocks.rows) - 1 - item["tile"]) * blocks.rows
@@ -193,7 +193,7 @@ class Frame:
 
   def sweep_queries(
     self, item: Item, k0: Scalar, blocks: BlockSizes, shares: int, batch: int
-  ) -> Any:
+  ) -> QueryTiles:
     """What an item of keys, from key k0 on, sweeps; see `QueryTiles` for shares."""
     return QueryTiles(self, item, k0, blocks, shares, batch)
 

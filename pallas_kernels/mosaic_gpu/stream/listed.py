@@ -126,34 +126,39 @@ class ListedWork(Work):
 
   Args:
     num_cores: of the lists; a team of warpgroups takes the items of one.
-    parts: items of the kernel to one of the lists.
+    per_block: items of the kernel to one of the lists.
   """
 
   def __init__(
-    self, num_cores: int, parts: int, refs: Refs | None = None, core: Scalar | None = None
+    self, num_cores: int, per_block: int, refs: Refs | None = None, core: Scalar | None = None
   ):
-    self.num_blocks, self.parts, self.refs, self.core = num_cores, parts, refs, core
+    self.num_blocks, self.per_block, self.refs, self.core = (
+      num_cores,
+      per_block,
+      refs,
+      core,
+    )
 
   def of(self, refs: Refs, core: Scalar | None = None) -> "ListedWork":
     core = lax.axis_index("core") if core is None else core
-    return ListedWork(self.num_blocks, self.parts, refs, core)
+    return ListedWork(self.num_blocks, self.per_block, refs, core)
 
   def count(self) -> Scalar:
-    return self.refs["cores"][self.core, 1] * self.parts
+    return self.refs["cores"][self.core, 1] * self.per_block
 
   def each(self, body: Callable, carry: Any) -> Any:
     refs, last = self.refs, self.refs["items"].shape[0] - 1
     first = refs["cores"][self.core, 0]
 
     def read(n):
-      place = jnp.minimum(first + div(n, self.parts), last)
+      place = jnp.minimum(first + div(n, self.per_block), last)
       return tuple(refs["items"][place, m] for m in range(len(lists.FIELDS)))
 
     def step(n, carry):
       fields, carry = carry
       item = dict(zip(lists.FIELDS, fields, strict=True), r=jnp.int32(0), numbers=refs["numbers"])
-      if self.parts > 1:
-        item["tile"] = item["tile"] * self.parts + rem(n, self.parts)
+      if self.per_block > 1:
+        item["tile"] = item["tile"] * self.per_block + rem(n, self.per_block)
       following = read(n + 1)  # on its way while this one is worked on
       return following, body(item, n, carry)
 

@@ -24,27 +24,29 @@ WORD = 32  # columns of a mask that a word of bits holds
 
 
 class ListedTiles:
-  """What `KeyTiles` and `QueryTiles` are, of a list: full blocks first, `parts` tiles to a block.
+  """What `KeyTiles` and `QueryTiles` are, of a list: full blocks first, some tiles to a block.
 
   Rows are queries and columns keys, or with `batch` the other way round; then query tiles are those
   of all heads of a group. A masked step's part of the sweep is the number of its block.
 
   Attributes:
+    per_block: tiles of a block.
     q0, num: as of `KeyTiles`.
-    b, first_step, last_step: as of `QueryTiles`.
+    b, first_step, end_step: as of `QueryTiles`.
   """
 
   def __init__(self, frame: Any, item: Item, blocks: BlockSizes, batch: int | None = None):
     self.frame, self.item, self.step = frame, item, blocks.step
-    self.transposed, self.parts = batch is not None, lists.BLOCK // blocks.step
+    self.transposed, self.per_block = batch is not None, lists.BLOCK // blocks.step
     if not self.transposed:
       self.q0 = item["tile"] * blocks.rows
-    self.num_listed, self.num_full = item["num"] * self.parts, item["num_full"] * self.parts
+    self.num_listed = item["num"] * self.per_block
+    self.num_full = item["num_full"] * self.per_block
     if not self.transposed:
       self.num = jnp.maximum(self.num_listed, 1)  # as of `KeyTiles`, though no such list is empty
     else:
       self.b = rem(item["b"], batch)
-      self.first_step, self.last_step = jnp.int32(0), self.num_listed
+      self.first_step, self.end_step = jnp.int32(0), self.num_listed
 
   # -------------------------------------------------------------------------------------- steps
 
@@ -53,7 +55,7 @@ class ListedTiles:
     number = self.number(i) if number is None else number
     if self.transposed:  # blocks of one head of a group are numbered after those of another
       number = rem(number, self.frame.problem.nq)
-    return number if self.parts == 1 else number * self.parts + rem(i, self.parts)
+    return number if self.per_block == 1 else number * self.per_block + rem(i, self.per_block)
 
   def number(self, i: Scalar) -> Scalar:
     """Of the block of step i; of no one's, one step after the last."""
@@ -97,7 +99,7 @@ class ListedTiles:
 
   def _place(self, i: Scalar) -> Scalar:
     """Where the block of step i is in the lists."""
-    return self.item["start"] + (i if self.parts == 1 else div(i, self.parts))
+    return self.item["start"] + (i if self.per_block == 1 else div(i, self.per_block))
 
   # -------------------------------------------------------------------------------------- masks
 
@@ -158,7 +160,7 @@ class ListedTiles:
     """The mask of a block as it was looked up before."""
     mask, num_words = self.refs["masks"][self._place(i)], self.step // WORD
     rows = rem(self.base, lists.BLOCK)
-    first = rem(i, self.parts) * num_words
+    first = rem(i, self.per_block) * num_words
     load = lambda n: gpu.load(
       self.refs["words"].at[mask, first + n, gpu.ds(rows, TILE)], layout=gpu.ROW, optimized=False
     )

@@ -81,7 +81,7 @@ def _load_item(launch: Launch, shares: int, item: Item, n: Scalar, done: Scalar)
       tile = item["tile"] * blocks.warpgroups + wg
       frame.load_keys(functools.partial(copy_rows, slot, x), refs[x], item, tile, TILE)
   step = functools.partial(_load_step, launch, item, tiles)
-  return lax.fori_loop(tiles.first_step, tiles.last_step, step, done)
+  return lax.fori_loop(tiles.first_step, tiles.end_step, step, done)
 
 
 def _load_step(launch: Launch, item: Item, tiles: Any, i: Scalar, done: Scalar) -> Scalar:

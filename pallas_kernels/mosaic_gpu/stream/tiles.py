@@ -170,7 +170,7 @@ class QueryTiles(Tiles):
   Batch row b of an item is share b // batch of the steps of batch row b % batch.
 
   Attributes:
-    first_step, last_step: the item's own steps; the second one is not among them.
+    first_step, end_step: the item's own steps are first_step ... end_step - 1.
     b: its batch row.
   """
 
@@ -180,10 +180,10 @@ class QueryTiles(Tiles):
     super().__init__(frame, item, blocks.step, frame.query_tiles(k0, blocks.rows, blocks.step))
     self.b, share = rem(item["b"], batch), div(item["b"], batch)
     if shares == 1:
-      self.first_step, self.last_step = 0 * self.num_tiles, self.num_tiles
+      self.first_step, self.end_step = 0 * self.num_tiles, self.num_tiles
     else:
       self.first_step = div(self.num_tiles * share, shares)
-      self.last_step = div(self.num_tiles * (share + 1), shares)
+      self.end_step = div(self.num_tiles * (share + 1), shares)
 
   def head(self, i: Scalar, part: str | None = None) -> Scalar:
     """The head whose queries step i sees, of the launch."""
@@ -208,14 +208,14 @@ class QueryTiles(Tiles):
       carry = loop(self.first_step, masked, None, carry)
     carry = loop(masked, fully_masked, VIEW, carry)
     # Masked tiles are swept last, backwards: at the end those of queries before all our keys.
-    gpu.loop(fully_masked, self.last_step)(lambda i: skip(i, None))
+    gpu.loop(fully_masked, self.end_step)(lambda i: skip(i, None))
     return carry
 
   def _own_bounds(self) -> tuple[Scalar, Scalar]:
     """The first steps that the warpgroup's own keys need a mask in, and that see none of them."""
-    inside = lambda i: jnp.clip(i, self.first_step, self.last_step)
+    inside = lambda i: jnp.clip(i, self.first_step, self.end_step)
     if self.frame.schedule.window is not None:
-      return inside(self.num_full), self.last_step
+      return inside(self.num_full), self.end_step
     # Other warpgroups may need masks longer, and begin earlier.
     first, full_first, *_ = self.frame.query_tiles(self.base, TILE, self.step)
     return inside(self.full_end - full_first), inside(self.full_end - first)

@@ -29,7 +29,7 @@ from pallas_kernels.mosaic_gpu.stream.weights import where_attending
 #
 #   in turn    k, v full | x, dP | dlogits | dvalues | k, v free
 #
-# One more sweep of the keys, not a part of dq's: its registers have no room for the derivatives.
+# One more sweep of the keys, for calls that want these gradients: dq's kernel is without them.
 
 TILES, VECTORS = ("q", "dout"), ("lse", "delta")  # what is loaded with queries
 
