@@ -1,7 +1,7 @@
 """The backend protocol on Hopper GPUs: passes in an order, each by the kernel that suits it.
 
 Sequences that fit in shared memory and windows have kernels that the memory system bounds
-(resident/, window/), all else streams (stream_forward.py, stream_backward.py). The passes of a
+(resident/, window/), all else streams (stream/). The passes of a
 union are one softmax: each takes up where the one before ended, and adds to its gradients.
 """
 
@@ -21,15 +21,12 @@ from jaxtyping import Int
 from pallas_kernels import functions
 from pallas_kernels import lists
 from pallas_kernels import passes
-from pallas_kernels.mosaic_gpu import formula
 from pallas_kernels.mosaic_gpu import gpu
-from pallas_kernels.mosaic_gpu import listed
 from pallas_kernels.mosaic_gpu import sizes
 from pallas_kernels.mosaic_gpu import stream
-from pallas_kernels.mosaic_gpu import stream_backward
-from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.resident import backward as resident_backward
 from pallas_kernels.mosaic_gpu.resident import forward as resident_forward
+from pallas_kernels.mosaic_gpu.stream import formula
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import backward as window_backward
@@ -71,7 +68,7 @@ def unsupported(
       "hold numbers and arrays with an entry per head, but look up nothing by position"
     )
   for heads, group in _lowered(pattern, q, k, v, segment_ids, block_mask, scores):
-    if group is not None or listed.formulas(pattern, tuple(heads))[0]:
+    if group is not None or stream.formulas(pattern, tuple(heads))[0]:
       continue
     if lists.bits_of(pattern, tuple(heads), q.shape[1], k.shape[1]) is None:
       return f"mosaic_gpu: {pattern} is not supported, its blocks have too many different masks"
@@ -351,8 +348,8 @@ class _Sweep:
       kernel = resident_forward if self.resident else window_forward
       how |= self.resident or self.window
       return kernel.forward(self.view, self.band, q, k, v, self.ids(ids), prev, **how)
-    blocks = self.streamed.forward
-    new = stream_forward.forward(self.schedule, q, k, v, ids, blocks=blocks, **how)
+    frame = self.frame(q, k, ids)
+    new = stream.forward_kernel(frame, q, k, v, ids, scale=scale, blocks=self.streamed.forward)
     return new if prev is None else _merge(self.view, prev, new)
 
   def backward(self, q, k, v, ids, out, dout, lse, dlse, delta, prev, scale):
@@ -366,10 +363,9 @@ class _Sweep:
       rows = self.ids(ids), out, lse, dout, dlse, delta
       return resident_backward.backward(self.view, self.band, q, k, v, *rows, prev, **how)
     lse, dlse, delta = (self.streamed_rows(x) for x in (lse, dlse, delta))
-    rest = q, k, v, ids, lse
-    how |= dict(out=out, dlse=dlse, blocks=self.streamed.dq)
-    dq, delta = stream_backward.dq_kernel(self.schedule, *rest, delta, dout, **how)
-    dk, dv = self.key_gradients(*rest, delta, dout, scale)
+    how = dict(out=out, dlse=dlse, scale=scale, blocks=self.streamed.dq)
+    dq, delta = stream.dq_kernel(self.frame(q, k, ids), q, k, v, ids, lse, delta, dout, **how)
+    dk, dv = self.key_gradients(q, k, v, ids, lse, delta, dout, scale)
     if self.schedule.view == "summaries":
       dk, dv = (_unfolded(x, self.schedule, q.shape[1]) for x in (dk, dv))
     grads = dq, dk, dv
@@ -380,8 +376,14 @@ class _Sweep:
 
   def key_gradients(self, q, k, v, ids, lse, delta, dout, scale):
     """dk and dv by streaming; of summaries [B, rows, width, Hg, D]."""
-    how = dict(scale=scale, heads=self.heads, blocks=self.streamed.dkv)
-    return stream_backward.dkv_kernel(self.schedule, q, k, v, ids, lse, delta, dout, **how)
+    frame, how = self.frame(q, k, ids), dict(scale=scale, blocks=self.streamed.dkv)
+    return stream.dkv_kernel(frame, q, k, v, ids, lse, delta, dout, **how)
+
+  def frame(self, q, k, ids, own: bool = False) -> stream.Frame:
+    """For the streaming kernels; `own`: with the keys of the queries' own rows."""
+    schedule = dataclasses.replace(self.schedule, own=own)
+    shape = q.shape[1], q.shape[2], k.shape[2]
+    return stream.frame_of(schedule, *shape, self.heads, ids is not None)
 
   def streamed_rows(self, x):
     """lse, its cotangent or delta in whole tiles of a streaming kernel."""
@@ -402,18 +404,19 @@ class _Fixed:
   def __init__(self, block: _Sweep, summary: _Sweep):
     self.block, self.summary = block, summary
     self.view, self.rows, self.heads = summary.view, summary.rows, summary.heads
-    self.schedule = dataclasses.replace(summary.schedule, own=True)
+    self.schedule = summary.schedule
 
   def forward(self, q, k, v, ids, prev, scale):
     del prev  # there is no other sweep
-    how = dict(scale=scale, heads=self.heads, blocks=self.summary.streamed.forward)
-    return stream_forward.forward(self.schedule, q, k, v, ids, **how)
+    frame, blocks = self.summary.frame(q, k, ids, own=True), self.summary.streamed.forward
+    return stream.forward_kernel(frame, q, k, v, ids, scale=scale, blocks=blocks)
 
   def backward(self, q, k, v, ids, out, dout, lse, dlse, delta, prev, scale):
     del prev
     lse, dlse, delta = (self.summary.streamed_rows(x) for x in (lse, dlse, delta))
-    how = dict(scale=scale, heads=self.heads, blocks=self.summary.streamed.dq, out=out, dlse=dlse)
-    dq, delta = stream_backward.dq_kernel(self.schedule, q, k, v, ids, lse, delta, dout, **how)
+    frame = self.summary.frame(q, k, ids, own=True)
+    how = dict(scale=scale, blocks=self.summary.streamed.dq, out=out, dlse=dlse)
+    dq, delta = stream.dq_kernel(frame, q, k, v, ids, lse, delta, dout, **how)
     of_summaries = self.summary.key_gradients(q, k, v, ids, lse, delta, dout, scale)
     in_blocks = (self.block.streamed_rows(self.block.rows(x, self.view)) for x in (lse, delta))
     of_blocks = self.block.key_gradients(q, k, v, ids, *in_blocks, dout, scale)
@@ -434,14 +437,14 @@ class _Listed:
     self.scores = scores if self.own_scores else None
     self.values = formula.values(scores, q.shape[2], held)
 
-  def frame(self, q, k, teams: int = 1, backward: bool = False) -> listed.Listed:
+  def frame(self, q, k, teams: int = 1, backward: bool = False) -> stream.Listed:
     """The lists, dealt to so many teams per core."""
     (B, T, H, _), S, heads = q.shape, k.shape[1], tuple(self.heads)
     # Some heads alone may not be whole groups.
     shape = dict(B=B, T=T, S=S, heads=heads, group=H // k.shape[2], joined=len(heads) == H)
     shape.update(num_cores=teams * gpu.num_multiprocessors(), own_scores=self.own_scores)
     problem = lists.Problem(**shape)
-    each, of_head = listed.formulas(self.pattern, heads)
+    each, of_head = stream.formulas(self.pattern, heads)
     with_bits, (block_mask, block_size, segment_ids) = not each, self.masks
     if segment_ids is None and block_mask is None:
       by_queries = lists.by_queries(self.pattern, problem, with_bits)
@@ -454,13 +457,14 @@ class _Listed:
     bits = lists.bits_of(self.pattern, heads, T, S) if with_bits else None
     masks = each, of_head, bits, segment_ids is not None
     causal = self.pattern.causal
-    return listed.Listed(problem, causal, by_queries, by_keys, *masks, self.scores, self.values)
+    return stream.Listed(problem, causal, by_queries, by_keys, *masks, self.scores, self.values)
 
   def forward(self, q, k, v, ids, scale):
     """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""
     frame, blocks = self.frame(q, k, self.sizes.forward.teams), self.sizes.forward
     scale = 1.0 if self.own_scores else scale
-    return stream_forward.sweep(frame, _select(q, self.heads), k, v, ids, scale, blocks)
+    q = _select(q, self.heads)
+    return stream.forward_kernel(frame, q, k, v, ids, scale=scale, blocks=blocks)
 
   def backward(self, q, k, v, ids, out, lse, dout, dlse, scale):
     """dq [B, T, Hg, Dk]; dk and dv of key heads, or of the query heads; those of learned values."""
@@ -468,11 +472,11 @@ class _Listed:
     dlse = None if dlse is None else _padded(self.view.rows(dlse), lse.shape[-1], axis=3)
     rest = frame, _select(q, self.heads), k, v, ids, lse
     more = dict(out=out, dlse=dlse, blocks=self.sizes.dq)
-    dq, delta = stream_backward.sweep_keys(*rest, None, dout, **more, **how)
-    of_keys = stream_backward.sweep_queries(*rest, delta, dout, **how, blocks=self.sizes.dkv)
+    dq, delta = stream.dq_kernel(*rest, None, dout, **more, **how)
+    of_keys = stream.dkv_kernel(*rest, delta, dout, **how, blocks=self.sizes.dkv)
     if self.scores is None or not self.scores.learned:
       return dq, *of_keys
-    rows = stream_backward.sweep_values(*rest, delta, dout, **how, blocks=self.sizes.dq)
+    rows = stream.dvalues_kernel(*rest, delta, dout, **how, blocks=self.sizes.dq)
     return dq, *of_keys, *(x[:, :, 0, : q.shape[1]].sum(axis=(0, 2)) for x in rows)
 
   def padded(self, x):

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from pallas_kernels import tuning
 from pallas_kernels.mosaic_gpu import stream
-from pallas_kernels.mosaic_gpu import stream_backward
-from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.resident.tiles import MAX_TILES_WITH_DS
 from pallas_kernels.mosaic_gpu.views import Band
@@ -158,9 +156,9 @@ def streamed(problem: Problem) -> Streamed:
 
   D = problem.Dk, problem.Dv
   return Streamed(
-    forward=of("fwd", stream_forward.default_blocks(*D)),
-    dq=of("bwd", stream_backward.default_dq_blocks(*D)),
-    dkv=of("bwd", stream_backward.default_dkv_blocks(*D)),
+    forward=of("fwd", stream.forward_blocks(*D)),
+    dq=of("bwd", stream.dq_blocks(*D)),
+    dkv=of("bwd", stream.dkv_blocks(*D)),
   )
 
 
