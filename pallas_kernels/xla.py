@@ -20,8 +20,8 @@ from jaxtyping import Int
 from jaxtyping import Num
 
 from pallas_kernels import functions
-from pallas_kernels import passes
-from pallas_kernels.passes import Pass
+from pallas_kernels.lowering import passes
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import attending
 from pallas_kernels.scores import Scores

@@ -19,9 +19,9 @@ from experiments.benchmark import __main__ as command
 from experiments.benchmark import attention
 from experiments.benchmark import block_sparse
 from experiments.benchmark import gpu
-from pallas_kernels import blocks
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from pallas_kernels.lowering import blocks
 
 T, H, BLOCK = 256, 2, 8  # 528 causal blocks: of 1/16 of them all but one lie on the diagonal
 CAUSAL = 528

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocks
-from pallas_kernels import passes
 from pallas_kernels import patterns
+from pallas_kernels.lowering import blocks
+from pallas_kernels.lowering import passes
 from tests.helpers import EVERY_PATTERN
 
 BOTH = {

@@ -15,7 +15,8 @@ MAY_IMPORT = {
 }
 # Between the files of the kernels: patterns -> passes -> backends -> api.
 KERNEL_ORDER = (
-  "hardware", "patterns", "scores", "blocks", "passes", "tuning", "reference", "xla",
+  "hardware", "patterns", "scores", "lowering.blocks", "lowering.bits", "lowering.lists",
+  "lowering.passes", "tuning", "reference", "xla",
   "mosaic_gpu.gpu", "mosaic_gpu.views", "mosaic_gpu.forward", "mosaic_gpu.backward",
   "mosaic_gpu.stream", "mosaic_gpu.stream_forward", "mosaic_gpu.stream_backward",
   "mosaic_gpu.sizes", "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands",

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from helpers import EVERY_PATTERN
 
-from pallas_kernels import bits
-from pallas_kernels import lists
 from pallas_kernels import patterns
+from pallas_kernels.lowering import bits
+from pallas_kernels.lowering import lists
 
 BLOCK = 32
 H, GROUP = 4, 2

@@ -13,9 +13,9 @@ from helpers import Case
 from helpers import EVERY_PATTERN
 from helpers import jitted_vjp
 
-from pallas_kernels import passes
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from pallas_kernels.lowering import passes
 from pallas_kernels.mosaic_tpu import steps
 from pallas_kernels.mosaic_tpu import views
 

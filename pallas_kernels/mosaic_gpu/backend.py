@@ -19,8 +19,9 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels import functions
-from pallas_kernels import lists
-from pallas_kernels import passes
+from pallas_kernels.lowering import lists
+from pallas_kernels.lowering import passes
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import backward as backward_kernels
 from pallas_kernels.mosaic_gpu import formula
 from pallas_kernels.mosaic_gpu import forward as forward_kernels
@@ -32,7 +33,6 @@ from pallas_kernels.mosaic_gpu import stream_backward
 from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
-from pallas_kernels.passes import Pass
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
 

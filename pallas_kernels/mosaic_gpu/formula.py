@@ -19,8 +19,8 @@ from jax.interpreters import partial_eval
 from jaxtyping import Array
 
 from pallas_kernels import functions
-from pallas_kernels import lists
 from pallas_kernels import patterns
+from pallas_kernels.lowering import lists
 from pallas_kernels.scores import Scores
 
 # What the kernels have instructions for.

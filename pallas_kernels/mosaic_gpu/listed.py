@@ -1,6 +1,6 @@
 """What the streaming kernels sweep where a pattern is no formula of tiles: lists of blocks.
 
-`pallas_kernels.lists` makes the lists. A kernel's tile is a block, or a part of one.
+`pallas_kernels.lowering.lists` makes the lists. A kernel's tile is a block, or a part of one.
 """
 
 import functools
@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels import lists
-from pallas_kernels.bits import Bits
+from pallas_kernels.lowering import lists
+from pallas_kernels.lowering.bits import Bits
 from pallas_kernels.mosaic_gpu import formula
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import stream

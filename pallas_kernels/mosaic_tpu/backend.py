@@ -17,8 +17,8 @@ from jaxtyping import Int
 
 from pallas_kernels import functions
 from pallas_kernels import partitioning
-from pallas_kernels import passes
 from pallas_kernels import patterns
+from pallas_kernels.lowering import passes
 from pallas_kernels.mosaic_tpu import steps
 from pallas_kernels.mosaic_tpu.operands import LANES
 from pallas_kernels.mosaic_tpu.views import add_heads

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import hardware
 from pallas_kernels import patterns
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_tpu.operands import LANES
 from pallas_kernels.mosaic_tpu.operands import Operand
 from pallas_kernels.mosaic_tpu.steps import FIRST
@@ -28,7 +29,6 @@ from pallas_kernels.mosaic_tpu.steps import LAST
 from pallas_kernels.mosaic_tpu.steps import PARTIAL
 from pallas_kernels.mosaic_tpu.steps import Steps
 from pallas_kernels.mosaic_tpu.steps import STORE
-from pallas_kernels.passes import Pass
 from pallas_kernels.scores import Scores
 
 LOG2E = math.log2(math.e)

@@ -13,8 +13,8 @@ from jax import numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Int
 
-from pallas_kernels import blocks
-from pallas_kernels.passes import Pass
+from pallas_kernels.lowering import blocks
+from pallas_kernels.lowering.passes import Pass
 
 # Of a line; without a mask, with one (neither: skipped); nothing but a store of what is complete.
 FIRST, LAST, FULL, PARTIAL, STORE = 1, 2, 4, 8, 16

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_tpu import kernels
 from pallas_kernels.mosaic_tpu import steps
 from pallas_kernels.mosaic_tpu.operands import LANES
 from pallas_kernels.mosaic_tpu.operands import Operand
 from pallas_kernels.mosaic_tpu.operands import SUBLANES
-from pallas_kernels.passes import Pass
 
 BLOCK = 512  # tokens at most; blocks of layouts have to fit
 _DQ = 32 << 20  # bytes of memory that dq of a sequence may take, for one backward kernel

@@ -17,9 +17,9 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Int
 
-from pallas_kernels import bits
-from pallas_kernels import blocks
 from pallas_kernels import patterns
+from pallas_kernels.lowering import bits
+from pallas_kernels.lowering import blocks
 
 BLOCK = 128  # queries and keys of a block: a loaded key serves so many queries
 _AT_THE_END = 3  # lists for every core, dealt together when all others are
@@ -37,7 +37,7 @@ class Lists(NamedTuple):
       team to share a thread block with, has none.
     numbers: int32: blocks of keys; where keys are the rows, blocks of queries, those of query head
       g of a group numbered from g times the number of blocks on.
-    masks: int32: the mask of each of these blocks (`pallas_kernels.bits`), where there are any.
+    masks: int32: the mask of each of these blocks (`lowering.bits`), where there are any.
   """
 
   items: Int[Any, "N 8"]

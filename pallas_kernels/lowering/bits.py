@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from pallas_kernels import blocks
 from pallas_kernels import patterns
+from pallas_kernels.lowering import blocks
 
 MOST = 1 << 15  # different masks: 2 KB each
 _AT_ONCE = 256  # blocks that are looked at together

@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from pallas_kernels import blocks
 from pallas_kernels import patterns
+from pallas_kernels.lowering import blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
