@@ -20,6 +20,7 @@ from jaxtyping import Int
 from jaxtyping import Num
 
 from pallas_kernels import functions
+from pallas_kernels.lowering import heads
 from pallas_kernels.lowering import passes
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.patterns import Pattern
@@ -49,21 +50,18 @@ def forward(
   `held` is what the traced functions in `pattern` and `scores` hold.
   """
   out, lse = [], []
-  heads_in_order = []
   given = segment_ids, block_mask, block_size, held
   natural, groups = _lowered(pattern, q, k, block_mask, scores)
-  for heads, group in groups:
+  for of_group, group in groups:
     part = None
     for one in group:
-      view = _View(one, heads, q.shape, natural)
+      view = _View(one, of_group, q.shape, natural)
       (qs, ks, vs), problem = view.arrays(q, k, v), view.problem(scores, *given)
       new = view.restore(*_map(problem, problem.forward, (qs, ks, vs), view.B))
-      part = new if part is None else merge(*part, *new)
+      part = new if part is None else heads.merge(*part, *new)
     out.append(part[0])
     lse.append(part[1])
-    heads_in_order.extend(heads)
-  place = np.argsort(heads_in_order)
-  join = lambda xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=2)[:, :, place]
+  join = lambda xs: heads.join(xs, [of_group for of_group, _ in groups])
   return join(out).astype(q.dtype), join(lse)
 
 
@@ -100,9 +98,9 @@ def backward(
   of_learned = [jnp.zeros(x.shape, jnp.float32) for x in learned]
   given = segment_ids, block_mask, block_size, held
   natural, groups = _lowered(pattern, q, k, block_mask, scores)
-  for heads, group in groups:
+  for of_group, group in groups:
     for one in group:
-      view = _View(one, heads, q.shape, natural)
+      view = _View(one, of_group, q.shape, natural)
       (qs, ks, vs), pull = jax.vjp(view.arrays, q, k, v)
       rows = view.queries(dout), view.queries(lse[..., None]), view.queries(delta[..., None])
       problem = view.problem(scores, *given)
@@ -112,27 +110,6 @@ def backward(
       grads = tuple(a + b.astype(jnp.float32) for a, b in zip(grads, pull(parts), strict=True))
   grads, arrays = (*grads, *of_learned), (q, k, v, *learned)
   return tuple(grad.astype(x.dtype) for grad, x in zip(grads, arrays, strict=True))
-
-
-def merge(
-  out_a: Float[Array, "B T H D"],
-  lse_a: Float[Array, "B T H"],
-  out_b: Float[Array, "B T H D"],
-  lse_b: Float[Array, "B T H"],
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-  """One softmax over two disjoint key sets, from each one's result and log-sum-exp.
-
-  A row may have no keys in one set or in both. Differentiable, in float32.
-  """
-  top = jnp.maximum(lse_a, lse_b)
-  # Any number serves: it keeps exp in range, and cancels.
-  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-  weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
-  total = weight_a + weight_b
-  safe = jnp.where(total == 0, 1.0, total)
-  out_a, out_b = out_a.astype(jnp.float32), out_b.astype(jnp.float32)
-  out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
-  return out, jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
 
 
 def natural_lse(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T H"]:
@@ -169,8 +146,8 @@ class _View:
   view must stay `natural`; all other views are reshapes.
   """
 
-  def __init__(self, one: Pass, heads, q_shape, natural: bool):
-    self.one, self.heads = one, heads
+  def __init__(self, one: Pass, of_group, q_shape, natural: bool):
+    self.one, self.heads = one, of_group
     self.B, self.T, self.H, _ = q_shape
     self.kind, self.stride, self.halo = one.view, min(one.stride, self.T), 0
     short = one.window is not None and one.window <= _TILE
@@ -238,7 +215,7 @@ class _View:
     return _Problem(self.one, *how)
 
   def _select(self, x):
-    return x if len(self.heads) == self.H else x[:, :, np.asarray(self.heads)]
+    return heads.take(x, self.heads)
 
   def _fold(self, x):
     """`[B, T, h, D]` -> `[B, rows, stride, h, D]`, padded at the end: in the future of all."""

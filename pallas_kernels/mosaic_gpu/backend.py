@@ -19,6 +19,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels import functions
+from pallas_kernels.lowering import heads
 from pallas_kernels.lowering import lists
 from pallas_kernels.lowering import passes
 from pallas_kernels.lowering.passes import Pass
@@ -68,10 +69,10 @@ def unsupported(
       "mosaic_gpu: this score_fn is not supported, those of operators and elements are, which may "
       "hold numbers and arrays with an entry per head, but look up nothing by position"
     )
-  for heads, group in _lowered(pattern, q, k, v, segment_ids, block_mask, scores):
-    if group is not None or listed.formulas(pattern, tuple(heads))[0]:
+  for of_group, group in _lowered(pattern, q, k, v, segment_ids, block_mask, scores):
+    if group is not None or listed.formulas(pattern, tuple(of_group))[0]:
       continue
-    if lists.bits_of(pattern, tuple(heads), q.shape[1], k.shape[1]) is None:
+    if lists.bits_of(pattern, tuple(of_group), q.shape[1], k.shape[1]) is None:
       return f"mosaic_gpu: {pattern} is not supported, its blocks have too many different masks"
   return None
 
@@ -159,7 +160,7 @@ def backward(
     mine, dmine, dlse_mine = (_select(x, one.heads) for x in (out, dout, dlse))
     grads.append(one.backward(q, k, v, segment_ids, mine, part, dmine, dlse_mine, scores.scale))
   dq, dk, dv = (_join(parts, groups) for parts in zip(*(x[:3] for x in grads), strict=True))
-  dk, dv = _per_kv_head(dk, k.shape[2]), _per_kv_head(dv, v.shape[2])
+  dk, dv = (heads.sum_per_key_head(x, k.shape[2]).astype(x.dtype) for x in (dk, dv))
   if not scores.learned:
     return dq, dk, dv
 
@@ -176,10 +177,10 @@ def backward(
 
 def _groups(pattern, q, k, v, segment_ids, block_mask, scores, block_size, held=()):
   return [
-    _Listed(heads, pattern, q, k, v, segment_ids, block_mask, scores, block_size, held)
+    _Listed(of_group, pattern, q, k, v, segment_ids, block_mask, scores, block_size, held)
     if group is None
-    else _Group(heads, group, q, v)
-    for heads, group in _lowered(pattern, q, k, v, segment_ids, block_mask, scores)
+    else _Group(of_group, group, q, v)
+    for of_group, group in _lowered(pattern, q, k, v, segment_ids, block_mask, scores)
   ]
 
 
@@ -190,11 +191,11 @@ def _lowered(pattern: Pattern, q, k, v, segment_ids, block_mask, scores: Scores)
   if not plain or not pattern.causal or q.shape[1] != k.shape[1]:
     return [(every, None)]
   found, rest = [], []
-  for heads, group in passes.lower(pattern, q.shape[2]):
+  for of_group, group in passes.lower(pattern, q.shape[2]):
     if _lists_suit(group, q.shape[1], max(q.shape[-1], v.shape[-1]), segment_ids is not None):
-      rest.extend(heads)
+      rest.extend(of_group)
     else:
-      found.append((heads, group))
+      found.append((of_group, group))
   return found + ([(every if len(rest) == len(every) else tuple(rest), None)] if rest else [])
 
 
@@ -486,13 +487,8 @@ class _Listed:
 def _merge(view: View, a, b):
   """One softmax over two disjoint key sets, each one's (out, lse) in rows of a view."""
   (out_a, lse_a), (out_b, lse_b) = ((out, view.restore(lse)) for out, lse in (a, b))
-  top = jnp.maximum(lse_a, lse_b)
-  top = jnp.where(top == -jnp.inf, 0.0, top)  # both empty
-  weight_a, weight_b = jnp.exp2(lse_a - top), jnp.exp2(lse_b - top)
-  total = weight_a + weight_b
-  share = lambda weight: jnp.where(total == 0, 0.0, weight / total)[..., None]
-  out = share(weight_a) * out_a.astype(jnp.float32) + share(weight_b) * out_b.astype(jnp.float32)
-  return out.astype(out_a.dtype), view.rows(top + jnp.log2(total))
+  out, lse = heads.merge(out_a, lse_a, out_b, lse_b, base=2)
+  return out.astype(out_a.dtype), view.rows(lse)
 
 
 def _unfolded(x, schedule: stream.Schedule, T: int):
@@ -537,36 +533,16 @@ def _up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
 
 
+def _select(x, of_group):
+  return None if x is None else heads.take(x, of_group)
+
+
+def _join(parts, groups):
+  return heads.join(parts, [one.heads for one in groups])
+
+
 def _padded(x, length: int, axis: int = 1):
   """x with zeros up to a length of an axis: later than all else in a sequence."""
   if x is None or x.shape[axis] == length:
     return x
   return jnp.pad(x, [(0, length - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
-
-
-def _select(x, heads):
-  """The heads [B, T, Hg, ...] of x: slices, not a gather."""
-  if x is None or len(heads) == x.shape[2]:
-    return x
-  step = heads[1] - heads[0] if len(heads) > 1 else 1
-  if tuple(heads) == tuple(range(heads[0], heads[-1] + 1, step)):
-    return x[:, :, heads[0] : heads[-1] + 1 : step]
-  return jnp.concatenate([x[:, :, h : h + 1] for h in heads], axis=2)
-
-
-def _join(parts, groups):
-  """The heads of groups, [B, T, Hg, ...] each, in order."""
-  if len(parts) == 1:
-    return parts[0]
-  where = {h: (x, n) for x, g in zip(parts, groups, strict=True) for n, h in enumerate(g.heads)}
-  slices = [x[:, :, n : n + 1] for _, (x, n) in sorted(where.items(), key=lambda item: item[0])]
-  return jnp.concatenate(slices, axis=2)
-
-
-def _per_kv_head(grad: Float[Array, "B T H D"], num_kv_heads: int) -> Float[Array, "B T Hkv D"]:
-  """The sum over the query heads that read one key head."""
-  B, T, H, D = grad.shape
-  if num_kv_heads == H:  # or they are summed already
-    return grad
-  grad = grad.reshape(B, T, num_kv_heads, H // num_kv_heads, D)
-  return grad.sum(axis=3, dtype=jnp.float32).astype(grad.dtype)

@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -18,10 +17,10 @@ from jaxtyping import Int
 from pallas_kernels import functions
 from pallas_kernels import partitioning
 from pallas_kernels import patterns
+from pallas_kernels.lowering import heads
 from pallas_kernels.lowering import passes
 from pallas_kernels.mosaic_tpu import steps
 from pallas_kernels.mosaic_tpu.operands import LANES
-from pallas_kernels.mosaic_tpu.views import add_heads
 from pallas_kernels.mosaic_tpu.views import Launches
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
@@ -53,11 +52,11 @@ def unsupported(
     return "mosaic_tpu: functions that hold arrays, and a traced scale, are not supported"
   if partitioning.heads_may_be_numbered(q, k, v, pattern=pattern, scores=scores):
     return "mosaic_tpu: a score_fn of head numbers is not supported where heads may be sharded"
-  for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
+  for of_group, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
     for one in group:
       if one.pattern is not None and not _is_formula(one.pattern):
         return f"mosaic_tpu: {one.pattern} is not supported, its pairs are no formula"
-      launches = Launches(heads, one, q, k, v, segment_ids, block_mask, scores, block_size)
+      launches = Launches(of_group, one, q, k, v, segment_ids, block_mask, scores, block_size)
       if launches.block is None:
         sizes = ", ".join(map(str, launches.block_sizes))
         return (
@@ -86,8 +85,8 @@ def forward(
   masks = segment_ids, block_mask, scores, block_size
   groups = _lowered(pattern, q, k, segment_ids, block_mask, scores)
   parts = []
-  for heads, group in groups:
-    found = [Launches(heads, one, q, k, v, *masks).forward(q, k, v) for one in group]
+  for of_group, group in groups:
+    found = [Launches(of_group, one, q, k, v, *masks).forward(q, k, v) for one in group]
     parts.append(functools.reduce(_merge, found))
   return tuple(_join(x, groups) for x in zip(*parts, strict=True))
 
@@ -129,13 +128,12 @@ def backward(
   masks = segment_ids, block_mask, scores, block_size
   groups = _lowered(pattern, q, k, segment_ids, block_mask, scores)
   parts = []
-  for heads, group in groups:
-    some = len(heads) < q.shape[2]
-    mine = [x[:, :, np.asarray(heads)] if some else x for x in (dout, lse, delta)]
-    grads = [Launches(heads, one, q, k, v, *masks).backward(q, k, v, *mine) for one in group]
+  for of_group, group in groups:
+    mine = [heads.take(x, of_group) for x in (dout, lse, delta)]
+    grads = [Launches(of_group, one, q, k, v, *masks).backward(q, k, v, *mine) for one in group]
     parts.append([_sum(x) for x in zip(*grads, strict=True)])
   dq, dk, dv = (_join(x, groups) for x in zip(*parts, strict=True))
-  dk, dv = (add_heads(x, k.shape[2]) for x in (dk, dv))
+  dk, dv = (heads.sum_per_key_head(x, k.shape[2]) for x in (dk, dv))
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -151,10 +149,10 @@ def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
   if q.shape[2] == k.shape[2]:
     return lowered
   groups = []
-  for heads, group in lowered:
+  for of_group, group in lowered:
     several = max(len(one.starts) or 1 for one in group)
     for n in range(several):  # heads of queries that share keys, but not their summaries
-      mine = tuple(heads[n::several])
+      mine = tuple(of_group[n::several])
       with_start = lambda one, n=n: dataclasses.replace(one, starts=one.starts[n : n + 1])
       if mine:
         groups.append((mine, tuple(with_start(one) if one.starts else one for one in group)))
@@ -178,21 +176,12 @@ def _is_formula(pattern: Pattern) -> bool:
 
 
 def _merge(a, b):
-  """One softmax over two disjoint key sets, each one's (out, lse)."""
-  (out_a, lse_a), (out_b, lse_b) = a, b
-  lse = jnp.logaddexp(lse_a, lse_b)
-  weight = lambda x: jnp.exp(x - jnp.where(lse == -jnp.inf, 0.0, lse))[..., None]
-  out = weight(lse_a) * out_a.astype(jnp.float32) + weight(lse_b) * out_b.astype(jnp.float32)
-  return out.astype(out_a.dtype), lse
+  out, lse = heads.merge(*a, *b)
+  return out.astype(a[0].dtype), lse
 
 
 def _join(parts, groups):
-  """The heads of groups, [B, T, Hg, ...] each, in order."""
-  if len(parts) == 1:
-    return parts[0]
-  heads = np.concatenate([np.asarray(heads) for heads, _ in groups])
-  widest = max((x.dtype for x in parts), key=lambda dtype: dtype.itemsize)  # sums are wider
-  return jnp.concatenate([x.astype(widest) for x in parts], axis=2)[:, :, np.argsort(heads)]
+  return heads.join(parts, [of_group for of_group, _ in groups])
 
 
 def _row_sums(a, b):

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.lowering import heads
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_tpu import kernels
 from pallas_kernels.mosaic_tpu import steps
@@ -348,7 +349,7 @@ class Launches:
       x = sum(jnp.pad(mine(n), pad(start)) for n, start in enumerate(starts))
       x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.S]
     if len(self.heads) == self.H:
-      x = add_heads(x, self.Hkv)
+      x = heads.sum_per_key_head(x, self.Hkv)
     return x
 
   def rows_shape(self, place: Place, like):
@@ -383,12 +384,6 @@ class Launches:
     if self.one.view == "blocks":
       B = x.size // heads // (-(-self.T // self.stride) * self.stride)
     return x.reshape(B, -1, heads)[:, : self.T]
-
-
-def add_heads(x, num: int):
-  """[B, S, H, D] of queries' heads -> [B, S, num, D], added for each of keys."""
-  x = x.reshape(*x.shape[:2], num, -1, x.shape[-1])
-  return x[:, :, :, 0] if x.shape[3] == 1 else x.astype(jnp.float32).sum(axis=3)
 
 
 def _are_tiles(count: int, size: int, total: int) -> bool:
