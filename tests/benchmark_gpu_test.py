@@ -23,10 +23,11 @@ from experiments.benchmark import gpu
 from experiments.benchmark import report
 from experiments.benchmark import step
 from experiments.benchmark import tune
+from pallas_kernels import mosaic_gpu
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
-from pallas_kernels.mosaic_gpu import backend
+from pallas_kernels.lowering import plan as plans
 from pallas_kernels.scores import Scores
 
 TINY = gpu.Shape(B=2, T=24, H=2, D=8, stride=4, width=2)
@@ -330,11 +331,13 @@ def test_there_are_few_candidates():
 def test_effective_sizes_are_what_the_backend_uses(kind, name):
   shape = gpu.SHAPES[name]
   x = jax.ShapeDtypeStruct((shape.B, shape.T, shape.H, shape.D), jnp.bfloat16)
-  (group,) = backend._groups(attention.PATTERNS[kind](shape), x, x, x, None, None, Scores(1.0), 128)
-  (sweep,) = group.sweeps
-  used = sweep.resident or sweep.window or sweep.streamed.forward
+  plan, _ = plans.of_call(x, x, x, pattern=attention.PATTERNS[kind](shape), scores=Scores(1.0))
+  (group,) = mosaic_gpu.planned(plan).groups
+  (sweep,) = group.kernels
+  used = sweep.streamed.forward if sweep.forward is None else dict(sweep.forward.sizes)
   assert tune.effective(kind, shape, "fwd", None) == used
-  used = sweep.window_backward or sweep.resident_backward or sweep.streamed._replace(forward=None)
+  streamed = sweep.streamed._replace(forward=None)
+  used = streamed if sweep.backward is None else dict(sweep.backward.sizes)
   assert tune.effective(kind, shape, "bwd", None) == used
   assert tune.ROWS[kind](shape) == tune.problem(kind, shape).view.M
 

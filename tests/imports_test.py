@@ -15,12 +15,15 @@ MAY_IMPORT = {
 }
 # Between the files of the kernels: patterns -> passes -> backends -> api.
 KERNEL_ORDER = (
-  "hardware", "patterns", "scores", "lowering.blocks", "lowering.bits", "lowering.lists",
-  "lowering.passes", "tuning", "reference", "xla",
+  "hardware", "patterns", "functions", "scores", "lowering.blocks", "lowering.bits",
+  "lowering.lists", "lowering.heads", "lowering.passes", "lowering.plan", "protocol", "tuning",
+  "reference", "xla.sizes", "xla.softmax", "xla.views", "xla.tiles", "xla.problems", "xla.backend",
   "mosaic_gpu.gpu", "mosaic_gpu.views", "mosaic_gpu.forward", "mosaic_gpu.backward",
   "mosaic_gpu.stream", "mosaic_gpu.stream_forward", "mosaic_gpu.stream_backward",
-  "mosaic_gpu.sizes", "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands",
-  "mosaic_tpu.steps", "mosaic_tpu.kernels", "mosaic_tpu.views", "mosaic_tpu.backend", "api",
+  "mosaic_gpu.sizes", "mosaic_gpu.groups", "mosaic_gpu.run_passes", "mosaic_gpu.run_lists",
+  "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands", "mosaic_tpu.steps",
+  "mosaic_tpu.kernels", "mosaic_tpu.views", "mosaic_tpu.launches", "mosaic_tpu.backend",
+  "partitioning", "api",
 )  # fmt: skip
 # Code in data: none of these may be called or imported anywhere.
 

@@ -6,29 +6,16 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from pallas_kernels import hardware
+from pallas_kernels.lowering.plan import Plan
 from pallas_kernels.patterns import Dense
-from pallas_kernels.patterns import Pattern
-from pallas_kernels.scores import Scores
 
 
-def cudnn_serves(
-  q: Array,
-  k: Array,
-  v: Array,
-  segment_ids: Array | None,
-  block_mask: Array | None,
-  *,
-  pattern: Pattern,
-  scores: Scores,
-  block_size: int,
-) -> bool:
+def cudnn_serves(plan: Plan) -> bool:
   """Whether cuDNN computes this: plain causal attention of equal sizes, on a GPU."""
-  del block_size
-  is_dense = pattern.period == 1 and pattern.of_head(0) == Dense()
-  equal = q.shape[-1] == v.shape[-1] and q.shape[1] == k.shape[1]
-  plain = segment_ids is None and block_mask is None and scores.only_scale and scores.scale > 0
+  is_dense = plan.pattern.period == 1 and plan.pattern.of_head(0) == Dense()
   # Programs for a GPU that is not here cannot ask for its version of cuDNN.
-  return is_dense and equal and plain and hardware.platform() == "gpu" and hardware.is_here()
+  here = hardware.platform() == "gpu" and hardware.is_here()
+  return is_dense and not plan.extras and plan.Dk == plan.Dv and here
 
 
 def cudnn_attention(
