@@ -174,14 +174,14 @@ def implementations_in(program: Jaxpr) -> tuple[str, ...]:
   Read from the program itself: also where `xla` serves what a kernel does not support, and where
   cuDNN serves dense attention ("cudnn").
   """
-  found = set()
+  names_in_program = set()
   for equation in program.eqns:
     names = re.findall(r"attention_by_(\w+)", str(equation.source_info.name_stack))
-    found.update(names)
+    names_in_program.update(names)
     if not names:
       inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
-      found.update(*(implementations_in(x) for x in inner if _is_program(x)))
-  return tuple(sorted(found))
+      names_in_program.update(*(implementations_in(x) for x in inner if _is_program(x)))
+  return tuple(sorted(names_in_program))
 
 
 def _is_program(x: Any) -> bool:
@@ -320,8 +320,8 @@ def _int32_ids(segment_ids):
         )
     return segment_ids.astype(jnp.int32)
   if isinstance(segment_ids, np.ndarray):
-    found = np.unique(segment_ids, return_inverse=True)[1]
-    return found.reshape(segment_ids.shape).astype(np.int32)
+    ranks = np.unique(segment_ids, return_inverse=True)[1]
+    return ranks.reshape(segment_ids.shape).astype(np.int32)
   rank = lambda row: jnp.searchsorted(jnp.sort(row), row).astype(jnp.int32)
   return jax.vmap(rank)(segment_ids)
 

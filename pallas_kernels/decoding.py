@@ -104,7 +104,7 @@ def linear(
     out_shape=jax.ShapeDtypeStruct((splits, B, F), x.dtype if splits == 1 else jnp.float32),
     grid=(pl.cdiv(B, _ROWS), pl.cdiv(F, columns), splits),
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-    interpret=_simulated(),
+    interpret=hardware.simulated("gpu"),
     name="decode_linear",
   )(layer.reshape(1), x, weight, bias, *more)
   if splits == 1:
@@ -213,7 +213,7 @@ def attend(
     input_output_aliases={3 + n: 1 + n for n in range(len(rooms))},
     grid=(B, len(heads)),
     compiler_params=triton.CompilerParams(num_warps=8),
-    interpret=_simulated(),
+    interpret=hardware.simulated("gpu"),
     name="decode_attend",
   )(layer.reshape(1), where, qkv, *rooms)
   return out, list(zip(rooms[::2], rooms[1::2], strict=True))
@@ -255,10 +255,6 @@ def _normed(x, there, count: int, epsilon: float):
   apart = jnp.where(there[None], x - mean, 0.0)
   variance = jnp.sum(apart * apart, axis=1, keepdims=True) / count
   return apart * jax.lax.rsqrt(variance + epsilon)
-
-
-def _simulated() -> bool:
-  return hardware.platform() != "gpu"
 
 
 def _precision(dtype) -> jax.lax.Precision | None:

@@ -101,7 +101,7 @@ def mesh_of(*arrays: Array) -> jax.sharding.AbstractMesh | None:
 def _axes_with(mesh: jax.sharding.AbstractMesh, kind: AxisType) -> tuple[str, ...]:
   """The axes of this type that are more than one device."""
   axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-  return tuple(name for name, n, found in axes if n > 1 and found == kind)
+  return tuple(name for name, n, of_type in axes if n > 1 and of_type == kind)
 
 
 def placed(plan: Plan, arrays: Arrays) -> Plan:
@@ -285,9 +285,9 @@ class _Call:
 
     def backward(arrays, cotangents):
       floats = [n for n, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.inexact)]
-      found = self._pullback(floats).differentiable(*arrays, *cotangents)
-      found = _typed_like(found, [arrays[n] for n in floats])
-      grads = dict(zip(floats, found, strict=True))
+      of_floats = self._pullback(floats).differentiable(*arrays, *cotangents)
+      of_floats = _typed_like(of_floats, [arrays[n] for n in floats])
+      grads = dict(zip(floats, of_floats, strict=True))
       return tuple(grads.get(n) for n in range(len(arrays)))
 
     call.defvjp(lambda *arrays: (self.differentiable(*arrays), arrays), backward)
@@ -337,8 +337,8 @@ class _Call:
     laid = (jax.NamedSharding(mesh, spec) for spec in in_specs)
     arrays = tuple(map(jax.sharding.reshard, arrays, laid))
     out_specs = tuple(_spec(names, where) for names in self.results)
-    how = dict(mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return jax.shard_map(functools.partial(self._summed, where), **how)(*arrays)
+    options = dict(mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(functools.partial(self._summed, where), **options)(*arrays)
 
   # --------------------------------------------------------------------------- automatic axes
 
@@ -420,24 +420,24 @@ class _Call:
 
   def _moved(self, where, arrays, specs) -> dict[tuple[str, ...], str]:
     """By axes of the mesh, which operands cannot stay sharded over them, in words."""
-    found = {}
+    moved = {}
     for label, names, x, spec in zip(self.labels, self.operands, arrays, specs, strict=False):
       for name, axes in zip(names, _axes_of(spec, x.ndim), strict=True):
-        follows = axes in found and label in _OF_RESULTS  # q, which is named
+        follows = axes in moved and label in _OF_RESULTS  # q, which is named
         if axes and where.get(_key(name)) != axes and not follows:
-          found.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
+          moved.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
     return {
       axes: f"mesh axes {axes} shard {', '.join(parts)}: attention needs whole sequences, and the "
       "same rows of the batch and the same heads of all its arrays"
-      for axes, parts in found.items()
+      for axes, parts in moved.items()
     }
 
   def _summed(self, where, *arrays: Array) -> tuple[Array, ...]:
     """`local` on one device, and the sums over devices of results that are sums."""
     results = []
     for names, x in zip(self.results, self.local(*arrays), strict=True):
-      mine = {_key(name) for name in names}
-      over = [axes for key, axes in where.items() if _may_be_sharded(key) and key not in mine]
+      own = {_key(name) for name in names}
+      over = [axes for key, axes in where.items() if _may_be_sharded(key) and key not in own]
       results.append(jax.lax.psum(x, sum(over, ())) if over else x)
     return tuple(results)
 
@@ -505,8 +505,8 @@ def _say_once(text: str) -> None:
 
 def _error_of_ours(error: Exception) -> ShardedHeadsError | None:
   """What `_where` raised while the compiler asked: of that the compiler keeps the text alone."""
-  found = re.search(rf"{ShardedHeadsError.__qualname__}: (.*)", str(error))
-  return None if found is None else ShardedHeadsError(found.group(1))
+  text = re.search(rf"{ShardedHeadsError.__qualname__}: (.*)", str(error))
+  return None if text is None else ShardedHeadsError(text.group(1))
 
 
 try:  # nothing public raises errors of the compiler as our own

@@ -22,8 +22,8 @@ KERNEL_ORDER = (
   "mosaic_gpu.stream", "mosaic_gpu.stream_forward", "mosaic_gpu.stream_backward",
   "mosaic_gpu.sizes", "mosaic_gpu.groups", "mosaic_gpu.run_passes", "mosaic_gpu.run_lists",
   "mosaic_gpu.backend", "mosaic_gpu.cudnn", "mosaic_tpu.operands", "mosaic_tpu.steps",
-  "mosaic_tpu.kernels", "mosaic_tpu.views", "mosaic_tpu.launches", "mosaic_tpu.backend",
-  "partitioning", "api",
+  "mosaic_tpu.sweep", "mosaic_tpu.kernels", "mosaic_tpu.grid", "mosaic_tpu.views",
+  "mosaic_tpu.launches", "mosaic_tpu.backend", "partitioning", "api",
 )  # fmt: skip
 # Code in data: none of these may be called or imported anywhere.
 

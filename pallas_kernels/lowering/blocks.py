@@ -74,7 +74,7 @@ def blocks_of(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: 
       some, every = _of_layout(pattern, i0, i1, j0, j1)
     case patterns.Union(patterns=several) | patterns.Intersection(patterns=several):
       join = np.logical_or if isinstance(pattern, patterns.Union) else np.logical_and
-      tables = [blocks_of(one, T, S, block_q, block_k) for one in several]
+      tables = [blocks_of(part, T, S, block_q, block_k) for part in several]
       some, every = (functools.reduce(join, table) for table in zip(*tables, strict=True))
     case patterns.Strided():
       some, every = blocks_of(pattern.union, T, S, block_q, block_k)

@@ -108,8 +108,8 @@ def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
       return (dataclasses.replace(natural_pass(pattern), distance=0),)
     case patterns.Column(stride=stride):
       return (_band("columns", 0, stride),)
-    case _ if found := patterns.window_and_stride(pattern):
-      return _strided(*found)
+    case _ if both := patterns.window_and_stride(pattern):
+      return _strided(*both)
     case patterns.Block(stride=stride):
       return (_band("blocks", 0, stride),)
     case patterns.Summary():
@@ -123,7 +123,7 @@ def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
 
 
 def tile_lists(
-  one: Pass, num_queries: int, num_keys: int, block_q: int, block_k: int
+  pass_: Pass, num_queries: int, num_keys: int, block_q: int, block_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """For each tile of queries, the tiles of keys that may hold pairs.
 
@@ -131,11 +131,11 @@ def tile_lists(
     idx int32 [nq, K], K the longest list, padded with 0; and the list lengths, int32 [nq].
   """
   nq, nk = -(-num_queries // block_q), -(-num_keys // block_k)
-  if one.pattern is not None:
-    visit = blocks.blocks_of(one.pattern, num_queries, num_keys, block_q, block_k).some
+  if pass_.pattern is not None:
+    visit = blocks.blocks_of(pass_.pattern, num_queries, num_keys, block_q, block_k).some
   else:
-    last_q = one.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
-    visit = one.key_position(np.arange(nk) * block_k)[None, :] <= last_q
+    last_q = pass_.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
+    visit = pass_.key_position(np.arange(nk) * block_k)[None, :] <= last_q
   length = visit.sum(axis=1).astype(np.int32)
   # A stable sort of "not visited" moves the visited tiles to the front, in ascending order.
   idx = np.argsort(~visit, axis=1, kind="stable")[:, : max(1, length.max(initial=0))]

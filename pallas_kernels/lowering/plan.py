@@ -123,7 +123,8 @@ class Plan:
         would be longer than the sequence.
     """
     groups = passes.lower(self.pattern, self.H, natural)
-    if any(one.view == "summaries" and one.stride > self.T for _, each in groups for one in each):
+    every = [pass_ for _, each in groups for pass_ in each]
+    if any(pass_.view == "summaries" and pass_.stride > self.T for pass_ in every):
       groups = passes.lower(self.pattern, self.H, natural=True)
     return tuple(Group(heads, each) for heads, each in groups)
 

@@ -29,5 +29,5 @@ def cudnn_attention(
   T = q.shape[1]
   # Gradients are for even lengths only. A key after all queries is attended by none of them.
   q, k, v = (jnp.pad(x, ((0, 0), (0, T % 2), (0, 0), (0, 0))) for x in (q, k, v))
-  how = dict(scale=scale, is_causal=True, implementation="cudnn")
-  return jax.nn.dot_product_attention(q, k, v, **how)[:, :T]
+  options = dict(scale=scale, is_causal=True, implementation="cudnn")
+  return jax.nn.dot_product_attention(q, k, v, **options)[:, :T]

@@ -5,9 +5,11 @@ kernels do not know, are one group of lists of blocks.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 from typing import NamedTuple
 
+from pallas_kernels import tuning
 from pallas_kernels.lowering import passes
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.lowering.plan import Group
@@ -65,6 +67,12 @@ class Padding(NamedTuple):
 
 def groups_of(plan: Plan) -> tuple[Group, ...]:
   """All heads, with what sweeps them: sweeps in the order they run forward, or sizes of lists."""
+  return _groups_of(plan, tuning.context())
+
+
+@functools.lru_cache(maxsize=256)
+def _groups_of(plan: Plan, context) -> tuple[Group, ...]:
+  del context  # by which, besides the plan, the result is kept
   of_lists = sizes.listed(plan.Dk, plan.Dv, plan.segment_ids)
   return tuple(
     dataclasses.replace(group, kernels=_sweeps(plan, group) if group.passes else of_lists)
@@ -95,12 +103,12 @@ def padding(plan: Plan, group: Group) -> Padding:
   """What the kernels of a group need: the copy engine wants whole groups of 8 along the axis that
   is a sequence, so what is missing is added at the end of every row, or as rows.
   """
-  row = max(one.stride for one in group.passes)
+  row = max(pass_.stride for pass_ in group.passes)
   # A row is no longer than the sequence, but a summary keeps its place in it.
-  if all(one.view != "summaries" for one in group.passes):
+  if all(pass_.view != "summaries" for pass_ in group.passes):
     row = min(row, plan.T)
   rows, stride = -(-plan.T // row), row
-  if all(one.view in ("blocks", "summaries") for one in group.passes):
+  if all(pass_.view in ("blocks", "summaries") for pass_ in group.passes):
     stride = _up(row, 8)
   else:
     rows = _up(rows, 8)
@@ -122,44 +130,44 @@ def _lists_suit(plan: Plan, of_heads: tuple[Pass, ...]) -> bool:
   ms instead of 9.5; with heads of 64, forward and backward take 35 ms instead of 31.
   """
   first, D = of_heads[0], max(plan.Dk, plan.Dv)
-  if any(one.distance is None and one.view != "summaries" for one in of_heads):
+  if any(pass_.distance is None and pass_.view != "summaries" for pass_ in of_heads):
     return True
   if len(of_heads) == 1 and first.view == "summaries" and first.stride > plan.T:
     return True  # its view would be padded to a whole row
   if len(of_heads) == 1 and first.view == "natural" and first.window is None and 64 < D <= 128:
     return True
   narrow = sizes.MAX_REACH * gpu.TILE
-  wide = any(one.window is not None and narrow < one.window < plan.T for one in of_heads)
-  own = all(one.view == "blocks" or one.window is not None for one in of_heads)
+  wide = any(pass_.window is not None and narrow < pass_.window < plan.T for pass_ in of_heads)
+  own = all(pass_.view == "blocks" or pass_.window is not None for pass_ in of_heads)
   return (wide and len(of_heads) == 1) or (plan.segment_ids and not own)
 
 
 def _sweeps(plan: Plan, group: Group) -> tuple[Sweep, ...]:
   merged, pad = len(group.passes) > 1, padding(plan, group)
-  sweeps = [_sweep(plan, one, pad, merged) for one in group.passes]
+  sweeps = [_sweep(plan, pass_, pad, merged) for pass_ in group.passes]
   if is_fixed(group):
     return tuple(sweeps)
   # Those that cannot take up where others ended come first.
   return tuple(sorted(sweeps, key=lambda sweep: sweep.forward is not None))
 
 
-def _sweep(plan: Plan, one: Pass, pad: Padding, merged: bool) -> Sweep:
-  summaries = one.view == "summaries"
-  stride = 1 if one.view == "natural" else pad.stride
-  window = one.window if one.window is not None and one.window < pad.T else None
-  view = View("natural" if summaries else one.view, pad.T, 1 if summaries else stride)
-  band = Band(-(-(one.distance or 0) // stride), window)
+def _sweep(plan: Plan, pass_: Pass, pad: Padding, merged: bool) -> Sweep:
+  summaries = pass_.view == "summaries"
+  stride = 1 if pass_.view == "natural" else pad.stride
+  window = pass_.window if pass_.window is not None and pass_.window < pad.T else None
+  view = View("natural" if summaries else pass_.view, pad.T, 1 if summaries else stride)
+  band = Band(-(-(pass_.distance or 0) // stride), window)
   schedule = stream.Schedule(
-    view=one.view,
+    view=pass_.view,
     stride=stride,
     distance=band.near,
     window=window,
-    width=one.width,
-    starts=one.starts or (0,),
-    finished=one.finished and merged,
+    width=pass_.width,
+    starts=pass_.starts or (0,),
+    finished=pass_.finished and merged,
   )
   of_view = dict(columns="column", blocks="block", summaries="summary")
-  kind = of_view.get(one.view, "dense" if window is None else "local")
+  kind = of_view.get(pass_.view, "dense" if window is None else "local")
   problem = sizes.Problem(kind, view, band, plan.Dk, plan.Dv, plan.dtype)
   forward = backward = None
   if not summaries:

@@ -30,7 +30,7 @@ def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> 
 
   out, dout and dlse are of these heads.
   """
-  frame, how = _frame(plan, group, arrays, backward=True), dict(scale=_factor(plan))
+  frame, options = _frame(plan, group, arrays, backward=True), dict(scale=_factor(plan))
   if dlse is not None:
     dlse = View("natural", plan.T).rows(dlse)
     missing = lse.shape[-1] - dlse.shape[-1]
@@ -38,11 +38,11 @@ def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> 
   q, sizes = heads.take(arrays.q, group.heads), group.kernels
   own = frame, q, arrays.k, arrays.v, arrays.segment_ids, lse
   of_dq = dict(out=out, dlse=dlse, blocks=sizes.dq)
-  dq, delta = stream_backward.sweep_keys(*own, None, dout, **of_dq, **how)
-  of_keys = stream_backward.sweep_queries(*own, delta, dout, **how, blocks=sizes.dkv)
+  dq, delta = stream_backward.sweep_keys(*own, None, dout, **of_dq, **options)
+  of_keys = stream_backward.sweep_queries(*own, delta, dout, **options, blocks=sizes.dkv)
   if not plan.scores.learned:
     return dq, *of_keys
-  rows = stream_backward.sweep_values(*own, delta, dout, **how, blocks=sizes.dq)
+  rows = stream_backward.sweep_values(*own, delta, dout, **options, blocks=sizes.dq)
   return dq, *of_keys, *(x[:, :, 0, : plan.T].sum(axis=(0, 2)) for x in rows)
 
 

@@ -28,14 +28,14 @@ from pallas_kernels.mosaic_gpu.views import View
 def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   """out [B, T, Hg, Dv] and lse, base 2, in rows of the last sweep's view."""
   own = tuple(padded(plan, group, x) for x in arrays[:4])
-  how = dict(scale=plan.scores.scale, heads=group.heads)
+  options = dict(scale=plan.scores.scale, heads=group.heads)
   if groups.is_fixed(group):
-    out, lse = _forward_fixed(*group.kernels, own, how)
+    out, lse = _forward_fixed(*group.kernels, own, options)
   else:
     out = lse = view = None
     for sweep in group.kernels:
       before = None if out is None else (out, _rows(sweep, lse, view))
-      out, lse = _forward_one(sweep, own, before, how)
+      out, lse = _forward_one(sweep, own, before, options)
       view = sweep.view
   return cut(plan, group, out), lse
 
@@ -44,16 +44,16 @@ def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> 
   """dq, dk, dv [B, T, Hg, D], of k and v per query head; out, dout and dlse of these heads."""
   own = tuple(padded(plan, group, x) for x in arrays[:4])
   out, dout, dlse = (padded(plan, group, x) for x in (out, dout, dlse))
-  how = dict(scale=plan.scores.scale, heads=group.heads)
+  options = dict(scale=plan.scores.scale, heads=group.heads)
   if groups.is_fixed(group):
-    grads = _backward_fixed(*group.kernels, own, out, lse, dout, dlse, how)
+    grads = _backward_fixed(*group.kernels, own, out, lse, dout, dlse, options)
   else:
     grads = delta = view = None
     for sweep in sorted(group.kernels, key=lambda sweep: sweep.turn_backward):
       # The first one computes delta of out and dlse, for all.
       lse_here = _rows(sweep, lse, group.kernels[-1].view)
       rows = lse_here, _rows(sweep, dlse), _rows(sweep, delta, view)
-      *grads, delta = _backward_one(sweep, own, out, dout, *rows, grads, how)
+      *grads, delta = _backward_one(sweep, own, out, dout, *rows, grads, options)
       out = dlse = None
       view = sweep.view
   return tuple(cut(plan, group, x) for x in grads)
@@ -82,32 +82,32 @@ def cut(plan: Plan, group: Group, x: Array) -> Array:
 # ------------------------------------------------------------------------------------- one pass
 
 
-def _forward_one(sweep: Sweep, own, before, how):
+def _forward_one(sweep: Sweep, own, before, options):
   """(out, lse) of a sweep and of those before it."""
   q, k, v, ids = own
   if sweep.forward is not None:
     kernel = getattr(forward_kernels, sweep.forward.family)
-    how = how | dict(sweep.forward.sizes)
-    return kernel(sweep.view, sweep.band, q, k, v, _ids(sweep, ids), before, **how)
+    options = options | dict(sweep.forward.sizes)
+    return kernel(sweep.view, sweep.band, q, k, v, _ids(sweep, ids), before, **options)
   blocks = sweep.streamed.forward
-  new = stream_forward.forward(sweep.schedule, q, k, v, ids, blocks=blocks, **how)
+  new = stream_forward.forward(sweep.schedule, q, k, v, ids, blocks=blocks, **options)
   return new if before is None else _merge(sweep.view, before, new)
 
 
-def _backward_one(sweep: Sweep, own, out, dout, lse, dlse, delta, before, how):
+def _backward_one(sweep: Sweep, own, out, dout, lse, dlse, delta, before, options):
   """dq, dk, dv of a sweep and of those before it, and delta."""
   q, k, v, ids = own
   kernel = sweep.backward and getattr(backward_kernels, sweep.backward.family)
   if kernel is not None:
-    how = how | dict(sweep.backward.sizes)
+    options = options | dict(sweep.backward.sizes)
     rows = _ids(sweep, ids), out, lse, dout, dlse
     if sweep.backward.family == "resident":
       rows = *rows, delta, before
-    return kernel(sweep.view, sweep.band, q, k, v, *rows, **how)
+    return kernel(sweep.view, sweep.band, q, k, v, *rows, **options)
   lse, dlse, delta = (_streamed_rows(sweep, x) for x in (lse, dlse, delta))
-  of_dq = how | dict(out=out, dlse=dlse, blocks=sweep.streamed.dq)
+  of_dq = options | dict(out=out, dlse=dlse, blocks=sweep.streamed.dq)
   dq, delta = stream_backward.dq_kernel(sweep.schedule, *own, lse, delta, dout, **of_dq)
-  dk, dv = _key_gradients(sweep, own, lse, delta, dout, how)
+  dk, dv = _key_gradients(sweep, own, lse, delta, dout, options)
   if sweep.schedule.view == "summaries":
     dk, dv = (_unfolded(x, sweep.schedule, q.shape[1]) for x in (dk, dv))
   grads = dq, dk, dv
@@ -117,32 +117,32 @@ def _backward_one(sweep: Sweep, own, out, dout, lse, dlse, delta, before, how):
   return *grads, delta
 
 
-def _key_gradients(sweep: Sweep, own, lse, delta, dout, how):
+def _key_gradients(sweep: Sweep, own, lse, delta, dout, options):
   """dk and dv by streaming; of summaries [B, rows, width, Hg, D]."""
-  how = how | dict(blocks=sweep.streamed.dkv)
-  return stream_backward.dkv_kernel(sweep.schedule, *own, lse, delta, dout, **how)
+  options = options | dict(blocks=sweep.streamed.dkv)
+  return stream_backward.dkv_kernel(sweep.schedule, *own, lse, delta, dout, **options)
 
 
 # ------------------------------------------------ a block and the summaries of those before it
 
 
-def _forward_fixed(block: Sweep, summary: Sweep, own, how):
+def _forward_fixed(block: Sweep, summary: Sweep, own, options):
   """In one sweep of the streaming kernels."""
   del block
   schedule = dataclasses.replace(summary.schedule, own=True)
-  return stream_forward.forward(schedule, *own, blocks=summary.streamed.forward, **how)
+  return stream_forward.forward(schedule, *own, blocks=summary.streamed.forward, **options)
 
 
-def _backward_fixed(block: Sweep, summary: Sweep, own, out, lse, dout, dlse, how):
+def _backward_fixed(block: Sweep, summary: Sweep, own, out, lse, dout, dlse, options):
   """dq in one sweep; only the gradients of keys are computed apart."""
   schedule = dataclasses.replace(summary.schedule, own=True)
   lse, dlse = (_rows(summary, x, view) for x, view in ((lse, summary.view), (dlse, None)))
   lse, dlse = (_streamed_rows(summary, x) for x in (lse, dlse))
-  of_dq = how | dict(out=out, dlse=dlse, blocks=summary.streamed.dq)
+  of_dq = options | dict(out=out, dlse=dlse, blocks=summary.streamed.dq)
   dq, delta = stream_backward.dq_kernel(schedule, *own, lse, None, dout, **of_dq)
-  of_summaries = _key_gradients(summary, own, lse, delta, dout, how)
+  of_summaries = _key_gradients(summary, own, lse, delta, dout, options)
   in_blocks = (_streamed_rows(block, _rows(block, x, summary.view)) for x in (lse, delta))
-  of_blocks = _key_gradients(block, own, *in_blocks, dout, how)
+  of_blocks = _key_gradients(block, own, *in_blocks, dout, options)
   dk, dv = (_add_summaries(x, y, schedule) for x, y in zip(of_blocks, of_summaries, strict=True))
   return dq, dk, dv
 

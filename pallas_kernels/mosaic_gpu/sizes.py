@@ -85,9 +85,9 @@ def resident_backward(problem: Problem) -> dict[str, int] | None:
     own_tiles, warpgroups = 2, 2 if Dk >= 128 or nt >= 4 else 1
   for own in range(min(own_tiles, nt), 0, -1):
     W = min(warpgroups, own)
-    kept = nt * (nt + 1) // 2 if own >= nt and nt <= KEPT_TILES else 0
+    kept_tiles = nt * (nt + 1) // 2 if own >= nt and nt <= KEPT_TILES else 0
     shared = problem.tiles(nt + own + (W if Dk != Dv else 0), nt + own + W)
-    if shared + 2 * TILE * TILE * kept + 2 * 4 * TILE * nt <= SHARED_BYTES:
+    if shared + 2 * TILE * TILE * kept_tiles + 2 * 4 * TILE * nt <= SHARED_BYTES:
       return dict(own_tiles=own, warpgroups=W)
   return None
 
@@ -101,24 +101,24 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
   # Two for wider tiles share less memory ahead; three would want more registers than there are.
   most = min(tuned.warpgroups, 2) if tuned else 2 if Dk + Dv <= 64 else 1
   for W in range(min(most, reach + 1), 0, -1):
-    found = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
+    stages = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
 
-    def fits(more, W=W):
-      query, key, out, result = more.values()
+    def fits(stages, W=W):
+      query, key, out, result = stages.values()
       of_k, of_v = query + key, query + key + out + W * result
       if Dk != Dv:
         of_k += W + 1
-      rest = 2 * TILE * TILE * W * (reach + 1) + 2 * 4 * TILE * query  # dS; lse and delta
-      return problem.tiles(of_k, of_v) + rest <= SHARED_BYTES
+      small = 2 * TILE * TILE * W * (reach + 1) + 2 * 4 * TILE * query  # dS; lse and delta
+      return problem.tiles(of_k, of_v) + small <= SHARED_BYTES
 
     # What is left of the memory goes, in turn, to what is waited for.
-    more = ["out_stages", "query_stages", "key_stages", "query_stages", "key_stages"]
-    more += ["result_stages"] if Dk == Dv else []
-    if fits(found):
-      for name in more:
-        larger = found | {name: found[name] + 1}
-        found = larger if fits(larger) else found
-      return dict(warpgroups=W, **found)
+    in_turn = ["out_stages", "query_stages", "key_stages", "query_stages", "key_stages"]
+    in_turn += ["result_stages"] if Dk == Dv else []
+    if fits(stages):
+      for name in in_turn:
+        larger = stages | {name: stages[name] + 1}
+        stages = larger if fits(larger) else stages
+      return dict(warpgroups=W, **stages)
   return None
 
 
@@ -171,11 +171,11 @@ def listed(Dk: int, Dv: int, segments: bool) -> Streamed:
       dq=sizes(step=64, stages=3),
       dkv=sizes(step=64, stages=4),
     )
-  one = sizes(step=64, warpgroups=1)
+  small = sizes(step=64, warpgroups=1)
   # Two stages of dq and their segment ids are 80 bytes more than there are.
   full = segments and Dk + Dv == 512
   return Streamed(
     forward=sizes(step=64, stages=2 if D <= 192 else 1),
-    dq=dataclasses.replace(one, stages=1) if full else one,
-    dkv=one,
+    dq=dataclasses.replace(small, stages=1) if full else small,
+    dkv=small,
   )

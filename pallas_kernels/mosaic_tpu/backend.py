@@ -46,11 +46,11 @@ def unsupported(plan: Plan) -> str | None:
 
 
 def _unsupported_view(view: views.View) -> str | None:
-  one = view.one
-  if one.pattern is not None and not _is_formula(one.pattern):
-    return f"mosaic_tpu: {one.pattern} is not supported, its pairs are no formula"
+  pass_ = view.pass_
+  if pass_.pattern is not None and not _is_formula(pass_.pattern):
+    return f"mosaic_tpu: {pass_.pattern} is not supported, its pairs are no formula"
   if view.block is None:
-    sizes = ", ".join(map(str, views.block_sizes(view.plan, one)))
+    sizes = ", ".join(map(str, views.block_sizes(view.plan, pass_)))
     return f"mosaic_tpu: blocks of {sizes} are not supported, multiples of 8 that divide 512 are"
   if (words := view.words()) > steps.MOST:
     return f"mosaic_tpu: lists of {words:,} words exceed {steps.MOST:,} of scalar memory"
@@ -61,7 +61,7 @@ def planned(plan: Plan) -> Plan:
   """With a view for every pass of all heads."""
   groups = []
   for group in _lowered(plan):
-    each = tuple(views.view_of(plan, group.heads, one) for one in group.passes)
+    each = tuple(views.view_of(plan, group.heads, pass_) for pass_ in group.passes)
     groups.append(dataclasses.replace(group, kernels=each))
   return dataclasses.replace(plan, groups=tuple(groups))
 
@@ -74,10 +74,10 @@ def _lowered(plan: Plan) -> tuple[Group, ...]:
     return lowered
   groups = []
   for group in lowered:
-    num_starts = max(len(one.starts) or 1 for one in group.passes)
+    num_starts = max(len(pass_.starts) or 1 for pass_ in group.passes)
     for n in range(min(num_starts, len(group.heads))):
-      with_start = lambda one, n=n: dataclasses.replace(one, starts=one.starts[n : n + 1])
-      passes = tuple(with_start(one) if one.starts else one for one in group.passes)
+      with_start = lambda pass_, n=n: dataclasses.replace(pass_, starts=pass_.starts[n : n + 1])
+      passes = tuple(with_start(pass_) if pass_.starts else pass_ for pass_ in group.passes)
       groups.append(Group(group.heads[n::num_starts], passes))
   return tuple(groups)
 

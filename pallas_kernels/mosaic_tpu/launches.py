@@ -8,8 +8,10 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels.lowering.plan import Arrays
+from pallas_kernels.mosaic_tpu import grid
 from pallas_kernels.mosaic_tpu import kernels
 from pallas_kernels.mosaic_tpu.operands import LANES
+from pallas_kernels.mosaic_tpu.sweep import LOG2E
 from pallas_kernels.mosaic_tpu.views import Place
 from pallas_kernels.mosaic_tpu.views import View
 
@@ -18,15 +20,15 @@ def forward(view: View, arrays: Arrays) -> tuple[Array, Array]:
   """out [B, T, Hg, Dv] and the natural lse [B, T, Hg]."""
   place, block = view.place(), view.block
   inputs, out_op = _inputs(view, place, arrays), view.operand(place, place.Dv)
-  found, masks = _steps(view, arrays, transposed=False)
+  visits, masks = _steps(view, arrays, transposed=False)
   outputs = dict(
     out=(view.result(place, inputs["q"], place.Dv, place.count), ("q_results", out_op)),
     lse=(view.rows_shape(place, inputs["q"]), ("rows", place.num)),
   )
   scratch = dict(top=(place.num, block, LANES), total=(place.num, block, LANES))
   scratch |= dict(acc=(place.num, block, out_op.tile))
-  what = view.sweep, found, view.groups(place), inputs | masks, outputs, scratch
-  out, lse = kernels.launch("attention_forward", kernels.forward, *what)
+  what = view.sweep, visits, view.groups(place), inputs | masks, outputs, scratch
+  out, lse = grid.launch("attention_forward", kernels.forward, *what)
   out = view.from_array(out, view.plan.Dv, place.Dv, view.T)
   return out, view.from_rows(lse, place) * math.log(2)
 
@@ -55,7 +57,7 @@ def _gradient_inputs(view: View, place: Place, arrays: Arrays, rows) -> dict:
   dout, lse, delta = rows
   return _inputs(view, place, arrays) | dict(
     dout=(view.array(dout, place, place.Dv), ("q_results", view.operand(place, place.Dv))),
-    lse=(view.rows(lse * kernels.LOG2E, place, jnp.inf), ("rows", place.num)),
+    lse=(view.rows(lse * LOG2E, place, jnp.inf), ("rows", place.num)),
     delta=(view.rows(delta, place, 0.0), ("rows", place.num)),
   )
 
@@ -63,12 +65,12 @@ def _gradient_inputs(view: View, place: Place, arrays: Arrays, rows) -> dict:
 def _dq(view: View, place: Place, arrays: Arrays, rows) -> Array:
   inputs, block = _gradient_inputs(view, place, arrays, rows), view.block
   q_op = inputs["q"][1][1]
-  found, masks = _steps(view, arrays, transposed=False)
+  visits, masks = _steps(view, arrays, transposed=False)
   outputs = dict(dq=(view.result(place, inputs["q"], place.Dk, place.count), ("q_results", q_op)))
   scratch = dict(lse_s=(place.num, block, 8), delta_s=(place.num, block, 8))
   scratch |= dict(acc=(q_op.num_tiles, block, q_op.tile))
-  what = view.sweep, found, view.groups(place), inputs | masks, outputs, scratch
-  (dq,) = kernels.launch("attention_dq", kernels.dq, *what)
+  what = view.sweep, visits, view.groups(place), inputs | masks, outputs, scratch
+  (dq,) = grid.launch("attention_dq", kernels.dq, *what)
   return view.from_array(dq, view.plan.Dk, place.Dk, view.T)
 
 
@@ -76,7 +78,7 @@ def _backward(view: View, place: Place, with_dq: bool, arrays: Arrays, rows) -> 
   """dk and dv, and before them dq where the kernel has it too."""
   inputs, block = _gradient_inputs(view, place, arrays, rows), view.block
   q_op, k_op, v_op = (inputs[name][1][1] for name in "qkv")
-  found, masks = _steps(view, arrays, transposed=True)
+  visits, masks = _steps(view, arrays, transposed=True)
   num = -(-view.sweep.num_queries // block)
   outputs = dict(
     dk=(view.result(place, inputs["k"], place.Dk, place.keys), ("k_results", k_op)),
@@ -84,12 +86,12 @@ def _backward(view: View, place: Place, with_dq: bool, arrays: Arrays, rows) -> 
   )
   scratch = dict(dk_s=(k_op.num_tiles, block, k_op.tile), dv_s=(v_op.num_tiles, block, v_op.tile))
   if with_dq:
-    found = found.with_stores(num)
+    visits = visits.with_stores(num)
     outputs |= dict(dq=(view.result(place, inputs["q"], place.Dk, place.count), ("dq", q_op)))
     scratch |= dict(dq_s=(q_op.num_tiles, num * block, q_op.tile))
-  what = view.sweep, found, view.groups(place), inputs | masks, outputs, scratch
+  what = view.sweep, visits, view.groups(place), inputs | masks, outputs, scratch
   name = "attention_backward" if with_dq else "attention_dkv"
-  dk, dv, *dq = kernels.launch(name, kernels.backward, *what)
+  dk, dv, *dq = grid.launch(name, kernels.backward, *what)
   Dk, Dv = view.plan.Dk, view.plan.Dv
   dk, dv = view.from_keys(dk, Dk, place.Dk), view.from_keys(dv, Dv, place.Dv)
   return *(view.from_array(x, Dk, place.Dk, view.T) for x in dq), dk, dv
@@ -100,7 +102,7 @@ def _backward(view: View, place: Place, with_dq: bool, arrays: Arrays, rows) -> 
 
 def _steps(view: View, arrays: Arrays, *, transposed: bool):
   """The steps, and the arrays that mask."""
-  found, masks = view.static_steps(transposed), {}
+  visits, masks = view.static_steps(transposed), {}
   ids, block_mask, size = arrays.segment_ids, arrays.block_mask, view.plan.block_size
   nq, nk = (-(-n // view.block) for n in (view.sweep.num_queries, view.sweep.num_keys))
   for n, leaf in enumerate(view.sweep.leaves):
@@ -109,7 +111,7 @@ def _steps(view: View, arrays: Arrays, *, transposed: bool):
   if block_mask is not None:
     own = block_mask[:, np.asarray(view.heads)] if block_mask.shape[1] > 1 else block_mask
     masks["block_mask"] = _table(view, own, size, transposed)
-    found = found.masked(*_joined_blocks(own, size, view.block, nq, nk))
+    visits = visits.masked(*_joined_blocks(own, size, view.block, nq, nk))
   if ids is not None:
     ids = jnp.pad(ids, [(0, 0), (0, nq * view.block - view.T)], mode="edge")
     masks["ids_of_lines"] = ids[:, :, None], ("lines", 1)
@@ -119,8 +121,8 @@ def _steps(view: View, arrays: Arrays, *, transposed: bool):
     meet = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
     one_id = (low == high)[:, :, None] & (low == high)[:, None, :]
     same = one_id & (low[:, :, None] == low[:, None, :])
-    found = found.masked(meet[:, None], same[:, None])
-  return found, masks
+    visits = visits.masked(meet[:, None], same[:, None])
+  return visits, masks
 
 
 def _table(view: View, layout, size: int, transposed: bool):

@@ -18,15 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import hardware
 from pallas_kernels.lowering import heads
 from pallas_kernels.lowering.heads import Heads
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.lowering.plan import Plan
+from pallas_kernels.mosaic_tpu import grid
 from pallas_kernels.mosaic_tpu import kernels
 from pallas_kernels.mosaic_tpu import steps
+from pallas_kernels.mosaic_tpu import sweep
 from pallas_kernels.mosaic_tpu.operands import LANES
 from pallas_kernels.mosaic_tpu.operands import Operand
 from pallas_kernels.mosaic_tpu.operands import SUBLANES
+from pallas_kernels.mosaic_tpu.sweep import Sweep
 
 BLOCK = 512  # tokens at most; blocks of layouts have to fit
 _DQ = 32 << 20  # bytes of memory that dq of a sequence may take, for one backward kernel
@@ -62,13 +66,13 @@ class View:
   Attributes:
     plan: of the call.
     heads: of queries.
-    one: the pass.
+    pass_: which pairs.
     block: queries and keys of a block; None where the layouts fit no block.
   """
 
   plan: Plan = dataclasses.field(compare=False, repr=False)  # which has this view
   heads: Heads
-  one: Pass
+  pass_: Pass
   block: int | None
 
   @property
@@ -86,14 +90,14 @@ class View:
 
   @property
   def stride(self) -> int:
-    return _stride(self.plan, self.one)
+    return _stride(self.plan, self.pass_)
 
   @functools.cached_property
-  def sweep(self) -> kernels.Sweep:
+  def sweep(self) -> Sweep:
     """What the kernels sweep."""
-    num_queries, num_keys = _lengths(self.plan, self.one)
-    scores, leaves = self.plan.scores, leaves_of(self.one)
-    return kernels.Sweep(self.one, self.block, num_queries, num_keys, scores, leaves)
+    num_queries, num_keys = _lengths(self.plan, self.pass_)
+    scores, leaves = self.plan.scores, _leaves_of(self.pass_)
+    return Sweep(self.pass_, self.block, num_queries, num_keys, scores, leaves)
 
   def words(self) -> int:
     """Of scalar memory."""
@@ -108,7 +112,7 @@ class View:
   def static_steps(self, transposed: bool) -> steps.Steps:
     s = self.sweep
     end = transposed and s.queries_end
-    return steps.steps_of(s.one, s.num_queries, s.num_keys, self.block, end, transposed)
+    return steps.steps_of(s.pass_, s.num_queries, s.num_keys, self.block, end, transposed)
 
   # ------------------------------------------------------------------------------- where heads lie
 
@@ -122,8 +126,8 @@ class View:
     together = self.heads == tuple(range(first, first + num)) and not self._masks_per_head
     even = lambda count: H % count == first % count == num % count == 0
     sizes, padded = (self.plan.Dk, self.plan.Dv), (_up(self.plan.Dk), _up(self.plan.Dv))
-    columns = self.one.view == "columns"
-    apart = self.plan.dtype.itemsize == 2 and kernels.tall_tiles()
+    columns = self.pass_.view == "columns"
+    apart = self.plan.dtype.itemsize == 2 and hardware.has_tall_tiles()
     if together and group == 1:
       if sizes == (LANES, LANES) and even(SUBLANES):
         return Place("heads", 1, 1, *sizes)
@@ -149,11 +153,11 @@ class View:
     count = place.keys if of_keys else place.count
     return Operand(size, count, self.block, place.sublanes is not None)
 
-  def groups(self, place: Place) -> kernels.Groups:
+  def groups(self, place: Place) -> grid.Groups:
     """The groups of heads, in the order of the results."""
     together = SUBLANES if place.sublanes == "heads" else place.count
     heads = np.asarray(self.heads)[::together]
-    if self.one.view != "columns":
+    if self.pass_.view != "columns":
       rows, rows_k = np.zeros((1, 1), int), np.zeros((1, 1), int)
     elif place.sublanes == "tokens":
       rows = np.arange(self.stride // SUBLANES)[:, None] * self.H
@@ -163,7 +167,7 @@ class View:
       rows_k = rows // self.group
     together_k = SUBLANES if place.sublanes == "heads" else place.keys
     flat = lambda x: np.broadcast_to(x, (len(rows), len(heads))).reshape(-1)
-    return kernels.Groups(
+    return grid.Groups(
       queries=flat((rows + heads) // together),
       keys=flat((rows_k + heads // self.group) // together_k),
       heads=flat(heads),
@@ -183,35 +187,35 @@ class View:
 
   def keys(self, x):
     """Keys or values that the view has: [B, S, Hkv, D], of summaries those."""
-    if self.one.view != "summaries":
+    if self.pass_.view != "summaries":
       return x
-    width, starts = self.one.width, self.one.starts
+    width, starts = self.pass_.width, self.pass_.starts
     x = padded(x, 1, -(-x.shape[1] // self.stride) * self.stride)
     x = x.reshape(x.shape[0], -1, self.stride, *x.shape[2:])
-    found, *others = (x[:, :, start : start + width] for start in starts)
+    joined, *others = (x[:, :, start : start + width] for start in starts)
     which = jnp.arange(x.shape[3])[:, None] % len(starts)  # start of every head
     for n, part in enumerate(others, 1):
-      found = jnp.where(which == n, part, found)
-    return found.reshape(x.shape[0], -1, *x.shape[3:])
+      joined = jnp.where(which == n, part, joined)
+    return joined.reshape(x.shape[0], -1, *x.shape[3:])
 
   def array(self, x, place: Place, D: int):
     """[B, T, H, D] as kernels read it: [sequences, rows, lanes], or with sublanes before lanes."""
     B, H = x.shape[0], x.shape[2]
     x = padded(x, 3, D)
-    if self.one.view in ("columns", "blocks"):
+    if self.pass_.view in ("columns", "blocks"):
       x = padded(x, 1, -(-x.shape[1] // self.stride) * self.stride)
-    if self.one.view == "columns":
+    if self.pass_.view == "columns":
       shape = {None: (-1,), "heads": (self.stride * H, D), "tokens": (self.stride, H * D)}
       x = x.reshape(B, x.shape[1] // self.stride, *shape[place.sublanes])
     else:
-      rows = self.stride if self.one.view == "blocks" else x.shape[1]
+      rows = self.stride if self.pass_.view == "blocks" else x.shape[1]
       x = x.reshape(-1, rows, *((H, D) if place.sublanes else (H * D,)))
     return x
 
   def result(self, place: Place, like, D: int, count: int):
     """Of `count` heads for each group of heads, with the sequences and rows of an input."""
     B, rows, heads = *like[0].shape[:2], len(self.heads) // place.count * count
-    stride = self.stride if self.one.view == "columns" else 1
+    stride = self.stride if self.pass_.view == "columns" else 1
     shape = {None: (stride * heads * D,), "heads": (stride * heads, D)}
     shape |= {"tokens": (stride, heads * D)}
     return jax.ShapeDtypeStruct((B, rows, *shape[place.sublanes]), self.plan.dtype)
@@ -220,25 +224,25 @@ class View:
     """A result of heads of `size` lanes as [B, length, heads, D]."""
     B, rows = x.shape[:2]
     heads = x.size // (B * rows * size)
-    if self.one.view == "columns":
+    if self.pass_.view == "columns":
       x = x.reshape(B, rows * self.stride, heads // self.stride, size)
     else:
       whole = rows
-      if self.one.view == "blocks":
+      if self.pass_.view == "blocks":
         whole = -(-self.T // self.stride) * self.stride
       x = x.reshape(-1, whole, heads, size)
     return x[:, :length, :, :D]
 
   def from_keys(self, x, D: int, size: int):
     """dk or dv as [B, S, heads, D]: zeros where a view has none; those of one key's head added."""
-    x = self.from_array(x, D, size, x.shape[1] if self.one.view == "summaries" else self.plan.S)
-    if self.one.view == "summaries":
-      width, starts = self.one.width, self.one.starts
+    x = self.from_array(x, D, size, x.shape[1] if self.pass_.view == "summaries" else self.plan.S)
+    if self.pass_.view == "summaries":
+      width, starts = self.pass_.width, self.pass_.starts
       x = x.reshape(x.shape[0], -1, width, *x.shape[2:])
       pad = lambda start: [(0, 0), (0, 0), (start, self.stride - start - width), (0, 0), (0, 0)]
       which = jnp.arange(x.shape[3])[:, None] % len(starts)
-      mine = lambda n: x if len(starts) == 1 else jnp.where(which == n, x, 0)
-      x = sum(jnp.pad(mine(n), pad(start)) for n, start in enumerate(starts))
+      of_start = lambda n: x if len(starts) == 1 else jnp.where(which == n, x, 0)
+      x = sum(jnp.pad(of_start(n), pad(start)) for n, start in enumerate(starts))
       x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.plan.S]
     if len(self.heads) == self.H:
       x = heads.sum_per_key_head(x, self.plan.Hkv)
@@ -253,14 +257,14 @@ class View:
   def rows(self, x, place: Place, fill: float):
     """Numbers of queries [B, T, Hg] as [sequences, groups, heads, T]; `fill` where none is."""
     B, heads = x.shape[0], x.shape[2]
-    if self.one.view in ("columns", "blocks"):
+    if self.pass_.view in ("columns", "blocks"):
       x = padded(x, 1, -(-x.shape[1] // self.stride) * self.stride, fill)
     if place.sublanes == "tokens":
       x = x.reshape(B, -1, self.stride // SUBLANES, SUBLANES, heads // place.count, place.count)
       x = x.transpose(0, 2, 4, 3, 5, 1)
     else:
-      B = B * x.shape[1] // self.stride if self.one.view == "blocks" else B
-      rows = x.size // (B * heads * (self.stride if self.one.view == "columns" else 1))
+      B = B * x.shape[1] // self.stride if self.pass_.view == "blocks" else B
+      rows = x.size // (B * heads * (self.stride if self.pass_.view == "columns" else 1))
       x = x.reshape(B, rows, -1, place.num).transpose(0, 2, 3, 1)
     x = x.reshape(B, -1, place.num, x.shape[-1])
     return padded(x, 3, -(-x.shape[3] // self.block) * self.block, fill)
@@ -273,40 +277,40 @@ class View:
       x = x.transpose(0, 5, 1, 3, 2, 4)
     else:
       x = x.transpose(0, 3, 1, 2)
-    if self.one.view == "blocks":
+    if self.pass_.view == "blocks":
       B = x.size // heads // (-(-self.T // self.stride) * self.stride)
     return x.reshape(B, -1, heads)[:, : self.T]
 
 
-def view_of(plan: Plan, of_group: Heads, one: Pass) -> View:
+def view_of(plan: Plan, of_group: Heads, pass_: Pass) -> View:
   """How a pass over some heads is read."""
-  return View(plan, of_group, one, _block(max(_lengths(plan, one)), block_sizes(plan, one)))
+  return View(plan, of_group, pass_, _block(max(_lengths(plan, pass_)), block_sizes(plan, pass_)))
 
 
-def block_sizes(plan: Plan, one: Pass) -> list[int]:
+def block_sizes(plan: Plan, pass_: Pass) -> list[int]:
   """Of what masks by blocks, layouts and the block mask."""
-  sizes = {leaf.block_size for leaf in leaves_of(one)}
+  sizes = {leaf.block_size for leaf in _leaves_of(pass_)}
   return sorted(sizes | ({plan.block_size} if plan.block_mask is not None else set()))
 
 
-def leaves_of(one: Pass) -> tuple:
+def _leaves_of(pass_: Pass) -> tuple:
   """The layouts of a pass."""
-  return () if one.pattern is None else kernels.leaves_of(one.pattern)
+  return () if pass_.pattern is None else sweep.leaves_of(pass_.pattern)
 
 
-def _stride(plan: Plan, one: Pass) -> int:
-  if one.view == "summaries":
-    return one.stride
-  return 1 if one.view == "natural" else min(one.stride, plan.T)
+def _stride(plan: Plan, pass_: Pass) -> int:
+  if pass_.view == "summaries":
+    return pass_.stride
+  return 1 if pass_.view == "natural" else min(pass_.stride, plan.T)
 
 
-def _lengths(plan: Plan, one: Pass) -> tuple[int, int]:
+def _lengths(plan: Plan, pass_: Pass) -> tuple[int, int]:
   """Queries and keys of a sequence of the view."""
-  stride = _stride(plan, one)
+  stride = _stride(plan, pass_)
   rows = -(-plan.T // stride)
-  num_queries = {"columns": rows, "blocks": stride}.get(one.view, plan.T)
-  num_keys = {"columns": rows, "blocks": stride, "summaries": rows * one.width}
-  return num_queries, num_keys.get(one.view, plan.S)
+  num_queries = {"columns": rows, "blocks": stride}.get(pass_.view, plan.T)
+  num_keys = {"columns": rows, "blocks": stride, "summaries": rows * pass_.width}
+  return num_queries, num_keys.get(pass_.view, plan.S)
 
 
 def _are_tiles(count: int, size: int, total: int) -> bool:

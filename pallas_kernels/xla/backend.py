@@ -23,7 +23,7 @@ def planned(plan: Plan) -> Plan:
   """With the views of all heads' passes."""
   groups = []
   for group in plan.lowered(natural=views.needs_positions(plan)):
-    each = tuple(views.view_of(plan, one, group.heads) for one in group.passes)
+    each = tuple(views.view_of(plan, pass_, group.heads) for pass_ in group.passes)
     groups.append(dataclasses.replace(group, kernels=each))
   return dataclasses.replace(plan, groups=tuple(groups))
 

@@ -40,9 +40,9 @@ def _solve(problem: "Problem", one_of: Callable, arrays: tuple) -> tuple:
 
 def of_view(view: View, arrays: Arrays, scores: Scores, block_size: int) -> "Problem":
   """The problems of a view: what they have in common, and what masks each of them."""
-  allowed = view.one.allowed
-  if view.one.pattern is not None:
-    allowed = functions.bound(view.one.pattern, arrays.held).allowed
+  allowed = view.pass_.allowed
+  if view.pass_.pattern is not None:
+    allowed = functions.bound(view.pass_.pattern, arrays.held).allowed
   masks = view.masks(arrays.segment_ids, arrays.block_mask)
   return Problem(view, allowed, scores, arrays.held, block_size, masks)
 
@@ -69,8 +69,8 @@ class Problem(NamedTuple):
 
   def tiles(self, T: int, S: int) -> tuple[int, int]:
     """Queries and keys of a tile; the whole problem where it is small."""
-    if self.view.one.block_size:
-      return (min(self.view.one.block_size, sizes.TILE, T),) * 2
+    if self.view.pass_.block_size:
+      return (min(self.view.pass_.block_size, sizes.TILE, T),) * 2
     small = T * S <= sizes.WHOLE or self.masks[2] is not None  # blocks of a window always are
     return (T, S) if small else (min(sizes.TILE, T), min(sizes.TILE, S))
 
@@ -99,7 +99,7 @@ class Problem(NamedTuple):
   def mask(self, i, j, q_ids, k_ids, first_key, blocks):
     """Pairs of queries i `[..., t]` and keys j `[..., s]` that attend, `[..., h or 1, t, s]`."""
     i, j = i[..., :, None], j[..., None, :]
-    positions = self.view.one.query_position(i + self.view.halo), self.view.one.key_position(j)
+    positions = self.view.pass_.query_position(i + self.view.halo), self.view.pass_.key_position(j)
     mask = self.allowed(*positions)[..., None, :, :]
     if first_key is not None:
       mask = mask & (j >= first_key)[None]

@@ -21,7 +21,7 @@ class _Tiles:
   def __init__(self, problem, tiles: tuple[int, int], q, k, masks):
     self.problem, (self.block_q, self.block_k) = problem, tiles
     h, self.T, self.S = q.shape[0], q.shape[1], k.shape[1]
-    idx, length = passes.tile_lists(problem.view.one, self.T, self.S, *tiles)
+    idx, length = passes.tile_lists(problem.view.pass_, self.T, self.S, *tiles)
     self.group = min(len(idx), max(1, sizes.LOGITS // (h * self.block_q * self.block_k)))
     self.rows = -(-len(idx) // self.group) * self.group
     pad = lambda x: np.pad(x, [(0, self.rows - len(idx))] + [(0, 0)] * (x.ndim - 1))
@@ -60,7 +60,7 @@ class _Tiles:
     mask = self.problem.mask(i, j, q_ids, k_ids, None, self.blocks)
     mask = mask & (n < length)[:, None, None, None]
     # Where queries see no later key, the padded keys come after all of them.
-    if not self.problem.view.one.causal or self.T > self.S:
+    if not self.problem.view.pass_.causal or self.T > self.S:
       mask = mask & (j < self.S)[:, None, None, :]
     return cols, (i, j), mask
 

@@ -22,17 +22,17 @@ def needs_positions(plan: Plan) -> bool:
   return bool(plan.extras & {"lengths", "block_mask", "positions"})
 
 
-def view_of(plan: Plan, one: Pass, of_group: Heads) -> "View":
+def view_of(plan: Plan, pass_: Pass, of_group: Heads) -> "View":
   """How a pass of some heads is solved."""
-  make = functools.partial(View, one, of_group, plan.B, plan.T, plan.H)
-  short = one.window is not None and one.window <= sizes.TILE
-  if one.view == "natural" and not needs_positions(plan) and one.causal and short:
-    window = min(one.window, plan.T)
+  make = functools.partial(View, pass_, of_group, plan.B, plan.T, plan.H)
+  short = pass_.window is not None and pass_.window <= sizes.TILE
+  if pass_.view == "natural" and not needs_positions(plan) and pass_.causal and short:
+    window = min(pass_.window, plan.T)
     # Blocks narrower than 64 waste the matrix units, wider ones waste logits outside the window.
     return make("windows", stride=min(max(window, 64), 256, plan.T), halo=window - 1)
-  if one.view == "summaries":
-    return make(one.view, one.stride)  # a summary column keeps its place in a short sequence
-  return make(one.view, min(one.stride, plan.T))
+  if pass_.view == "summaries":
+    return make(pass_.view, pass_.stride)  # a summary column keeps its place in a short sequence
+  return make(pass_.view, min(pass_.stride, plan.T))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +43,15 @@ class View:
   original positions are needed; all other views are reshapes.
 
   Attributes:
-    one: the pass.
+    pass_: which pairs.
     heads: its query heads.
     B, T, H: batch rows, queries, and all query heads.
-    kind: of `one`, or "windows".
+    kind: of the pass, or "windows".
     stride: tokens of a row of the view.
     halo: keys before the first query, in a block of a window.
   """
 
-  one: Pass
+  pass_: Pass
   heads: Heads
   B: Any
   T: int
@@ -81,7 +81,7 @@ class View:
   def keys(self, x: Num[Array, "B S Hkv D"]) -> Num[Array, "N h s D"]:
     x = jnp.repeat(x, self.H // x.shape[2], axis=2)
     if self.kind == "summaries":
-      x, starts, width = self._fold(take(x, self.heads)), self.one.starts, self.one.width
+      x, starts, width = self._fold(take(x, self.heads)), self.pass_.starts, self.pass_.width
       starts = [starts[h % len(starts)] for h in self.heads]
       columns = [x[:, :, start : start + width, n] for n, start in enumerate(starts)]
       x = jnp.stack(columns, axis=1)  # [B, h, rows, width, D]
