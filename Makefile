@@ -9,32 +9,36 @@ RUN = .venv/bin/python -m
 # Two cores: one worker each. Compilation, most of the time, uses one core.
 WORKERS ?= 2
 
-CHECKS = $(addprefix tests/,patterns_test.py layer_patterns_test.py mosaic_gpu_lowering_test.py \
-  validate_test.py configs_test.py cli_test.py imports_test.py \
+KERNEL_TESTS = tests/pallas_kernels
+MODEL_TESTS = tests/sparse_flax
+
+CHECKS = $(addprefix $(KERNEL_TESTS)/,patterns_test.py mosaic_gpu/programs_test.py \
   $(addprefix attention_test.py::test_,errors_say_what_is_wrong what_kernels_cannot_do_is_named \
-  what_kernels_do_not_take_is_named))
+  what_kernels_do_not_take_is_named)) \
+  $(addprefix $(MODEL_TESTS)/,model/layer_patterns_test.py run/validate_test.py) \
+  tests/configs tests/experiments/cli_test.py tests/repository/imports_test.py
 
 SOAK_RESTARTS ?= 200
 
 # With the newest JAX: GPU kernels lower for an H100, some run in the simulator, and what depends most
 # on other packages' interfaces.
-NEWEST_TESTS = tests/mosaic_gpu_lowering_test.py \
-  tests/decode_cluster_test.py::test_a_step_lowers_for_a_gpu_to_one_kernel \
-  tests/decoding_test.py::test_a_step_lowers_for_a_gpu \
-  tests/mosaic_gpu_stream_test.py::test_huge_values_stay_finite \
-  tests/mosaic_gpu_lists_test.py::test_logits_of_hidden_pairs_may_be_anything \
-  tests/versions_test.py tests/recorded_test.py tests/tracing_test.py tests/linen_class_test.py \
-  tests/train_test.py tests/evaluate_test.py tests/export_test.py
+NEWEST_TESTS = $(addprefix $(KERNEL_TESTS)/,mosaic_gpu/programs_test.py \
+  decode/cluster_test.py::test_a_step_lowers_for_a_gpu_to_one_kernel \
+  decode/triton_test.py::test_a_step_lowers_for_a_gpu \
+  mosaic_gpu/stream_test.py::test_huge_values_stay_finite \
+  mosaic_gpu/lists_test.py::test_logits_of_hidden_pairs_may_be_anything versions_test.py) \
+  $(addprefix $(MODEL_TESTS)/,recorded_test.py linen_class_test.py evaluate_test.py export_test.py \
+  train/tracing_test.py train/step_test.py)
 
 # What the GPU's own tests need, with whatever else that machine has: its Python, no .venv. Each part
 # is meant to take less than 9 minutes on one GPU, which several processes share.
 PART ?= attention decode commands
 GPU_PYTHON = $(or $(PYTHON),python3)
 GPU_WORKERS ?= auto
-GPU_TESTS_attention = tests/attention_test.py tests/attention_patterns_test.py \
-  $(filter-out %_lowering_test.py,$(wildcard tests/mosaic_gpu_*_test.py))
-GPU_TESTS_decode = tests/decode_cluster_test.py tests/decoding_test.py
-GPU_TESTS_commands = tests/commands_gpu_test.py
+GPU_TESTS_attention = $(addprefix $(KERNEL_TESTS)/,attention_test.py random_calls_test.py \
+  mosaic_gpu/lists_test.py mosaic_gpu/stream_test.py)
+GPU_TESTS_decode = $(KERNEL_TESTS)/decode
+GPU_TESTS_commands = tests/experiments/commands_gpu_test.py
 # The type checks of the other targets need beartype, and their warnings are errors: neither is
 # asked of a machine that is not ours. Float32 products stay float32; GPUs round them to TF32. The
 # matmuls of the references are not tuned: that takes longer than they do. Commands run as users'.
@@ -60,14 +64,14 @@ test-long: .venv lint  ## everything that does not fit there, in full
 	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"
 
 soak: .venv  ## a run with SOAK_RESTARTS faults, 200 by default, ends like one without
-	SOAK_RESTARTS=$(SOAK_RESTARTS) $(RUN) pytest -q tests/soak_test.py
+	SOAK_RESTARTS=$(SOAK_RESTARTS) $(RUN) pytest -q tests/sparse_flax/run/soak_test.py
 
 test-newest: .venv-newest/installed  ## with the newest JAX allowed: kernels lower, and a smoke set
 	.venv-newest/bin/python -m pip list --disable-pip-version-check | grep -E "^(jax|flax|numpy|optax|orbax)"
 	.venv-newest/bin/python -m pytest -q -n $(WORKERS) -m "not gpu and not slow" $(NEWEST_TESTS)
 
 test-tpu-aot: .venv  ## kernels and training steps through the TPU compiler; no TPU is needed
-	$(RUN) pytest -q tests/tpu_aot_test.py tests/tpu_table_test.py
+	$(RUN) pytest -q tests/pallas_kernels/mosaic_tpu/aot_test.py tests/pallas_kernels/mosaic_tpu/table_test.py
 
 test-gpu:  ## kernels and commands on this machine's GPU, with the running interpreter
 	@$(GPU_PYTHON) -c "import jax, sys; sys.exit(jax.default_backend() != 'gpu')" || \
@@ -89,6 +93,7 @@ bench: .venv  ## every benchmark this machine can run, into benchmarks/*.json
 lint: .venv
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) pyrefly check --output-format min-text
 
 .venv: .venv/installed
 

@@ -46,9 +46,10 @@ setuptools.setup(
   python_requires=">=3.12",
   packages=setuptools.find_packages(include=["sparse_flax*", "pallas_kernels*"]),
   package_data={
-    "sparse_flax": ["report.css", "report.html", "report.js"],
+    "sparse_flax.view.report": ["page.css", "page.html", "page.js"],
     "sparse_flax.data": ["samples/*"],
-    "pallas_kernels": ["tuning.json"],
+    "sparse_flax": ["py.typed"],
+    "pallas_kernels": ["py.typed", "tuning.json"],
   },
   install_requires=CORE + DATA + LAUNCH,
   extras_require={
@@ -61,6 +62,7 @@ setuptools.setup(
       "hypothesis>=6.150",
       "ipykernel>=7",
       "nbclient>=0.10",
+      "pyrefly>=1.5",
       "pytest>=9",
       "pytest-xdist>=3.8",
       "ruff>=0.14",

@@ -17,10 +17,10 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from sparse_flax import checkpoint
 from sparse_flax import data
-from sparse_flax import errors
-from sparse_flax import validate
+from sparse_flax.run import checkpoint
+from sparse_flax.run import errors
+from sparse_flax.run import validate
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # Exit statuses beside 0. PREEMPTED is sysexits' EX_TEMPFAIL: start it again.

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from experiments import cli
-from sparse_flax import checkpoint
 from sparse_flax import evaluate
-from sparse_flax import metrics
+from sparse_flax.run import checkpoint
+from sparse_flax.train import metrics
 
 
 def run(

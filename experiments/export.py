@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from experiments import cli
-from sparse_flax import checkpoint
 from sparse_flax import export
+from sparse_flax.run import checkpoint
 
 
 def main(argv: Sequence[str]) -> int:

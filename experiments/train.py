@@ -31,9 +31,9 @@ import ml_collections
 
 from experiments import cli
 from experiments import distributed
-from sparse_flax import errors
 from sparse_flax import train
-from sparse_flax import watchdog
+from sparse_flax.run import errors
+from sparse_flax.train import watchdog
 
 
 def run(

@@ -23,21 +23,20 @@ from etils import epath
 from flax import nnx
 
 from experiments import cli
-from experiments import run_report
-from sparse_flax import attention_averages
-from sparse_flax import attention_maps
-from sparse_flax import attention_pictures
-from sparse_flax import average_pictures
-from sparse_flax import checkpoint
 from sparse_flax import data
 from sparse_flax import evaluate
-from sparse_flax import files
-from sparse_flax import layer_patterns
-from sparse_flax import mask_pictures
-from sparse_flax import metrics
-from sparse_flax import report
-from sparse_flax import report_charts
-from sparse_flax import report_samples
+from sparse_flax.model import layer_patterns
+from sparse_flax.run import checkpoint
+from sparse_flax.run import files
+from sparse_flax.train import metrics
+from sparse_flax.view import averages as averages_lib
+from sparse_flax.view import draw as draw_lib
+from sparse_flax.view import maps as maps_lib
+from sparse_flax.view import masks as masks_lib
+from sparse_flax.view import report
+from sparse_flax.view import run as run_lib
+from sparse_flax.view.report import charts
+from sparse_flax.view.report import samples as samples_lib
 
 _MOST_LAYERS = 8  # drawn without --layers
 _PNG_BITS = 5.73  # per dim of the 50,000 training images of CIFAR-10
@@ -76,7 +75,7 @@ def draw_masks(path: str | os.PathLike) -> epath.Path:
   path = epath.Path(path)
   if path.suffix != ".png":
     raise ValueError(f"--masks={path}: must end in .png")
-  return _save(mask_pictures.draw_overview(), path)
+  return _save(masks_lib.draw_overview(), path)
 
 
 def run(
@@ -110,7 +109,7 @@ def run(
   config, graphdef, params, step = checkpoint.restore_params(workdir, step, data_path=data_path)
   model = config.model
   layers = _check_layers(layers, model.num_layers)
-  layout = attention_maps.Layout.of(model)
+  layout = maps_lib.Layout.of(model)
   places = _pick_places(layout, num=num, seed=seed)
   inputs = _pick_inputs(config, examples, seed=seed)
   tokens, rows = inputs[0], layout.slots(places)
@@ -128,24 +127,24 @@ def run(
   for layer in layers:
     figure = _draw_layer(model, layer, tokens, places, weights[layer])
     paths.append(_save(figure, folder / f"attention-layer{layer:03}-seed{seed}.png"))
-  figure = average_pictures.draw(attention.averages, layers, attention.names)
+  figure = averages_lib.draw(attention.averages, layers, attention.names)
   paths.append(_save(figure, folder / f"averages-seed{seed}.png"))
   paths.append(_save(_draw_patterns(model), folder / "patterns.png"))
-  records = run_report.read_lines(epath.Path(workdir) / "metrics.jsonl")
+  records = run_lib.read_lines(epath.Path(workdir) / "metrics.jsonl")
   if any("bits_per_byte" in record for record in records):
     paths.append(_save(_draw_curve(config, records), folder / "curve.png"))
-  evaluations = run_report.read_lines(epath.Path(workdir) / "evaluations.jsonl")
+  evaluations = run_lib.read_lines(epath.Path(workdir) / "evaluations.jsonl")
   page = report.build(
     title=f"{epath.Path(workdir).absolute().name}, step {step:,}",
-    facts=run_report.facts(config, params, step=step, records=records, evaluations=evaluations),
+    facts=run_lib.facts(config, params, step=step, records=records, evaluations=evaluations),
     records=records,
     unit=metrics.UNIT[model.modality],
     reference=_reference(config),
-    samples=run_report.read_samples(folder),
+    samples=run_lib.read_samples(folder),
     sample_command=f"python -m experiments.sample --workdir={workdir} --step={step} --keep=0.5",
     attention=attention,
   )
-  paths.append(folder / report_samples.PAGE)
+  paths.append(folder / samples_lib.PAGE)
   files.write(paths[-1], page.encode())
   return paths
 
@@ -163,15 +162,13 @@ def _attention(
 ) -> report.Attention:
   """The maps of the first input, for as many places as there is room for, and the averages."""
   bytes_of_place = model.num_layers * model.num_heads * layout.num_cells
-  places = attention_maps.spread_places(
-    layout, max(4, min(_MOST_PLACES, _MAP_BYTES // bytes_of_place))
-  )
-  averaged = attention_averages.pick_places(layout, model.num_heads, seed=seed)
+  places = maps_lib.spread_places(layout, max(4, min(_MOST_PLACES, _MAP_BYTES // bytes_of_place)))
+  averaged = averages_lib.pick_places(layout, model.num_heads, seed=seed)
   return report.Attention(
     layout=layout,
     tokens=inputs[0],
-    maps=attention_maps.make_maps(graphdef, params, inputs[0], places, layout),
-    averages=attention_averages.average(graphdef, params, inputs, averaged, layout),
+    maps=maps_lib.make_maps(graphdef, params, inputs[0], places, layout),
+    averages=averages_lib.average(graphdef, params, inputs, averaged, layout),
     names=[_head_names(model, layer) for layer in range(model.num_layers)],
   )
 
@@ -194,11 +191,11 @@ def _check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
   return sorted(set(layers))
 
 
-def _pick_places(layout: attention_maps.Layout, *, num: int, seed: int) -> np.ndarray:
+def _pick_places(layout: maps_lib.Layout, *, num: int, seed: int) -> np.ndarray:
   most = layout.num_places - layout.num_places // 8
   if not 1 <= num <= most:
     raise ValueError(f"--num={num}: must be a whole number from 1 to {most}")
-  return attention_maps.random_places(layout, num, seed=seed)
+  return maps_lib.random_places(layout, num, seed=seed)
 
 
 def _draw_layer(
@@ -216,8 +213,8 @@ def _draw_layer(
   places = [int(place) for place in places]
   if model.modality == "image":
     image = tokens.reshape(model.position_shape)
-    return attention_pictures.draw_image(image, places, weights, **labels)
-  draw = dict(text=attention_pictures.draw_text, audio=attention_pictures.draw_audio)
+    return draw_lib.draw_image(image, places, weights, **labels)
+  draw = dict(text=draw_lib.draw_text, audio=draw_lib.draw_audio)
   return draw[model.modality](tokens, places, weights[:, :, 0], **labels)
 
 
@@ -243,7 +240,7 @@ def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure
     name = entry if isinstance(entry, str) else " / ".join(entry)
     named[name] = layer_patterns.make_pattern(entry, **options)
   T = min(model.seq_len, 4 * model.stride)
-  return mask_pictures.draw_layers(list(named.items()), T=T, num_heads=model.num_heads)
+  return masks_lib.draw_layers(list(named.items()), T=T, num_heads=model.num_heads)
 
 
 def _draw_curve(
@@ -257,9 +254,7 @@ def _draw_curve(
     ("validation_bits_per_byte", "validation, averaged weights", dict(color="#d55e00", marker="o")),
   ):
     points = [
-      (record["step"], record[field])
-      for record in records
-      if report_charts.is_number(record.get(field))
+      (record["step"], record[field]) for record in records if charts.is_number(record.get(field))
     ]
     if points:
       axes.plot(*zip(*points, strict=True), label=label, **style)

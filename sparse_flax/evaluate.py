@@ -17,9 +17,10 @@ from jaxtyping import Integer
 from jaxtyping import UInt8
 
 from pallas_kernels import api
+from pallas_kernels import hardware
 from sparse_flax import data
-from sparse_flax import sharding
-from sparse_flax import transformer
+from sparse_flax.model import transformer
+from sparse_flax.parallel import sharding
 
 
 def token_nats(
@@ -131,6 +132,7 @@ class Evaluator:
         on_progress(num_bytes)
       waiting = sums
       num_bytes += int(scored.sum())
+    assert waiting is not None, "every split has a batch"
     nats += _total(waiting)
     model = self._config.model
     return {
@@ -145,8 +147,8 @@ class Evaluator:
       "ema": True,
       "dtype": model.compute_dtype,
       "attention": attention,
-      "backend": jax.default_backend(),
-      "device": jax.devices()[0].device_kind,
+      "backend": hardware.platform(),
+      "device": hardware.device_kind(),
     }
 
 

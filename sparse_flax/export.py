@@ -27,11 +27,11 @@ import safetensors.flax
 from etils import epath
 from flax import nnx
 
-from sparse_flax import digest
-from sparse_flax import errors
-from sparse_flax import files
-from sparse_flax import transformer
-from sparse_flax import workdir
+from sparse_flax.model import transformer
+from sparse_flax.run import digest
+from sparse_flax.run import errors
+from sparse_flax.run import files
+from sparse_flax.run import workdir
 
 MODEL, CONFIG = "model.safetensors", "config.json"
 

@@ -21,8 +21,8 @@ from flax import nnx
 from flax import traverse_util
 
 from pallas_kernels import api
-from sparse_flax import attention
-from sparse_flax import transformer
+from sparse_flax.model import attention
+from sparse_flax.model import transformer
 
 
 class _Twin(nn.Module):

@@ -26,7 +26,7 @@ if not ON_GPU:  # nearly all the time of the tests is compilation, often of what
   jax.config.update("jax_compilation_cache_dir", os.environ["TEST_CACHE"])
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-  collect_ignore = ["tpu_aot_test.py"]  # there is no libtpu
+  collect_ignore = ["pallas_kernels/mosaic_tpu/aot_test.py"]  # there is no libtpu
 TIMEOUT = 600  # seconds of one test: a kernel whose barriers do not match waits forever
 
 

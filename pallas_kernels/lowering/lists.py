@@ -195,9 +195,8 @@ def _deal(num, num_cores: int):
     items_of[core].append(n)
     heapq.heappush(loads, (load + steps + 1, core))  # and about a step to begin and to end
   counts = np.array([*map(len, items_of), 0], np.int32)
-  return np.concatenate(items_of).astype(np.int64), np.stack(
-    [np.cumsum(counts) - counts, counts], 1
-  )
+  cores = np.stack([np.cumsum(counts) - counts, counts], 1)
+  return np.concatenate(items_of).astype(np.int64), cores
 
 
 # -------------------------------------------------------------------------------- of traced masks

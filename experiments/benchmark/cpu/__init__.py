@@ -1,0 +1,1 @@
+"""Benchmarks that any machine can run."""

@@ -1,0 +1,187 @@
+"""Sampling. On a GPU a step of the paper's image models, with sparse and with dense caches.
+
+A step draws one byte for every sequence. Its floor is the time to read the weights, and what it
+reads of the caches, once at the rate of a copy; beside it the kernels of a step, and what a small
+kernel takes in a loop like this one. "triton": a few kernels per layer, "xla": none of ours.
+
+On a CPU: whole pictures from the quickstart's model, and the time that computing the prefix anew
+for every byte would take.
+"""
+
+import functools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from experiments import cli
+from experiments.benchmark import report
+from experiments.benchmark.gpu import timing
+from sparse_flax import sample
+from sparse_flax.model import transformer
+
+BATCH = {"cifar10": 64, "imagenet64": 16, "cifar10:quick": 16}
+PARTS = ("cifar10", "imagenet64")
+# Whether caches are sparse, and the implementation of a step.
+VARIANTS = ((True, "mosaic_gpu"), (True, "triton"), (False, "triton"), (True, "xla"))
+STEPS = 128  # of a call that is timed
+CALLS = 7
+COPIED = 2**30  # bytes
+
+
+def seconds(call: Callable[[], Array]) -> float:
+  """Median time of a call, until its result is there."""
+  times = []
+  for _ in range(CALLS):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    times.append(time.perf_counter() - start)
+  return statistics.median(times)
+
+
+def copy_rate() -> float:
+  """Bytes read and written per second by a large copy."""
+  x = jnp.zeros(COPIED // 4, jnp.float32)
+  copy = jax.jit(lambda x: -x)
+  jax.block_until_ready(copy(x))
+  times = [ms for _, ms in timing.kernels_of(lambda: copy(x), CALLS)]
+  return 2e3 * COPIED / statistics.median(times)
+
+
+def launch_ms(groups: int) -> float:
+  """Time of a small kernel that needs the one before it, in the two loops of sampling."""
+  per_group = 64
+
+  def body(x, _):
+    for _ in range(per_group):
+      x = jax.lax.optimization_barrier(x + 1.0)
+    return x, None
+
+  def loops(x):
+    step = lambda x, _: (jax.lax.scan(body, x, length=groups)[0], None)
+    return jax.lax.scan(step, x, length=STEPS)[0]
+
+  x = jnp.zeros((64, 256))
+  program = jax.jit(loops).lower(x).compile()
+  num = len(timing.kernels_of(lambda: program(x)))
+  assert num >= STEPS * groups * per_group, "small kernels were joined"
+  return 1e3 * seconds(lambda: program(x)) / num
+
+
+def measure(name: str, rate: float, *, sparse: bool, implementation: str) -> dict:
+  """One row of the table, but for what other measurements give."""
+  config, batch = cli.recipe(name).model, BATCH[name]
+  graph, shapes = transformer.graph_and_shapes(**config)
+  model = nnx.merge(graph, shapes)
+
+  @jax.jit
+  def start(key):
+    params = sample.as_multiplied(model, _random(shapes, key))
+    caches = nnx.merge(graph, params).init_cache(batch, sparse=sparse)
+    return params, (jnp.zeros(batch, jnp.uint8), caches)
+
+  how = dict(temperature=1.0, top_k=None, top_p=1.0, implementation=implementation)
+  run = jax.jit(functools.partial(sample.run_steps, graph, **how), donate_argnums=1)
+  params, carry = start(jax.random.key(0))
+  keys = jax.random.split(jax.random.key(1), batch)
+  known, lengths = jnp.zeros((batch, STEPS), jnp.uint8), jnp.zeros(batch, jnp.int32)
+
+  def steps():
+    nonlocal carry
+    carry, tokens = run(params, carry, keys, model.seq_len // 2, known, lengths)
+    return tokens
+
+  jax.block_until_ready(steps())
+  arrays = [(part.rows, x) for cache in carry[1] for part in cache for x in (part.key, part.value)]
+  reads = sum(x.nbytes * rows.size // rows.length for rows, x in arrays)
+  weights = sum(x.nbytes for group in ("groups", "logits") for x in jax.tree.leaves(params[group]))
+  ms = 1e3 * seconds(steps) / STEPS
+  return dict(
+    name=name,
+    implementation="sparse" if sparse else "dense",
+    step=implementation,
+    batch=batch,
+    ms_per_step=ms,
+    floor_ms=1e3 * (weights + reads) / rate,
+    launches=len(timing.kernels_of(steps)) / STEPS,
+    weight_bytes=weights,
+    cache_bytes=sum(x.nbytes for _, x in arrays),
+    cache_bytes_read=reads,
+    bytes_per_second=1e3 * batch / ms,
+  )
+
+
+def on_cpu() -> dict:
+  """Pictures of the quickstart's model, beside computing their prefixes anew."""
+  name = "cifar10:quick"
+  config, batch = cli.recipe(name).model, BATCH[name]
+  graph, shapes = transformer.graph_and_shapes(**config)
+  params = _random(shapes, jax.random.key(0))
+  T, ends = config.seq_len, []
+  draw = functools.partial(sample.generate, graph, params, key=jax.random.key(1), num=batch)
+  draw(on_progress=lambda done, steps: ends.append((time.perf_counter(), done)))
+  (first, begun), (last, _) = ends[0], ends[-1]  # the first piece has the compilation
+  forward = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+  half = jnp.zeros((batch, T // 2), jnp.uint8)  # the mean length of a prefix
+  jax.block_until_ready(forward(params, half))
+  row = dict(
+    name=name,
+    implementation="sparse",
+    batch=batch,
+    steps=T,
+    seconds=(last - first) * T / (T - begun),
+    seconds_of_prefixes=T * seconds(lambda: forward(params, half)),
+  )
+  return row | dict(faster=row["seconds_of_prefixes"] / row["seconds"])
+
+
+def _random(shapes: dict, key: Array) -> dict:
+  """Weights that make no logits alike."""
+  keys = iter(jax.random.split(key, len(jax.tree.leaves(shapes))))
+  draw = lambda x: 0.02 * jax.random.normal(next(keys), x.shape, x.dtype)
+  return jax.tree.map(draw, shapes)
+
+
+def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
+  """Prints the table and writes sample_DEVICE.json."""
+  print(__doc__, flush=True)
+  if jax.default_backend() != "gpu":
+    row = on_cpu()
+    print(
+      f"{row['name']}: {row['batch']} x {row['steps']:,} bytes in {row['seconds']:.2f} s, "
+      f"{row['faster']:,.0f} x faster than with prefixes computed anew"
+    )
+    report.write(out / "sample_cpu.json", [row])
+    return True
+  rate = copy_rate()
+  launch = launch_ms(groups=32)
+  print(f"copy {rate / 1e12:.2f} TB/s, a small kernel {1e3 * launch:.2f} us", flush=True)
+  rows = []
+  for name in timing.chosen(PARTS, only):
+    for sparse, step in VARIANTS:
+      row = measure(name, rate, sparse=sparse, implementation=step) | dict(launch_ms=launch)
+      row["bound_ms"] = row["floor_ms"] + row["launches"] * launch
+      rows.append(row)
+      print(f"  {row}", flush=True)
+  table = [
+    (
+      f"{row['name']} x {row['batch']} {row['implementation']}, {row['step']}",
+      f"{row['ms_per_step']:.3f}",
+      f"{row['floor_ms']:.3f}",
+      f"{row['ms_per_step'] / row['floor_ms']:.1f}",
+      f"{row['launches']:,.0f}",
+      f"{row['ms_per_step'] / row['bound_ms']:.2f}",
+      f"{row['bytes_per_second']:,.0f}",
+      f"{row['cache_bytes'] / 2**30:.2f}",
+    )
+    for row in rows
+  ]
+  header = ("sampling", "ms", "floor", "x floor", "kernels", "x both", "bytes/s", "cache GiB")
+  report.print_table(header, table)
+  report.write(out / f"sample_{report.short_device()}.json", rows, copy_bytes_per_second=rate)
+  return True

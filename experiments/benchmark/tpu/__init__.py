@@ -1,0 +1,1 @@
+"""Benchmarks by the TPU compiler, which needs no TPU."""

@@ -1,0 +1,1 @@
+"""The model: embeddings, residual blocks, attention layers, and the caches to decode with."""

@@ -1,0 +1,361 @@
+"""The Sparse Transformer: embeddings, groups of residual blocks under one scan, logits."""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Integer
+from jaxtyping import Key
+from jaxtyping import UInt8
+
+from pallas_kernels import api
+from sparse_flax.model import block
+from sparse_flax.model import cache as cache_lib
+from sparse_flax.model import embedding
+from sparse_flax.model import initialization
+from sparse_flax.model.layer_patterns import Entry
+from sparse_flax.model.layer_patterns import make_pattern
+from sparse_flax.model.layer_patterns import PATTERN_NAMES
+
+MODALITIES = ("image", "text", "audio")
+REMATS = ("full", "dots", "none")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+PARAM_DTYPES = ("float32", "bfloat16")
+
+Tokens = UInt8[Array, "B T"] | Integer[Array, "B T"]
+
+
+class SparseTransformer(nnx.Module):
+  """Predicts every byte of a sequence from the bytes before it (arXiv:1904.10509).
+
+      h = embedding(tokens)
+      for each layer:  h = h + dropout(attention(norm(h)));  h = h + dropout(feed_forward(norm(h)))
+      logits = norm(h) W_out,  W_out zero at first: the first loss is exactly 8 bits
+
+  The weights of the blocks are stacked in groups, one group per cycle of `attention_layers`:
+  `groups[n]` holds those of layers n, n + cycle, n + 2 cycle, ... along a leading axis.
+  """
+
+  def __init__(
+    self,
+    *,
+    modality: str,
+    seq_len: int,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    ff_mult: int | float = 4,
+    qk_ratio: int | float = 1.0,
+    attention_layers: Sequence[Entry],
+    stride: int,
+    summary_width: int = 0,
+    sub_blocks: int = 1,
+    position_shape: Sequence[int],
+    dropout: int | float = 0.0,
+    embed_dropout: int | float = 0.0,
+    init_scheme: str = "default",
+    remat: str = "full",
+    compute_dtype: str = "bfloat16",
+    param_dtype: str = "float32",
+    implementation: str | None = None,
+    rngs: nnx.Rngs,
+  ):
+    """Args:
+    modality: "image", "text" or "audio": what the bytes are.
+    seq_len: the longest sequence, tokens.
+    width: E, the width of the residual stream.
+    num_layers: residual blocks; a multiple of the cycle length.
+    num_heads: H; divides width and qk_ratio * width.
+    ff_mult: hidden width of the feed-forward part over E.
+    qk_ratio: width of queries and keys over E; 0.5 is the paper's half size.
+    attention_layers: the cycle of patterns over depth. An entry is a name of PATTERN_NAMES, or a
+      tuple of names, one per group of neighbouring heads.
+    stride: l, tokens: window of local, period of column, block of block and summary.
+    summary_width: c, tokens per block for "summary" and "fixed".
+    sub_blocks: V, different places of the summary, head h using h % V.
+    position_shape: rows of the position tables; (rows, columns, channels) of an image,
+      (seq_len / stride, stride) of text and audio.
+    dropout: rate in [0, 1) on the ends of the residual branches.
+    embed_dropout: rate in [0, 1) on the embeddings.
+    init_scheme: "paper" reads 0.125 / sqrt(fan_in) as the standard deviation, "code" has those
+      of the authors' later release, "default" takes embeddings from the first and matrices from
+      the second.
+    remat: what the forward pass keeps for the backward pass. "full" recomputes all but the
+      input of each block, "dots" all but products with weights and attention's result, "none"
+      nothing.
+    compute_dtype: of activations; norms, softmax and logits are in float32.
+    param_dtype: of the weights. Training keeps averages, moments and sums of gradients in
+      float32.
+    implementation: of `sparse_attention`; None is the best one that works here.
+    rngs: source of the initial values.
+
+    Raises:
+      ValueError: naming the argument, its value and what would be right.
+    """
+    _check_choice("modality", modality, MODALITIES)
+    _check_choice("init_scheme", init_scheme, initialization.INIT_SCHEMES)
+    _check_choice("remat", remat, REMATS)
+    _check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
+    _check_choice("param_dtype", param_dtype, PARAM_DTYPES)
+    _check_choice("implementation", implementation, (None, *api.IMPLEMENTATIONS))
+    sizes = dict(seq_len=seq_len, width=width, num_layers=num_layers, num_heads=num_heads)
+    for name, value in sizes.items():
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number >= 1")
+    for name, rate in dict(dropout=dropout, embed_dropout=embed_dropout).items():
+      if not 0.0 <= rate < 1.0:
+        raise ValueError(f"{name}={rate}: must be in [0, 1)")
+    if ff_mult <= 0 or ff_mult * width != round(ff_mult * width):
+      raise ValueError(f"{ff_mult=}: ff_mult * {width=} must be a whole number >= 1")
+    if isinstance(attention_layers, str) or not attention_layers:
+      raise ValueError(f"{attention_layers=}: must be a tuple of names from {PATTERN_NAMES}")
+    if num_layers % len(attention_layers):
+      raise ValueError(
+        f"{num_layers=}: must be a multiple of {len(attention_layers)}, "
+        f"the length of {attention_layers=}"
+      )
+    _check_positions(modality, tuple(position_shape), seq_len)
+    api.load_backend(implementation)  # not within the trace of vmap
+
+    self.modality = modality
+    self.seq_len = seq_len
+    self.num_layers = num_layers
+    self.embed_dropout = embed_dropout
+    self.remat = remat
+    self.patterns = tuple(
+      make_pattern(
+        entry,
+        num_heads=num_heads,
+        stride=stride,
+        summary_width=summary_width,
+        sub_blocks=sub_blocks,
+      )
+      for entry in attention_layers
+    )
+    inits = initialization.make_initializers(
+      init_scheme, width=width, num_tables=len(position_shape), num_layers=num_layers
+    )
+    dtypes = dict(dtype=jnp.dtype(compute_dtype), param_dtype=jnp.dtype(param_dtype))
+    self.embedding = embedding.Embedding(
+      width=width,
+      position_shape=tuple(position_shape),
+      token_init=inits["token_init"],
+      position_init=inits["position_init"],
+      rngs=rngs,
+      **dtypes,
+    )
+    make_group = lambda rngs: nnx.List(
+      block.Block(
+        width=width,
+        num_heads=num_heads,
+        pattern=pattern,
+        qk_ratio=qk_ratio,
+        ff_mult=ff_mult,
+        dropout=dropout,
+        implementation=implementation,
+        kernel_init=inits["kernel_init"],
+        out_init=inits["out_init"],
+        rngs=rngs,
+        **dtypes,
+      )
+      for pattern in self.patterns
+    )
+    self.groups = nnx.vmap(make_group)(rngs.split(self.num_groups))
+    self.final_norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+    self.logits = nnx.Linear(
+      width,
+      embedding.VOCABULARY,
+      use_bias=False,
+      dtype=jnp.float32,
+      param_dtype=dtypes["param_dtype"],
+      kernel_init=nnx.initializers.zeros_init(),
+      rngs=rngs,
+    )
+
+  @property
+  def num_groups(self) -> int:
+    return self.num_layers // len(self.patterns)
+
+  def __call__(
+    self, tokens: Tokens, *, dropout_key: Key[Array, ""] | None = None
+  ) -> Float32[Array, "B T 256"]:
+    """Logits; those at t predict tokens[:, t] and depend on the tokens before it only.
+
+    Args:
+      tokens: bytes, any integer dtype; T <= seq_len.
+      dropout_key: None turns dropout off.
+    """
+    embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
+    cycle = len(self.patterns)
+    keys = None if layers_key is None else jax.random.split(layers_key, (self.num_groups, cycle))
+    run_block = lambda layer, x, key: layer(x, dropout_key=key)
+    run_block = _rematerialised(run_block, self.remat, one_by_one=cycle > 1)
+
+    def run_group(x, group_and_keys):
+      group, keys = group_and_keys
+      for n, layer in enumerate(group):
+        x = run_block(layer, x, None if keys is None else keys[n])
+      return x, None
+
+    x, _ = jax.lax.scan(run_group, x, (self.groups, keys))
+    return self.logits(self.final_norm(x))
+
+  def attention_weights(
+    self,
+    tokens: Tokens,
+    rows: Integer[np.ndarray, "Q"],
+    *,
+    reduce: Callable[[Float32[Array, "B H Q T"]], Any] = lambda weights: weights,
+  ) -> Any:
+    """Where the query rows `rows` of every layer and head attend: float32 probabilities.
+
+    Args:
+      tokens: bytes, any integer dtype; T <= seq_len.
+      rows: the queries.
+      reduce: what to make of the weights of a layer, a tree of arrays; as they are by default. Only
+        one layer's weights are in memory, unless all are asked for.
+
+    Returns:
+      What `reduce` returns with an axis of layers in front: float32 [L, B, H, Q, T] by default.
+    """
+
+    def run_group(x, group):
+      results = []
+      for layer in group:
+        x, weights = layer.with_weights(x, rows)
+        results.append(reduce(weights))
+      return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    _, results = jax.lax.scan(run_group, self._embed(tokens), self.groups)
+    return jax.tree.map(lambda y: y.reshape(self.num_layers, *y.shape[2:]), results)
+
+  def init_cache(self, batch_size: int, *, sparse: bool = True) -> tuple[cache_lib.Cache, ...]:
+    """Empty caches for decoding `batch_size` sequences of `seq_len` tokens, one per cycle entry.
+
+    With sparse=False they keep every key and value, and every step reads them all: for comparisons.
+    """
+    room = dict(num_layers=self.num_groups, sparse=sparse)
+    return tuple(
+      layer.attention.init_cache(batch_size, self.seq_len, **room) for layer in self.groups
+    )
+
+  def prefill(
+    self, tokens: Integer[Array, "B P"], *, sparse: bool = True
+  ) -> tuple[Float32[Array, "B P 256"], tuple[cache_lib.Cache, ...]]:
+    """Logits of positions 0 to P - 1 in one pass, and the caches as P decoding steps leave them.
+
+    Position P is next: `decode_step(tokens[:, -1], P, caches)`.
+    """
+
+    def run_group(x, group):
+      caches = []
+      for layer in group:
+        x, filled = layer.prefill(x, self.seq_len, sparse=sparse)
+        caches.append(filled)
+      return x, tuple(caches)
+
+    x, caches = jax.lax.scan(run_group, self._embed(tokens), self.groups)
+    return self.logits(self.final_norm(x)), caches
+
+  def decode_step(
+    self,
+    token: Integer[Array, "B"],
+    step: Integer[Array, ""] | int,
+    caches: tuple[cache_lib.Cache, ...],
+    *,
+    run_blocks: Callable | None = None,
+  ) -> tuple[Float32[Array, "B 256"], tuple[cache_lib.Cache, ...]]:
+    """Logits of position `step`, given the byte before it and the caches of the steps before.
+
+    Args:
+      token: tokens[:, step - 1]; ignored at step 0, where the start vector takes its place.
+      step: 0, 1, 2, ...; each once and in this order.
+      caches: from `init_cache` or `prefill`, then from the step before; donate them to update them
+        in place.
+      run_blocks: (x, step, caches) -> (x, caches), all blocks by someone's kernels, as
+        `run_blocks_of` in decode_fused and decode_cluster makes them; None is `Block.decode_step`.
+    """
+    step = jnp.asarray(step, jnp.int32)
+    x, caches = (run_blocks or self._decode_blocks)(
+      self.embedding.decode_step(token, step), step, caches
+    )
+    return self.logits(self.final_norm(x)), caches
+
+  def _decode_blocks(self, x, step, caches):
+    def run_group(carry, n_and_group):
+      (x, caches), (n, group), after = carry, n_and_group, []
+      for layer, cache in zip(group, caches, strict=True):
+        x, cache = layer.decode_step(x, step, cache, layer=n)
+        after.append(cache)
+      return (x, tuple(after)), None
+
+    with api.computed_by("xla"):
+      return jax.lax.scan(run_group, (x, caches), (jnp.arange(self.num_groups), self.groups))[0]
+
+  def _embed(self, tokens: Tokens) -> Float[Array, "B T E"]:
+    if tokens.shape[1] > self.seq_len:
+      raise ValueError(f"T={tokens.shape[1]} tokens are more than seq_len={self.seq_len}")
+    return self.embedding(tokens)
+
+
+def graph_and_shapes(**model) -> tuple[nnx.GraphDef, dict]:
+  """Of SparseTransformer(**model): what nnx.merge(graph, weights) needs; no memory is used.
+
+  Returns:
+    The graph, and the weights as a dict of jax.ShapeDtypeStruct.
+  """
+  api.load_backend(model.get("implementation"))  # not within a trace
+  build = lambda: SparseTransformer(**model, rngs=nnx.Rngs(0))
+  graph, shapes = nnx.split(nnx.eval_shape(build), nnx.Param)
+  return graph, nnx.to_pure_dict(shapes)
+
+
+def _rematerialised(run_block, remat: str, *, one_by_one: bool):
+  """`run_block`, with the backward pass told what to compute again.
+
+  Args:
+    run_block: (layer, x, key) -> x.
+    remat: what the forward pass keeps.
+    one_by_one: whether there are several blocks in the body of a scan, of which a compiler would
+      compute all again at once, and need memory for all.
+  """
+  if remat == "none":
+    return run_block
+  policy = None
+  if remat == "dots":
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable,  # products with weights, not scores of attention
+      policies.save_only_these_names("attention_out", "attention_lse"),
+    )
+  # scan already keeps the compiler from merging the two computations; barriers keep an order.
+  return jax.checkpoint(run_block, prevent_cse=one_by_one, policy=policy)
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+  if value not in choices:
+    raise ValueError(f"{name}={value!r}: must be one of {choices}")
+
+
+def _check_positions(modality: str, shape: tuple[int, ...], seq_len: int) -> None:
+  places = math.prod(shape)
+  if not shape or min(shape) < 1:
+    raise ValueError(f"position_shape={shape}: must be whole numbers >= 1")
+  if modality == "image" and (len(shape) != 3 or places != seq_len):
+    raise ValueError(
+      f"position_shape={shape}: an image needs (rows, columns, channels) with product {seq_len=}"
+    )
+  if modality != "image" and (len(shape) != 2 or places < seq_len):
+    raise ValueError(
+      f"position_shape={shape}: {modality} needs (seq_len / stride, stride), "
+      f"whose product is {places} and must reach {seq_len=}"
+    )

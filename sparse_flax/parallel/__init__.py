@@ -1,0 +1,1 @@
+"""Several devices: how arrays are sharded, and sequences that devices share."""

@@ -1,0 +1,189 @@
+"""The device mesh, and where state, batches and attention lie on it: rules, not annotations."""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Shaped
+
+from pallas_kernels import sparse_attention
+from pallas_kernels.patterns import Pattern
+from sparse_flax.parallel import sequence
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH = ("data", "fsdp")  # the axes that sequences are sharded over
+
+# The last axes of a leaf, by the end of its path; moments and averages are named like weights. A
+# layer's weights are cut twice: by heads or hidden features over "tensor", by the model's width
+# over "fsdp". What no rule names every device has whole: embeddings and logits, less than a layer,
+# norms, biases of the width, counters.
+RULES = (
+  (r"(query|key|value|up)/kernel", ("fsdp", "tensor")),
+  (r"(query|key|value|up)/bias", ("tensor",)),
+  (r"(out|down)/kernel", ("tensor", "fsdp")),
+)
+
+
+def mesh_shape(*, data: int, fsdp: int, tensor: int, sequence: int) -> tuple[int, ...]:
+  """The sizes of AXES on the devices there are; data=-1 takes all that the others leave.
+
+  Raises:
+    ValueError: fewer devices than that, or with data=-1 a share that does not come out even.
+  """
+  inner, there = fsdp * tensor * sequence, jax.device_count()
+  shape = (there // inner if data == -1 else data, fsdp, tensor, sequence)
+  if not 1 <= math.prod(shape) <= there:
+    given = dict(zip(AXES, (data, *shape[1:]), strict=True))
+    raise ValueError(f"config.mesh={given}: must fit the {there} devices here")
+  if data == -1 and there % inner:
+    raise ValueError(
+      f"config.mesh.data=-1: fsdp * tensor * sequence = {inner} must divide {there} devices"
+    )
+  return shape
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.sharding.Mesh:
+  """A mesh over the first data x fsdp x tensor x sequence devices; data=-1 takes all there are.
+
+  Raises:
+    ValueError: as `mesh_shape`, or several TPU slices that no axis can be sharded over.
+  """
+  shape = mesh_shape(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
+  return jax.sharding.Mesh(_arranged(shape), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _arranged(shape: tuple[int, ...]) -> np.ndarray:
+  """The devices of a mesh; the inner axes on those that are near to each other.
+
+  Several TPU slices share the outermost axis that they divide. Hosts of GPUs, each of which
+  is a slice to JAX, need no such care: the order of their processes is that of `jax.devices()`.
+  """
+  devices = jax.devices()[: math.prod(shape)]
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if devices[0].platform != "tpu":
+    return np.asarray(devices).reshape(shape)
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  outer = next((n for n, size in enumerate(shape) if size % slices == 0), None)
+  if outer is None:
+    raise ValueError(f"config.mesh={shape}: one axis must be a multiple of the {slices} TPU slices")
+  between = tuple(slices if n == outer else 1 for n in range(4))
+  inside = tuple(size // n for size, n in zip(shape, between, strict=True))
+  return mesh_utils.create_hybrid_device_mesh(
+    inside, between, devices, allow_split_physical_axes=True
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+  """A copy on every device."""
+  return jax.NamedSharding(mesh, jax.P())
+
+
+def by_batch(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+  """A batch [B, T]: sequences over data and fsdp, their tokens over sequence."""
+  return jax.NamedSharding(mesh, jax.P(BATCH, "sequence"))
+
+
+def by_rules(shapes: dict, mesh: jax.sharding.Mesh) -> dict:
+  """The sharding of every leaf of a state (arrays or shapes) by RULES.
+
+  An axis that does not come out even is not cut.
+  """
+
+  def of(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = next((axes for rule, axes in RULES if re.search(f"{rule}$", name)), ())
+    axes = (None,) * (leaf.ndim - len(axes)) + axes[max(0, len(axes) - leaf.ndim) :]
+    even = zip(leaf.shape, axes, strict=True)
+    return jax.NamedSharding(
+      mesh, jax.P(*(x if x and size % mesh.shape[x] == 0 else None for size, x in even))
+    )
+
+  return jax.tree.map_with_path(of, shapes)
+
+
+def place(
+  read: Callable[[np.ndarray], np.ndarray], where: jax.NamedSharding, shape: tuple[int, ...]
+) -> Shaped[Array, "B *rest"]:
+  """An array of `shape` [B, ...] on the devices of `where`, of which every process reads its rows.
+
+  Args:
+    read: row numbers -> those rows, [len(rows), ...].
+    where: how rows, and what they hold, are sharded.
+    shape: of the whole array.
+  """
+  mine = where.addressable_devices_indices_map(shape).values()
+  rows = np.unique([row for index in mine for row in range(*index[0].indices(shape[0]))])
+  local = read(rows)
+
+  def piece(index):
+    first, last = np.searchsorted(rows, index[0].indices(shape[0])[:2])
+    return local[(slice(first, last), *index[1:])]
+
+  return jax.make_array_from_callback(shape, where, piece)
+
+
+def over_devices(
+  q: Float[Array, "B T H Dk"],
+  k: Float[Array, "B T H Dk"],
+  v: Float[Array, "B T H Dv"],
+  *,
+  pattern: Pattern,
+  implementation: str | None = None,
+) -> Float[Array, "B T H Dv"]:
+  """`sparse_attention`, where every device has its share of the sequences, heads and tokens.
+
+  In a mesh like those of `make_mesh` our rules say how batch and heads are sharded; elsewhere they
+  stay as they are. Where the mesh of `jax.set_mesh` has an axis "sequence", devices share out the
+  tokens of a sequence. Batch or heads that do not come out even, or would give a head another
+  number in the pattern, are not sharded in either case.
+
+  Raises:
+    ValueError: the mesh has a sequence axis over which the pattern cannot be shared out.
+  """
+  mesh, how = jax.sharding.get_abstract_mesh(), dict(pattern=pattern, implementation=implementation)
+  n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
+  attend = functools.partial(sparse_attention, **how)
+  ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
+  if mesh.manual_axes or (n == 1 and not ours):
+    return attend(q, k, v)
+  if n > 1:
+    if text := sequence.problem(pattern, q.shape[1], n):
+      raise ValueError(f"mesh axis sequence={n}: must {text}")
+    attend = functools.partial(sequence.attend, axis="sequence", **how)
+  # Axes of one device stand in it too: gradients are summed over those that do not.
+  named = lambda *names: tuple(name for name in names if name in mesh.axis_names) or None
+  size = lambda *names: math.prod(mesh.shape.get(name, 1) for name in names)
+  spec = jax.P(
+    named(*BATCH) if q.shape[0] % size(*BATCH) == 0 else None,
+    "sequence",
+    named("tensor") if q.shape[2] % (size("tensor") * pattern.period) == 0 else None,
+  )
+  if explicit:
+    q, k, v = (jax.sharding.reshard(x, spec) for x in (q, k, v))
+  return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def of_product(x: Float[Array, "*B E"], kernel: Float[Array, "E F"]) -> jax.NamedSharding | None:
+  """Where x @ kernel lies under explicit axes: rows like those of x, features like the kernel's.
+
+  None where axes are not explicit: the compiler chooses.
+  """
+  rows, features = jax.typeof(x).sharding, jax.typeof(kernel).sharding
+  if AxisType.Explicit not in rows.mesh.axis_types or rows.mesh.manual_axes:
+    return None
+  taken = {axis for axes in rows.spec[:-1] for axis in _tuple_of(axes)}
+  free = tuple(axis for axis in _tuple_of(features.spec[-1]) if axis not in taken)
+  return jax.NamedSharding(rows.mesh, jax.P(*rows.spec[:-1], free or None))
+
+
+def _tuple_of(axes) -> tuple[str, ...]:
+  """Of one entry of a PartitionSpec."""
+  return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

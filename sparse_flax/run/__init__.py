@@ -1,0 +1,1 @@
+"""A run on disk: its folder, checkpoints, digests, and the checks of its config."""

@@ -1,0 +1,284 @@
+"""Every mistake in a config at once, each as `config.group.field=value: what would be right`."""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+
+from pallas_kernels import api
+from sparse_flax import data
+from sparse_flax.model import initialization
+from sparse_flax.model import layer_patterns
+from sparse_flax.model import transformer
+from sparse_flax.parallel import sequence
+from sparse_flax.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What one field may hold."""
+
+  kinds: tuple[type, ...]
+  holds: Callable[[Any], bool]
+  right: str  # completes "must be ..."
+
+
+def _whole(least: int) -> Rule:
+  return Rule((int,), lambda x: x >= least, f"a whole number >= {least}")
+
+
+def _number(test: Callable[[float], bool], right: str) -> Rule:
+  return Rule((int, float), lambda x: math.isfinite(x) and test(x), right)
+
+
+def _one_of(*choices: str | None) -> Rule:
+  return Rule((str, type(None)), lambda x: x in choices, "one of " + ", ".join(map(repr, choices)))
+
+
+_POSITIVE = _number(lambda x: x > 0, "a finite number > 0")
+_RATE = _number(lambda x: 0 <= x < 1, "a number in [0, 1)")
+_NOT_NEGATIVE = _number(lambda x: x >= 0, "a finite number >= 0")
+_TEXT = Rule((str,), lambda x: True, "text")
+
+
+def _is_cycle(layers: Any) -> bool:
+  entries = [(x,) if isinstance(x, str) else x for x in layers]
+  return bool(entries) and all(
+    isinstance(x, tuple | list) and x and all(name in layer_patterns.PATTERN_NAMES for name in x)
+    for x in entries
+  )
+
+
+def _are_rows(shape: Any) -> bool:
+  return bool(shape) and all(isinstance(x, int) and x >= 1 for x in shape)
+
+
+_RULES = {
+  "seed": Rule((int,), lambda x: 0 <= x < 2**32, "a whole number in [0, 2**32)"),
+  "model.modality": _one_of(*transformer.MODALITIES),
+  "model.seq_len": _whole(1),
+  "model.width": _whole(1),
+  "model.num_layers": _whole(1),
+  "model.num_heads": _whole(1),
+  "model.ff_mult": _POSITIVE,
+  "model.qk_ratio": _POSITIVE,
+  "model.attention_layers": Rule(
+    (tuple, list),
+    _is_cycle,
+    "a tuple of names, or of tuples of names, from " + ", ".join(layer_patterns.PATTERN_NAMES),
+  ),
+  "model.stride": _whole(1),
+  "model.summary_width": _whole(0),
+  "model.sub_blocks": _whole(1),
+  "model.position_shape": Rule((tuple, list), _are_rows, "a tuple of whole numbers >= 1"),
+  "model.dropout": _RATE,
+  "model.embed_dropout": _RATE,
+  "model.init_scheme": _one_of(*initialization.INIT_SCHEMES),
+  "model.remat": _one_of(*transformer.REMATS),
+  "model.compute_dtype": _one_of(*transformer.COMPUTE_DTYPES),
+  "model.param_dtype": _one_of(*transformer.PARAM_DTYPES),
+  "model.implementation": _one_of(None, *api.IMPLEMENTATIONS),
+  "data.name": _TEXT,
+  "data.path": _TEXT,
+  "data.batch_size": _whole(1),
+  "data.split_seed": _whole(0),
+  "train.steps": _whole(1),
+  "train.log_every": _whole(1),
+  "train.eval_every": _whole(1),
+  "train.save_every": _whole(1),
+  "train.keep_every": _whole(0),
+  "train.max_skipped": _whole(1),
+  "train.accumulation": _whole(1),
+  "train.ema_decay": _RATE,
+  "optim.learning_rate": _POSITIVE,
+  "optim.warmup_steps": _whole(0),
+  "optim.b1": _RATE,
+  "optim.b2": _RATE,
+  "optim.eps": _POSITIVE,
+  "optim.weight_decay": _NOT_NEGATIVE,
+  "optim.clip_norm": _POSITIVE,
+  "optim.final_lr_ratio": _number(lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+  "optim.loss_scale": _one_of("none", "dynamic"),
+  "mesh.data": Rule((int,), lambda x: x == -1 or x >= 1, "-1 (all devices) or a number >= 1"),
+  "mesh.fsdp": _whole(1),
+  "mesh.tensor": _whole(1),
+  "mesh.sequence": _whole(1),
+  "eval.min_context": _whole(0),
+  "eval.monitor_batches": _whole(0),
+}
+
+# Fields that configs did not always have, each with the value that says what every run did before:
+# {"train.example": 0}. A config without such a field is read as if it had that value, so that older
+# runs, exports and config files go on. A new field gets a line here in the commit that adds it to
+# _RULES, and that value never changes.
+ADDED: dict[str, Any] = {}
+
+
+def completed(values: dict) -> dict:
+  """The values of a config, with those of ADDED for fields that it does not have."""
+  there = flatten(values)
+  values = {name: dict(x) if isinstance(x, dict) else x for name, x in values.items()}
+  for field, value in ADDED.items():
+    group, _, name = field.rpartition(".")
+    inside = values.setdefault(group, {}) if group else values
+    if field not in there and isinstance(inside, dict):
+      inside[name] = value
+  return values
+
+
+def validate(config: ml_collections.ConfigDict) -> list[str]:
+  """All problems that would stop a training run on this machine; an empty list means none.
+
+  Reads what it must of the data's folder, builds the model without memory, and writes nothing.
+  """
+  problems = validate_fields(config)
+  if not any(
+    x.startswith(("config.mesh", "config.data", "config.train", "config.model")) for x in problems
+  ):
+    problems += _check_mesh(config) or _check_memory(config)
+  if not any(x.startswith(("config.data", "config.model.seq_len")) for x in problems):
+    problems += [
+      "config." + problem.removeprefix("config.")
+      for problem in data.check(
+        config.data.name, path=config.data.path, seq_len=config.model.seq_len
+      )
+    ]
+  return problems
+
+
+def validate_fields(config: ml_collections.ConfigDict) -> list[str]:
+  """All problems that no machine and no data can mend: what a run's own config is checked for."""
+  values = flatten(config.to_dict())
+  problems = []
+  for name in values.keys() - _RULES.keys():
+    close = difflib.get_close_matches(name, _RULES, n=1)
+    hint = f"; did you mean config.{close[0]}?" if close else ""
+    problems.append(f"config.{name}={values[name]!r}: there is no such field{hint}")
+  for name, rule in _RULES.items():
+    if name not in values:
+      problems.append(f"config.{name}: is missing; must be {rule.right}")
+    elif not _obeys(values[name], rule):
+      problems.append(f"config.{name}={values[name]!r}: must be {rule.right}")
+  sound = lambda *names: not any(x.startswith(names) for x in problems)
+  if sound("config.model", "config.optim.loss_scale", "config.eval.min_context"):
+    problems += _check_numerics(config)
+  if sound("config.model"):
+    problems += _check_model(config)
+  return problems
+
+
+def _obeys(value: Any, rule: Rule) -> bool:
+  # True is an int to Python.
+  return isinstance(value, rule.kinds) and not isinstance(value, bool) and rule.holds(value)
+
+
+def _check_numerics(config: ml_collections.ConfigDict) -> list[str]:
+  problems = []
+  if config.model.compute_dtype == "float16" and config.optim.loss_scale == "none":
+    problems.append("config.optim.loss_scale='none': must be 'dynamic' with float16")
+  if config.eval.min_context >= config.model.seq_len:
+    problems.append(
+      f"config.eval.min_context={config.eval.min_context}: must be less than "
+      f"config.model.seq_len={config.model.seq_len}"
+    )
+  return problems
+
+
+def _check_model(config: ml_collections.ConfigDict) -> list[str]:
+  """What the model itself refuses, and before that what can be told without building it."""
+  model = config.model
+  problems = []
+  if model.num_layers % len(model.attention_layers):
+    problems.append(
+      f"config.model.num_layers={model.num_layers}: must be a multiple of "
+      f"{len(model.attention_layers)}, the length of attention_layers"
+    )
+  for name, width in (("width", model.width), ("qk_ratio * width", model.qk_ratio * model.width)):
+    if width % model.num_heads:
+      problems.append(f"config.model.num_heads={model.num_heads}: must divide {name} = {width:g}")
+  if math.prod(model.position_shape) < model.seq_len:
+    problems.append(
+      f"config.model.position_shape={model.position_shape}: must have a product of at least "
+      f"seq_len={model.seq_len}"
+    )
+  if problems:
+    return problems
+  try:
+    transformer.graph_and_shapes(**model)
+  except ValueError as error:
+    text = str(error)
+    problems.append("config.model." + text if re.match(r"\w+=", text) else f"config.model: {text}")
+  return problems
+
+
+def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
+  """The mesh has to fit the devices, and its axes what they share out."""
+  mesh, model, there = config.mesh, config.model, jax.device_count()
+  try:
+    data, *_ = shape = sharding.mesh_shape(**mesh)
+  except ValueError as error:
+    return [str(error)]
+  if jax.process_count() > 1 and math.prod(shape) != there:
+    return [f"config.mesh.data={mesh.data}: must give every process a share, as -1 does"]
+  problems = []
+  parts, rows = config.train.accumulation, data * mesh.fsdp
+  if config.data.batch_size % (parts * rows):
+    problems.append(
+      f"config.data.batch_size={config.data.batch_size}: must be a multiple of {parts * rows} = "
+      f"train.accumulation {parts} x {rows} devices on the axes data and fsdp"
+    )
+  layers = [layer_patterns.make_pattern(x, **_pattern_sizes(model)) for x in model.attention_layers]
+  period = math.lcm(*(pattern.period for pattern in layers))
+  if model.num_heads % (mesh.tensor * period):
+    heads = f"num_heads={model.num_heads}" + (f" / {period} patterns" if period > 1 else "")
+    problems.append(f"config.mesh.tensor={mesh.tensor}: must divide {heads}")
+  if round(model.ff_mult * model.width) % mesh.tensor:
+    width = round(model.ff_mult * model.width)
+    problems.append(f"config.mesh.tensor={mesh.tensor}: must divide ff_mult * width = {width}")
+  for pattern in dict.fromkeys(layers):
+    if text := sequence.problem(pattern, model.seq_len, mesh.sequence):
+      problems.append(f"config.mesh.sequence={mesh.sequence}: must {text}")
+  return problems
+
+
+def _check_memory(config: ml_collections.ConfigDict) -> list[str]:
+  """The state has to fit; what a step needs beside it is known only when it is compiled."""
+  shapes = jax.tree.leaves(transformer.graph_and_shapes(**config.model)[1])
+  # Weights, and in float32 averages, two moments and gradients.
+  state = sum(math.prod(x.shape) * (x.dtype.itemsize + 4 * 4) for x in shapes)
+  need = state // (config.mesh.fsdp * config.mesh.tensor)
+  there = _device_memory()
+  if there is None or need <= there:
+    return []
+  count = sum(math.prod(x.shape) for x in shapes)
+  return [
+    f"config.model.width={config.model.width}: {count:,} parameters with moments, averages and "
+    f"gradients must fit a device's {there / 2**30:,.1f} GiB, not take {need / 2**30:,.1f} GiB"
+  ]
+
+
+def _device_memory() -> int | None:
+  """Bytes that a device has; None where nothing tells."""
+  device = jax.local_devices()[0]
+  if device.platform == "cpu":
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _pattern_sizes(model: ml_collections.ConfigDict) -> dict:
+  return {x: model[x] for x in ("num_heads", "stride", "summary_width", "sub_blocks")}
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+  """{"model.stride": 96, ...} of {"model": {"stride": 96}, ...}."""
+  flat = {}
+  for name, value in values.items():
+    inner = isinstance(value, dict)
+    flat.update(flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value})
+  return flat

@@ -1,0 +1,12 @@
+"""Training: the step, the loop around it, and what both need."""
+
+from sparse_flax.train.loop import stop_if_not_finite
+from sparse_flax.train.loop import train
+from sparse_flax.train.step import init_state
+from sparse_flax.train.step import make_step
+from sparse_flax.train.step import optimizer_of
+from sparse_flax.train.step import train_step
+
+__all__ = [
+  "init_state", "make_step", "optimizer_of", "stop_if_not_finite", "train", "train_step",
+]  # fmt: skip

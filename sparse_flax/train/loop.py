@@ -1,0 +1,336 @@
+"""The training loop around the pure step of `step.py`."""
+
+import collections
+import concurrent.futures
+import contextlib
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.experimental import multihost_utils
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Key
+
+from pallas_kernels import api
+from sparse_flax import data
+from sparse_flax import evaluate
+from sparse_flax.parallel import sharding
+from sparse_flax.run import checkpoint
+from sparse_flax.run import errors
+from sparse_flax.run import validate
+from sparse_flax.run import workdir as workdir_lib
+from sparse_flax.train import flops
+from sparse_flax.train import metrics
+from sparse_flax.train import step as step_lib
+from sparse_flax.train import watchdog
+
+# So many times longer than a step compiling, evaluating and saving may take for the watchdog.
+_PATIENCE = 4.0
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  say: Callable[[str], None] = print,
+  stop: Callable[[], bool] = lambda: False,
+  around_loop: contextlib.AbstractContextManager | None = None,
+  watched: watchdog.Watchdog | None = None,
+) -> dict:
+  """Trains as `config` says; picks up again if `workdir` holds a checkpoint.
+
+  Of many processes each makes the same call; the first one writes and says what is to be read.
+
+  Args:
+    config: of a file in configs.
+    workdir: the run's folder, made when it is not there; for many hosts one that all can reach.
+    say: takes the lines that a person shall read.
+    stop: whether to save and end after this step; with many processes their preemption service
+      is asked instead.
+    around_loop: entered when the data are prepared, left when everything is saved.
+    watched: gets a beat for every step.
+
+  Returns:
+    The last evaluation on the validation split, as `evaluate.evaluate` gives it.
+
+  Raises:
+    ValueError: a mistake in the config, other data, or the folder of another run; nothing has
+      been written then.
+    errors.Preempted: the run was stopped and saved.
+    errors.NonFiniteError: the loss or a weight is not finite; such weights are never saved.
+    errors.StorageError: a disk or a file failed; what had been saved is intact.
+    errors.DamagedError: there are checkpoints, but none is sound.
+  """
+  config = ml_collections.ConfigDict(validate.completed(config.to_dict())).lock()
+  problems = validate.validate(config)
+  if problems:
+    raise ValueError("\n".join(problems))
+  chex.clear_trace_counter()  # of an earlier run in this process
+  leads, several = jax.process_index() == 0, jax.process_count() > 1
+  say = say if leads else lambda line: None
+  watched = watched or watchdog.Watchdog()
+
+  # --------------------------------------------------------------------- Data
+  workdir_lib.check(workdir, config)  # before data are prepared for it
+  splits = {split: evaluate.open_dataset(config, split) for split in ("train", "validation")}
+  identity = {split: dataset.identity for split, dataset in splits.items()}
+  workdir_lib.check(workdir, config, data=identity)
+  seq_len, batch_size = config.model.seq_len, config.data.batch_size
+  batch_at = data.make_batches(
+    splits["train"], seq_len=seq_len, batch_size=batch_size, seed=config.seed
+  )
+
+  # ------------------------------------------------------ Model and optimizer
+  steps = config.train.steps
+  mesh = sharding.make_mesh(**config.mesh)
+  program = _trace(config, workdir, mesh)  # before anything is written
+  if leads:
+    workdir_lib.start(workdir, config, data=identity)
+  if several:  # no process may look for what the first one has not written
+    multihost_utils.sync_global_devices("the folder is there")
+    workdir_lib.check(workdir, config, data=identity)  # what the first one has written
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(around_loop or contextlib.nullcontext())
+    stack.enter_context(_no_mistake_of_the_caller(workdir))
+    stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(watched)
+    watched.beat(patience=_PATIENCE)
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(workdir, keep_every=config.train.keep_every, say=say)
+    )
+    found = checkpoints.restore_newest(program.shapes)
+    first = found[1] if found else 0
+    say(f"RESUMING {workdir} at step {first:,}" if found else f"FRESH RUN in {workdir}")
+    say(_banner(config, workdir, params=program.shapes["params"], splits=splits, mesh=mesh))
+    state = found[0] if found else program.first_state()
+
+    # ------------------------------------------------------------------- Loop
+    writer = stack.enter_context(metrics.Writer(workdir, step=first)) if leads else None
+    evaluator = evaluate.Evaluator(config, splits["validation"], min_context=0, mesh=mesh)
+    progress = _progress(config, writer, mesh=mesh, say=say)
+    records, saved = _Records(progress, config.train.max_skipped), first
+
+    def evaluated(step: int) -> dict:
+      return evaluator(
+        state["ema"],
+        step=step,
+        max_batches=config.eval.monitor_batches or None,
+        on_progress=lambda num_bytes: watched.beat(patience=_PATIENCE),
+      )
+
+    def batch(step: int):
+      read = lambda rows: batch_at(step, rows)
+      return sharding.place(read, sharding.by_batch(mesh), (batch_size, seq_len))
+
+    result = None
+    reader = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+    upcoming = reader.submit(batch, first)
+    if first == steps:
+      say("nothing left to train")
+    for step in range(first + 1, steps + 1):  # step: how many are done when this one is
+      tokens = upcoming.result()
+      if step < steps:
+        upcoming = reader.submit(batch, step)
+      if step == first + 1:
+        say(f"  {'computed':<11}attention by {', '.join(api.implementations_in(program.jaxpr))}")
+        say("compiling ...")
+      state, record = program.step(state, tokens, program.dropout_key)
+      records.add(step, record)
+      records.settle(leave=1, saved=saved)  # the device is already at work on this step
+      watched.beat(patience=_PATIENCE if step == first + 1 else 1.0)
+      # All processes have to come to the same answer.
+      stop_now = checkpoints.reached_preemption(step) if several else stop()
+      evaluate_now, save_now = (
+        step == steps or step % config.train[f"{what}_every"] == 0 for what in ("eval", "save")
+      )
+      if evaluate_now or save_now or stop_now:
+        records.settle(leave=0, saved=saved)
+        watched.beat(patience=_PATIENCE)
+        with progress.pause():
+          result = None
+          if evaluate_now:
+            result = evaluated(step)
+            progress.evaluated(result)
+          # While updates are skipped, the step to come back to is one before that began.
+          if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
+            stop_if_not_finite(state, saved=saved)
+            checkpoints.save(state, bits_per_byte=result["bits_per_byte"] if result else None)
+            saved = step
+        if stop_now and step < steps:
+          checkpoints.wait()
+          kept = f"saved is step {saved:,}" if saved else "nothing is saved yet"
+          raise errors.Preempted(f"STOPPED at step {step:,}, {kept}")
+        watched.beat()
+    if result is None:  # nothing was left to train
+      result = evaluated(steps)
+    watched.beat(patience=_PATIENCE)  # the last save
+    return result
+
+
+def _progress(
+  config: ml_collections.ConfigDict,
+  writer: metrics.Writer | None,
+  *,
+  mesh: jax.sharding.Mesh,
+  say: Callable[[str], None],
+) -> metrics.Progress:
+  batch_size = config.data.batch_size
+  peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+  step_flops = flops.train_flops(config.model, batch_size=batch_size)
+  return metrics.Progress(
+    writer,
+    steps=config.train.steps,
+    log_every=config.train.log_every,
+    unit=metrics.UNIT[config.model.modality],
+    tokens_per_step=batch_size * config.model.seq_len,
+    peak_seconds=peak and step_flops / (peak * mesh.size),
+    say=say,
+  )
+
+
+class _Records:
+  """Metrics of steps that were started; they are fetched when it does not hold up the device."""
+
+  def __init__(self, progress: metrics.Progress, max_skipped: int):
+    self.progress, self.max_skipped = progress, max_skipped
+    self.waiting = collections.deque()
+
+  def add(self, step: int, record: dict[str, Array]) -> None:
+    self.waiting.append((step, record))
+
+  def settle(self, *, leave: int, saved: int) -> None:
+    """Fetches metrics until those of `leave` steps are waiting.
+
+    Raises:
+      errors.NonFiniteError: too many updates in a row were skipped; `saved` is the newest
+        checkpoint.
+    """
+    while len(self.waiting) > leave:
+      step, record = self.waiting.popleft()
+      record = {name: float(value) for name, value in jax.device_get(record).items()}
+      self.progress.add(step, record)
+      if (skipped := self.progress.skipped_in_a_row) >= self.max_skipped:
+        raise _hopeless(step, record, skipped=skipped, saved=saved)
+
+
+class _Program(NamedTuple):
+  """What a run computes, traced but not compiled.
+
+  Attributes:
+    step: (state, tokens, dropout_key) -> (state, record), jitted; gives up its state.
+    first_state: () -> the state before the first step.
+    shapes: of the state, with its shardings.
+    dropout_key: for every step, which folds its number in.
+    jaxpr: of the step.
+  """
+
+  step: Callable
+  first_state: Callable[[], dict]
+  shapes: dict
+  dropout_key: Key[Array, ""]
+  jaxpr: Any
+
+
+def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.Mesh) -> _Program:
+  """The program of a run; ValueError where the implementation cannot compute its model."""
+  init, one_step = step_lib.make_step(config)
+  init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+  shapes = jax.eval_shape(init, init_key)
+  layout = sharding.by_rules(shapes, mesh)
+  shapes = checkpoint.laid_out(shapes, layout)
+  step = chex.assert_max_traces(one_step, n=1)
+  step = jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+  size = (config.data.batch_size, config.model.seq_len)
+  tokens = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=sharding.by_batch(mesh))
+  try:
+    with _no_mistake_of_the_caller(workdir), jax.set_mesh(mesh):
+      jaxpr = step.trace(shapes, tokens, dropout_key).jaxpr
+  except NotImplementedError as error:
+    raise ValueError(
+      f"config.model.implementation={config.model.implementation!r}: {error}"
+    ) from error
+  first_state = lambda: jax.jit(init, out_shardings=layout)(init_key)
+  return _Program(step, first_state, shapes, dropout_key, jaxpr)
+
+
+@contextlib.contextmanager
+def _no_mistake_of_the_caller(workdir: str) -> Iterator[None]:
+  """From here on what fails is a disk, or a bug."""
+  try:
+    yield
+  except errors.StorageError:
+    raise
+  except OSError as error:
+    raise errors.StorageError(
+      f"{error.filename or workdir}: {error.strerror or error}; the same command goes on from the "
+      "last checkpoint when that is mended"
+    ) from error
+  except ValueError as error:
+    raise RuntimeError(f"{workdir}: the run ended by an error") from error
+
+
+def _hopeless(
+  step: int, record: dict[str, float], *, skipped: int, saved: int
+) -> errors.NonFiniteError:
+  return errors.NonFiniteError(
+    f"step {step:,}: loss {record['loss']}, norm of the gradient {record['grad_norm']}, learning "
+    f"rate {record['learning_rate']:.3g}; {skipped} updates in a row were skipped. Nothing of this "
+    f"has been saved. {_way_on(saved).capitalize()}. If it ends here again, another --workdir with "
+    "a lower config.optim.learning_rate, a longer warmup_steps or compute_dtype='float32' may help."
+  )
+
+
+def _way_on(saved: int) -> str:
+  step = f"step {saved:,}, the last good checkpoint" if saved else "the beginning: none was saved"
+  return f"the same command goes on from {step}"
+
+
+@jax.jit
+def _all_finite(state: dict) -> Bool[Array, ""]:
+  leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+
+def stop_if_not_finite(state: dict, *, saved: int) -> None:
+  """Raises NonFiniteError if a weight or moment is no number; `saved` is the newest checkpoint."""
+  if not _all_finite(state):
+    raise errors.NonFiniteError(
+      f"step {int(state['step']):,}: a weight or a moment is not finite; not saved. "
+      f"{_way_on(saved).capitalize()}."
+    )
+
+
+def _banner(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  params: dict,
+  splits: dict[str, data.Dataset],
+  mesh: jax.sharding.Mesh,
+) -> str:
+  """What is about to run, on what, and where its files go."""
+  model, size = config.model, config.data.batch_size
+  step_flops = flops.train_flops(model, batch_size=size)
+  axes = " x ".join(f"{name} {length}" for name, length in mesh.shape.items() if length > 1)
+  layers = ", ".join(map(str, model.attention_layers))
+  lines = {
+    "model": f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
+    f"{model.num_layers} layers of width {model.width}, attention {layers}, {model.compute_dtype}",
+    "step": f"{size * model.seq_len:,} tokens ({size} sequences of {model.seq_len:,}), "
+    f"{metrics.short(step_flops)} FLOP",
+    "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes or 'of one'}",
+    **{
+      split: f"{dataset.name} {dataset.identity['version']}, {dataset.num_bytes:,} bytes, "
+      f"{dataset.identity['digest'][:19]}"
+      for split, dataset in splits.items()
+    },
+    "data": "; ".join(dict.fromkeys(dataset.remark for dataset in splits.values())),
+    "files": f"{workdir}: metrics.jsonl, tensorboard/, checkpoints/",
+  }
+  return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())

@@ -1,0 +1,137 @@
+"""One training step, a pure function, and the state that it takes and gives."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+from jaxtyping import Array
+from jaxtyping import Key
+from jaxtyping import UInt8
+
+from sparse_flax import evaluate
+from sparse_flax.model import transformer
+from sparse_flax.train import optim
+
+
+def init_state(
+  key: Key[Array, ""], *, build: Callable, tx: optax.GradientTransformation, loss_scale: str
+) -> dict:
+  """A plain dict: step, params, ema, opt, and loss_scale where it is dynamic.
+
+  Averages and the optimizer's state are float32, whatever the dtype of the weights.
+  """
+  params = nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+  weights = optim.in_float32(params)
+  state = {
+    "step": jnp.zeros((), jnp.int32),
+    "params": params,
+    "ema": jax.tree.map(jnp.copy, weights),
+    "opt": tx.init(weights),
+  }
+  if loss_scale == "dynamic":
+    state["loss_scale"] = jnp.asarray(optim.FIRST_LOSS_SCALE, jnp.float32)
+  return state
+
+
+def train_step(
+  state: dict,
+  tokens: UInt8[Array, "B T"],
+  key: Key[Array, ""],
+  *,
+  graphdef: nnx.GraphDef,
+  tx: optax.GradientTransformation,
+  schedule: Callable,
+  accumulation: int,
+  ema_decay: float,
+) -> tuple[dict, dict]:
+  """One update: the new state, and fp32 scalars. The model shifts the tokens by itself.
+
+  Where the loss or a gradient is not finite, nothing changes but the step, so that the data move
+  on, and a dynamic loss scale.
+
+  Args:
+    state: of `init_state`.
+    tokens: the whole batch; `accumulation` divides B.
+    key: of dropout; the step is folded in here.
+    graphdef: of the model.
+    tx: of `optim.make_optimizer`; it gets gradients and weights in float32.
+    schedule: of `optim.make_schedule`; for the record only.
+    accumulation: micro-batches, run one after the other and averaged.
+    ema_decay: of the averaged weights.
+  """
+  scale = state.get("loss_scale", jnp.ones((), jnp.float32))
+  key = jax.random.fold_in(key, state["step"])
+  # Gradients have the dtype of what they are of, and an embedding's is a sum over all tokens.
+  weights = optim.in_float32(state["params"])
+
+  def loss_fn(params, tokens, key):
+    logits = nnx.merge(graphdef, params)(tokens, dropout_key=key)
+    # Rows first: one sum over all tokens loses digits where it is taken one by one, as on CPUs.
+    nats = evaluate.token_nats(logits, tokens).mean(axis=1).mean()
+    return scale * nats, nats
+
+  def micro_step(total, inputs):
+    tokens, index = inputs
+    (_, nats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      weights, tokens, jax.random.fold_in(key, index)
+    )
+    return jax.tree.map(jnp.add, total, (nats, grads)), None
+
+  # Neighbouring rows go to different micro-batches, so that each is spread over all devices.
+  micro = tokens.reshape(-1, accumulation, tokens.shape[1]).swapaxes(0, 1)
+  zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
+  (nats, grads), _ = jax.lax.scan(micro_step, zeros, (micro, jnp.arange(accumulation)))
+  nats = nats / accumulation
+  grads = jax.tree.map(lambda g: g / (accumulation * scale), grads)
+
+  norm = optax.tree.norm(grads)
+  updates, opt = tx.update(grads, state["opt"], weights)
+  moved = optax.apply_updates(weights, updates)
+  params = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state["params"])
+  new = {
+    "params": params,
+    "ema": optim.average(state["ema"], params, decay=ema_decay),
+    "opt": opt,
+  }
+  record = {
+    "loss": nats,
+    "grad_norm": norm,
+    "learning_rate": schedule(optim.updates_done(state["opt"])),
+  }
+  loss_ok, grads_ok = jnp.isfinite(nats), jnp.isfinite(norm)
+  ok = loss_ok & grads_ok
+  new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {k: state[k] for k in new})
+  record["skipped"] = 1.0 - ok.astype(jnp.float32)
+  if "loss_scale" in state:
+    new["loss_scale"] = optim.next_loss_scale(scale, loss_ok=loss_ok, grads_ok=grads_ok)
+    record["loss_scale"] = scale
+  return new | {"step": state["step"] + 1}, record
+
+
+def optimizer_of(
+  config: ml_collections.ConfigDict,
+) -> tuple[optax.GradientTransformation, Callable]:
+  """The optimizer that a config describes, and its learning rate as a function of the update."""
+  rates = {name: config.optim[name] for name in ("learning_rate", "warmup_steps", "final_lr_ratio")}
+  schedule = optim.make_schedule(**rates, steps=config.train.steps)
+  adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
+  return optim.make_optimizer(schedule=schedule, **adam), schedule
+
+
+def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
+  """What a config trains: init(key) -> state, and step(state, tokens, key) -> (state, record)."""
+  build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
+  graphdef, _ = transformer.graph_and_shapes(**config.model)
+  tx, schedule = optimizer_of(config)
+
+  def init(key):
+    return init_state(key, build=build, tx=tx, loss_scale=config.optim.loss_scale)
+
+  def step(state, tokens, key):
+    options = dict(accumulation=config.train.accumulation, ema_decay=config.train.ema_decay)
+    return train_step(state, tokens, key, graphdef=graphdef, tx=tx, schedule=schedule, **options)
+
+  return init, step

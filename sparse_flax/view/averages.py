@@ -1,0 +1,238 @@
+"""Where the heads of all layers attend on the average of many inputs: what a head is for.
+
+A head that looks at its row, at its column, at the whole picture, or at one place whatever the
+input, is told by its mean weight at each offset from the predicted place and at each place, and by
+a few numbers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Float32
+from jaxtyping import Integer
+from jaxtyping import UInt8
+
+from sparse_flax.view import maps as maps_lib
+from sparse_flax.view.draw import FRAME
+from sparse_flax.view.draw import visible
+from sparse_flax.view.maps import Layout
+
+_LAYER_BYTES = 2**27  # the weights of one layer, for two inputs
+_MOST_PLACES = 128
+_EXACT = 256  # distances with a value of their own; further away they share one, 12 per doubling
+
+# What the numbers of a head are called: for pictures, and for text and audio.
+IMAGE_NUMBERS = {
+  "row": "weight on its own row",
+  "column": "weight on its own column",
+  "distance": "mean distance, pixels",
+  "change": "change with the input",
+}
+SEQUENCE_NUMBERS = {
+  "row": "weight on its own block",
+  "column": "weight on its place in all blocks",
+  "distance": "mean distance, tokens",
+  "change": "change with the input",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Averages:
+  """Means over inputs and over predicted places.
+
+  Attributes:
+    num_inputs: how many.
+    num_places: predicted places of each.
+    relative: mean weight at an offset, over the places that have a key there. Pictures: [L, H,
+      rows, 2 columns - 1], the predicted pixel in the middle of the last row. Text and audio:
+      [L, H, bins] by distance, per token.
+    absolute: of pictures, mean weight on each pixel: [L, H, rows, columns].
+    distances: of text and audio, the first distance of each bin; 1 is the token just before.
+    numbers: by the names of IMAGE_NUMBERS, [L, H] each. `change` is the share of the weight that
+      lies elsewhere for another input, from 0 to 1; NaN where there is one input only.
+  """
+
+  num_inputs: int
+  num_places: int
+  relative: Float32[np.ndarray, "L H *offsets"]
+  absolute: Float32[np.ndarray, "L H rows columns"] | None
+  distances: Integer[np.ndarray, "bins"] | None
+  numbers: dict[str, Float32[np.ndarray, "L H"]]
+
+
+def pick_places(layout: Layout, num_heads: int, *, seed: int) -> Integer[np.ndarray, "P"]:
+  """At most 128 places in order, each at random in its part of what follows the first eighth.
+
+  Fewer where the weights of a layer would not fit into 128 MiB.
+  """
+  bytes_of_place = 2 * num_heads * layout.channels * layout.seq_len * 4
+  first = layout.num_places // 8
+  num = min(_MOST_PLACES, layout.num_places - first, max(1, _LAYER_BYTES // bytes_of_place))
+  return maps_lib.random_places(layout, num, seed=seed)
+
+
+def average(
+  graphdef: nnx.GraphDef,
+  params: dict,
+  inputs: UInt8[np.ndarray, "N T"],
+  places: Integer[np.ndarray, "P"],
+  layout: Layout,
+) -> Averages:
+  """Averages over N inputs, two at a time; of an odd number > 1 the last is left out."""
+  reduce = lambda weights: _sums(weights, places, layout)
+  run = jax.jit(
+    lambda params, tokens: nnx.merge(graphdef, params).attention_weights(
+      tokens, layout.slots(places), reduce=reduce
+    )
+  )
+  size = min(2, len(inputs))
+  batches = [inputs[n : n + size] for n in range(0, len(inputs) - size + 1, size)]
+  total = None
+  for tokens in batches:
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), run(params, jnp.asarray(tokens)))
+    total = sums if total is None else jax.tree.map(np.add, total, sums)
+  num_inputs = size * len(batches)
+  each = num_inputs * len(places)
+  numbers = {name: total[name] / each for name in ("row", "column")}
+  with np.errstate(divide="ignore", invalid="ignore"):
+    numbers["distance"] = total["distance"] / total["on_tokens"]
+  pairs = len(batches) * len(places) if size == 2 else np.nan
+  numbers["change"] = total["change"] / pairs
+  relative, distances = _per_offset(total["relative"] / num_inputs, places, layout)
+  as_float32 = lambda x: x.astype(np.float32)
+  return Averages(
+    num_inputs=num_inputs,
+    num_places=len(places),
+    relative=as_float32(relative),
+    absolute=as_float32(total["absolute"] / each) if "absolute" in total else None,
+    distances=distances,
+    numbers={name: as_float32(values) for name, values in numbers.items()},
+  )
+
+
+def draw(
+  averages: Averages, layers: Sequence[int], names: Sequence[Sequence[str]]
+) -> matplotlib.figure.Figure:
+  """The mean weight of every head at each offset from the predicted place.
+
+  Args:
+    averages: of all layers.
+    layers: those to draw.
+    names: of each head of each layer.
+  """
+  rows, columns = len(layers), averages.relative.shape[1]
+  size = (max(7.0, 2.9 * columns), 1.75 * rows + 0.9)
+  figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+  of = f"{averages.num_inputs} inputs, {averages.num_places} places of each"
+  shade = "" if averages.distances is not None else "; shade: root of the weight"
+  figure.suptitle(f"mean weight by offset from the predicted place ({of}{shade})")
+  grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+  for line, layer in zip(grid, layers, strict=True):
+    for h, axes in enumerate(line):
+      relative = averages.relative[layer, h]
+      if averages.distances is not None:
+        seen = relative > 0
+        axes.plot(averages.distances[seen], relative[seen], ".-", color="#0072b2", lw=0.6, ms=3)
+        axes.set(xscale="log", yscale="log" if seen.any() else "linear")
+        axes.grid(alpha=0.3)
+      else:
+        height, width = relative.shape
+        around = (-(width // 2) - 0.5, width // 2 + 0.5, 0.5, 0.5 - height)
+        axes.imshow(visible(relative), cmap="cividis", vmin=0, vmax=1, extent=around)
+        axes.plot(0, 0, "s", markersize=4, markerfacecolor="none", color=FRAME)
+      axes.set_title(f"layer {layer}, {names[layer][h]}", size=9)
+      axes.tick_params(labelsize=7)
+  is_picture = averages.distances is None
+  figure.supxlabel("columns to the right" if is_picture else "distance back, tokens", size=10)
+  figure.supylabel("rows below" if is_picture else "mean weight of a token", size=10)
+  return figure
+
+
+def _sums(
+  weights: Float[Array, "B H Q T"], places: Integer[np.ndarray, "P"], layout: Layout
+) -> dict:
+  """What is averaged of one layer, summed over inputs and places: a dict of [H, ...]."""
+  weights = jnp.nan_to_num(weights)
+  if layout.modality == "image":
+    return _sums_of_image(maps_lib.of_pixels(weights, layout), places, layout)
+  return _sums_of_sequence(weights, places, layout)
+
+
+def _sums_of_image(
+  maps: Float[Array, "B H P rows columns"], places: Integer[np.ndarray, "P"], layout: Layout
+):
+  y, x = np.divmod(places, layout.columns)
+  rows, columns = np.arange(layout.rows), np.arange(layout.columns)
+  distance = np.hypot(rows[:, None] - y[:, None, None], columns - x[:, None, None])
+  change = _change(maps.reshape(*maps.shape[:3], -1))
+  maps = maps.sum(axis=0)
+  # Around every place a window that has the place in the middle of its last row.
+  around = ((0, 0), (0, 0), (layout.rows - 1, 0), (layout.columns - 1,) * 2)
+  padded = jnp.pad(maps, around)
+  window = (len(maps), layout.rows, 2 * layout.columns - 1)
+  cut = lambda one, y, x: jax.lax.dynamic_slice(one, (jnp.int32(0), y, x), window)
+  starts = (jnp.asarray(y, jnp.int32), jnp.asarray(x, jnp.int32))
+  return dict(
+    relative=jax.vmap(cut, in_axes=(1, 0, 0))(padded, *starts).sum(axis=0),
+    absolute=maps.sum(axis=1),
+    row=maps[:, np.arange(len(y)), y].sum(axis=(1, 2)),
+    column=maps[:, np.arange(len(x)), :, x].sum(axis=(0, 2)),
+    distance=jnp.einsum("hpyx,pyx->h", maps, distance.astype(np.float32)),
+    on_tokens=maps.sum(axis=(1, 2, 3)),
+    change=change,
+  )
+
+
+def _sums_of_sequence(
+  weights: Float[Array, "B H P T"], places: Integer[np.ndarray, "P"], layout: Layout
+):
+  slots = np.arange(layout.seq_len)
+  change = _change(weights)
+  weights = weights.sum(axis=0)
+  # Blocks and columns are counted by slots, as the patterns do.
+  share = lambda chosen: jnp.where(chosen[None], weights, 0.0).sum(axis=(1, 2))
+  # Slot j holds the token at distance place + 1 - j; from the first distance on, to the left.
+  to_left = jnp.pad(weights[..., :0:-1], ((0, 0), (0, 0), (0, layout.seq_len)))
+  cut = lambda one, start: jax.lax.dynamic_slice_in_dim(one, start, layout.seq_len, axis=1)
+  starts = jnp.asarray(layout.seq_len - 1 - places, jnp.int32)
+  by_distance = jax.vmap(cut, in_axes=(1, 0))(to_left, starts).sum(axis=0)
+  return dict(
+    relative=by_distance,
+    row=share(slots // layout.columns == places[:, None] // layout.columns),
+    column=share(slots % layout.columns == places[:, None] % layout.columns),
+    distance=by_distance @ np.arange(1, layout.seq_len + 1, dtype=np.float32),
+    on_tokens=by_distance.sum(axis=1),
+    change=change,
+  )
+
+
+def _change(maps: Float[Array, "B H P cells"]) -> Float[Array, "H"]:
+  """The share of the weight that the second input has elsewhere than the first."""
+  return 0.5 * jnp.abs(maps[0] - maps[-1]).sum(axis=(1, 2))
+
+
+def _per_offset(sums: np.ndarray, places: Integer[np.ndarray, "P"], layout: Layout):
+  """Sums over places as means over those with a key at the offset; and the bins' distances."""
+  if layout.modality == "image":
+    y, x = np.divmod(places, layout.columns)
+    dy = np.arange(1 - layout.rows, 1)
+    dx = np.arange(1 - layout.columns, layout.columns)
+    inside = (x[:, None] + dx >= 0) & (x[:, None] + dx < layout.columns)
+    counts = (y[:, None] + dy >= 0).T.astype(int) @ inside.astype(int)
+    return sums / np.maximum(counts, 1), None
+  counts = (np.arange(1, layout.seq_len + 1) <= places[:, None]).sum(axis=0)
+  last = int(places.max())  # the longest distance there is
+  firsts = np.arange(1, min(_EXACT, last) + 1)
+  if last > _EXACT:
+    octaves = np.log2(last / _EXACT)
+    more = _EXACT * 2 ** np.linspace(0, octaves, round(12 * octaves) + 2)[:-1]
+    firsts = np.unique(np.concatenate([firsts, np.ceil(more).astype(int)]))
+  add = lambda values: np.add.reduceat(values[..., :last], firsts - 1, axis=-1)
+  return add(sums) / np.maximum(add(counts), 1), firsts

@@ -1,0 +1,162 @@
+"""What the commands say to mistakes: one message, exit status 2, nothing written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from experiments import cli
+from experiments import evaluate
+from experiments import train
+from sparse_flax.run import errors
+from tests.helpers import tiny
+from tests.helpers.paths import ROOT
+
+# ml_collections loads config files the old way.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIG = "--config=configs/enwik8.py:quick"
+
+
+def failure(main, argv, capsys):
+  """Runs a launcher that must fail; returns its exit status and what it said on stderr."""
+  with pytest.raises(SystemExit) as stop:
+    main([str(x) for x in argv])
+  captured = capsys.readouterr()
+  assert captured.out == "" and "Traceback" not in captured.err
+  return stop.value.code, captured.err.strip()
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    (
+      [CONFIG, "--config.model.strde=3"],
+      "--config.model.strde: no such field; did you mean --config.model.stride?",
+    ),
+    ([CONFIG, "--config.model=3"], "--config.model: is a group; set one of its fields"),
+    ([CONFIG, "--config.model.stride=1.5"], "--config.model.stride=1.5: must be a whole number"),
+    (
+      [CONFIG, "--config.optim.learning_rate=fast"],
+      "--config.optim.learning_rate=fast: must be a number",
+    ),
+    (
+      [CONFIG, "--config.data.batch_size=0"],
+      "config.data.batch_size=0: must be a whole number >= 1",
+    ),
+    ([CONFIG, "--config.train.steps=-5"], "config.train.steps=-5: must be a whole number >= 1"),
+    (
+      [CONFIG, "--config.optim.learning_rate=nan"],
+      "config.optim.learning_rate=nan: must be a finite number",
+    ),
+    (
+      ["--config=configs/cifar10.py", "--config.data.path=/no/where"],
+      "config.data.path='/no/where': ",
+    ),
+    (["--config=configs/imagenet64.py:quick"], "config.data.path='': "),
+    (
+      ["--config=configs/cifar10.py:qick"],
+      "--config: unknown variant 'qick': this config has :quick, :dense",
+    ),
+    (["--config=configs/cifar11.py"], "--config: No such file or directory: 'configs/cifar11.py'"),
+    ([], "one --config=FILE[:VARIANT] is needed"),
+    ([CONFIG, CONFIG], "one --config=FILE[:VARIANT] is needed"),
+    ([CONFIG, "--workdri=x"], "--workdri: no such flag; did you mean --workdir?"),
+    ([CONFIG, "more"], "'more' is no flag: write --name=value"),
+  ],
+  ids=lambda x: " ".join(x[-1:]) if isinstance(x, list) else "",
+)
+def test_bad_input_to_training(argv, message, tmp_path, capsys):
+  status, said = failure(train.main, [*argv, f"--workdir={tmp_path / 'run'}"], capsys)
+  assert status == 2 and said.startswith(message) and len(said.splitlines()) == 1, said
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.promotes
+def test_workdir_that_cannot_be_made(tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  status, said = failure(train.main, [CONFIG, f"--workdir={tmp_path / 'file' / 'run'}"], capsys)
+  assert status == 2 and "file" in said and len(said.splitlines()) == 1
+  assert (tmp_path / "file").read_text() == ""
+
+
+def test_workdir_of_another_config(tmp_path, capsys):
+  (tmp_path / "config.json").write_text(json.dumps({"seed": 0}))
+  status, said = failure(train.main, [CONFIG, f"--workdir={tmp_path}"], capsys)
+  assert status == 2 and "this run was started with another config" in said
+  assert "  config.train.steps: 'absent' -> " in said
+  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_overrides_reach_the_config():
+  argv = [CONFIG, "--config.model.attention_layers=('local',('column','dense'))", "--x=1"]
+  parser = cli.Parser("doc")
+  parser.add_argument("--x", type=int)
+  own, config, name = cli.parse_config(parser, [*argv, "--config.seed", "7"])
+  assert (own.x, config.seed, name) == (1, 7, "enwik8-quick")
+  assert config.model.attention_layers == ("local", ("column", "dense"))
+  assert cli.parse_config(cli.Parser("doc"), ["--config=configs/audio.py"])[2] == "audio"
+
+
+@pytest.mark.promotes
+def test_train_and_evaluate_from_the_command_line(tmp_path, capsys, monkeypatch):
+  config = tiny.config(tiny.text_file(tmp_path / "text"), train=dict(steps=1))
+  monkeypatch.setattr(
+    cli, "parse_config", lambda parser, argv: (parser.parse_args(argv), config, "tiny")
+  )
+  workdir = f"--workdir={tmp_path / 'run'}"
+  assert train.main([workdir]) == 0
+  assert evaluate.main([workdir, "--split=test"]) == 0
+  shown = capsys.readouterr().out
+  assert shown.startswith("FRESH RUN in ")
+  result = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())
+  assert f"{result['bits_per_byte']:.4f} bits/byte" in shown
+  assert "100 of 100 bytes" in shown and result["data"]["digest"] in shown
+  status, said = failure(evaluate.main, [workdir, "--min_context=32"], capsys)
+  assert status == 2 and "min_context=32" in said
+  status, said = failure(evaluate.main, [workdir, "--step=9"], capsys)
+  assert status == 2 and "step=9: no checkpoint" in said
+
+
+@pytest.mark.promotes
+def test_run_that_diverges_has_a_status_of_its_own(tmp_path, capsys, monkeypatch):
+  def diverge(config, workdir, **how):
+    raise errors.NonFiniteError("step 3: loss nan")
+
+  monkeypatch.setattr(train.train, "train", diverge)
+  assert failure(train.main, [CONFIG, f"--workdir={tmp_path}"], capsys) == (3, "step 3: loss nan")
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    ([], "--workdir=DIR is missing"),
+    (["--workdir=/no/where"], "--workdir=/no/where: no such folder"),
+    (["--workdir=."], "--workdir=.: has no config.json"),
+    (["--workdir=.", "--split=tset"], "argument --split: invalid choice: 'tset'"),
+    (["--workdir=.", "--min_context=x"], "argument --min_context: invalid int value: 'x'"),
+    (["--wrkdir=."], "unrecognized arguments: --wrkdir=."),
+  ],
+  ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_to_evaluation(argv, message, capsys):
+  status, said = failure(evaluate.main, argv, capsys)
+  assert status == 2 and said.startswith(message) and len(said.splitlines()) == 1, said
+
+
+def test_folder_without_checkpoint(tmp_path, capsys):
+  (tmp_path / "config.json").write_text("{}")
+  status, said = failure(evaluate.main, [f"--workdir={tmp_path}"], capsys)
+  assert status == 2 and "holds no checkpoint yet" in said
+
+
+def test_the_command_itself(tmp_path):
+  root = ROOT
+  command = [sys.executable, "-m", "experiments.train", CONFIG, f"--workdir={tmp_path / 'run'}"]
+  command += ["--config.data.batch_size=0", "--config.model.num_heads=3"]
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+  assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
+  first, second, *_ = done.stderr.splitlines()  # all mistakes at once
+  assert first == "config.data.batch_size=0: must be a whole number >= 1"
+  assert second == "config.model.num_heads=3: must divide width = 128"

@@ -1,0 +1,109 @@
+"""Bits per byte against sums in numpy, over whole splits, for any batch size."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparse_flax import evaluate
+from sparse_flax.model import transformer
+from sparse_flax.parallel import sharding
+from tests.helpers import tiny
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+  """A config, weights whose predictions vary, their graph, and the bytes of the test split."""
+  path = tiny.text_file(tmp_path_factory.mktemp("data") / "text")
+  config = tiny.config(path)
+  model = transformer.SparseTransformer(**config.model, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model, nnx.Param)
+  params = nnx.to_pure_dict(params)
+  noise = 0.3 * jax.random.normal(jax.random.key(1), params["logits"]["kernel"].shape)
+  params["logits"]["kernel"] = params["logits"]["kernel"] + noise
+  return config, params, graphdef, np.frombuffer(path.read_bytes()[-100:], np.uint8)
+
+
+def bits(case, window, first):
+  """Bits of the bytes of `window` from number `first` on, in float64."""
+  config, params, graphdef, _ = case
+  padded = np.zeros((1, config.model.seq_len), np.uint8)
+  padded[0, : len(window)] = window
+  logits = np.asarray(nnx.merge(graphdef, params)(jnp.asarray(padded))[0], np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  return -sum(log_p[t, window[t]] for t in range(first, len(window))) / math.log(2)
+
+
+def test_untrained_model_has_8_bits(case):
+  config, params, _, _ = case
+  zero = params | {"logits": {"kernel": jnp.zeros((16, 256))}}
+  result = evaluate.evaluate(config, zero, split="test", step=0)
+  assert result["bits_per_byte"] == pytest.approx(8, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100], ids=lambda n: f"batch{n}")
+def test_every_byte_counts_once_whatever_the_batch(case, batch_size):
+  config, params, _, text = case
+  windows = [(text[s : s + 32], 0) for s in (0, 32, 64)] + [(text[68:100], 28)]
+  expected = sum(bits(case, *window) for window in windows) / 100
+  result = evaluate.evaluate(config, params, split="test", step=0, batch_size=batch_size)
+  assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+  assert result["bytes_scored"] == result["bytes_in_split"] == 100
+
+
+def test_minimum_context_scores_the_same_bytes_with_more_before_them(case):
+  config, params, _, text = case
+  windows = [(text[:32], 0)] + [(text[s : s + 32], 24) for s in range(8, 65, 8)]
+  windows.append((text[68:100], 28))
+  expected = sum(bits(case, *window) for window in windows) / 100
+  result = evaluate.evaluate(config, params, split="test", min_context=24, step=0)
+  assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+  assert result["bytes_scored"] == 100 and result["min_context"] == 24
+
+
+def test_devices_share_the_batch(case):
+  config, params, _, _ = case
+  dataset = evaluate.open_dataset(config, "test")
+  scores = []
+  for devices in (1, 4):
+    mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1)
+    weights = jax.device_put(params, sharding.replicated(mesh))
+    evaluator = evaluate.Evaluator(config, dataset, min_context=0, batch_size=2, mesh=mesh)
+    scores.append(evaluator(weights, step=0)["bits_per_byte"])
+  assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_result_says_what_it_is_a_score_of(case):
+  config, params, _, _ = case
+  result = evaluate.evaluate(config, params, split="test", step=7)
+  assert json.loads(json.dumps(result, allow_nan=False)) == result
+  assert result["data"]["digest"].startswith("sha256:") and result["data"]["name"] == "bytes"
+  expected = dict(split="test", step=7, context=32, min_context=0, dtype="float32", ema=True)
+  assert result | expected == result
+  assert (result["attention"], result["backend"]) == ("reference", "cpu")
+
+
+def test_part_of_a_split_says_so(case):
+  config, params, _, _ = case
+  dataset = evaluate.open_dataset(config, "test")
+  evaluator = evaluate.Evaluator(config, dataset, min_context=0, batch_size=2)
+  result = evaluator(params, step=0, max_batches=1)
+  assert (result["bytes_scored"], result["bytes_in_split"]) == (64, 100)
+
+
+@pytest.mark.parametrize("min_context", [-1, 32], ids=str)
+def test_minimum_context_out_of_range(case, min_context):
+  config, params, _, _ = case
+  with pytest.raises(ValueError, match=f"min_context={min_context}"):
+    evaluate.evaluate(config, params, split="test", min_context=min_context, step=0)
+
+
+def test_data_of_another_modality(case):
+  other = case[0].copy_and_resolve_references()
+  other.model.modality = "audio"
+  with pytest.raises(ValueError, match=r"config\.model\.modality='audio': must be 'text'"):
+    evaluate.open_dataset(other, "test")

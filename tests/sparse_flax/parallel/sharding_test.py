@@ -1,0 +1,176 @@
+"""Where a state lies, what a step moves between devices, and the step under jax.pmap."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from configs import cifar10
+from sparse_flax import evaluate
+from sparse_flax import train
+from sparse_flax.model import transformer
+from sparse_flax.parallel import sharding
+from sparse_flax.run import checkpoint
+from tests.helpers import hlo
+from tests.helpers import tiny
+
+pytestmark = pytest.mark.promotes
+
+
+def test_rules_cut_the_matrices_of_a_real_model_and_all_that_is_named_like_them():
+  config = cifar10.get_config()
+  init, _ = train.make_step(config)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2, sequence=1)
+  layout = sharding.by_rules(shapes, mesh)
+  share = lambda tree: (
+    sum(
+      math.prod(where.shard_shape(x.shape))
+      for x, where in zip(jax.tree.leaves(shapes[tree]), jax.tree.leaves(layout[tree]), strict=True)
+    )
+    / sum(x.size for x in jax.tree.leaves(shapes[tree]))
+  )
+  assert 1 / 8 < share("params") < 0.14
+  assert share("ema") == share("params")
+  assert share("opt") == pytest.approx(share("params"), rel=1e-3)
+  query = layout["opt"][1].mu["groups"][0]["attention"]["query"]["kernel"].spec
+  assert query == jax.P(None, "fsdp", "tensor")
+  down = layout["params"]["groups"][0]["feed_forward"]["down"]["kernel"].spec
+  assert down == jax.P(None, "tensor", "fsdp")
+  assert layout["step"].spec == jax.P()
+
+
+def test_an_axis_that_does_not_come_out_even_is_not_cut():
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2, sequence=1)
+  shapes = {"query": {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)}}
+  assert sharding.by_rules(shapes, mesh)["query"]["kernel"].spec == jax.P(None, "tensor")
+
+
+def test_rows_are_read_once_and_dealt_out():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1, sequence=2)
+  whole, asked = np.arange(8 * 6, dtype=np.uint8).reshape(8, 6), []
+  read = lambda rows: asked.append(rows) or whole[rows]
+  placed = sharding.place(read, sharding.by_batch(mesh), whole.shape)
+  np.testing.assert_array_equal(placed, whole)
+  np.testing.assert_array_equal(asked, [range(8)])
+  assert placed.addressable_shards[0].data.shape == (2, 3)
+
+
+# ---------------------------------------------------------------------------- bytes between devices
+
+
+def step_bytes(mesh: tuple[int, ...], layers: tuple[str, ...], **model) -> tuple:
+  """The config, and {kind: bytes} that a device receives in one step."""
+  model = dict(attention_layers=layers, num_layers=2 * len(layers), num_heads=4, **model)
+  model |= dict(implementation="reference", compute_dtype="float32", dropout=0.0, remat="full")
+  mesh = dict(zip(sharding.AXES, mesh, strict=True))
+  config = tiny.config("none", model=model, mesh=mesh, data=dict(batch_size=8))
+  init, step = train.make_step(config)
+  mesh = sharding.make_mesh(**config.mesh)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  layout = sharding.by_rules(shapes, mesh)
+  shape = (config.data.batch_size, config.model.seq_len)
+  tokens = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding.by_batch(mesh))
+  with jax.set_mesh(mesh):
+    program = jax.jit(step, out_shardings=(layout, sharding.replicated(mesh)))
+    lowered = program.lower(checkpoint.laid_out(shapes, layout), tokens, jax.random.key(0))
+    return config, hlo.bytes_moved(lowered.compile().as_text())
+
+
+def formula(config) -> dict[str, int]:
+  """docs/sharding.md, for float32, remat="full" and one micro-batch."""
+  model, (d, f, t, s) = config.model, (config.mesh[name] for name in sharding.AXES)
+  B, T, E = config.data.batch_size // (d * f), model.seq_len // s, model.width
+  F, L, rows = round(model.ff_mult * E), model.num_layers, sum(model.position_shape)
+  H, D, stride = model.num_heads // t, E // model.num_heads, model.stride
+  matrices, vectors = (4 * E * E + 2 * E * F) // t, (3 * E + F) // t + 6 * E
+  rest = (2 * 256 + 3) * E
+  kinds = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+  words = dict.fromkeys(kinds, 0)
+  words["all-reduce"] += (s > 1) * (L * vectors + rest + rows * E + B)
+  words["all-reduce"] += (d * f > 1) * (L * vectors + rest + T * E)
+  words["all-reduce"] += L * matrices * ((d > 1) + (s > 1) + (f > 1) * f) // f
+  words["all-gather"] += 2 * L * matrices * (f - 1) // f
+  if t > 1:
+    words["all-reduce"] += 7 * L * B * T * E
+  for n in range(L if s > 1 else 0):
+    name = model.attention_layers[n % len(model.attention_layers)]
+    if name in ("local", "strided"):
+      words["collective-permute"] += 3 * B * stride * H * 2 * D
+    if name in ("column", "strided"):
+      lse = name == "strided"
+      words["all-to-all"] += 3 * B * T * H * (4 * D + lse) * (s - 1) // s
+    if name == "fixed":
+      gathered = (s - 1) * B * (T // stride) * model.summary_width * H * 2 * D
+      words["all-gather"] += 2 * gathered
+      words["reduce-scatter"] += gathered
+  return {name: 4 * number for name, number in words.items() if number}
+
+
+ALL = ("local", "column", "strided", "fixed")
+
+
+@pytest.mark.one_day_in_three(0)
+@pytest.mark.parametrize(
+  ("mesh", "layers"),
+  [
+    ((1, 2, 2, 2), ALL),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [
+        ((2, 1, 1, 1), ("fixed",)),
+        ((4, 1, 1, 1), ("fixed",)),
+        ((1, 2, 1, 1), ("fixed",)),
+        ((1, 4, 1, 1), ("fixed",)),
+        ((2, 2, 1, 1), ("fixed",)),
+        ((1, 1, 2, 1), ("local",)),
+        ((1, 1, 4, 1), ("local",)),
+        *(((1, 1, 1, n), (name,)) for name in ALL for n in (2, 4)),
+      ]
+    ),
+  ],
+  ids=str,
+)
+def test_a_step_moves_what_the_formula_says(mesh, layers):
+  config, moved = step_bytes(mesh, layers)
+  assert moved == formula(config)
+
+
+# ------------------------------------------------------------------------------------------- pmap
+
+
+def test_three_steps_under_pmap_lose_what_the_jitted_step_loses(tmp_path):
+  """Who has pmap may keep it: the modules are plain functions of their arrays."""
+  config = tiny.config(tmp_path / "none", model=dict(dropout=0.0), data=dict(batch_size=8))
+  init, step = train.make_step(config)
+  state = init(jax.random.key(0))
+  batches = np.random.RandomState(0).randint(97, 123, (3, 8, 32)).astype(np.uint8)
+
+  jitted, expected = jax.jit(step), []
+  now = state
+  for tokens in batches:
+    now, record = jitted(now, tokens, jax.random.key(1))
+    expected.append(float(record["loss"]))
+
+  graphdef, _ = transformer.graph_and_shapes(**config.model)
+  tx, _ = train.optimizer_of(config)
+
+  def one_device(params, opt, tokens):
+    def loss_fn(params):
+      return evaluate.token_nats(nnx.merge(graphdef, params)(tokens), tokens).mean()
+
+    loss, grads = jax.lax.pmean(jax.value_and_grad(loss_fn)(params), "batch")
+    updates, opt = tx.update(grads, opt, params)
+    return optax.apply_updates(params, updates), opt, loss
+
+  devices = jax.devices()[:4]
+  params, opt = jax.tree.map(lambda x: jnp.stack([x] * 4), (state["params"], state["opt"]))
+  mapped, got = jax.pmap(one_device, axis_name="batch", devices=devices), []
+  for tokens in batches:
+    params, opt, loss = mapped(params, opt, tokens.reshape(4, 2, 32))
+    got.append(float(loss[0]))
+  assert got == pytest.approx(expected, rel=1e-6)
