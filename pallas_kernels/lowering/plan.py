@@ -11,6 +11,7 @@ import functools
 from typing import Any
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array
 from jaxtyping import Bool
@@ -23,6 +24,8 @@ from pallas_kernels.lowering.heads import Heads
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
+
+ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 
 class Arrays(NamedTuple):
@@ -143,9 +146,9 @@ class Plan:
 
 
 def of_call(
-  q: Float[Array, "B T H Dk"],
-  k: Float[Array, "B S Hkv Dk"],
-  v: Float[Array, "B S Hkv Dv"],
+  q: Float[ArrayOrShape, "B T H Dk"],
+  k: Float[ArrayOrShape, "B S Hkv Dk"],
+  v: Float[ArrayOrShape, "B S Hkv Dv"],
   *,
   pattern: Pattern,
   scores: Scores,
@@ -154,7 +157,7 @@ def of_call(
   block_size: int = 128,
   return_lse: bool = False,
 ) -> tuple[Plan, Arrays]:
-  """Traces the functions of a call; its plan, and its arrays.
+  """Traces the functions of a call; its plan, and its arrays, of which shapes alone will do too.
 
   Raises:
     ValueError: a function fails, or does not give what it must.
