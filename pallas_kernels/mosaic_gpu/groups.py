@@ -7,7 +7,6 @@ kernels do not know, are one group of lists of blocks.
 import dataclasses
 import functools
 from typing import Literal
-from typing import NamedTuple
 
 from pallas_kernels import tuning
 from pallas_kernels.lowering import passes
@@ -20,12 +19,8 @@ from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 
-
-class Kernel(NamedTuple):
-  """A kernel that has its keys in shared memory, and its keyword arguments."""
-
-  family: Literal["resident", "window"]
-  sizes: tuple[tuple[str, int], ...]
+# A kernel that has its keys in shared memory, and its keyword arguments.
+Kernel = tuple[Literal["resident", "window"], tuple[tuple[str, int], ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +49,7 @@ class Sweep:
     A window is the first, and computes delta; what adds to gradients of others is the last.
     """
     turns = {None: 1, "window": 0, "resident": 2}
-    return turns[self.backward and self.backward.family]
-
-
-class Padding(NamedTuple):
-  """How rows of `row` positions are padded to `stride`, and the sequence to `T`."""
-
-  row: int
-  stride: int
-  T: int
+    return turns[self.backward and self.backward[0]]
 
 
 def groups_of(plan: Plan) -> tuple[Group, ...]:
@@ -99,9 +86,11 @@ def is_fixed(group: Group) -> bool:
   return len(group.passes) == 2 and group.passes[1].view == "summaries"
 
 
-def padding(plan: Plan, group: Group) -> Padding:
-  """What the kernels of a group need: the copy engine wants whole groups of 8 along the axis that
-  is a sequence, so what is missing is added at the end of every row, or as rows.
+def padding(plan: Plan, group: Group) -> tuple[int, int, int]:
+  """Positions of a row, of a padded row, and of the padded sequence, as kernels want them.
+
+  The copy engine takes whole groups of 8 along the axis that is a sequence: what is missing is
+  added at the end of every row, or as rows.
   """
   row = max(pass_.stride for pass_ in group.passes)
   # A row is no longer than the sequence, but a summary keeps its place in it.
@@ -112,7 +101,7 @@ def padding(plan: Plan, group: Group) -> Padding:
     stride = _up(row, 8)
   else:
     rows = _up(rows, 8)
-  return Padding(row, stride, rows * stride)
+  return row, stride, rows * stride
 
 
 def _visited(of_heads: tuple[Pass, ...], T: int) -> tuple[Pass, ...]:
@@ -143,19 +132,20 @@ def _lists_suit(plan: Plan, of_heads: tuple[Pass, ...]) -> bool:
 
 
 def _sweeps(plan: Plan, group: Group) -> tuple[Sweep, ...]:
-  merged, pad = len(group.passes) > 1, padding(plan, group)
-  sweeps = [_sweep(plan, pass_, pad, merged) for pass_ in group.passes]
+  merged, (_, stride, T) = len(group.passes) > 1, padding(plan, group)
+  sweeps = [_sweep(plan, pass_, T, stride, merged) for pass_ in group.passes]
   if is_fixed(group):
     return tuple(sweeps)
   # Those that cannot take up where others ended come first.
   return tuple(sorted(sweeps, key=lambda sweep: sweep.forward is not None))
 
 
-def _sweep(plan: Plan, pass_: Pass, pad: Padding, merged: bool) -> Sweep:
+def _sweep(plan: Plan, pass_: Pass, T: int, stride: int, merged: bool) -> Sweep:
+  """T and stride are padded."""
   summaries = pass_.view == "summaries"
-  stride = 1 if pass_.view == "natural" else pad.stride
-  window = pass_.window if pass_.window is not None and pass_.window < pad.T else None
-  view = View("natural" if summaries else pass_.view, pad.T, 1 if summaries else stride)
+  stride = 1 if pass_.view == "natural" else stride
+  window = pass_.window if pass_.window is not None and pass_.window < T else None
+  view = View("natural" if summaries else pass_.view, T, 1 if summaries else stride)
   band = Band(-(-(pass_.distance or 0) // stride), window)
   schedule = stream.Schedule(
     view=pass_.view,
@@ -180,7 +170,7 @@ def _sweep(plan: Plan, pass_: Pass, pad: Padding, merged: bool) -> Sweep:
 
 def _kernel(**choices: dict[str, int] | None) -> Kernel | None:
   """The first of the kernels that take a problem."""
-  return next((Kernel(family, tuple(x.items())) for family, x in choices.items() if x), None)
+  return next(((family, tuple(x.items())) for family, x in choices.items() if x), None)
 
 
 def _up(n: int, multiple: int) -> int:

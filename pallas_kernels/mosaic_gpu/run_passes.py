@@ -24,6 +24,9 @@ from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.mosaic_gpu.groups import Sweep
 from pallas_kernels.mosaic_gpu.views import View
 
+_FORWARD = {"resident": forward_kernels.resident, "window": forward_kernels.window}
+_BACKWARD = {"resident": backward_kernels.resident, "window": backward_kernels.window}
+
 
 def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   """out [B, T, Hg, Dv] and lse, base 2, in rows of the last sweep's view."""
@@ -61,21 +64,21 @@ def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> 
 
 def padded(plan: Plan, group: Group, x: Array | None) -> Array | None:
   """[B, T, ...] with zeros where sequences end; as it is where all sizes fit."""
-  pad = groups.padding(plan, group)
-  if x is None or plan.T == pad.T:
+  row, stride, T = groups.padding(plan, group)
+  if x is None or plan.T == T:
     return x
-  rows = -(-plan.T // pad.row)
-  x = _with_zeros(x, rows * pad.row).reshape(x.shape[0], rows, pad.row, *x.shape[2:])
-  x = _with_zeros(x, pad.stride, axis=2)
-  return _with_zeros(x.reshape(x.shape[0], -1, *x.shape[3:]), pad.T)
+  rows = -(-plan.T // row)
+  x = _with_zeros(x, rows * row).reshape(x.shape[0], rows, row, *x.shape[2:])
+  x = _with_zeros(x, stride, axis=2)
+  return _with_zeros(x.reshape(x.shape[0], -1, *x.shape[3:]), T)
 
 
 def cut(plan: Plan, group: Group, x: Array) -> Array:
   """The way back from `padded`."""
-  pad = groups.padding(plan, group)
-  if plan.T == pad.T:
+  row, stride, T = groups.padding(plan, group)
+  if plan.T == T:
     return x
-  x = x.reshape(x.shape[0], -1, pad.stride, *x.shape[2:])[:, :, : pad.row]
+  x = x.reshape(x.shape[0], -1, stride, *x.shape[2:])[:, :, :row]
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : plan.T]
 
 
@@ -86,9 +89,9 @@ def _forward_one(sweep: Sweep, own, before, options):
   """(out, lse) of a sweep and of those before it."""
   q, k, v, ids = own
   if sweep.forward is not None:
-    kernel = getattr(forward_kernels, sweep.forward.family)
-    options = options | dict(sweep.forward.sizes)
-    return kernel(sweep.view, sweep.band, q, k, v, _ids(sweep, ids), before, **options)
+    family, sizes = sweep.forward
+    own, options = (q, k, v, _ids(sweep, ids)), options | dict(sizes)
+    return _FORWARD[family](sweep.view, sweep.band, *own, before, **options)
   blocks = sweep.streamed.forward
   new = stream_forward.forward(sweep.schedule, q, k, v, ids, blocks=blocks, **options)
   return new if before is None else _merge(sweep.view, before, new)
@@ -97,12 +100,12 @@ def _forward_one(sweep: Sweep, own, before, options):
 def _backward_one(sweep: Sweep, own, out, dout, lse, dlse, delta, before, options):
   """dq, dk, dv of a sweep and of those before it, and delta."""
   q, k, v, ids = own
-  kernel = sweep.backward and getattr(backward_kernels, sweep.backward.family)
-  if kernel is not None:
-    options = options | dict(sweep.backward.sizes)
+  if sweep.backward is not None:
+    family, sizes = sweep.backward
     rows = _ids(sweep, ids), out, lse, dout, dlse
-    if sweep.backward.family == "resident":
+    if family == "resident":  # a window is the first of all sweeps
       rows = *rows, delta, before
+    kernel, options = _BACKWARD[family], options | dict(sizes)
     return kernel(sweep.view, sweep.band, q, k, v, *rows, **options)
   lse, dlse, delta = (_streamed_rows(sweep, x) for x in (lse, dlse, delta))
   of_dq = options | dict(out=out, dlse=dlse, blocks=sweep.streamed.dq)
