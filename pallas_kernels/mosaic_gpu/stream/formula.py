@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels import functions
-from pallas_kernels import lists
 from pallas_kernels import patterns
+from pallas_kernels.lowering import lists
 from pallas_kernels.mosaic_gpu.stream.elementwise import trace
 from pallas_kernels.mosaic_gpu.stream.elementwise import Traced
 from pallas_kernels.scores import Scores

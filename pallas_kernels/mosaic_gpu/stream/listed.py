@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels import lists
-from pallas_kernels.bits import Bits
+from pallas_kernels.lowering import lists
+from pallas_kernels.lowering.bits import Bits
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.stream import formula
 from pallas_kernels.mosaic_gpu.stream.arrays import padded
