@@ -53,9 +53,9 @@ def computes(scores: Scores) -> bool:
 
 def logits(
   scores: Scores, products: Array, i: Callable, j: Callable, values: tuple[Callable, ...]
-) -> list[Array]:
+) -> tuple[Array, Array]:
   """The logits of products, and their derivatives by them; functions make all else."""
-  return _with_derivative(scores)(products.shape, lambda: products, i, j, *values)
+  return tuple(_with_derivative(scores)(products.shape, lambda: products, i, j, *values))
 
 
 def value_derivatives(

@@ -132,12 +132,8 @@ class ListedWork(Work):
   def __init__(
     self, num_cores: int, per_block: int, refs: Refs | None = None, core: Scalar | None = None
   ):
-    self.num_blocks, self.per_block, self.refs, self.core = (
-      num_cores,
-      per_block,
-      refs,
-      core,
-    )
+    self.num_blocks, self.per_block = num_cores, per_block
+    self.refs, self.core = refs, core
 
   def of(self, refs: Refs, core: Scalar | None = None) -> "ListedWork":
     core = lax.axis_index("core") if core is None else core
