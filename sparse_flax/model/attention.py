@@ -15,6 +15,7 @@ from pallas_kernels import patterns
 from pallas_kernels import reference
 from pallas_kernels import scores
 from sparse_flax.model import cache as cache_lib
+from sparse_flax.model import cache_masks
 from sparse_flax.model import heads
 from sparse_flax.model.heads import apart as apart  # was imported from here
 from sparse_flax.model.rope import Positions
@@ -93,7 +94,7 @@ class SparseSelfAttention(heads.Heads):
     x: Float[Array, "B T E"],
     *,
     segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
-    block_mask: Bool[Array | np.ndarray, "Bm Hm nq nk"] | None = None,
+    block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
     block_size: int = 128,
     score_fn: Callable | None = None,
     positions: Positions | None = None,
@@ -176,7 +177,7 @@ class SparseSelfAttention(heads.Heads):
     *,
     layer: int | Integer[Array, ""] = 0,
     segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
-    block_mask: Bool[Array | np.ndarray, "Bm Hm nq nk"] | None = None,
+    block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
     block_size: int = 128,
     score_fn: Callable | None = None,
     positions: Integer[Array | np.ndarray, ""] | Integer[Array | np.ndarray, "B"] | None = None,
@@ -197,7 +198,7 @@ class SparseSelfAttention(heads.Heads):
     Returns:
       The layer's output of this step, and the cache with this step's key and value.
     """
-    given = cache_lib.Masks(segment_ids, block_mask, block_size)
+    given = cache_masks.Masks(segment_ids, block_mask, block_size)
     if self.rope is None:
       q, k, v = self._heads(x, positions)
     else:

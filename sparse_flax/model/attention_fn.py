@@ -86,9 +86,10 @@ def attention_fn(pattern: patterns.Pattern, implementation: str | None = None) -
         num_heads=8, in_features=512, decode=False, rngs=nnx.Rngs(0),
         attention_fn=sparse_flax.attention_fn(patterns.Strided(128)))
 
-  The pattern takes the place of the layer's mask: most patterns are causal without one. What the
-  function would have to ignore it refuses: masks (so the `decode` mode of those layers, too),
-  biases, dropout of weights unless `deterministic`, a precision, and weights that are to be sown.
+  The pattern takes the place of the layer's mask: most patterns are causal without one. A query
+  without keys gets zeros, not the mean of all values. What the function would have to ignore it
+  refuses: masks (so the `decode` mode of those layers, too), biases, dropout of weights unless
+  `deterministic`, a precision, and weights that are to be sown.
 
   Args:
     pattern: which pairs attend; queries and keys are both counted from 0.
@@ -121,6 +122,7 @@ _INSTEAD = {
 def _refuse(**given: Any) -> None:
   for name, value in given.items():
     if value is not None:
-      shape = list(jnp.shape(value)) if hasattr(value, "shape") else ""
-      said = f"{name} {value.dtype}{shape}" if shape else f"{name}={value!r}"
-      raise ValueError(f"{said}: sparse_flax.attention_fn cannot honour it; {_INSTEAD[name]}")
+      text = f"{name}={value!r}" if isinstance(value, str | int | float) else name
+      if hasattr(value, "shape") and hasattr(value, "dtype"):
+        text = f"{name} {value.dtype}{list(value.shape)}"
+      raise ValueError(f"{text}: sparse_flax.attention_fn cannot honour it; {_INSTEAD[name]}")

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from jaxtyping import Bool
 from jaxtyping import Float
-from jaxtyping import Integer
 
 from pallas_kernels import patterns
 from pallas_kernels import scores as scores_lib
+from sparse_flax.model import cache_masks
 from sparse_flax.model import cache_rows
 from sparse_flax.model.cache_rows import Step
 
@@ -53,48 +52,6 @@ class Part:
   def key_heads(self) -> tuple[int, ...]:
     """The numbers of the key heads in the layer that the heads read."""
     return _key_heads(self.heads, self.queries_per_key)
-
-
-@dataclasses.dataclass(frozen=True)
-class Masks:
-  """What masks pairs besides the pattern, of all T steps, as `sparse_attention` takes it."""
-
-  segment_ids: Integer[Array | np.ndarray, "B T"] | None = None
-  block_mask: Bool[Array | np.ndarray, "Bm Hm nq nk"] | None = None
-  block_size: int = 128
-
-  def check(self, B: int, H: int, T: int | None) -> None:
-    """Raises ValueError for masks that are not those of T steps."""
-    if self.segment_ids is not None:
-      shape = np.shape(self.segment_ids)
-      if len(shape) != 2 or shape[0] != B or (T is not None and shape[1] != T):
-        raise ValueError(
-          f"segment_ids {list(shape)}: must be of all steps, [B, T] = {[B, T]}, not of this one"
-        )
-    if self.block_mask is not None:
-      shape, size = np.shape(self.block_mask), self.block_size
-      fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, H)
-      blocks = None if T is None else (-(-T // size),) * 2
-      if not fits or (blocks is not None and shape[2:] != blocks):
-        raise ValueError(
-          f"block_mask {list(shape)}: must be of all steps, [{B} or 1, {H} or 1, *{blocks}], "
-          f"{T=} in blocks of block_size={size}"
-        )
-
-  def allowed(self, heads: tuple[int, ...], step: Step, row: Integer[Array, "K"]):
-    """Whether query `step` may see each row, [B or 1, heads or 1, K]; None where all it may."""
-    shown, row = None, jnp.maximum(row, 0)  # slots that hold nothing yet have negative rows
-    if self.segment_ids is not None:
-      ids = jnp.asarray(self.segment_ids)
-      own = jax.lax.dynamic_slice_in_dim(ids, step, 1, axis=1)
-      shown = (ids[:, row] == own)[:, None]
-    if self.block_mask is not None:
-      blocks = jnp.asarray(self.block_mask)
-      blocks = blocks if blocks.shape[1] == 1 else blocks[:, np.asarray(heads)]
-      own = jax.lax.dynamic_index_in_dim(blocks, step // self.block_size, 2, keepdims=False)
-      pairs = own[:, :, row // self.block_size]
-      shown = pairs if shown is None else shown & pairs
-    return shown
 
 
 # Parts of the same heads follow each other: they share a softmax.
@@ -163,7 +120,7 @@ def attend(
   step: Step,
   layer: Step = 0,
   score_fn: Callable | None = None,
-  masks: Masks | None = None,
+  masks: cache_masks.Masks | None = None,
 ) -> tuple[Float[Array, "B H Dv"], Cache]:
   """Stores k and v as row `step`, then attends with q to the rows that the pattern allows.
 
@@ -173,7 +130,9 @@ def attend(
   Returns:
     The output in q's dtype, and the cache with the new row.
   """
-  held, masks = [], masks or Masks()
+  if score_fn is not None and not callable(score_fn):
+    raise ValueError(f"{score_fn=}: must be a function of (logit, i, j, h), or None")
+  held, masks = [], masks or cache_masks.Masks()
   masks.check(*q.shape[:2], cache[0].length)
   scores = scores_lib.Scores(1.0, None, score_fn).traced(held)
   cache = tuple(_store(part, k, v, step, layer) for part in cache)
@@ -269,7 +228,9 @@ def _attend_group(
   return out / jnp.where(total == 0, 1.0, total)
 
 
-def _change(scores, held: tuple, masks: Masks, step: Step, part: Part, products, row_of: Callable):
+def _change(
+  scores, held: tuple, masks: cache_masks.Masks, step: Step, part: Part, products, row_of: Callable
+):
   """Products as `score_fn` and the masks make them; `row_of()` are the rows of the slots."""
   if scores.score_fn is not None:
     heads = np.asarray(part.heads, np.int32)[:, None]

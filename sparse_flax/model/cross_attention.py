@@ -97,7 +97,7 @@ class SparseCrossAttention(heads.Heads):
     x: Float[Array, "B T E"],
     x_kv: Float[Array, "B S Ekv"],
     *,
-    block_mask: Bool[Array | np.ndarray, "Bm Hm nq nk"] | None = None,
+    block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
     block_size: int = 128,
     score_fn: Callable | None = None,
     positions: Positions | None = None,

@@ -141,7 +141,7 @@ def over_devices(
   pattern: Pattern,
   implementation: str | None = None,
   segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
-  block_mask: Bool[Array | np.ndarray, "Bm Hm nq nk"] | None = None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
   block_size: int = 128,
   score_fn: Callable | None = None,
 ) -> Float[Array, "B T H Dv"]:
