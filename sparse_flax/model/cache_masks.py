@@ -34,8 +34,8 @@ class Masks:
       blocks = None if T is None else (-(-T // size),) * 2
       if not fits or (blocks is not None and shape[2:] != blocks):
         raise ValueError(
-          f"block_mask {list(shape)}: must be of all steps, [{B} or 1, {H} or 1, nq, nk], nq and nk "
-          f"{T=} in blocks of block_size={size}"
+          f"block_mask {list(shape)}: must be [{B} or 1, {H} or 1, nq, nk] of all steps, {T=} in "
+          f"blocks of block_size={size}"
         )
 
   def allowed(self, heads: tuple[int, ...], step: Step, row: Integer[Array, "K"]):
