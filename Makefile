@@ -93,6 +93,7 @@ bench: .venv  ## every benchmark this machine can run, into benchmarks/*.json
 lint: .venv
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) pyrefly check --output-format min-text
 
 .venv: .venv/installed
 

@@ -48,7 +48,8 @@ setuptools.setup(
   package_data={
     "sparse_flax.view.report": ["page.css", "page.html", "page.js"],
     "sparse_flax.data": ["samples/*"],
-    "pallas_kernels": ["tuning.json"],
+    "sparse_flax": ["py.typed"],
+    "pallas_kernels": ["py.typed", "tuning.json"],
   },
   install_requires=CORE + DATA + LAUNCH,
   extras_require={
@@ -61,6 +62,7 @@ setuptools.setup(
       "hypothesis>=6.150",
       "ipykernel>=7",
       "nbclient>=0.10",
+      "pyrefly>=1.5",
       "pytest>=9",
       "pytest-xdist>=3.8",
       "ruff>=0.14",

@@ -3,8 +3,11 @@
 It need not be in this machine: under an abstract mesh with an abstract device, it is that one.
 """
 
+import contextlib
+import ctypes
 import functools
 import logging
+from collections.abc import Iterator
 
 import jax
 
@@ -38,7 +41,26 @@ def device_kind() -> str:
 def num_cores() -> int:
   """Streaming multiprocessors of a GPU."""
   device = _abstract_device()
-  return jax.devices()[0].core_count if device is None else device.num_cores
+  cores = jax.devices()[0].core_count if device is None else device.num_cores
+  assert cores is not None  # every GPU says it
+  return cores
+
+
+def max_active_clusters(*, blocks: int, threads: int, smem: int) -> int | None:
+  """How many clusters of thread blocks the GPU runs at once, as its driver says.
+
+  Args:
+    blocks: thread blocks of a cluster.
+    threads: of a thread block.
+    smem: bytes of shared memory of a thread block.
+
+  Returns:
+    Their number; None where the device is not in this machine, or the driver does not tell.
+  """
+  here = jax.devices()[0]
+  if platform() != "gpu" or here.platform != "gpu" or here.device_kind != device_kind():
+    return None
+  return _ask_for_clusters(here.local_hardware_id, blocks, threads, smem)
 
 
 def compute_capability() -> str:
@@ -80,3 +102,76 @@ def _warn_of_version(version: str) -> None:
 
 def _abstract_device() -> jax.sharding.AbstractDevice | None:
   return jax.sharding.get_abstract_mesh().abstract_device
+
+
+# Of cuda.h: ids of CUfunction_attribute and CUlaunchAttributeID, and what is launched with them.
+_MAX_DYNAMIC_SHARED_SIZE_BYTES, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 8, 14
+_CLUSTER_DIMENSION = 4
+# Occupancy is that of a kernel; this one needs nothing beyond what the question names.
+_EMPTY_KERNEL = b"""
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry empty() { ret; }
+"""
+
+
+class _LaunchAttribute(ctypes.Structure):
+  _fields_ = [("id", ctypes.c_int), ("_pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+  _fields_ = [
+    ("grid", ctypes.c_uint * 3),
+    ("block", ctypes.c_uint * 3),
+    ("smem", ctypes.c_uint),
+    ("stream", ctypes.c_void_p),
+    ("attributes", ctypes.POINTER(_LaunchAttribute)),
+    ("num_attributes", ctypes.c_uint),
+  ]
+
+
+@functools.cache
+def _ask_for_clusters(ordinal: int, blocks: int, threads: int, smem: int) -> int | None:
+  cluster = _LaunchAttribute(id=_CLUSTER_DIMENSION, value=(blocks, 1, 1))
+  config = _LaunchConfig(
+    grid=(blocks, 1, 1),
+    block=(threads, 1, 1),
+    smem=smem,
+    attributes=ctypes.pointer(cluster),
+    num_attributes=1,
+  )
+  clusters = ctypes.c_int()
+  try:
+    with _empty_kernel(ordinal) as (call, kernel):
+      call("cuFuncSetAttribute", kernel, _MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
+      call("cuFuncSetAttribute", kernel, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+      call("cuOccupancyMaxActiveClusters", ctypes.byref(clusters), kernel, ctypes.byref(config))
+  except (OSError, AttributeError, RuntimeError) as reason:  # no library, no such function, refused
+    logger.warning("the CUDA driver does not say how many clusters run at once: %s", reason)
+    return None
+  return clusters.value
+
+
+@contextlib.contextmanager
+def _empty_kernel(ordinal: int) -> Iterator[tuple]:
+  """A call of the driver by name, and a loaded kernel, in the context that JAX has as well."""
+  driver = ctypes.CDLL("libcuda.so.1")
+
+  def call(name, *args):
+    if status := getattr(driver, name)(*args):
+      raise RuntimeError(f"{name} returned {status}")
+
+  device, context = ctypes.c_int(), ctypes.c_void_p()
+  module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+  with contextlib.ExitStack() as undo:
+    call("cuInit", 0)
+    call("cuDeviceGet", ctypes.byref(device), ordinal)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    undo.callback(call, "cuDevicePrimaryCtxRelease_v2", device)
+    call("cuCtxPushCurrent_v2", context)
+    undo.callback(call, "cuCtxPopCurrent_v2", ctypes.byref(context))
+    call("cuModuleLoadData", ctypes.byref(module), _EMPTY_KERNEL)
+    undo.callback(call, "cuModuleUnload", module)
+    call("cuModuleGetFunction", ctypes.byref(kernel), module, b"empty")
+    yield call, kernel

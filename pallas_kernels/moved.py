@@ -13,11 +13,16 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
-PALLAS_KERNELS: dict[str, str] = {}
+PALLAS_KERNELS = {
+  "pallas_kernels.decoding": "pallas_kernels.decode.triton",
+  "pallas_kernels.decode_cluster": "pallas_kernels.decode.cluster",
+  "pallas_kernels.decode_cluster.kernel": "pallas_kernels.decode.cluster.kernel",
+  "pallas_kernels.decode_cluster.threads": "pallas_kernels.decode.cluster.ptx",
+}
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-  """Answers for old paths only, after everything else has failed to find them."""
+  """Answers for old paths only; before others, who would load a second copy of a file below one."""
 
   def __init__(self):
     self.new_paths: dict[str, str] = {}
@@ -40,11 +45,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
   def exec_module(self, module: types.ModuleType) -> None:
     """It has run already. The import system gave it the spec of the old path: put it right."""
+    assert module.__spec__ is not None  # the one of the old path
     module.__spec__ = self.specs.pop(module.__spec__.name)
 
 
 _FINDER = _Finder()
-sys.meta_path.append(_FINDER)
+sys.meta_path.insert(0, _FINDER)
 
 
 def alias(package: str, new_paths: Mapping[str, str]) -> Callable[[str], types.ModuleType]:

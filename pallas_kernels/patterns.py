@@ -123,7 +123,7 @@ class Dense(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Local(Pattern):
-  """The last `window` keys, itself included: the first head of strided attention.
+  """A sliding window: the last `window` keys, the query's own included; first strided head.
 
   The release's `local` with `local_attn_ctx=window`; with `causal=False`, |i - j| < window.
 
@@ -158,7 +158,7 @@ class Local(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Column(Pattern):
-  """Every `stride`-th key back from the query: the second head of strided attention.
+  """Every `stride`-th key back from the query, a dilated pattern; second strided head.
 
   The release's `strided`.
 
@@ -235,10 +235,10 @@ class Block(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Summary(Pattern):
-  """`width` keys near the end of every block so far, the own one included: the second fixed head.
+  """Global tokens: `width` keys near the end of every block so far, the own one included.
 
-  Keys with stride - offset - width <= j % stride < stride - offset. The first queries have none;
-  attention gives them zeros.
+  The second fixed head: keys with stride - offset - width <= j % stride < stride - offset. The
+  first queries have none; attention gives them zeros.
 
   >>> draw(Summary(stride=3, width=1), T=6)
   . . . . . .

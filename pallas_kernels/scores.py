@@ -27,7 +27,7 @@ class Scores:
 
   scale: float | Float[Array, ""]
   soft_cap: float | None = None
-  score_fn: Callable[[Any, Any, Any, Any], Any] | None = None
+  score_fn: Callable[..., Any] | None = None
   learned: tuple[int, ...] = ()
 
   @property
@@ -38,7 +38,10 @@ class Scores:
   @property
   def of_positions(self) -> bool:
     """Whether traced logits depend on where a pair is, besides its head."""
-    return self.score_fn is not None and (self.score_fn.uses(1) or self.score_fn.uses(2))
+    if self.score_fn is None:
+      return False
+    assert isinstance(self.score_fn, Function), "asked of traced scores"
+    return self.score_fn.uses(1) or self.score_fn.uses(2)
 
   def traced(self, held: list) -> "Scores":
     """With what `score_fn` computes in its place, and what it holds added to `held`.
@@ -53,7 +56,7 @@ class Scores:
       return self
     name = "scale" if self.score_fn is None else f"score_fn={functions.name_of(self.score_fn)}"
     whole = Scores(self.scale, self.soft_cap, self.score_fn)._natural
-    function = whole if scale_is_traced else self.score_fn
+    function = whole if scale_is_traced or self.score_fn is None else self.score_fn
     position = jax.ShapeDtypeStruct((), jnp.int32)
     args = jax.ShapeDtypeStruct((), jnp.float32), position, position, position
     first = len(held)
@@ -108,7 +111,7 @@ def attending(mask, i, j):
 
   A function may be anything at pairs that do not attend, and its derivative times 0 no number.
   """
-  xp = np if isinstance(mask, np.ndarray) else jnp
+  xp: Any = np if isinstance(mask, np.ndarray) else jnp
   first = xp.argmax(mask, axis=-1, keepdims=True)
   some = mask.any(axis=-1, keepdims=True)
   in_row = xp.take_along_axis(xp.broadcast_to(j, mask.shape), first, axis=-1)

@@ -131,6 +131,7 @@ class Evaluator:
         on_progress(num_bytes)
       waiting = sums
       num_bytes += int(scored.sum())
+    assert waiting is not None, "every split has a batch"
     nats += _total(waiting)
     model = self._config.model
     return {

@@ -15,7 +15,8 @@ BENCHMARKS = {
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
   "sample": "sampling: on a GPU from the paper's image models, on a CPU from the quickstart's",
-  "step": "training steps of the paper's models on a GPU: none, sparse and dense attention",
+  "step": "training steps of the paper's models on a GPU, with sparse and with dense attention",
+  "tables": "renders the tables of README.md and docs from the results; only when named",
   "tpu_aot": "what the TPU compiler makes of kernels and training steps, hours; only when named",
   "tune": "measures tile sizes into pallas_kernels/tuning.json, on a GPU; only when named",
   "xla": "time and memory of the xla backend up to T = 65,536",
@@ -25,8 +26,10 @@ MODULES = {
     name: f"gpu.{name}" for name in ("attention", "block_sparse", "mesh", "sample", "step", "tune")
   },
   **{name: f"cpu.{name}" for name in ("checkpoints", "memory", "xla")},
+  "tables": "tables",
   "tpu_aot": "tpu.aot",
 }
+ONLY_NAMED = ("mesh", "tables", "tpu_aot", "tune")
 ON_GPU = ("attention", "block_sparse", "step", "tune")
 IN_WORKERS = {"attention", "block_sparse", "tune"}
 
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if unknown := sorted(set(args.names) - set(BENCHMARKS)):
     parser.error(f"NAME={unknown[0]!r}: must be one of {', '.join(BENCHMARKS)}")
-  names = args.names or [name for name in BENCHMARKS if name not in ("mesh", "tpu_aot", "tune")]
+  names = args.names or [name for name in BENCHMARKS if name not in ONLY_NAMED]
   if IN_WORKERS & set(names):
     # Read when JAX finds the GPU: the memory must be left to the processes that measure.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

@@ -15,12 +15,16 @@ import jax
 
 
 def write(path: pathlib.Path, rows: Sequence[dict[str, Any]], **more: Any) -> None:
-  """Writes the rows with device, versions, date and commit, and prints where they are."""
+  """Writes the rows with device, versions, date and commit, and prints where they are.
+
+  On a GPU also with its power cap and clocks.
+  """
   result = {
     "device": _device(),
     "versions": _versions(),
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     "commit": _commit(),
+    **({"gpu": gpu_state()} if jax.default_backend() == "gpu" else {}),
     **more,
     "rows": list(rows),
   }
@@ -75,14 +79,15 @@ def _nvidia_smi(*fields: str) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-  """Of JAX, and of CUDA's parts and the driver where there are any."""
+  """Of Python and JAX, and of CUDA's parts and the driver where there are any."""
   wanted = r"jax|jaxlib|flax|jax-cuda\d+-plugin|nvidia-(cudnn|cuda-runtime|cuda-nvcc).*"
   installed = {}
   for package in importlib.metadata.distributions():
     name = (package.name or "").lower().replace("_", "-")
     if re.fullmatch(wanted, name):
       installed[name] = package.version
-  return dict(sorted(installed.items())) | _nvidia_smi("driver_version")
+  python = {"python": platform.python_version()}
+  return python | dict(sorted(installed.items())) | _nvidia_smi("driver_version")
 
 
 def _device() -> str:
@@ -100,16 +105,18 @@ def _device() -> str:
 
 
 def _commit() -> str:
-  """The commit of the working tree, marked where files differ from it.
+  """The commit of the working tree, marked "with changes" where what is measured differs from it.
 
   A copy of the tree without its history is told by SPARSE_FLAX_COMMIT.
   """
   if told := os.environ.get("SPARSE_FLAX_COMMIT"):
     return told
-  run = lambda *args: subprocess.run(args, capture_output=True, text=True, check=True).stdout
+  how = dict(cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
+  git = lambda *args: subprocess.run(("git", *args), **how).stdout.strip()
+  measured = (":/*.py", ":/pallas_kernels/*.json")
   try:
-    commit = run("git", "rev-parse", "--short=12", "HEAD").strip()
-    changed = run("git", "status", "--porcelain", "--untracked-files=no", "--", "*.py").strip()
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
   return commit + (" with changes" if changed else "")

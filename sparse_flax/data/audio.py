@@ -3,7 +3,7 @@
 import dataclasses
 import struct
 import wave
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -119,7 +119,7 @@ def _open_wav(path, read):
     raise ValueError(f"{path} {error}") from error
 
 
-def _read_header(file: BinaryIO, length: int) -> _WavHeader:
+def _read_header(file: IO[bytes], length: int) -> _WavHeader:
   """Reads up to the first byte of sound of a file of `length` bytes."""
   riff, riff_size, kind = _unpack(file, "<4sI4s")
   if (riff, kind) != (b"RIFF", b"WAVE"):
@@ -156,7 +156,7 @@ def _read_header(file: BinaryIO, length: int) -> _WavHeader:
   return _WavHeader(dtype, channels, rate, size - size % (channels * dtype.itemsize))
 
 
-def _end_of_chunks(file: BinaryIO, position: int, length: int) -> int:
+def _end_of_chunks(file: IO[bytes], position: int, length: int) -> int:
   """The end of the whole chunks that follow each other from `position` on."""
   while position + 8 <= length:
     file.seek(position)
@@ -167,7 +167,7 @@ def _end_of_chunks(file: BinaryIO, position: int, length: int) -> int:
   return position
 
 
-def _read_format(file: BinaryIO, size: int) -> tuple[np.dtype, int, int]:
+def _read_format(file: IO[bytes], size: int) -> tuple[np.dtype, int, int]:
   """(dtype, channels, rate) of a chunk "fmt " of `size` bytes."""
   tag, channels, rate, _, frame_bytes, bits = _unpack(file, "<HHIIHH")
   if tag == _EXTENSIBLE and size >= 40:
@@ -190,7 +190,7 @@ def _unpack(file, layout):
   return struct.unpack(layout, content)
 
 
-def _read_samples(file: BinaryIO, header: _WavHeader):
+def _read_samples(file: IO[bytes], header: _WavHeader):
   data, dtype = file.read(header.size), header.dtype
   if dtype.kind == "f":
     values = np.frombuffer(data, dtype)

@@ -110,13 +110,11 @@ def eval_batches(
 
 
 def _eval_batches(streams, seq_len, advance, batch_size):
-  filled = 0
+  empty = lambda dtype: np.zeros((batch_size, seq_len), dtype)
+  tokens, scored, filled = empty(np.uint8), empty(bool), 0
   for index, length in enumerate(streams.lengths.tolist()):
     scored_up_to = 0
     while scored_up_to < length:
-      if not filled:
-        tokens = np.zeros((batch_size, seq_len), np.uint8)
-        scored = np.zeros((batch_size, seq_len), bool)
       stop = min(scored_up_to + (advance if scored_up_to else seq_len), length)
       start = max(stop - seq_len, 0)
       tokens[filled, : stop - start] = streams.read(index, start, stop)
@@ -125,7 +123,7 @@ def _eval_batches(streams, seq_len, advance, batch_size):
       filled += 1
       if filled == batch_size:
         yield tokens, scored
-        filled = 0
+        tokens, scored, filled = empty(np.uint8), empty(bool), 0
   if filled:
     yield tokens, scored
 

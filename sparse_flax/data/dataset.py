@@ -38,7 +38,7 @@ class Arrays:
     else:
       self.lengths = np.array([array.size for array in arrays])
 
-  def read(self, index, start, stop):
+  def read(self, index: int, start: int, stop: int) -> UInt8[np.ndarray, "T"]:
     return self.arrays[index].reshape(-1)[start:stop]
 
 
@@ -49,7 +49,7 @@ class LazyImages:
     self.source, self.shape, self.rows = source, shape, rows
     self.lengths = np.full(len(rows), np.prod(shape))
 
-  def read(self, index, start, stop):
+  def read(self, index: int, start: int, stop: int) -> UInt8[np.ndarray, "T"]:
     row = self.rows[index]
     try:
       return decode_image(self.source[row]["image"], self.shape).reshape(-1)[start:stop]
@@ -60,11 +60,11 @@ class LazyImages:
 class Records:
   """Streams cut into consecutive records of RECORD_BYTES in a TFDS data source."""
 
-  def __init__(self, source: Sequence, key: str, first: Sequence[int], lengths):
+  def __init__(self, source: Sequence, key: str, first: Sequence[int], lengths: Sequence[int]):
     self.source, self.key, self.first = source, key, first
     self.lengths = np.array(lengths)
 
-  def read(self, index, start, stop):
+  def read(self, index: int, start: int, stop: int) -> UInt8[np.ndarray, "T"]:
     records = range(start // RECORD_BYTES, -(-stop // RECORD_BYTES))
     pieces = [self.source[int(self.first[index]) + i][self.key] for i in records]
     skipped = records.start * RECORD_BYTES

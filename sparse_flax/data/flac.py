@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib.util
+from typing import BinaryIO
+from typing import cast
 
 import numpy as np
 from etils import epath
@@ -28,10 +30,11 @@ def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
     with path.open("rb") as file:
       rate, bits, length, stored = _read_header(file)
       file.seek(0)
-      with soundfile.SoundFile(file) as sound:
+      with soundfile.SoundFile(cast(BinaryIO, file)) as sound:
         for block in sound.blocks(_BLOCK, dtype="int32", always_2d=True):
           blocks.append(block.astype(np.float32) / 2**31)
-          values = (block >> (32 - bits)).astype("<i4")  # as they were before they were compressed
+          # As they were before they were compressed.
+          values = (np.asarray(block, np.int32) >> (32 - bits)).astype("<i4")
           values = values[..., None].view(np.uint8)[..., : -(-bits // 8)]
           checksum.update(values.tobytes())
   except soundfile.LibsndfileError as error:

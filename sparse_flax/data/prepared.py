@@ -9,6 +9,8 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
+from typing import cast
 
 from etils import epath
 
@@ -110,7 +112,7 @@ def open_split(prepared: Prepared, split: str) -> Sequence:
   if missing:
     raise ValueError(f"{folder} lacks {missing[0]}: delete the folder and prepare it again")
   decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
-  return builder.as_data_source(split, decoders=decoders)
+  return cast(Any, builder).as_data_source(split, decoders=decoders)
 
 
 def check_features(folder: epath.Path) -> None:

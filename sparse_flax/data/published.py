@@ -50,6 +50,7 @@ class Published:
     if found is None:
       prepared_lib.prepare(path, self.builder)
       found = prepared_lib.find(path, self.folders)
+      assert found is not None, "what was just prepared is there"
     return found
 
 
@@ -74,7 +75,7 @@ def _open_cifar10(prepared, split, split_seed):
 
 @functools.lru_cache(maxsize=1)  # train and validation share one array
 def _decode_cifar10(prepared, split):
-  source = prepared_lib.open_split(prepared, split)
+  source: Any = prepared_lib.open_split(prepared, split)
   images = np.empty((len(source), *raw.CIFAR_SHAPE), np.uint8)
   ids = []
   for start in range(0, len(source), 1000):  # many records at a time are read in parallel

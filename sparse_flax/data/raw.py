@@ -117,7 +117,9 @@ def tar_images(file: epath.Path) -> Iterator[tuple[int, bytes]]:
       for member in tar:
         if member.isfile() and member.name.endswith(".png"):
           found = True
-          png = tar.extractfile(member).read()
+          content = tar.extractfile(member)
+          assert content is not None  # as of all files
+          png = content.read()
           _check_png(f"{member.name} in {file.name}", png)
           yield member.offset, png
       # tarfile takes a header that it cannot read for the end.

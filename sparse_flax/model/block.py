@@ -13,10 +13,14 @@ from pallas_kernels import patterns
 from sparse_flax.model import attention
 from sparse_flax.model import cache as cache_lib
 
+# Kernels that compute a block themselves are handed these.
+NORM_EPSILON = 1e-5
+GELU_SLOPE = 1.702  # with which u sigmoid(slope u) is close to the GELU
+
 
 def activation(u: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
   """f(u) = u sigmoid(1.702 u)."""
-  return u * jax.nn.sigmoid(1.702 * u)
+  return u * jax.nn.sigmoid(GELU_SLOPE * u)
 
 
 class FeedForward(nnx.Module):
@@ -69,7 +73,7 @@ class Block(nnx.Module):
     linear = dict(
       dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, out_init=out_init, rngs=rngs
     )
-    norm = lambda: nnx.LayerNorm(width, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+    norm = lambda: nnx.LayerNorm(width, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
     self.dropout = dropout
     self.attention_norm = norm()
     self.attention = attention.SparseSelfAttention(

@@ -21,7 +21,7 @@ from pallas_kernels.patterns import Pattern
 from sparse_flax.parallel import sequence
 
 AXES = ("data", "fsdp", "tensor", "sequence")
-BATCH = ("data", "fsdp")  # the axes that sequences are dealt out over
+BATCH = ("data", "fsdp")  # the axes that sequences are sharded over
 
 # The last axes of a leaf, by the end of its path; moments and averages are named like weights. A
 # layer's weights are cut twice: by heads or hidden features over "tensor", by the model's width
@@ -56,7 +56,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.shardi
   """A mesh over the first data x fsdp x tensor x sequence devices; data=-1 takes all there are.
 
   Raises:
-    ValueError: as `mesh_shape`, or several TPU slices that no axis can be dealt out over.
+    ValueError: as `mesh_shape`, or several TPU slices that no axis can be sharded over.
   """
   shape = mesh_shape(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
   return jax.sharding.Mesh(_arranged(shape), AXES, axis_types=(AxisType.Auto,) * 4)
@@ -65,7 +65,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.shardi
 def _arranged(shape: tuple[int, ...]) -> np.ndarray:
   """The devices of a mesh; the inner axes on those that are near to each other.
 
-  Several TPU slices are dealt out over the outermost axis they divide. Hosts of GPUs, each of which
+  Several TPU slices share the outermost axis that they divide. Hosts of GPUs, each of which
   is a slice to JAX, need no such care: the order of their processes is that of `jax.devices()`.
   """
   devices = jax.devices()[: math.prod(shape)]
@@ -119,7 +119,7 @@ def place(
 
   Args:
     read: row numbers -> those rows, [len(rows), ...].
-    where: how rows, and what they hold, are dealt out.
+    where: how rows, and what they hold, are sharded.
     shape: of the whole array.
   """
   mine = where.addressable_devices_indices_map(shape).values()

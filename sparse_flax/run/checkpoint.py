@@ -224,7 +224,8 @@ class Checkpoints:
     """What a step says of itself, and what is wrong with that."""
     try:
       handler = self._ocp.JsonCheckpointHandler()
-      about = handler.restore(self._directory / str(step) / "about", self._ocp.args.JsonRestore())
+      args = self._ocp.args.JsonRestore()
+      about = dict(handler.restore(self._directory / str(step) / "about", args=args))
       handler.close()
       rest = {name: value for name, value in about.items() if name != "sha256"}
       if about["sha256"] == digest.of_json(rest) and about["step"] == step:
@@ -261,7 +262,7 @@ class _Best:
 
   bits_per_byte: dict[int, float | None]
 
-  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     bits = [self.bits_per_byte.get(info.step) for info in checkpoints]
     best = min((x for x in bits if x is not None), default=None)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from jaxtyping import Integer
 
 from pallas_kernels import api
-from pallas_kernels import decode_cluster as kernels
+from pallas_kernels.decode import cluster as kernels
 from sparse_flax.model import block
 from sparse_flax.model import cache as cache_lib
 
@@ -20,7 +21,7 @@ from sparse_flax.model import cache as cache_lib
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["matrices"],
-  meta_fields=["C", "E", "H", "Dk", "Dv", "F"],
+  meta_fields=["C", "E", "H", "Dk", "Dv", "F", "epsilon"],
 )
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -28,12 +29,13 @@ class Weights:
 
   Attributes:
     matrices: queries, keys and values; out; up; down: [L, C, 16-bit words] each.
-    C: blocks of a cluster, which share them.
+    C: thread blocks of a cluster, which share them.
     E: width of the residual stream.
     H: heads.
     Dk: width of a head's queries and keys.
     Dv: width of its values.
     F: width between up and down.
+    epsilon: of the norms.
   """
 
   matrices: tuple[Array, ...]
@@ -43,6 +45,24 @@ class Weights:
   Dk: int
   Dv: int
   F: int
+  epsilon: float
+
+
+def supported(
+  groups: Sequence[block.Block], caches: Sequence[cache_lib.Cache], batch_size: int
+) -> str | None:
+  """Why the kernel cannot compute the steps of a model; None where it can.
+
+  Args:
+    groups: the model's; their weights may be shapes only.
+    caches: of each entry of the groups; they may be shapes only.
+    batch_size: sequences.
+  """
+  C, R = kernels.cluster_shape(batch_size)
+  up = groups[0].feed_forward.up
+  model = dict(groups=up.kernel.shape[0], epsilon=_epsilon(groups), **_widths(groups[0]))
+  sizes = _sizes(caches, B=batch_size, C=C, R=R, **model)
+  return _unsupported(caches) or kernels.supported(sizes, up.dtype)
 
 
 def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
@@ -55,10 +75,10 @@ def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
   Raises:
     NotImplementedError: the kernel does not take such a model.
   """
-  weights = weights_of(groups, C=kernels.dealt_out(batch_size)[0])
+  weights = weights_of(groups, C=kernels.cluster_shape(batch_size)[0])
 
   def run_blocks(x, step, caches):
-    with api.computed_by("mosaic_gpu"):
+    with api.computed_by("cluster"):
       return decode_steps(x, weights, step, caches)
 
   return run_blocks
@@ -69,19 +89,28 @@ def weights_of(groups: Sequence[block.Block], *, C: int) -> Weights:
 
   Args:
     groups: blocks.
-    C: blocks of a cluster, of `kernels.dealt_out`.
+    C: thread blocks of a cluster, of `kernels.cluster_shape`.
 
   Raises:
     NotImplementedError: sizes or a dtype that the kernel does not take.
   """
-  attention, feed = groups[0].attention, groups[0].feed_forward
+  widths = _widths(groups[0])
+  kernels.check(**widths, C=C, dtype=groups[0].feed_forward.up.dtype)
+  each = [_matrices(layer, C) for layer in groups]
+  in_order = lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:])
+  return Weights(jax.tree.map(in_order, *each), C=C, epsilon=_epsilon(groups), **widths)
+
+
+def _epsilon(groups: Sequence[block.Block]) -> float:
+  return groups[0].attention_norm.epsilon  # all norms of a model's blocks have the same
+
+
+def _widths(layers: block.Block) -> dict[str, int]:
+  attention, feed = layers.attention, layers.feed_forward
   H = attention.num_heads
   E, F = feed.up.kernel.shape[1:]
   Dk, Dv = (part.kernel.shape[2] // H for part in (attention.key, attention.value))
-  kernels.check(E=E, H=H, Dk=Dk, Dv=Dv, F=F, C=C, dtype=feed.up.dtype)
-  each = [_matrices(layer, C) for layer in groups]
-  in_order = lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:])
-  return Weights(jax.tree.map(in_order, *each), C=C, E=E, H=H, Dk=Dk, Dv=Dv, F=F)
+  return dict(E=E, H=H, Dk=Dk, Dv=Dv, F=F)
 
 
 def _matrices(layers: block.Block, C: int) -> tuple[Array, ...]:
@@ -90,10 +119,8 @@ def _matrices(layers: block.Block, C: int) -> tuple[Array, ...]:
   norm = lambda layer: (layer.scale[...], layer.bias[...])
 
   def by_heads(name):
-    parts = [getattr(part, name) for part in (attention.query, attention.key, attention.value)]
-    split = [narrow(x).reshape(*x.shape[:-1], attention.num_heads, -1) for x in parts]
-    joined = jnp.concatenate(split, axis=-1)
-    return joined.reshape(*joined.shape[:-2], -1)
+    parts = (getattr(part, name) for part in (attention.query, attention.key, attention.value))
+    return kernels.join_heads(*map(narrow, parts), num_heads=attention.num_heads)
 
   pair = lambda layer: (narrow(layer.kernel), narrow(layer.bias))
   matrices = (
@@ -102,7 +129,7 @@ def _matrices(layers: block.Block, C: int) -> tuple[Array, ...]:
     (*pair(feed.up), norm(layers.feed_forward_norm)),
     (*pair(feed.down), None),
   )
-  return tuple(kernels.packed(*matrix, C=C) for matrix in matrices)
+  return tuple(kernels.pack(*matrix, C=C) for matrix in matrices)
 
 
 def decode_steps(
@@ -127,28 +154,34 @@ def decode_steps(
   Raises:
     NotImplementedError: caches that the kernel does not take.
   """
-  if any(len(cache_lib.by_heads(cache)) != 1 for cache in caches):
-    raise NotImplementedError("heads that differ in their pattern")
+  if reason := _unsupported(caches):
+    raise NotImplementedError(reason)
+  model = {name: getattr(weights, name) for name in ("C", "E", "H", "Dk", "Dv", "F", "epsilon")}
+  R = rows or kernels.cluster_shape(len(x))[1]
+  num_groups = len(weights.matrices[0]) // len(caches)
+  sizes = _sizes(caches, B=len(x), groups=num_groups, R=R, **model)
   places, biases = zip(*(_places_and_biases(cache, step) for cache in caches), strict=True)
   together = lambda xs, fill: jnp.stack(
     [jnp.pad(x, (0, max(map(len, xs)) - len(x)), constant_values=fill) for x in xs]
   )
   tables = [x for cache in caches for part in cache for x in (part.key, part.value)]
-  piece = lambda part: kernels.Piece(size=part.rows.size, length=part.rows.length)
   x, *tables = kernels.run_layers(
-    x,
-    together(places, 0),
-    together(biases, -jnp.inf),
-    weights.matrices,
-    tables,
-    pieces=tuple(tuple(map(piece, cache)) for cache in caches),
-    R=rows or kernels.dealt_out(len(x))[1],
-    run=run,
-    **{name: getattr(weights, name) for name in ("H", "Dk", "Dv", "F", "C")},
+    sizes, x, together(places, 0), together(biases, -jnp.inf), weights.matrices, tables, run=run
   )
   tables = iter(tables)
   refill = lambda part: dataclasses.replace(part, key=next(tables), value=next(tables))
   return x, tuple(tuple(refill(part) for part in cache) for cache in caches)
+
+
+def _unsupported(caches: Sequence[cache_lib.Cache]) -> str | None:
+  differ = any(len(cache_lib.by_heads(cache)) != 1 for cache in caches)
+  return "heads that differ in their pattern" if differ else None
+
+
+def _sizes(caches: Sequence[cache_lib.Cache], **sizes: Any) -> kernels.Sizes:
+  piece = lambda part: kernels.Piece(size=part.rows.size, length=part.rows.length)
+  pieces = tuple(tuple(map(piece, cache)) for cache in caches)
+  return kernels.Sizes(pieces=pieces, slope=block.GELU_SLOPE, **sizes)
 
 
 def _places_and_biases(

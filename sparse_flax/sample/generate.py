@@ -23,7 +23,8 @@ from sparse_flax.model import embedding
 from sparse_flax.model import transformer
 from sparse_flax.parallel import sharding
 
-IMPLEMENTATIONS = ("xla", "triton", "mosaic_gpu")
+IMPLEMENTATIONS = ("xla", "triton", "cluster")
+_EARLIER_NAMES = {"mosaic_gpu": "cluster"}  # that of the attention kernels as well
 Prompt = bytes | Integer[np.ndarray, "_"] | Sequence[int]
 _PIECES = 16  # in which a run that reports its progress is cut
 _COLDEST = 1e-6  # logits over less than this may be beyond float32
@@ -32,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 def generate(
-  graphdef: nnx.GraphDef,
-  params: dict,
+  model: transformer.SparseTransformer | nnx.GraphDef,
+  params: dict | None = None,
   *,
   key: Key[Array, ""],
   num: int,
@@ -53,8 +54,8 @@ def generate(
   alone. What all prompts have in length is read in one pass; the rest is one compiled loop.
 
   Args:
-    graphdef: of the SparseTransformer, `nnx.graphdef(model)`.
-    params: its weights, as a plain dict.
+    model: a SparseTransformer; or its graph, `nnx.graphdef(model)`, with `params`.
+    params: the weights of a graph, as a plain dict.
     key: a typed key, `jax.random.key(seed)`.
     num: number of sequences.
     temperature: 1.0 samples what the model predicts, 0 takes the likeliest byte.
@@ -63,10 +64,10 @@ def generate(
     prompts: the first bytes of each row, 0 to T - 1 of them; they come back unchanged. Numbers have
       to be in [0, 255], whatever their integer dtype.
     sparse: False keeps and reads all keys and values at every step: for comparisons.
-    implementation: of a step. "mosaic_gpu": one kernel for NVIDIA GPUs of compute capability 9;
+    implementation: of a step. "cluster": one kernel for NVIDIA GPUs of compute capability 9;
       "triton": a few per layer for NVIDIA GPUs (elsewhere simulated); "xla": none of ours. None is
       the best one here.
-    mesh: devices over whose "data" and "fsdp" the rows are dealt out; None is one device.
+    mesh: devices over whose "data" and "fsdp" the rows are sharded; None is one device.
     on_progress: called with (steps done, steps in all) now and then.
     on_programs: called once with the implementations that compute the attention of the prompts
       and of the steps, as the programs contain them; "" where all prompts are empty.
@@ -79,19 +80,16 @@ def generate(
     NotImplementedError: the implementation that is named does not take this model, or does not
       run here; the message says why.
   """
+  graphdef, params = _graph_and_weights(model, params)
   model = nnx.merge(graphdef, params)
   api.load_backend(model.groups[0].attention.implementation)  # of the pass over prompts
   T = model.seq_len
   check_options(num=num, temperature=temperature, top_k=top_k, top_p=top_p)
+  implementation = _EARLIER_NAMES.get(implementation, implementation)
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"{implementation=}: must be None or one of {IMPLEMENTATIONS}")
-  prompts = [b""] * num if prompts is None else prompts
-  prompts = [_as_bytes(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
+  prompts = _checked_prompts(prompts, num=num, seq_len=T)
   lengths = [len(prompt) for prompt in prompts]
-  if len(prompts) != num or max(lengths) >= T:
-    raise ValueError(
-      f"prompts have lengths {lengths}: must be {num=} of them, each shorter than seq_len={T}"
-    )
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   rows = -(-num // shares) * shares  # those beyond num are drawn for nothing
@@ -137,6 +135,33 @@ def generate(
   return np.concatenate(pieces, axis=1)[:num, :T]
 
 
+def _graph_and_weights(
+  model: transformer.SparseTransformer | nnx.GraphDef, params: dict | None
+) -> tuple[nnx.GraphDef, dict]:
+  if isinstance(model, nnx.Module):
+    if params is not None:
+      raise ValueError("params: must be None where model is a module, which has its own weights")
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(state)
+  if params is None:
+    raise ValueError("params=None: must be the weights where model is a graph")
+  return model, params
+
+
+def _checked_prompts(
+  prompts: Sequence[Prompt] | Integer[np.ndarray, "num P"] | None, *, num: int, seq_len: int
+) -> list[UInt8[np.ndarray, "_"]]:
+  """The bytes of each row's prompt."""
+  prompts = [b""] * num if prompts is None else prompts
+  prompts = [_as_bytes(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
+  lengths = [len(prompt) for prompt in prompts]
+  if len(prompts) != num or max(lengths) >= seq_len:
+    raise ValueError(
+      f"prompts have lengths {lengths}: must be {num=} of them, each shorter than {seq_len=}"
+    )
+  return prompts
+
+
 def check_options(
   *, num: int, temperature: int | float, top_k: int | None, top_p: int | float, prefix: str = ""
 ) -> None:
@@ -177,23 +202,20 @@ def best(model: transformer.SparseTransformer, batch_size: int, *, sparse: bool 
   """
   if hardware.platform() != "gpu" or "nvidia" not in hardware.device_kind().lower():
     return "xla"
-  token = jax.ShapeDtypeStruct((batch_size,), jnp.uint8)
   caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
-  for name in ("mosaic_gpu", "triton"):
-    try:  # traced, and not run: whether the kernels take it
-      run_blocks_of = step_kernels(name).run_blocks_of
-      trace = lambda model, token, caches: model.decode_step(
-        token, 0, caches, run_blocks=run_blocks_of(model.groups, batch_size)
-      )
-      jax.eval_shape(trace, model, token, caches)
+  for name in ("cluster", "triton"):
+    reason = _why_not_here(name)
+    reason = reason or step_kernels(name).supported(model.groups, caches, batch_size)
+    if reason is None:
       return name
-    except NotImplementedError as reason:
-      _say_once(f"no decoding step by {name}: {reason}")
+    _say_once(f"no decoding step by {name}: {reason}")
   return "xla"
 
 
 def step_kernels(implementation: str) -> types.ModuleType | None:
-  """Of a step: the module with `run_blocks_of`, imported only where it is used; None for "xla".
+  """Of a step: the module with `run_blocks_of` and `supported`, imported only where it is used.
+
+  None for "xla".
 
   The import may add options to JAX's configuration: it must come before what uses it is traced.
 
@@ -202,20 +224,24 @@ def step_kernels(implementation: str) -> types.ModuleType | None:
   """
   if implementation == "xla":
     return None
-  one_kernel = implementation == "mosaic_gpu"
-  if one_kernel and hardware.platform() != "gpu":
-    raise NotImplementedError(
-      f"{implementation}: a step's kernel runs on NVIDIA GPUs only, not on {hardware.platform()}"
-    )
-  if reason := hardware.why_not_hopper() if one_kernel else hardware.why_not_nvidia():
-    raise NotImplementedError(f"{implementation}: {reason}")
-  if one_kernel:
+  if reason := _why_not_here(implementation):
+    raise NotImplementedError(reason)
+  if implementation == "cluster":
     from sparse_flax.sample import cluster
 
     return cluster
   from sparse_flax.sample import triton
 
   return triton
+
+
+def _why_not_here(implementation: str) -> str | None:
+  """Why kernels of a step do not run on these devices, whatever the model; None where they do."""
+  one_kernel = implementation == "cluster"
+  if one_kernel and (platform := hardware.platform()) != "gpu":
+    return f"{implementation}: a step's kernel runs on NVIDIA GPUs only, not on {platform}"
+  reason = hardware.why_not_hopper() if one_kernel else hardware.why_not_nvidia()
+  return reason and f"{implementation}: {reason}"
 
 
 @functools.cache

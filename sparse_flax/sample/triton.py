@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxtyping import Integer
 
 from pallas_kernels import api
-from pallas_kernels import decoding
+from pallas_kernels.decode import triton as kernels
 from sparse_flax.model import block
 from sparse_flax.model import cache as cache_lib
 
@@ -24,13 +24,14 @@ from sparse_flax.model import cache as cache_lib
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["attention_norm", "qkv", "out", "feed_forward_norm", "up", "down"],
-  meta_fields=["num_heads"],
+  meta_fields=["num_heads", "epsilon"],
 )
 @dataclasses.dataclass(frozen=True)
 class Weights:
   """Of some layers like each other, stacked: (kernel, bias) and (scale, bias) of each part.
 
-  Matrices are in the dtype of their products; those of queries, keys and values are one.
+  Matrices are in the dtype of their products; those of queries, keys and values are one. Both norms
+  have the same epsilon.
   """
 
   attention_norm: Any
@@ -40,6 +41,21 @@ class Weights:
   up: Any
   down: Any
   num_heads: int
+  epsilon: float
+
+
+def supported(
+  groups: Sequence[block.Block], caches: Sequence[cache_lib.Cache], batch_size: int
+) -> str | None:
+  """Why the kernels cannot compute the steps of a model; None where they can.
+
+  Args:
+    groups: the model's; their weights may be shapes only.
+    caches: of each entry of the groups: any.
+    batch_size: any.
+  """
+  del caches, batch_size
+  return kernels.unsupported_norm(groups[0].feed_forward.up.kernel.shape[1])
 
 
 def weights_of(layers: block.Block) -> Weights:
@@ -58,6 +74,7 @@ def weights_of(layers: block.Block) -> Weights:
     up=pair(feed.up),
     down=pair(feed.down),
     num_heads=attention.num_heads,
+    epsilon=layers.attention_norm.epsilon,
   )
 
 
@@ -96,11 +113,12 @@ def decode_step(
   layer: Integer[Array, ""],
 ) -> tuple[Float[Array, "B E"], cache_lib.Cache]:
   """`Block.decode_step` of one of the layers."""
-  linear = functools.partial(decoding.linear, layer=layer)
-  qkv = linear(x, *weights.qkv, norm=weights.attention_norm)
+  linear = functools.partial(kernels.linear, layer=layer)
+  norm = functools.partial(kernels.Norm, epsilon=weights.epsilon)
+  qkv = linear(x, *weights.qkv, norm=norm(*weights.attention_norm))
   a, cache = attend(qkv, cache, step=step, layer=layer, num_heads=weights.num_heads)
   x = linear(a.reshape(len(a), -1), *weights.out, residual=x)
-  up = linear(x, *weights.up, norm=weights.feed_forward_norm, activation=block.activation)
+  up = linear(x, *weights.up, norm=norm(*weights.feed_forward_norm), activation=block.activation)
   return linear(up, *weights.down, residual=x), cache
 
 
@@ -112,23 +130,23 @@ def attend(
   layer: Integer[Array, ""],
   num_heads: int,
 ) -> tuple[Float[Array, "B H Dv"], cache_lib.Cache]:
-  """`decode.attend`, a kernel for each group of heads that have the same pattern.
+  """`cache.attend`, a kernel for each group of heads that have the same pattern.
 
   qkv has the queries of all heads, then their keys, then their values.
   """
   outs, after = [], []
   for parts in cache_lib.by_heads(cache):
-    kept, places = [], []
+    caches, places = [], []
     for n, part in enumerate(parts):
       seen = functools.partial(cache_lib.seen, parts, n)
-      kept.append(decoding.Kept(part.key, part.value, part.rows.size, seen))
+      caches.append(kernels.Cached(part.key, part.value, part.rows.size, seen))
       slot = jnp.minimum(part.rows.slot(step), part.rows.length - 1)
       places.append((slot, part.rows.first(step)))
-    how = dict(heads=parts[0].heads, num_heads=num_heads)
-    out, rooms = decoding.attend(qkv, kept, layer, step, places, **how)
+    heads = dict(heads=parts[0].heads, num_heads=num_heads)
+    out, tables = kernels.attend(qkv, caches, layer, step, places, **heads)
     outs.append(out)
     after += [
       dataclasses.replace(part, key=key, value=value)
-      for part, (key, value) in zip(parts, rooms, strict=True)
+      for part, (key, value) in zip(parts, tables, strict=True)
     ]
   return cache_lib.in_order(outs, cache), tuple(after)

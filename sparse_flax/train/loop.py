@@ -113,27 +113,8 @@ def train(
     # ------------------------------------------------------------------- Loop
     writer = stack.enter_context(metrics.Writer(workdir, step=first)) if leads else None
     evaluator = evaluate.Evaluator(config, splits["validation"], min_context=0, mesh=mesh)
-    peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
-    step_flops = flops.train_flops(config.model, batch_size=batch_size)
-    progress = metrics.Progress(
-      writer,
-      steps=steps,
-      log_every=config.train.log_every,
-      unit=metrics.UNIT[config.model.modality],
-      tokens_per_step=batch_size * seq_len,
-      peak_seconds=peak and step_flops / (peak * mesh.size),
-      say=say,
-    )
-
-    waiting, saved = collections.deque(), first
-
-    def settle(leave: int) -> None:  # fetches metrics until `leave` steps of them are waiting
-      while len(waiting) > leave:
-        done, record = waiting.popleft()
-        record = {name: float(value) for name, value in jax.device_get(record).items()}
-        progress.add(done, record)
-        if progress.skipped_in_a_row >= config.train.max_skipped:
-          raise _hopeless(done, record, skipped=progress.skipped_in_a_row, saved=saved)
+    progress = _progress(config, writer, mesh=mesh, say=say)
+    records, saved = _Records(progress, config.train.max_skipped), first
 
     def evaluated(step: int) -> dict:
       return evaluator(
@@ -160,8 +141,8 @@ def train(
         say(f"  {'computed':<11}attention by {', '.join(api.implementations_in(program.jaxpr))}")
         say("compiling ...")
       state, record = program.step(state, tokens, program.dropout_key)
-      waiting.append((step, record))
-      settle(leave=1)  # one step late: the device is already at work on this one
+      records.add(step, record)
+      records.settle(leave=1, saved=saved)  # the device is already at work on this step
       watched.beat(patience=_PATIENCE if step == first + 1 else 1.0)
       # All processes have to come to the same answer.
       stop_now = checkpoints.reached_preemption(step) if several else stop()
@@ -169,7 +150,7 @@ def train(
         step == steps or step % config.train[f"{what}_every"] == 0 for what in ("eval", "save")
       )
       if evaluate_now or save_now or stop_now:
-        settle(leave=0)
+        records.settle(leave=0, saved=saved)
         watched.beat(patience=_PATIENCE)
         with progress.pause():
           result = None
@@ -179,7 +160,7 @@ def train(
           # While updates are skipped, the step to come back to is one before that began.
           if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
             stop_if_not_finite(state, saved=saved)
-            checkpoints.save(state, bits_per_byte=result and result["bits_per_byte"])
+            checkpoints.save(state, bits_per_byte=result["bits_per_byte"] if result else None)
             saved = step
         if stop_now and step < steps:
           checkpoints.wait()
@@ -190,6 +171,52 @@ def train(
       result = evaluated(steps)
     watched.beat(patience=_PATIENCE)  # the last save
     return result
+
+
+def _progress(
+  config: ml_collections.ConfigDict,
+  writer: metrics.Writer | None,
+  *,
+  mesh: jax.sharding.Mesh,
+  say: Callable[[str], None],
+) -> metrics.Progress:
+  batch_size = config.data.batch_size
+  peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+  step_flops = flops.train_flops(config.model, batch_size=batch_size)
+  return metrics.Progress(
+    writer,
+    steps=config.train.steps,
+    log_every=config.train.log_every,
+    unit=metrics.UNIT[config.model.modality],
+    tokens_per_step=batch_size * config.model.seq_len,
+    peak_seconds=peak and step_flops / (peak * mesh.size),
+    say=say,
+  )
+
+
+class _Records:
+  """Metrics of steps that were started; they are fetched when it does not hold up the device."""
+
+  def __init__(self, progress: metrics.Progress, max_skipped: int):
+    self.progress, self.max_skipped = progress, max_skipped
+    self.waiting = collections.deque()
+
+  def add(self, step: int, record: dict[str, Array]) -> None:
+    self.waiting.append((step, record))
+
+  def settle(self, *, leave: int, saved: int) -> None:
+    """Fetches metrics until those of `leave` steps are waiting.
+
+    Raises:
+      errors.NonFiniteError: too many updates in a row were skipped; `saved` is the newest
+        checkpoint.
+    """
+    while len(self.waiting) > leave:
+      step, record = self.waiting.popleft()
+      record = {name: float(value) for name, value in jax.device_get(record).items()}
+      self.progress.add(step, record)
+      if (skipped := self.progress.skipped_in_a_row) >= self.max_skipped:
+        raise _hopeless(step, record, skipped=skipped, saved=saved)
 
 
 class _Program(NamedTuple):

@@ -144,7 +144,9 @@ class Progress:
     """
     self._writer, self._steps, self._log_every, self._unit = writer, steps, log_every, unit
     self._tokens_per_step, self._peak_seconds, self._say = tokens_per_step, peak_seconds, say
-    self._first = self._last = None  # (step, seconds): the first one here, and of the last line
+    # (step, seconds): the first one here, and that of the last line.
+    self._first: tuple[int, float] | None = None
+    self._last: tuple[int, float] = (0, 0.0)
     self._paused = 0.0  # seconds
     self._losses, self._skipped = [], 0  # since the last line
     self.skipped_in_a_row = 0
@@ -244,10 +246,11 @@ def short(number: float | int) -> str:
   >>> [short(x) for x in (9.5, 412_345, 94_949_888, 3.5e15)]
   ['9.5', '412k', '94.9M', '3.5P']
   """
-  for letter in ("", "k", "M", "G", "T", "P"):
-    if abs(number) < 999.5 or letter == "P":
+  for letter in ("", "k", "M", "G", "T"):
+    if abs(number) < 999.5:
       return f"{number:.3g}{letter}"
     number /= 1_000
+  return f"{number:.3g}P"
 
 
 def duration(seconds: float | int) -> str:

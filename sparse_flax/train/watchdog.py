@@ -4,6 +4,7 @@ import faulthandler
 import sys
 import threading
 import time
+from typing import TextIO
 
 
 class Watchdog:
@@ -30,7 +31,7 @@ class Watchdog:
       return
     self._last, self._limit = time.monotonic(), self._report_after * patience
     if self._end_after:
-      faulthandler.dump_traceback_later(self._end_after * patience, exit=True, file=sys.__stderr__)
+      faulthandler.dump_traceback_later(self._end_after * patience, exit=True, file=_stderr())
 
   def __enter__(self) -> "Watchdog":
     if self._report_after or self._end_after:
@@ -53,4 +54,9 @@ class Watchdog:
       if limit and seconds > limit and last != reported:
         reported = last
         print(f"NO STEP for {seconds:.0f} s; all stacks:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(_stderr(), all_threads=True)
+
+
+def _stderr() -> TextIO | int:
+  """The process's own, whatever a program has put in its place; by number where Python has none."""
+  return sys.__stderr__ or 2

@@ -440,6 +440,7 @@ def test_scale_and_transformations(implementation):
   assert_close(remat, jax.grad(loss)(q), tolerance=1e-6, what="checkpoint")
 
 
+@pytest.mark.smoke("wide", "fixed", "layout", "where")
 @pytest.mark.parametrize(
   "name", ["local", "wide", "column", "strided", "block", "summary", "fixed", "layout", "where"]
 )

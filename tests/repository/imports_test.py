@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import sparse_flax
+from pallas_kernels import moved as kernels_moved
 from sparse_flax import moved
 from tests.helpers.paths import ROOT
 from tests.repository import figures
@@ -23,14 +24,16 @@ MAY_IMPORT = {
 ORDER = {
   "pallas_kernels": (
     "moved", "hardware", "patterns", "functions", "scores", "tuning", "blocks", "bits", "lists",
-    "passes", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu", "decoding",
-    "decode_cluster", "api",
+    "passes", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu", "decode", "api",
   ),
   "sparse_flax": (
-    "moved", "parallel", "model", "data", "run", "evaluate", "train", "sample", "view", "export",
+    "moved", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample", "export",
     "linen",
   ),
 }  # fmt: skip
+
+
+NEW_PATHS = moved.NEW_PATHS | kernels_moved.PALLAS_KERNELS
 
 
 def files():
@@ -72,12 +75,13 @@ def test_every_room_is_listed(library):
   assert there - {"__init__"} == set(ORDER[library])
 
 
-@pytest.mark.parametrize("old", moved.NEW_PATHS)
+@pytest.mark.parametrize("old", NEW_PATHS)
 def test_old_paths_give_the_modules_of_the_new_ones(old):
-  new = importlib.import_module(moved.NEW_PATHS[old])
+  new = importlib.import_module(NEW_PATHS[old])
   assert importlib.import_module(old) is new
-  assert new.__spec__.name == new.__name__ == moved.NEW_PATHS[old]
-  assert getattr(sparse_flax, old.partition(".")[2]) is new
+  assert new.__spec__.name == new.__name__ == NEW_PATHS[old]
+  package, _, name = old.rpartition(".")
+  assert getattr(importlib.import_module(package), name) is new
 
 
 def test_an_unknown_name_is_none_of_the_package():

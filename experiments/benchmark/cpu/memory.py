@@ -64,7 +64,7 @@ def compiled_bytes(pattern: str, implementation: str, *, n: int, depth: int, rem
 
 
 def run(out: pathlib.Path) -> None:
-  """Prints both tables and writes memory.json."""
+  """Prints both tables and writes memory_<backend>.json."""
   print(__doc__, flush=True)
   published = []
   for what, n, stored, recomputed in PUBLISHED:

@@ -244,7 +244,6 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   report.write(
     out / f"attention_{report.short_device()}.json",
     rows,
-    gpu=report.gpu_state(),
     copy_gb_per_s=copy,
     copies_gb_per_s=copies,
     shapes={name: vars(shape) for name, shape in shapes.items()},

@@ -416,7 +416,6 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   report.write(
     out / f"block_sparse_{report.short_device()}.json",
     rows,
-    gpu=report.gpu_state(),
     shapes={name: dict(B=1, H=H, **vars(SHAPES[name])) for name in shapes},
     crossover=crossover,
     host=host,

@@ -9,11 +9,10 @@ import time
 
 import jax
 import ml_collections
-import numpy as np
 
 from experiments import cli
 from experiments.benchmark import report
-from sparse_flax import train
+from experiments.benchmark.gpu import training
 from sparse_flax.parallel import sharding
 
 BODIES = {"audio": 1, "enwik8": 2}  # sequences per step
@@ -24,22 +23,15 @@ WARM, STEPS = 4, 8
 
 def measure(config: ml_collections.ConfigDict) -> dict:
   """Milliseconds of a step, and the losses of the first ones."""
-  init, step = train.make_step(config)
-  mesh = sharding.make_mesh(**config.mesh)
-  layout = sharding.by_rules(jax.eval_shape(init, jax.random.key(0)), mesh)
-  shape = (config.data.batch_size, config.model.seq_len)
-  tokens = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
-  tokens = sharding.place(lambda rows: tokens[rows], sharding.by_batch(mesh), shape)
-  with jax.set_mesh(mesh):
-    state = jax.jit(init, out_shardings=layout)(jax.random.key(0))
-    step = jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
-    losses = []
+  made = training.prepare(config)
+  with jax.set_mesh(made.mesh):
+    state, tokens, losses = made.first_state(), made.tokens(), []
     for _ in range(WARM):
-      state, record = step(state, tokens, jax.random.key(1))
+      state, record = made.step(state, tokens, jax.random.key(1))
       losses.append(float(record["loss"]))
     start = time.perf_counter()
     for _ in range(STEPS):
-      state, record = step(state, tokens, jax.random.key(1))
+      state, record = made.step(state, tokens, jax.random.key(1))
     jax.block_until_ready(state)
   return dict(ms=1e3 * (time.perf_counter() - start) / STEPS, losses=losses)
 

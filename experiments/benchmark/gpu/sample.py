@@ -28,7 +28,7 @@ from sparse_flax.model import transformer
 BATCH = {"cifar10": 64, "imagenet64": 16, "cifar10:quick": 16}
 PARTS = ("cifar10", "imagenet64")
 # Whether caches are sparse, and the implementation of a step.
-VARIANTS = ((True, "mosaic_gpu"), (True, "triton"), (False, "triton"), (True, "xla"))
+VARIANTS = ((True, "cluster"), (True, "triton"), (False, "triton"), (True, "xla"))
 STEPS = 128  # of a call that is timed
 CALLS = 7
 COPIED = 2**30  # bytes

@@ -1,189 +1,97 @@
-"""One training step of the paper's models on a GPU: no attention, sparse attention, cuDNN's dense.
+"""One training step of the paper's models on a GPU, with sparse attention and with dense.
 
-Forward, backward and AdamW with clipping, bfloat16 with float32 parameters, donated. Without
-attention a layer has a = v + 0.001 (q + k) in its place, so that every matmul stays. remat: full
-keeps the input of each layer only, dots also its matmuls' outputs and attention's out and lse.
-Strided attention is measured in both of the paper's ways: a cycle of one pattern per layer, as the
-recipes have it (interleaved), and one softmax over the union in every layer (merged).
+The step is the one that `experiments.train` runs for the recipe: dropout, recomputation as the
+recipe has it, AdamW with clipping, averaged weights, the state given up. The batch is what one GPU
+gets. "sparse" is the recipe's attention, "merged" has both halves of strided attention in every
+layer, under one softmax, and "dense" every earlier token; "dots" keeps the results of matmuls and
+of attention instead of computing them again.
+
+MFU counts the model's operations, none twice, and of attention the pairs of its pattern: it
+compares steps of one model, not sparse steps with dense ones. The share of our kernels is of the
+time of all kernels of a step, by CUPTI.
 """
 
+import collections
 import concurrent.futures
-import dataclasses
-import functools
 import os
 import pathlib
 import statistics
 import time
 from collections.abc import Callable
 from collections.abc import Hashable
+from collections.abc import Iterator
+from typing import Any
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
+import ml_collections
+from flax import nnx
 
+from experiments import cli
 from experiments.benchmark import report
 from experiments.benchmark.gpu import timing
-from pallas_kernels import patterns
-from pallas_kernels import sparse_attention
-from sparse_flax.model.attention import apart
+from experiments.benchmark.gpu import training
+from pallas_kernels import api
+from sparse_flax.model import transformer
+from sparse_flax.train import flops
 
-OURS = "mosaic_gpu"
 STEPS = 6
 SECONDS = 2.0  # of measuring per program, but at least 3 steps
-POLICIES = {
-  "full": None,
-  "dots": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
-  ),
+OUR_KERNELS = "mosaic"  # part of the names of all kernels in Mosaic, which XLA's own do not have
+
+
+class Body(NamedTuple):
+  """One of the paper's models, and the ways in which it is measured."""
+
+  recipe: str  # of configs
+  batch: int  # sequences of a step
+  modes: tuple[str, ...]  # of MODES
+
+
+# What each mode changes of config.model.
+MODES: dict[str, dict[str, Any]] = {
+  "sparse": {},
+  "dots": dict(remat="dots"),
+  "merged": dict(attention_layers=("strided",)),
+  "dense": dict(attention_layers=("dense",)),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Body:
-  """The residual blocks of one of the paper's models, without its embeddings' details."""
-
-  layers: int
-  width: int
-  heads: int
-  ff_mult: int
-  batch: int
-  T: int
-  cycles: dict[str, tuple[patterns.Pattern, ...]]  # patterns of the layers, in turn
-  remat: tuple[str, ...] = ("full",)
-
-  def modes(self) -> list[tuple[str, str]]:
-    """(attention, remat), first the step without attention; dense is measured with full only."""
-    modes = [(attention, remat) for remat in self.remat for attention in ("none", *self.cycles)]
-    return [*modes, ("dense", "full")]
-
-
-def strided(stride: int, cycle: str) -> dict[str, tuple[patterns.Pattern, ...]]:
-  """Interleaved by a cycle of layers, l and c, and merged."""
-  kinds = {"l": patterns.Local(stride), "c": patterns.Column(stride)}
-  return dict(
-    interleaved=tuple(kinds[letter] for letter in cycle), merged=(patterns.Strided(stride),)
-  )
-
-
 BODIES = {
-  "enwik8": Body(
-    30, 512, 8, 4, 4, 12_288, dict(merged=(patterns.Fixed(128, 32),)), remat=("full", "dots")
-  ),
-  "cifar10": Body(128, 256, 2, 2, 16, 3_072, strided(96, "clll")),
-  "imagenet64": Body(48, 512, 16, 4, 4, 12_288, strided(128, "lcll")),
-  "audio64k": Body(48, 512, 8, 4, 1, 65_536, strided(256, "lcll")),
+  "enwik8": Body("enwik8", 4, ("sparse", "dots", "dense")),
+  "cifar10": Body("cifar10", 16, ("sparse", "merged", "dense")),
+  "imagenet64": Body("imagenet64", 4, ("sparse", "merged", "dense")),
+  "audio64k": Body("audio", 1, ("sparse", "merged", "dense")),
 }
 PARTS = tuple(BODIES)
 
 
-def parameters(body: Body, key: jax.Array) -> dict:
-  N, d, f = body.layers, body.width, body.ff_mult * body.width
-  keys = iter(jax.random.split(key, 5))
-  normal = lambda *shape, scale: scale * jax.random.normal(next(keys), shape)
-  into, back = (0.125 / d) ** 0.5, (0.125 / d / (2 * N)) ** 0.5
-  layers = {
-    "qkv": normal(N, d, 3 * d, scale=into),
-    "out": normal(N, d, d, scale=back),
-    "up": normal(N, d, f, scale=into),
-    "down": normal(N, f, d, scale=back),
-    "norm1": jnp.ones((N, d)),
-    "norm2": jnp.ones((N, d)),
-  }
-  # The head starts at zero, as in the paper.
-  return {
-    "layers": layers,
-    "embedding": normal(256, d, scale=0.01),
-    "head": jnp.zeros((d, 256)),
-  }
+def config_of(name: str, mode: str) -> ml_collections.ConfigDict:
+  """The recipe of a body on one device, with what a mode changes."""
+  body = BODIES[name]
+  config = cli.recipe(body.recipe)
+  config.model.update(MODES[mode])
+  config.data.batch_size = body.batch
+  config.train.accumulation = 1
+  config.mesh.update(dict.fromkeys(config.mesh, 1))
+  return config
 
 
-def instead(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  return v + 0.001 * (q + k)
+class Program(NamedTuple):
+  """A compiled step, and the implementations of attention that it contains."""
+
+  training: training.Training
+  step: jax.stages.Compiled
+  implementations: tuple[str, ...]
 
 
-dense = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+def compiled(config: ml_collections.ConfigDict) -> Program:
+  """The step of a config; nothing has run."""
+  made = training.prepare(config)
+  with jax.set_mesh(made.mesh):
+    traced = made.step.trace(*made.shapes)
+    return Program(made, traced.lower().compile(), api.implementations_in(traced.jaxpr))
 
 
-def attentions(body: Body, attention: str) -> list[Callable[..., jax.Array]]:
-  """Of the layers, in turn."""
-  if attention in body.cycles:
-    sparse = functools.partial(sparse_attention, implementation=OURS)
-    return [functools.partial(sparse, pattern=one) for one in body.cycles[attention]]
-  return [{"none": instead, "dense": dense}[attention]]
-
-
-def layer(x: jax.Array, weights: dict, *, body: Body, attend: Callable) -> jax.Array:
-  """A pre-norm block with the paper's GELU, x sigmoid(1.702 x)."""
-  w = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights)
-  normed = _norm(x, w["norm1"])
-  # Three products with three slices of the weight: slices of one product's activation would have to
-  # be copied before any kernel can read them, and their gradients joined after it. Without
-  # attention XLA may join them: it then reads slices where they are.
-  inputs = (normed,) * 3 if attend is instead else apart(normed, 3)
-  q, k, v = (
-    (one @ part).reshape(body.batch, body.T, body.heads, -1)
-    for one, part in zip(inputs, jnp.split(w["qkv"], 3, axis=1), strict=True)
-  )
-  x = x + attend(q, k, v).reshape(x.shape) @ w["out"]
-  hidden = _norm(x, w["norm2"]) @ w["up"]
-  return x + (hidden * jax.nn.sigmoid(1.702 * hidden)) @ w["down"]
-
-
-def loss(params: dict, tokens: jax.Array, *, body: Body, attention: str, remat: str) -> jax.Array:
-  x = params["embedding"].astype(jnp.bfloat16)[tokens]
-  x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]  # each token is predicted from those before it
-  again = functools.partial(jax.checkpoint, prevent_cse=False, policy=POLICIES[remat])
-  cycle = attentions(body, attention)
-  layers = [again(functools.partial(layer, body=body, attend=attend)) for attend in cycle]
-
-  def one_cycle(x, weights):
-    for n, block in enumerate(layers):
-      x = block(x, jax.tree.map(lambda a, n=n: a[n], weights))
-    return x, None
-
-  in_cycles = lambda a: a.reshape(-1, len(layers), *a.shape[1:])
-  x, _ = jax.lax.scan(one_cycle, x, jax.tree.map(in_cycles, params["layers"]))
-  logits = _norm(x, jnp.ones(body.width)) @ params["head"].astype(jnp.bfloat16)
-  logits = logits.astype(jnp.float32)
-  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
-
-
-def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-  x32 = x.astype(jnp.float32)
-  x32 = x32 - x32.mean(-1, keepdims=True)
-  scaled = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-5)
-  return (scaled * gain.astype(jnp.float32)[None, None]).astype(x.dtype)
-
-
-optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4))
-
-
-def start(body: Body, key: jax.Array) -> tuple:
-  """Parameters, the optimizer's state and a batch of tokens."""
-  first, second = jax.random.split(key)
-  params = parameters(body, first)
-  return params, optimizer.init(params), jax.random.randint(second, (body.batch, body.T), 0, 256)
-
-
-def step(params: dict, state, tokens: jax.Array, *, body: Body, attention: str, remat: str):
-  grads = jax.grad(loss)(params, tokens, body=body, attention=attention, remat=remat)
-  updates, state = optimizer.update(grads, state, params)
-  return optax.apply_updates(params, updates), state
-
-
-def compiler(body: Body, attention: str, remat: str):
-  """The job of compiling the step of one mode."""
-
-  def job():
-    arguments = jax.eval_shape(functools.partial(start, body), jax.random.key(0))
-    one = functools.partial(step, body=body, attention=attention, remat=remat)
-    return jax.jit(one, donate_argnums=(0, 1)).lower(*arguments).compile()
-
-  return job
-
-
-def compile_all(jobs: dict[Hashable, Callable]) -> dict[Hashable, jax.stages.Compiled | Exception]:
+def compile_all(jobs: dict[Hashable, Callable[[], Any]]) -> dict[Hashable, Any]:
   """Runs the jobs, each of which compiles a program, in threads; what one raises is its result.
 
   In one process, unlike the other benchmarks: the matmuls of all are then tuned alike.
@@ -199,89 +107,120 @@ def compile_all(jobs: dict[Hashable, Callable]) -> dict[Hashable, jax.stages.Com
     return dict(zip(jobs, pool.map(attempt, jobs.values()), strict=True))
 
 
-def working(program: jax.stages.Compiled | Exception) -> jax.stages.Compiled:
-  """A result of `compile_all`, raised here if it is an error."""
-  if isinstance(program, Exception):
-    raise program
-  return program
+def steps_of(program: Program) -> Iterator[dict[str, jax.Array]]:
+  """Runs a step each time it is asked, and gives what the step records."""
+  state, tokens = program.training.first_state(), program.training.tokens()
+  key = jax.random.key(1)
+  while True:
+    state, record = program.step(state, tokens, key)
+    yield record
 
 
-def step_ms(start: jax.stages.Compiled, step: jax.stages.Compiled) -> float:
-  """Median time of a step, the host's part included."""
-  params, state, tokens = start(jax.random.key(0))
-  params, state = jax.block_until_ready(step(params, state, tokens))
-  seconds = []
+def figures(program: Program) -> dict[str, Any]:
+  """Median time of a step, the host's part included, its last loss, and its kernels."""
+  steps, seconds = steps_of(program), []
+  jax.block_until_ready(next(steps))
   while len(seconds) < 3 or (sum(seconds) < SECONDS and len(seconds) < STEPS):
     begin = time.perf_counter()
-    params, state = jax.block_until_ready(step(params, state, tokens))
+    record = jax.block_until_ready(next(steps))
     seconds.append(time.perf_counter() - begin)
-  return 1e3 * statistics.median(seconds)
+  return dict(
+    ms=round(1e3 * statistics.median(seconds), 3),
+    loss=float(record["loss"]),
+    **kernel_shares(timing.kernels_of(lambda: next(steps))),
+  )
 
 
-def measure(names: list[str]) -> list[dict]:
-  cases = [(name, *mode) for name in names for mode in BODIES[name].modes()]
-  begin = lambda name: jax.jit(functools.partial(start, BODIES[name])).lower(jax.random.key(0))
-  starts = compile_all({name: lambda name=name: begin(name).compile() for name in names})
-  job = lambda case: compiler(BODIES[case[0]], *case[1:])
-  # The steps without attention first: the others then find their matmuls tuned, all alike.
-  floors = [case for case in cases if case[1:] == ("none", "full")]
-  compiled = compile_all({case: job(case) for case in floors})
-  compiled |= compile_all({case: job(case) for case in cases if case not in floors})
+def kernel_shares(kernels: list[tuple[str, float]]) -> dict[str, Any]:
+  """Time of all kernels of a step, and that of ours, by name and together; None where none ran."""
+  if not kernels:
+    return dict(kernel_ms=None, ours_ms=None, ours_share=None, ours={})
+  ours = collections.Counter()
+  for name, ms in kernels:
+    if OUR_KERNELS in name:
+      ours[name] += ms
+  total = sum(ms for _, ms in kernels)
+  return dict(
+    kernel_ms=round(total, 3),
+    ours_ms=round(ours.total(), 3),
+    ours_share=round(ours.total() / total, 4),
+    ours={name: round(ms, 3) for name, ms in ours.most_common()},
+  )
+
+
+def measure(name: str, mode: str, program: Program | Exception) -> dict[str, Any]:
+  """A row of the result."""
+  config = config_of(name, mode)
+  B, T = config.data.batch_size, config.model.seq_len
+  model = nnx.merge(*transformer.graph_and_shapes(**config.model))
+  row = dict(
+    body=name,
+    attention="sparse" if mode == "dots" else mode,
+    patterns=[repr(pattern) for pattern in model.patterns],
+    remat=config.model.remat,
+    dropout=config.model.dropout,
+    batch=B,
+    seq_len=T,
+  )
+  try:
+    if isinstance(program, Exception):
+      raise program
+    row["implementation"] = ", ".join(program.implementations)
+    row |= figures(program)
+  except Exception as error:  # one that does not fit must not take the others with it
+    return row | dict(ms=None, error=timing.text(error))
+  peak = flops.peak_flops(jax.devices()[0].device_kind)
+  needed = flops.train_flops(config.model, batch_size=B)
+  return row | dict(
+    tokens_per_second=round(1e3 * B * T / row["ms"]),
+    mfu=round(1e3 * needed / (row["ms"] * peak), 4) if peak else None,
+    peak_gb=round(report.num_bytes(program.step) / 1e9, 3),
+    temp_bytes=program.step.memory_analysis().temp_size_in_bytes,
+  )
+
+
+def measure_all(names: list[str]) -> list[dict[str, Any]]:
+  cases = [(name, mode) for name in names for mode in BODIES[name].modes]
+  job = lambda case: lambda: compiled(config_of(*case))
+  # One step of each body first: the others then find their matmuls tuned, all alike.
+  first = [(name, BODIES[name].modes[0]) for name in names]
+  programs = compile_all({case: job(case) for case in first})
+  programs |= compile_all({case: job(case) for case in cases if case not in first})
   rows, progress = [], timing.Progress(len(cases))
   for case in cases:
-    name, attention, remat = case
-    body = BODIES[name]
-    cycle = {"none": (), "dense": (patterns.Dense(),), **body.cycles}[attention]
-    implementation = {"none": None, "dense": "cudnn"}.get(attention, OURS)
-    row = dict(body=name, attention=attention, patterns=[repr(one) for one in cycle])
-    row |= dict(implementation=implementation)
-    row |= dict(remat=remat)
-    try:
-      program = working(compiled.pop(case))
-      row["ms"] = round(step_ms(working(starts[name]), program), 3)
-      row["temp_bytes"] = program.memory_analysis().temp_size_in_bytes
-      row["tokens_per_second"] = round(1e3 * body.batch * body.T / row["ms"])
-    except Exception as error:  # one that does not fit must not take the others with it
-      row |= dict(ms=None, error=timing.text(error))
+    row = measure(*case, programs.pop(case))
     rows.append(row)
     progress(*case, row.get("error") or f"{row['ms']} ms")
   return rows
 
 
-def compare(rows: list[dict]) -> None:
-  """Adds what attention costs over the step without it, and how much faster than dense it is."""
-  ms = {(row["body"], row["attention"], row["remat"]): row["ms"] for row in rows}
+def compare(rows: list[dict[str, Any]]) -> None:
+  """Adds how many times longer the step with dense attention takes."""
+  dense = {row["body"]: row["ms"] for row in rows if row["attention"] == "dense"}
   for row in rows:
-    floor = ms.get((row["body"], "none", row["remat"]))
-    dense = ms.get((row["body"], "dense", "full"))
-    if row["ms"] and floor:
-      row["added_percent"] = round(100 * (row["ms"] / floor - 1), 1)
-    if row["ms"] and dense:
-      row["dense_ratio"] = round(dense / row["ms"], 3)
+    if row["ms"] and dense.get(row["body"]):
+      row["dense_ratio"] = round(dense[row["body"]] / row["ms"], 3)
 
 
 def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   """Measures, prints and writes step_<device>.json; whether all rows have figures."""
   print(__doc__, flush=True)
-  rows = measure(timing.chosen(BODIES, only))
+  rows = measure_all(timing.chosen(BODIES, only))
   compare(rows)
   show = lambda value, form: "" if value is None else form.format(value)
   table = [
     (row["body"], row["attention"], row["remat"], show(row["ms"], "{:,.1f}") or "failed",
-     show(row.get("added_percent"), "{:+.1f} %"), show(row.get("dense_ratio"), "{:.2f}"),
-     show(row.get("temp_bytes") and row["temp_bytes"] / 1e9, "{:.2f}"))
+     show(row.get("tokens_per_second"), "{:,}"), show(row.get("mfu"), "{:.1%}"),
+     show(row.get("peak_gb"), "{:.2f}"), show(row.get("ours_share"), "{:.1%}"),
+     show(row.get("dense_ratio"), "{:.2f}"))
     for row in rows
   ]  # fmt: skip
-  header = ("body", "attention", "remat", "ms", "over none", "dense / it", "temporaries, GB")
+  header = ("body", "attention", "remat", "ms", "tokens/s", "MFU", "GB", "ours", "dense / it")
   report.print_table(header, table)
   for row in rows:
     if "error" in row:
       print("FAILED", row["body"], row["attention"], row["remat"])
       print(f"  {row['error']}")
-  bodies = {name: dataclasses.asdict(body) for name, body in BODIES.items()}
-  for name, body in BODIES.items():
-    names = lambda cycle: [repr(one) for one in cycle]
-    bodies[name]["cycles"] = {way: names(cycle) for way, cycle in body.cycles.items()}
-  path = out / f"step_{report.short_device()}.json"
-  report.write(path, rows, gpu=report.gpu_state(), bodies=bodies)
+  bodies = {name: body._asdict() for name, body in BODIES.items()}
+  report.write(out / f"step_{report.short_device()}.json", rows, bodies=bodies)
   return not any("error" in row for row in rows)

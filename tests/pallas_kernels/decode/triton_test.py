@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice
 from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 
-from pallas_kernels import decoding
+from pallas_kernels.decode import triton as kernels
 from sparse_flax import sample
 from sparse_flax.model import cache as cache_lib
 from sparse_flax.sample import triton
@@ -51,15 +51,16 @@ def assert_close(got, expected, dtype):
 def test_a_product_with_what_is_around_it(B, E, F, dtype, what):
   x, residual = 2.0 + normal(B, E, dtype=dtype), normal(B, F, seed=1, dtype=dtype)
   weight = normal(3, E, F, seed=2, dtype=dtype) / E**0.5
-  bias, norm = normal(3, F, seed=3, dtype=dtype), (normal(3, E, seed=4), normal(3, E, seed=5))
-  if what == "norm" and E > decoding.WIDEST:
+  bias = normal(3, F, seed=3, dtype=dtype)
+  norm = kernels.Norm(normal(3, E, seed=4), normal(3, E, seed=5), epsilon=1e-5)
+  if what == "norm" and E > kernels.WIDEST:
     with pytest.raises(NotImplementedError, match="takes 1024 at most"):
-      decoding.linear(x, weight, bias, jnp.int32(1), norm=norm)
+      kernels.linear(x, weight, bias, jnp.int32(1), norm=norm)
     return
   more = dict(
     norm=dict(norm=norm), activation=dict(activation=jnp.tanh), residual=dict(residual=residual)
   )
-  got = decoding.linear(x, weight, bias, jnp.int32(1), **more[what])
+  got = kernels.linear(x, weight, bias, jnp.int32(1), **more[what])
   assert got.dtype == x.dtype
 
   expected = np.asarray(x, np.float64)

@@ -114,7 +114,7 @@ def formula(config) -> dict[str, int]:
 ALL = ("local", "column", "strided", "fixed")
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.parametrize(
   ("mesh", "layers"),
   [

@@ -52,6 +52,7 @@ def restore(workdir):
   return step, tiny.leaf_bytes(state), said
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize(
   "flips", [4, pytest.param(FLIPS, marks=pytest.mark.slow)], ids=lambda n: f"{n}-flips"
 )

@@ -52,6 +52,7 @@ def check(root, name, straight):
   assert steps == [*range(1, STEPS + 1)] and pod.losses(root / name) == straight[1]
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize(
   "kills", [3, pytest.param(KILLS, marks=pytest.mark.slow)], ids=lambda n: f"{n}-kills"
 )
@@ -133,7 +134,7 @@ def test_a_full_disk_ends_clearly_and_harms_nothing(root, straight):
   check(root, "full", straight)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 def test_a_hung_step_is_reported_and_ended(root, straight):
   child = start(root, "hung", "--stall_report=2", "--stall_exit=5", HANG="6")
   assert child.wait() == [1], child.text()
@@ -143,6 +144,7 @@ def test_a_hung_step_is_reported_and_ended(root, straight):
   check(root, "hung", straight)
 
 
+@pytest.mark.smoke("FILE/run", daily=0)
 @pytest.mark.parametrize("place", ["/proc/run", "FILE/run"])
 def test_a_workdir_that_cannot_be_written(root, place):
   workdir = place.replace("FILE", str(root / "text"))

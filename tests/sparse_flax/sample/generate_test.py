@@ -75,6 +75,16 @@ def test_devices_share_the_rows_and_change_none(weights, num):
   np.testing.assert_array_equal(generate(weights, num=num, prompts=prompts, mesh=mesh), expected)
 
 
+def test_a_module_is_taken_as_well_as_a_graph_with_weights(weights):
+  model = nnx.merge(*weights)
+  how = dict(key=jax.random.key(3), num=2)
+  np.testing.assert_array_equal(sample.generate(model, **how), sample.generate(*weights, **how))
+  with pytest.raises(ValueError, match="params: must be None where model is a module"):
+    sample.generate(model, weights[1], **how)
+  with pytest.raises(ValueError, match="params=None: must be the weights"):
+    sample.generate(weights[0], **how)
+
+
 def test_dense_caches_draw_the_same(weights):
   np.testing.assert_array_equal(
     generate(weights, num=2, sparse=False), generate(weights, num=2, sparse=True)

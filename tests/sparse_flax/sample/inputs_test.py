@@ -19,6 +19,7 @@ from sparse_flax import sample
 from sparse_flax import SparseTransformer
 from sparse_flax.run import checkpoint
 from sparse_flax.run import workdir
+from sparse_flax.sample import files
 from sparse_flax.view.report import samples
 from tests.helpers import tiny
 from tests.helpers.models import initial_model
@@ -269,8 +270,8 @@ def test_pictures_that_cannot_be_prompts_are_named(tmp_path):
   path = tmp_path / "prompt.png"
   PIL.Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(path)
   with pytest.raises(ValueError, match=r"--prompt=.*prompt\.png: has pixels of mode I;16"):
-    launcher.read_prompt(path, config.model)
+    files.read_prompt(path, config.model)
   PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
   path.write_bytes(path.read_bytes()[:1_000])
   with pytest.raises(ValueError, match=r"--prompt=.*prompt\.png: is not a picture"):
-    launcher.read_prompt(path, config.model)
+    files.read_prompt(path, config.model)

@@ -380,6 +380,7 @@ def errors(browser):
   return [line["message"] for line in browser.get_log("browser")]
 
 
+@pytest.mark.one_day_in_three(1)
 def test_a_browser_shows_pictures_and_what_is_chosen(browser, tmp_path):
   config = cifar10.get_config("quick").copy_and_resolve_references().unlock()
   config.model.update(width=8, num_layers=2, num_heads=2)
@@ -424,6 +425,7 @@ def test_a_browser_shows_pictures_and_what_is_chosen(browser, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_day_in_three(1)
 def test_a_browser_shows_texts(browser, tmp_path):
   path = tmp_path / "data.txt"
   path.write_bytes(NASTY * 60)
@@ -448,6 +450,7 @@ def test_a_browser_shows_texts(browser, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.one_day_in_three(1)
 def test_a_browser_shows_sounds(browser, tmp_path):
   config = audio.get_config("quick").copy_and_resolve_references().unlock()
   config.model.update(seq_len=64, position_shape=(8, 8), stride=8, width=8, num_layers=2)

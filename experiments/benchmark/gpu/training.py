@@ -1,0 +1,52 @@
+"""The training step of a recipe, as `sparse_flax.train` jits it, with random bytes for data."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from sparse_flax import train
+from sparse_flax.parallel import sharding
+
+
+class Training(NamedTuple):
+  """What a config trains, jitted for its mesh and not yet compiled.
+
+  Attributes:
+    mesh: set it where the step is traced, and where it runs.
+    first_state: () -> the state before the first step.
+    step: (state, tokens, key) -> (state, record); gives up its state.
+    tokens: () -> a batch, equal at every call.
+    shapes: of the three arguments of the step.
+  """
+
+  mesh: jax.sharding.Mesh
+  first_state: Callable[[], dict]
+  step: Callable[..., Any]
+  tokens: Callable[[], jax.Array]
+  shapes: tuple[Any, ...]
+
+
+def prepare(config: ml_collections.ConfigDict) -> Training:
+  """Of a recipe: dropout, recomputation, the optimizer and averages are the config's."""
+  init, step = train.make_step(config)
+  mesh = sharding.make_mesh(**config.mesh)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  layout = sharding.by_rules(shapes, mesh)
+  put = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  size = (config.data.batch_size, config.model.seq_len)
+  batch = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=sharding.by_batch(mesh))
+  first_state = jax.jit(init, out_shardings=layout)
+  outputs = (layout, sharding.replicated(mesh))
+  values = np.random.RandomState(0).randint(0, 256, size).astype(np.uint8)
+  return Training(
+    mesh=mesh,
+    first_state=lambda: first_state(jax.random.key(0)),
+    step=jax.jit(step, donate_argnums=0, out_shardings=outputs),
+    tokens=lambda: sharding.place(lambda rows: values[rows], batch.sharding, size),
+    shapes=(jax.tree.map(put, shapes, layout), batch, jax.eval_shape(lambda: jax.random.key(1))),
+  )

@@ -1,0 +1,369 @@
+"""The attention of a layer: each thread block has some jobs, a head of a sequence each.
+
+The warps share a round of jobs, so many of them each job; a warp takes every so many-th pass of a
+chunk of cached rows. For a pass the lanes are spread twice:
+
+    scores: lane = [row of the pass, Dk / 8 lanes]   8 numbers of a key each
+    values: lane = [row of the pass, over lanes]     wide = Dv / over numbers of a value each
+
+A warp's maximum, total and weighted sum of values go on from chunk to chunk, as in an online
+softmax; in the end those of a job's warps are joined. Scores are in base 2.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+
+from pallas_kernels.decode.cluster import frame as frames
+from pallas_kernels.decode.cluster import machine
+from pallas_kernels.decode.cluster import shared
+from pallas_kernels.decode.cluster import sizes
+from pallas_kernels.decode.cluster.frame import Frame
+from pallas_kernels.decode.cluster.machine import Machine
+from pallas_kernels.decode.cluster.machine import Number
+from pallas_kernels.decode.cluster.machine import Table
+from pallas_kernels.decode.cluster.machine import WARP
+from pallas_kernels.decode.cluster.sizes import Piece
+
+_LOG2E = math.log2(math.e)
+_LOWEST = -1e30  # below all scores, and finite: what is lower still, -inf, then weighs nothing
+_LEAST = 1e-30  # a total, so that a row without keys gives zeros
+# Chunks of each job that are read at once: their scores and rows stay in registers.
+_MOST_AT_ONCE = 4
+
+# Chunks of cached rows that are read at once: (its first row among those of all pieces, rows).
+Bite = list[tuple[int, int]]
+Softmax = tuple[Number, Number, list[Number]]  # its maximum, its total, the weighted values
+Pass = tuple[Number, Number, Number | None]
+
+
+def attend(
+  frame: Frame, on: Machine, kind: int, n: Number, g: Number, number: Number, *, parity: Number
+) -> Number:
+  """Attends with what arrives as "qkv", and stores its keys and values in the caches.
+
+  Args:
+    frame: of the kernel.
+    on: what it runs on.
+    kind: of the layer.
+    n: layer of a group.
+    g: group.
+    number: of the first slot of the ring.
+    parity: of the layer.
+
+  Returns:
+    The number of the slot after the last.
+  """
+  # Layers of a kind have equal pieces, so that all sizes are known while tracing.
+  memory, pieces = frame.memory, frame.kinds[kind]
+  bites = [_bites(frame, pieces, len(jobs)) for jobs in frame.rounds]
+  # Read before queries arrive: whether the own row is seen, where it goes, and the first biases.
+  shown = frame.place(on, n, 0)
+  slots = [frame.place(on, n, 2 + 2 * m) for m in range(len(pieces))]
+  ahead = _biases(frame, on, n, bites[0][0])
+  barrier = on.base + memory.arrived["qkv"]
+  on.wait(barrier, parity)
+  for jobs, of_round in zip(frame.rounds, bites, strict=True):
+    number = _Round(frame, on, n, jobs).run(of_round, ahead, shown, number)
+    ahead = None  # of the first round only: more would take registers
+  # Not before all threads have met: where nothing is to come, this completes the barrier at once,
+  # and a thread that still waits would miss that.
+  with on.when(on.thread == 0):
+    on.expect(barrier, frame.job_bytes(on))
+  # Last, while the others wait for nothing of it.
+  for m, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
+    _store_row(frame, on, g, piece, frame.cache(on, kind, m, n), slot)
+  return number
+
+
+def _bites(frame: Frame, pieces: tuple[Piece, ...], jobs: int) -> list[Bite]:
+  """All chunks of some pieces, so many at once that each job's have slots at the same time."""
+  chunks, before = [], 0
+  for piece in pieces:
+    row_bytes = frame.sizes.row_bytes
+    chunks += [(before + first, rows) for first, rows in piece.chunks(row_bytes)]
+    before += piece.size
+  at_once = (frame.memory.slots - shared.SPARE_SLOTS) // jobs
+  at_once = max(1, min(_MOST_AT_ONCE, at_once))
+  return [chunks[at : at + at_once] for at in range(0, len(chunks), at_once)]
+
+
+def _warps_of_job(frame: Frame) -> int:
+  return sizes.WARPS // frame.memory.jobs_at_once
+
+
+def _passes(frame: Frame, on: Machine, rows: int) -> Iterator[Pass]:
+  """(the warp's first row, the lane's own, whether it is there) for all rows of a chunk.
+
+  None: it is there for sure.
+  """
+  # A lane has 8 numbers of a key: 16 bytes, the widest load.
+  sharing, Dk = _warps_of_job(frame), frame.sizes.Dk
+  at_once = WARP * 8 // Dk
+  for start in range(0, rows, sharing * at_once):
+    begin = (on.warp % sharing) * at_once + start
+    row, there = begin + on.lane * 8 // Dk, None
+    # A lane beyond the last row reads that one again, and its score is made -inf.
+    if start + sharing * at_once > rows:
+      there = row < rows
+      row = on.select(there, row, on.lane * 0 + (rows - 1))
+    yield begin, row, there
+
+
+def _biases(frame: Frame, on: Machine, n: Number, bite: Bite) -> list[Number]:
+  """What is added to the lane's scores of a bite."""
+  # Layers of a group have rows of one table: as wide as the one with most.
+  width = max(sum(piece.size for piece in pieces) for pieces in frame.sizes.pieces)
+  biases = []
+  for first, rows in bite:
+    for _, row, there in _passes(frame, on, rows):
+      (word,) = on.load_global(frames.BIASES, n, width * 4, (row + first) * 4, 1)
+      bias = on.as_float(word)
+      none = on.zero() + float("-inf")
+      biases.append(bias if there is None else on.select(there, bias, none))
+  return biases
+
+
+class _Round:
+  """A round of jobs, of which this warp has one."""
+
+  def __init__(self, frame: Frame, on: Machine, n: Number, jobs: range):
+    s = frame.sizes
+    self.frame, self.on, self.n, self.jobs = frame, on, n, jobs
+    self.sharing = _warps_of_job(frame)
+    # Warps beyond the last job do its work again, and nobody reads what they give.
+    which = on.warp // self.sharing
+    self.which = on.select(which < len(jobs), which, on.lane * 0 + (len(jobs) - 1))
+    self.own = on.base + frame.memory.qkv + (self.which + jobs.start) * (s.head_width * 2)
+    self.across = s.Dk // 8  # lanes that share a key
+    # Two numbers are a word, the narrowest load.
+    self.wide = max(2, s.Dv // WARP)  # numbers of a value that a lane has
+    self.over = s.Dv // self.wide  # lanes that share a value
+    self.key_at = on.lane % self.across * 16
+    self.value_at = on.lane % self.over * (self.wide * 2)
+    self.pitch = (s.Dv + shared.WORD_PADDING) * 4  # of a warp's parts
+    # The scale of scores, and that they are in base 2.
+    self.q = [x * (s.Dk**-0.5 * _LOG2E) for x in self._key(self.own + self.key_at)]
+
+  def run(
+    self, bites: list[Bite], ahead: list[Number] | None, shown: Number, number: Number
+  ) -> Number:
+    """Attends and pushes what the jobs give to all thread blocks.
+
+    Args:
+      bites: of the cached rows.
+      ahead: the biases of the first bite, if they have been read.
+      shown: 1 if the step's own row is seen, else 0.
+      number: of the first slot of the ring.
+
+    Returns:
+      The number of the slot after the last.
+    """
+    # The step's own row is not taken from the cache, to which it is written last.
+    carry = self._own_row(shown)
+    for bite in bites:
+      biases = _biases(self.frame, self.on, self.n, bite) if ahead is None else ahead
+      ahead = None
+      carry = self._bite(bite, biases, len(bites) > 1, carry, number)
+      for k in range(len(bite) * len(self.jobs)):
+        self.frame.ring.release(self.on, number + k)
+      number = number + len(bite) * len(self.jobs)
+    # Lanes that have the same numbers of different rows.
+    top, total, out = carry
+    out = [_joined(self.on, x, self.over, WARP) for x in out]
+    self._store_parts(top, total, out)
+    self.on.sync()
+    self._join_warps()
+    self.on.sync()
+    self._push()
+    if len(self.frame.rounds) > 1:
+      self.on.sync()  # before the next round's parts take the place of these
+    return number
+
+  # A lane's numbers.
+
+  def _key(self, address: Number) -> list[Number]:
+    return [x for word in self.on.load(address, 4) for x in self.on.unpack(word)]
+
+  def _value(self, address: Number) -> list[Number]:
+    # Four words at once at most.
+    on, words = self.on, self.wide // 2
+    return [
+      x
+      for start in range(0, words, 4)
+      for word in on.load(address + start * 4, min(words, 4))
+      for x in on.unpack(word)
+    ]
+
+  def _score(self, key: list[Number]) -> Number:
+    on = self.on
+    products = [on.zero(), on.zero()]  # two chains: one alone would wait for itself
+    for i, (a, b) in enumerate(zip(self.q, key, strict=True)):
+      products[i % 2] = on.fma(a, b, products[i % 2])
+    return _joined(on, products[0] + products[1], 1, self.across)
+
+  # The softmax: its maximum, its total, and the weighted sum of values.
+
+  def _own_row(self, shown: Number) -> Softmax:
+    """The first of a job's warps begins with the step's own row, if it is seen."""
+    on, Dk = self.on, self.frame.sizes.Dk
+    score = self._score(self._key(self.own + Dk * 2 + self.key_at))
+    begins = on.warp % self.sharing + (1 - shown) == 0
+    top = on.select(begins, score, on.zero() + _LOWEST)
+    total = on.select(begins, on.zero() + 1.0, on.zero())
+    value = self._value(self.own + 4 * Dk + self.value_at)
+    out = [on.select(begins, x, on.zero()) for x in value]
+    if self.over < WARP:  # the lanes are joined in the end: only some of them have it
+      out = [on.select(on.lane < self.over, x, on.zero()) for x in out]
+    return top, total, out
+
+  def _bite(
+    self, bite: Bite, biases: Iterable[Number], several: bool, carry: Softmax, number: Number
+  ) -> Softmax:
+    """The softmax with the rows of a bite."""
+    on, (top, total, out) = self.on, carry
+    next_bias, scores, values = iter(biases), [], []
+    for slot, (_, rows) in zip(self._slots(bite, several, number), bite, strict=True):
+      for begin, row, there in _passes(self.frame, on, rows):
+        key = self._key(slot + row * (self.frame.sizes.Dk * 2) + self.key_at)
+        scores.append(self._score(key) + next(next_bias))
+        start = slot + rows * self.frame.sizes.Dk * 2
+        values.append((start, begin, None if there is None else rows))
+    # Lanes that share a key have the same scores; the maximum and the total are over the others.
+    highest = top
+    for x in scores:
+      highest = on.maximum(highest, x)
+    highest = _joined(on, highest, self.across, WARP, on.maximum)
+    before = on.exp2(top - highest)
+    weights = [on.exp2(x - highest) for x in scores]
+    added = on.zero()
+    for x in weights:
+      added = added + x
+    added = _joined(on, added, self.across, WARP)
+    top, total = highest, on.fma(total, before, added)
+    out = [x * before for x in out]
+    for weight, (start, begin, rows) in zip(weights, values, strict=True):
+      out = self._add_values(out, weight, start, begin, rows)
+    return top, total, out
+
+  def _slots(self, bite: Bite, several: bool, number: Number) -> list[Number]:
+    """The addresses of the job's chunks."""
+    on, ring, jobs = self.on, self.frame.ring, len(self.jobs)
+    # All warps give all slots back. None may do so twice before another does once: since the
+    # turn before of a slot all have met, unless there are more bites than one.
+    if several:
+      for k in range(len(bite) * jobs):
+        ring.read(on, number + k)
+    return [ring.read(on, number + self.which + k * jobs) for k in range(len(bite))]
+
+  def _add_values(
+    self, out: list[Number], weight: Number, start: Number, begin: Number, rows: int | None
+  ) -> list[Number]:
+    """out + weights times values of a pass; `rows` of the chunk, if it may have fewer."""
+    # WARP / across rows of a pass were scored at once; of their values, WARP / over go at once. A
+    # row's weight is with the lanes that scored it.
+    on = self.on
+    for j in range(0, WARP // self.across, WARP // self.over):
+      nth = on.lane // self.over + j
+      share = on.shuffle_from(weight, nth * self.across)
+      row = begin + nth
+      if rows is not None:
+        row = on.select(row < rows, row, on.lane * 0 + (rows - 1))
+      value = self._value(start + row * (self.frame.sizes.Dv * 2) + self.value_at)
+      out = [on.fma(share, x, y) for x, y in zip(value, out, strict=True)]
+    return out
+
+  # What the warps have becomes one.
+
+  def _store_parts(self, top: Number, total: Number, out: list[Number]) -> None:
+    on, Dv = self.on, self.frame.sizes.Dv
+    share = on.base + self.frame.memory.parts + on.warp * self.pitch
+    # All lanes have the sum now: the first write it.
+    with on.when(on.lane < self.over):
+      for start in range(0, self.wide, 4):
+        on.store(share + on.lane * (self.wide * 4) + start * 4, out[start : start + 4])
+    with on.when(on.lane == 0):
+      on.store(share + Dv * 4, [top, total])
+
+  def _join_warps(self) -> None:
+    """One softmax of what the warps of each job have, staged."""
+    on, frame, pitch = self.on, self.frame, self.pitch
+    Dv, warps = frame.sizes.Dv, range(self.sharing)
+
+    def join_pair(number):
+      job, pair = number // (Dv // 2), number % (Dv // 2)
+      start = on.base + frame.memory.parts + job * (self.sharing * pitch)
+      two = lambda address: [on.as_float(x) for x in on.load(address, 2)]
+      ends = [two(start + (warp * pitch + Dv * 4)) for warp in warps]
+      values = [two(start + pair * 8 + warp * pitch) for warp in warps]
+      # A warp without rows has the lowest top and a total of 0.
+      highest = ends[0][0]
+      for top, _ in ends[1:]:
+        highest = on.maximum(highest, top)
+      whole, sums = on.zero(), [on.zero(), on.zero()]
+      for (top, total), value in zip(ends, values, strict=True):
+        scale = on.exp2(top - highest)
+        whole = on.fma(scale, total, whole)
+        sums = [on.fma(scale, x, y) for x, y in zip(value, sums, strict=True)]
+      divisor = on.reciprocal(on.maximum(whole, _LEAST))
+      staged = on.base + frame.memory.staged + number * 4
+      on.store(staged, [on.pack(*(x * divisor for x in sums))])
+
+    frame.each(on, len(self.jobs) * Dv // 2, join_pair)
+
+  def _push(self) -> None:
+    on, frame = self.on, self.frame
+    s, memory = frame.sizes, frame.memory
+    vectors = s.Dv // 8
+    total = len(self.jobs) * vectors
+
+    def push(number):
+      # Each begins with itself, as in `product.push_to_all`.
+      rank, vector = (number // total + on.rank) % s.C, number % total
+      job = vector // vectors + self.jobs.start
+      words = on.load(on.base + memory.staged + vector * machine.PUSH_BYTES, 4)
+      _, h, r = frame.job(on, job)
+      address = on.base + memory.attended + r * shared.pitch(s.H * s.Dv)
+      address = address + (h * s.Dv + vector % vectors * 8) * 2
+      arrived = on.base + memory.arrived["attended"]
+      frame.if_job(on, job, lambda: on.push(address, words, arrived, rank))
+
+    frame.each(on, total * s.C, push)
+
+
+def _store_row(
+  frame: Frame, on: Machine, g: Number, piece: Piece, tables: Iterable[Table], slot: Number
+) -> None:
+  """Writes the step's keys and values to a piece's slot."""
+  s = frame.sizes
+  of_key, of_value = (s.Dk, s.Dk * 2), (s.Dv, s.Dk * 4)  # width, and where it lies in a job's qkv
+  for (width, offset), table in zip((of_key, of_value), tables, strict=True):
+
+    def store(number, width=width, offset=offset, table=table):
+      job, vector = number // (width // 8), number % (width // 8)
+      b, h, _ = frame.job(on, job)
+      words = on.load(
+        on.base + frame.memory.qkv + job * (s.head_width * 2) + offset + vector * 16, 4
+      )
+      row = frame.cached_row(g, b, h, piece) + slot
+      write = functools.partial(on.store_global, table, row, width * 2, vector * 16, words)
+      frame.if_job(on, job, write)
+
+    frame.each(on, s.jobs * width // 8, store)
+
+
+def _joined(
+  on: Machine,
+  x: Number,
+  start: int,
+  end: int,
+  join: Callable[[Number, Number], Number] = operator.add,
+) -> Number:
+  """x of lanes that differ in the bits from `start` to below `end`, joined."""
+  while start < end:
+    x = join(x, on.shuffle_xor(x, start))
+    start *= 2
+  return x

@@ -1,0 +1,163 @@
+"""What the parts of the kernel share: where things lie, and which thread block does what.
+
+The thread blocks of a cluster share its R sequences twice: for a product each has n of its N
+features of all sequences; for the attention each has some jobs, a job being a head of a sequence.
+"""
+
+import itertools
+from collections.abc import Callable
+from collections.abc import Iterator
+
+from pallas_kernels.decode.cluster import shared
+from pallas_kernels.decode.cluster import sizes
+from pallas_kernels.decode.cluster.machine import Machine
+from pallas_kernels.decode.cluster.machine import Number
+from pallas_kernels.decode.cluster.machine import Table
+from pallas_kernels.decode.cluster.sizes import Sizes
+
+# The kernel's tables: x; places, for each layer of a group whether the step's own row is seen, then
+# the first row and the row to write of each piece; biases, for each layer of a group what is added
+# to the scores of its pieces; packed weights of all layers; keys and values of each piece of each
+# layer of a group; x after the layers.
+X, PLACES, BIASES = range(3)
+WEIGHTS = dict(qkv=3, out=4, up=5, down=6)
+_CACHES = 7
+
+# By kind: body(on, kind, layer of a group, group, number) -> number
+KindBody = Callable[[Machine, int, Number, Number, Number], Number]
+
+
+class Frame:
+  """The sizes of a step, and what follows from them.
+
+  Attributes:
+    sizes: of the step.
+    memory: the layout of shared memory.
+    ring: of its slots.
+    matrices: by name, a thread block's share of each.
+    caches: the tables of keys and values of each piece of each layer of a group.
+    after: the table of x after the layers.
+    kinds: the pieces of layers, each once: such layers share their instructions.
+    kind_of: which it is, for each layer of a group.
+  """
+
+  def __init__(self, s: Sizes):
+    self.sizes = s
+    self.memory = shared.SharedMemory(s)
+    self.ring = shared.Ring(self.memory)
+    self.matrices = s.matrices
+    tables = itertools.count(_CACHES)
+    self.caches = [[(next(tables), next(tables)) for _ in pieces] for pieces in s.pieces]
+    self.after = next(tables)
+    # Without repetitions, and in an order that does not change from run to run.
+    self.kinds = list(dict.fromkeys(s.pieces))
+    self.kind_of = [self.kinds.index(pieces) for pieces in s.pieces]
+
+  # What arrives.
+
+  def arrival(self, on: Machine, name: str, parity: Number, num_bytes: int) -> None:
+    """Waits for what the others push, and makes ready for the next time."""
+    # It cannot complete again before that: this is the one arrival that it waits for.
+    barrier = on.base + self.memory.arrived[name]
+    on.wait(barrier, parity)
+    with on.when(on.thread == 0):
+      on.expect(barrier, num_bytes)
+
+  def job_bytes(self, on: Machine) -> Number | int:
+    """What arrives of queries, keys and values in a layer."""
+    s = self.sizes
+    if s.even:
+      return s.jobs * s.head_width * 2
+    # What thread blocks of lower rank leave, from 0 to `jobs`.
+    jobs = on.rank * (-s.jobs) + s.R * s.H
+    jobs = on.select(jobs < 0, on.rank * 0, jobs)
+    jobs = on.select(jobs < s.jobs, jobs, on.rank * 0 + s.jobs)
+    return jobs * (s.head_width * 2)
+
+  # Who does what.
+
+  def each(self, on: Machine, count: int, body: Callable[[Number], None]) -> None:
+    """body(number) for 0 to count - 1, shared by the threads."""
+    # Unrolled: counts are known, and a few times the number of threads at most.
+    for start in range(0, count, sizes.THREADS):
+      number = on.thread + start
+      if start + sizes.THREADS <= count:
+        body(number)
+      else:
+        with on.when(number < count):
+          body(number)
+
+  @property
+  def rounds(self) -> list[range]:
+    """A thread block's jobs: those that its warps share among them, round after round."""
+    jobs, at_once = self.sizes.jobs, self.memory.jobs_at_once
+    return [range(at, min(at + at_once, jobs)) for at in range(0, jobs, at_once)]
+
+  def job(self, on: Machine, job: Number) -> tuple[Number, Number, Number]:
+    """(sequence, head, whose row of the cluster) of one of the thread block's jobs.
+
+    Where there is no such job it is the last: what is read for it is there, and not used.
+    """
+    s = self.sizes
+    number = on.rank * s.jobs + job
+    number = on.select(number < s.R * s.H, number, on.rank * 0 + (s.R * s.H - 1))
+    # Heads outermost: then a thread block's jobs need features of few heads, from few others.
+    r, h = number % s.R, number // s.R
+    return self.sequence(on, r), h, r
+
+  def sequence(self, on: Machine, r: Number) -> Number:
+    """The number of a row of the cluster; the last, where there are no more sequences."""
+    b = on.cluster * self.sizes.R + r
+    return on.select(b < self.sizes.B, b, on.cluster * 0 + (self.sizes.B - 1))
+
+  def if_job(self, on: Machine, job: Number, body: Callable[[], None]) -> None:
+    """body(), if there is such a job: some thread blocks may have fewer than others."""
+    s = self.sizes
+    if s.even:
+      body()
+    else:
+      with on.when(on.rank * s.jobs + job < s.R * s.H):
+        body()
+
+  # Caches.
+
+  def by_kind(self, on: Machine, layer: Number, number: Number, body: KindBody) -> Number:
+    """body(on, kind, layer of a group, group, number) -> number of the layer's kind."""
+    cycle = len(self.sizes.pieces)
+    n, g = layer % cycle, layer // cycle
+    if len(self.kinds) == 1:
+      return body(on, 0, n, g, number)
+    # Instructions that lie far apart cost most: so one loop runs over all layers, and branches.
+    which = on.choose(self.kind_of, n)
+    slots = []
+    for kind in range(len(self.kinds)):
+      on.branch(which == kind, lambda kind=kind: body(on, kind, n, g, number))
+      # What `body` returns is a number within the branch only.
+      slots.append(self._slots_of(kind))
+    return number + on.choose([slots[kind] for kind in self.kind_of], n)
+
+  def _slots_of(self, kind: int) -> int:
+    """Slots that the rows of a layer take."""
+    s = self.sizes
+    return s.jobs * sum(len(piece.chunks(s.row_bytes)) for piece in self.kinds[kind])
+
+  def cache(self, on: Machine, kind: int, m: int, n: Number) -> Iterator[Table]:
+    """The tables of keys and values of piece m."""
+    for part in range(2):
+      tables = [
+        # Layers of other kinds do not come here; they may have fewer pieces.
+        caches[m][part] if other == kind else 0
+        for caches, other in zip(self.caches, self.kind_of, strict=True)
+      ]
+      yield on.choose_table(tables, n)
+
+  def place(self, on: Machine, n: Number, index: int) -> Number:
+    """An entry of the places of a layer of a group."""
+    # Padded, as layers of a group may have different numbers of pieces.
+    width = 1 + 2 * max(len(pieces) for pieces in self.sizes.pieces)
+    return on.load_global(PLACES, n, width * 4, index * 4, 1)[0]
+
+  def cached_row(self, g: Number, b: Number, h: Number, piece: sizes.Piece) -> Number:
+    """The first row of a head of a sequence in a piece's tables."""
+    s = self.sizes
+    return ((g * s.B + b) * s.H + h) * piece.length

@@ -1,0 +1,241 @@
+"""A product of a layer: rows [R, K] by the thread block's share [K, n] of a matrix.
+
+Each warp sums over its 32 of 256 features, block after block, with features as the rows of an mma
+and sequences as its columns; then all threads sum over the warps. A product with normed rows is the
+product with the rows themselves, less mean times column sums, over the deviation: the rows'
+moments come from two more mma, so that nobody waits for them before.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from pallas_kernels.decode.cluster import machine
+from pallas_kernels.decode.cluster import shared
+from pallas_kernels.decode.cluster import sizes
+from pallas_kernels.decode.cluster.frame import Frame
+from pallas_kernels.decode.cluster.machine import Machine
+from pallas_kernels.decode.cluster.machine import Number
+
+_ONES = 0x3F803F80  # two of bfloat16
+_TILE_ROWS = 8  # sequences of a tile: the columns of an mma
+_WARP_BYTES = sizes.TILE_BYTES // sizes.WARPS  # of a tile
+_HALF_BYTES = _WARP_BYTES // 2  # of them for one mma: 16 bytes of each lane
+
+# (row, feature of the share, two numbers next to each other) -> these two, as they are to be
+Finish = Callable[[Number, Number, list[Number]], list[Number]]
+
+
+class Product:
+  """One product, on one machine."""
+
+  def __init__(self, frame: Frame, on: Machine, name: str, start: Number):
+    """A product.
+
+    Args:
+      frame: of the kernel.
+      on: what it runs on.
+      name: of the matrix.
+      start: address of the rows.
+    """
+    s = frame.sizes
+    self.frame, self.on, self.start = frame, on, start
+    self.matrix = frame.matrices[name]
+    # Of a lane, as `multiply` spreads an mma's tiles: features g and g + 8, sequences 2 t, 2 t + 1.
+    self.g, self.t = on.lane // 4, on.lane % 4
+    self.partial_pitch = (self.matrix.n + shared.WORD_PADDING) * 4
+    share = s.R * self.partial_pitch  # of a warp
+    self.partial = on.base + frame.memory.partial + on.warp * share
+    # The row of each tile that is this lane's column; the last, where there are no more.
+    self.rows = []
+    for tile in range(-(-s.R // _TILE_ROWS)):
+      row = self.g + _TILE_ROWS * tile
+      self.rows.append(on.select(row < s.R, row, on.lane * 0 + (s.R - 1)))
+
+  def run(self, source: str, number: Number, *, parity: Number, finish: Finish) -> Number:
+    """finish(rows @ the share + bias), staged in bfloat16 as [R, n].
+
+    Args:
+      source: what the rows arrive as. What does not need them is read before they do.
+      number: of the first slot of the ring.
+      parity: of the layer.
+      finish: what is done to each number.
+
+    Returns:
+      The number of the slot after the last.
+    """
+    on, frame, matrix = self.on, self.frame, self.matrix
+    # Everything that does not need the rows comes before `arrival`: the way that they are on is
+    # the longest part of a piece.
+    headers = []
+    moments = [[self._zeros(), self._zeros()] for _ in self.rows]
+    for chunk, (_, _, tiles) in enumerate(matrix.chunks):
+      slot = frame.ring.read(on, number)
+      tile_at = slot + on.lane * 16 + on.warp * _WARP_BYTES
+      # The first slot has the header as well. Its numbers are kept in registers to the end, for
+      # the slot goes back before.
+      if chunk == 0:
+        headers = self._headers(slot)
+        tile_at = tile_at + matrix.header
+      weights = [
+        [on.load(tile_at + i * sizes.TILE_BYTES + half * _HALF_BYTES, 4) for half in range(2)]
+        for i in range(len(tiles))
+      ]
+      if chunk == 0:
+        frame.arrival(on, source, parity, frame.memory.arriving[source])
+      for (m, u), halves in zip(tiles, weights, strict=True):
+        # A tile of features is summed over all blocks of K before the next one begins: then few
+        # accumulators are alive at a time.
+        if u == 0:
+          sums = [[self._zeros(), self._zeros()] for _ in self.rows]
+        # All tiles of features meet the same rows: their moments are taken once.
+        self._multiply(sums, moments if matrix.norm and m == 0 else None, halves, u)
+        if u == matrix.k_blocks - 1:
+          self._store_partial(sums, m)
+      frame.ring.release(on, number)
+      number = number + 1
+    if matrix.norm:
+      for tile, of_tile in enumerate(moments):
+        self._store_moments(of_tile, tile)
+    on.sync()  # all warps' shares are there
+    self._sum_over_warps(headers, finish)
+    on.sync()  # all is staged
+    return number
+
+  def _zeros(self) -> list[Number]:
+    return [self.on.zero() for _ in range(4)]
+
+  def _headers(self, slot: Number) -> list[list[list[Number]]]:
+    """For each pair of features that the thread will finish: its bias and column sums, two each."""
+    # Pair i of the R n / 2 has the features i % (n / 2), as in `_sum_over_warps`.
+    on, n = self.on, self.matrix.n
+    headers = []
+    for part in range(-(-self.frame.sizes.R * n // 2 // sizes.THREADS)):
+      pair_at = (on.thread + part * sizes.THREADS) % (n // 2) * 8
+      words = [on.load(slot + pair_at + n * 4 * k, 2) for k in range(1 + self.matrix.norm)]
+      headers.append([[on.as_float(x) for x in two] for two in words])
+    return headers
+
+  def _multiply(
+    self, sums: list[Any], moments: list[Any] | None, halves: list[list[Number]], u: int
+  ) -> None:
+    """Adds a tile's products, and the moments of the rows where they are asked for."""
+    on, matrix = self.on, self.matrix
+    for k, row in enumerate(self.rows):
+      # Every tile of features meets the same rows: read again, since registers are few.
+      start = self.start + row * shared.pitch(matrix.K) + on.warp * 64 + self.t * 16
+      words = on.load(start + u * (2 * sizes.K_BLOCK), 4)
+      # Two halves with sums of their own: an mma would wait for the one before it.
+      for half, weights in enumerate(halves):
+        b = words[2 * half : 2 * half + 2]
+        sums[k][half] = on.multiply(sums[k][half], weights, b)
+        if moments is not None:
+          moments[k] = self._moments(moments[k], b)
+
+  def _moments(self, sums: list[list[Number]], b: list[Number]) -> list[list[Number]]:
+    """sums + sums and sums of squares of rows: products with ones, and with the rows themselves."""
+    # As the first operand, which has 16 rows where the second has 8 columns, ones and the words of
+    # the rows themselves are rows 0 to 7, zeros the others.
+    on = self.on
+    zero, ones = on.lane * 0, on.lane * 0 + _ONES
+    return [
+      on.multiply(sums[0], [ones, zero, ones, zero], b),
+      on.multiply(sums[1], [b[0], zero, b[1], zero], b),
+    ]
+
+  def _store_partial(self, sums: list[list[list[Number]]], m: int) -> None:
+    """The warp's share of a tile of features."""
+    on, s = self.on, self.frame.sizes
+    for k, halves in enumerate(sums):
+      total = [x + y for x, y in zip(*halves, strict=True)]
+      # As `multiply` says which lane has what: f down the rows of the mma, r along its columns.
+      for i, x in enumerate(total):
+        r = self.t * 2 + (i % 2 + _TILE_ROWS * k)
+        f = self.g + (sizes.TILE_COLUMNS * m + i // 2 * 8)
+        with on.when(r < s.R):
+          on.store(self.partial + (r * (self.matrix.n + shared.WORD_PADDING) + f) * 4, [x])
+
+  def _store_moments(self, sums: list[list[Number]], tile: int) -> None:
+    """The warp's share of the moments of a tile of rows; the squares are on the diagonal."""
+    on, s, memory = self.on, self.frame.sizes, self.frame.memory
+    g, t = on.lane // 4, on.lane % 4
+    # Sums are the same in all rows of the mma: the lane that has a row's square has its sum too.
+    for i in range(2):
+      r = t * 2 + i
+      with on.when(r == g):
+        row = r + _TILE_ROWS * tile
+        with on.when(row < s.R):
+          at = on.base + memory.stats + (on.warp * s.R + row) * 8
+          on.store(at, [sums[0][i], sums[1][i]])
+
+  def _sum_over_warps(self, headers: list[list[list[Number]]], finish: Finish) -> None:
+    on, frame, matrix = self.on, self.frame, self.matrix
+    s, memory, n = frame.sizes, frame.memory, matrix.n
+    next_header = iter(headers)
+
+    def finish_pair(pair):
+      header = next(next_header)
+      r, f = pair // (n // 2), pair % (n // 2) * 2
+      # Always in the order of the warps: a row's result does not depend on what is beside it.
+      total = [on.zero(), on.zero()]
+      for warp in range(sizes.WARPS):
+        share = on.base + (memory.partial + warp * s.R * self.partial_pitch)
+        words = on.load(share + (r * (n + shared.WORD_PADDING) + f) * 4, 2)
+        total = [a + on.as_float(b) for a, b in zip(total, words, strict=True)]
+      if matrix.norm:
+        scale, mean = self._statistics(r)
+        total = [a * scale - mean * b for a, b in zip(total, header[1], strict=True)]
+      total = [a + b for a, b in zip(total, header[0], strict=True)]
+      on.store(on.base + memory.staged + (r * n + f) * 2, [on.pack(*finish(r, f, total))])
+
+    frame.each(on, s.R * n // 2, finish_pair)
+
+  def _statistics(self, r: Number) -> tuple[Number, Number]:
+    """1 / deviation and mean / deviation of a row."""
+    on, s, memory = self.on, self.frame.sizes, self.frame.memory
+    moments = [on.zero(), on.zero()]
+    for warp in range(sizes.WARPS):
+      words = on.load(on.base + (memory.stats + warp * s.R * 8) + r * 8, 2)
+      moments = [a + on.as_float(b) for a, b in zip(moments, words, strict=True)]
+    mean, squares = (x * (1.0 / s.E) for x in moments)
+    # Rounding may take the variance of equal numbers below zero.
+    scale = on.rsqrt(on.maximum(squares - mean * mean, 0.0) + s.epsilon)
+    return scale, mean * scale
+
+
+def as_is(r: Number, f: Number, pair: list[Number]) -> list[Number]:
+  del r, f
+  return pair
+
+
+def push_to_all(
+  frame: Frame, on: Machine, name: str, to: int, *, arriving: str, width: int
+) -> None:
+  """What is staged of a product to its columns of [R, width], at offset `to`, in all blocks."""
+  s = frame.sizes
+  n = frame.matrices[name].n
+  vectors = s.R * n // 8
+
+  def push(number):
+    # Each thread block begins with itself: else all would push to the same at the same time.
+    rank, vector = (number // vectors + on.rank) % s.C, number % vectors
+    r, f = vector // (n // 8), vector % (n // 8) * 8
+    words = on.load(on.base + frame.memory.staged + vector * machine.PUSH_BYTES, 4)
+    address = on.base + to + r * shared.pitch(width) + (on.rank * n + f) * 2
+    on.push(address, words, on.base + frame.memory.arrived[arriving], rank)
+
+  frame.each(on, vectors * s.C, push)
+
+
+def push_to_jobs(frame: Frame, on: Machine) -> None:
+  """Staged queries, keys and values to the thread blocks that attend with them."""
+  s = frame.sizes
+  n = frame.matrices["qkv"].n
+
+  def push(vector):
+    r, f = vector // (n // 8), vector % (n // 8) * 8 + on.rank * n
+    job = f // s.head_width * s.R + r
+    words = on.load(on.base + frame.memory.staged + vector * machine.PUSH_BYTES, 4)
+    address = on.base + frame.memory.qkv + (job % s.jobs * s.head_width + f % s.head_width) * 2
+    on.push(address, words, on.base + frame.memory.arrived["qkv"], job // s.jobs)
+
+  frame.each(on, s.R * n // 8, push)
