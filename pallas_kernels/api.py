@@ -22,6 +22,7 @@ from jaxtyping import Float
 from jaxtyping import Integer
 
 from pallas_kernels import hardware
+from pallas_kernels import offset
 from pallas_kernels import partitioning
 from pallas_kernels import protocol
 from pallas_kernels import xla
@@ -49,6 +50,7 @@ def sparse_attention(
   score_fn: Callable | None = None,
   scale: float | Float[Array, ""] | None = None,
   segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+  query_offset: offset.Offset = 0,
   logits_soft_cap: float | None = None,
   implementation: Implementation | None = None,
   deterministic: bool = True,
@@ -76,7 +78,7 @@ def sparse_attention(
     k: keys, of the dtype of q. Query head h reads key head h // (H // Hkv), as in jax.nn.
     v: values, of the dtype of q; Dv may differ from Dk.
     pattern: which pairs attend (`pallas_kernels.patterns`); per-head patterns count query heads.
-      With T != S both queries and keys count from 0.
+      With T != S both queries and keys count from 0, but for `query_offset`.
     block_mask: which blocks of queries and keys attend, of the pairs of the pattern: Bm is B or 1,
       Hm is H or 1, nq and nk are T and S in blocks, rounded up. It may be traced.
     block_size: tokens per block of `block_mask`.
@@ -86,6 +88,10 @@ def sparse_attention(
     scale: factor of the logits, Dk ** -0.5 by default; a traced one has a gradient. Then comes the
       cap, then `score_fn`.
     segment_ids: attention stays inside equal ids (packed sequences), any integers; for T = S.
+    query_offset: the position of the first query, as in a prompt that is read chunk by chunk:
+      query i has position query_offset + i in the pattern and in `score_fn`, and row i of the T
+      rows in `block_mask`. A traced one, which all values share a program for, is `reference`'s
+      and `xla`'s, as are traced masks; on any implementation a known one sweeps blocks, not views.
     logits_soft_cap: c > 0 of c tanh(logit / c), which keeps logits inside -c ... c.
     implementation: None for the best that works here, or the name of the one to use. On a GPU
       None is `mosaic_gpu`, on a TPU `mosaic_tpu`, and `xla`, with one line in the log, for what
@@ -106,6 +112,7 @@ def sparse_attention(
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(f"{implementation=}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
   check_pattern(pattern, "pattern")
+  pattern, score_fn = offset.shifted(pattern, score_fn, query_offset, q.shape[1])
   _check_blocks(q, k, block_mask, block_size)
   if score_fn is not None and not callable(score_fn):
     raise ValueError(f"{score_fn=}: must be a function of (logit, i, j, h), or None")
