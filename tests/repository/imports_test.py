@@ -23,7 +23,7 @@ MAY_IMPORT = {
 # Modules and rooms of each library: nothing imports what comes after it.
 ORDER = {
   "pallas_kernels": (
-    "moved", "hardware", "patterns", "functions", "scores", "tuning", "lowering", "protocol",
+    "moved", "hardware", "patterns", "functions", "scores", "tuning", "lowering", "protocol", "offset",
     "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu", "decode", "api",
   ),
   "sparse_flax": (
