@@ -6,8 +6,9 @@
     y = layer.apply(variables, x)
 
 `nn.remat`, `nn.scan` and inheritance take them. Weights are plain arrays under "params", or boxes
-where an initializer makes boxes, as those of `nn.with_partitioning` do. Dropout takes `dropout_key`
-as an argument of `apply`, as the originals do.
+where an initializer makes boxes, as those of `nn.with_partitioning` do. `apply` takes what the
+originals are called with: `dropout_key`, `segment_ids` and so on. `nn.remat` of a class traces
+those arguments, which `score_fn` and `block_size` cannot be: remat a module of yours that has them.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from flax import traverse_util
 
 from pallas_kernels import api
 from sparse_flax.model import attention
+from sparse_flax.model import cross_attention
 from sparse_flax.model import transformer
 
 
@@ -92,4 +94,5 @@ def _twin(original: type[nnx.Module]) -> type[nn.Module]:
 
 
 SparseSelfAttention = _twin(attention.SparseSelfAttention)
+SparseCrossAttention = _twin(cross_attention.SparseCrossAttention)
 SparseTransformer = _twin(transformer.SparseTransformer)

@@ -1,27 +1,31 @@
 """Multi-head self-attention over the pairs that a pattern allows: the layer to import."""
 
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Integer
 
-from pallas_kernels import api
 from pallas_kernels import patterns
 from pallas_kernels import reference
+from pallas_kernels import scores
 from sparse_flax.model import cache as cache_lib
-from sparse_flax.parallel import sharding
+from sparse_flax.model import cache_masks
+from sparse_flax.model import heads
+from sparse_flax.model.heads import apart as apart  # was imported from here
+from sparse_flax.model.rope import Positions
 
 
-class SparseSelfAttention(nnx.Module):
+class SparseSelfAttention(heads.Heads):
   """out = concat_h(softmax(q_h k_h^T / sqrt(Dk), over the pattern's pairs) v_h) W_p + b_p.
 
-  q, k, v and the projection back have biases. arXiv:1904.10509, Eq. 2-8: a union of patterns is
-  its merged head (Eq. 7), `patterns.PerHead` its multi-head attention (Eq. 8).
+  arXiv:1904.10509, Eq. 2-8: a union of patterns is its merged head (Eq. 7), `patterns.PerHead` its
+  multi-head attention (Eq. 8).
 
     layer = SparseSelfAttention(
         width=512, num_heads=8, pattern=patterns.Strided(128), rngs=nnx.Rngs(0))
@@ -40,50 +44,86 @@ class SparseSelfAttention(nnx.Module):
     implementation: str | None = None,
     kernel_init: nnx.Initializer | None = None,
     out_init: nnx.Initializer | None = None,
+    num_kv_heads: int | None = None,
+    use_bias: bool = True,
+    qk_norm: bool = False,
+    rope: heads.RotaryFn | None = None,
     rngs: nnx.Rngs,
   ):
     """Args:
     width: E, the model width; a multiple of num_heads.
     num_heads: H. Values have E / H features per head.
-    pattern: which pairs attend.
-    qk_ratio: width of all queries (and keys) over E; 0.5 is the paper's half-size.
+    pattern: which pairs attend; per-head patterns count query heads.
+    qk_ratio: width of all queries over E; 0.5 is the paper's half-size.
     dtype: of the computation; None takes it from x and the weights. Softmax is in float32.
     param_dtype: of the weights.
     implementation: of `sparse_attention`; None is the best one that works here.
     kernel_init: of query, key and value; default: normal, variance 0.125 / fan_in.
     out_init: of the projection back; default: `kernel_init`.
+    num_kv_heads: of keys and values (grouped-query attention): divides num_heads; None: equal.
+    use_bias: whether q, k, v and the projection back have biases.
+    qk_norm: whether queries and keys pass a LayerNorm with a gain and no bias, over the features of
+      a head, as in `nnx.MultiHeadAttention(normalize_qk=True)`; before `rope`.
+    rope: (q or k [B, T, H, Dk], positions [T] or [B, T]) -> the same shape, `sparse_flax.rope()`
+      for one; None: attention sees no positions but the pattern's.
     rngs: source of the initial values.
 
     Raises:
-      ValueError: num_heads does not divide width or qk_ratio * width.
+      ValueError: num_heads does not divide width or qk_ratio * width, num_kv_heads not num_heads.
     """
-    qk_width = round(qk_ratio * width)
-    if num_heads < 1 or width < 1 or width % num_heads:
-      raise ValueError(f"{num_heads=} must divide {width=}")
-    if qk_width < 1 or qk_width != qk_ratio * width or qk_width % num_heads:
-      raise ValueError(f"{qk_ratio=}: qk_ratio * {width=} must be a multiple of {num_heads=}")
-    api.load_backend(implementation)
-    kernel_init = kernel_init or nnx.initializers.variance_scaling(0.125, "fan_in", "normal")
-    linear = lambda features, init: nnx.Linear(
-      width, features, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs
+    super().__init__(
+      width=width,
+      kv_width=width,
+      num_heads=num_heads,
+      pattern=pattern,
+      qk_ratio=qk_ratio,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      implementation=implementation,
+      kernel_init=kernel_init,
+      out_init=out_init,
+      num_kv_heads=num_kv_heads,
+      use_bias=use_bias,
+      qk_norm=qk_norm,
+      rope=rope,
+      rngs=rngs,
     )
-    self.num_heads = num_heads
-    self.pattern = pattern
-    self.implementation = implementation
-    self.query = linear(qk_width, kernel_init)
-    self.key = linear(qk_width, kernel_init)
-    self.value = linear(width, kernel_init)
-    self.out = linear(width, out_init or kernel_init)
 
-  def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-    return self._attend(*self._heads(x))
+  def __call__(
+    self,
+    x: Float[Array, "B T E"],
+    *,
+    segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+    block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
+    block_size: int = 128,
+    score_fn: Callable | None = None,
+    positions: Positions | None = None,
+  ) -> Float[Array, "B T E"]:
+    """Args:
+    x: the layer's input.
+    segment_ids, block_mask, block_size, score_fn: as in `sparse_attention`.
+    positions: what `rope` turns queries and keys by; default 0, 1, ... The pattern and `score_fn`
+      count tokens all the same.
+
+    Raises:
+      ValueError: what does not fit, or nothing would read.
+      NotImplementedError: what the implementation, or a mesh with a sequence axis, cannot do.
+    """
+    masks = dict(segment_ids=segment_ids, block_mask=block_mask, block_size=block_size)
+    return self.attend(*self._heads(x, positions), **masks, score_fn=score_fn)
 
   def weights(
-    self, x: Float[Array, "B T E"], rows: Integer[np.ndarray, "Q"] | None = None
+    self,
+    x: Float[Array, "B T E"],
+    rows: Integer[np.ndarray, "Q"] | None = None,
+    *,
+    score_fn: Callable | None = None,
+    positions: Positions | None = None,
   ) -> Float[Array, "B H Q T"]:
     """The float32 probabilities of the query rows `rows` (None: of all rows)."""
-    q, k, _ = self._heads(x)
-    return reference.attention_weights(q, k, pattern=self.pattern, rows=rows)
+    q, k, _ = self._heads(x, positions)
+    how = dict(pattern=self.pattern, scores=scores.Scores(q.shape[-1] ** -0.5, None, score_fn))
+    return reference.attention_weights(q, k, **how, rows=rows)
 
   def init_cache(
     self, batch_size: int, length: int, *, num_layers: int = 1, sparse: bool = True
@@ -106,20 +146,28 @@ class SparseSelfAttention(nnx.Module):
       num_layers=num_layers,
       length=length,
       num_heads=self.num_heads,
+      num_kv_heads=self.num_kv_heads,
       batch_size=batch_size,
-      k_size=self.key.out_features // self.num_heads,
-      v_size=self.value.out_features // self.num_heads,
+      k_size=self.key.out_features // self.num_kv_heads,
+      v_size=self.value.out_features // self.num_kv_heads,
       dtype=self.key.dtype or self.key.param_dtype,
       sparse=sparse,
     )
 
   def prefill(
-    self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True
+    self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True, **options
   ) -> tuple[Float[Array, "B P E"], cache_lib.Cache]:
-    """`__call__`, and the cache, without an axis for layers, as P steps of `length` leave it."""
-    q, k, v = self._heads(x)
-    cache = cache_lib.fill(self.pattern, k, v, length=length, sparse=sparse)
-    return self._attend(q, k, v), cache
+    """`__call__`, and the cache, without an axis for layers, as P steps of `length` leave it.
+
+    Args:
+      x: the layer's input of the first P steps.
+      length: steps that the cache has room for.
+      sparse: as in `init_cache`.
+      options: of `__call__`, for P tokens.
+    """
+    q, k, v = self._heads(x, options.pop("positions", None))
+    how = dict(num_heads=self.num_heads, length=length, sparse=sparse)
+    return self.attend(q, k, v, **options), cache_lib.fill(self.pattern, k, v, **how)
 
   def decode_step(
     self,
@@ -128,46 +176,40 @@ class SparseSelfAttention(nnx.Module):
     cache: cache_lib.Cache,
     *,
     layer: int | Integer[Array, ""] = 0,
+    segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+    block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
+    block_size: int = 128,
+    score_fn: Callable | None = None,
+    positions: Integer[Array | np.ndarray, ""] | Integer[Array | np.ndarray, "B"] | None = None,
   ) -> tuple[Float[Array, "B E"], cache_lib.Cache]:
     """Row `step` of `__call__`, given the keys and values of the rows before it.
+
+    Keys are kept as attention reads them, normalised and turned.
 
     Args:
       x: the layer's input of this step alone.
       step: 0, 1, 2, ...; each step once and in this order.
       cache: from `init_cache`, then from the step before.
       layer: which layer of the cache is this one's.
+      segment_ids, block_mask, block_size, score_fn: of the whole sequence, as in `__call__`; what
+        concerns later rows is not read.
+      positions: of this step, in the whole batch or in each sequence; default `step`.
 
     Returns:
       The layer's output of this step, and the cache with this step's key and value.
     """
-    out, cache = cache_lib.attend(*self._heads(x), cache, step=step, layer=layer)
-    return _product(self.out, out.reshape(*x.shape[:-1], -1)), cache
+    given = cache_masks.Masks(segment_ids, block_mask, block_size)
+    if self.rope is None:
+      q, k, v = self._heads(x, positions)
+    else:
+      at = jnp.asarray(step if positions is None else positions)
+      at = at.reshape(-1) if at.ndim == 0 else at[:, None]  # [T] or [B, T] of T = 1
+      q, k, v = (y[:, 0] for y in self._heads(x[:, None], at))
+    how = dict(step=step, layer=layer, score_fn=score_fn, masks=given)
+    out, cache = cache_lib.attend(q, k, v, cache, **how)
+    return self.back(out), cache
 
-  def _attend(self, q, k, v) -> Float[Array, "B T E"]:
-    how = dict(pattern=self.pattern, implementation=self.implementation)
-    out = sharding.over_devices(q, k, v, **how)
-    return _product(self.out, out.reshape(*out.shape[:2], -1))
-
-  def _heads(self, x: Float[Array, "*B E"]) -> tuple[Float[Array, "*B H D"], ...]:
-    layers = self.query, self.key, self.value
-    products = map(_product, layers, apart(x, 3))
-    return tuple(y.reshape(*y.shape[:-1], self.num_heads, -1) for y in products)
-
-
-def _product(layer: nnx.Linear, x: Float[Array, "*B E"]) -> Float[Array, "*B F"]:
-  return layer(x, out_sharding=sharding.of_product(x, layer.kernel[...]))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def apart(x: Float[Array, "*B E"], n: int) -> tuple[Float[Array, "*B E"], ...]:
-  """x, n times, as if these were different arrays.
-
-  XLA joins small products of one array; q, k and v are then slices of the joint result, which no
-  kernel can read before they are copied: 15 ms of 187 in a step of CIFAR-10's model on an H100.
-  """
-  return jax.lax.optimization_barrier((x,) * n)
-
-
-@apart.defjvp
-def _apart_jvp(n, primals, tangents):
-  return apart(*primals, n), tangents * n
+  def _heads(self, x: Float[Array, "*B E"], positions=None) -> tuple[Float[Array, "*B H D"], ...]:
+    positions = self.checked_positions(positions, x)
+    q, k, v = heads.apart(x, 3)
+    return self.queries(q, positions), self.keys(k, positions), self.values(v)

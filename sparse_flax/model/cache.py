@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from pallas_kernels import patterns
+from pallas_kernels import scores as scores_lib
+from sparse_flax.model import cache_masks
 from sparse_flax.model import cache_rows
 from sparse_flax.model.cache_rows import Step
 
@@ -21,18 +24,20 @@ from sparse_flax.model.cache_rows import Step
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["key", "value"],
-  meta_fields=["heads", "rows", "pattern"],
+  meta_fields=["heads", "rows", "pattern", "queries_per_key", "length"],
 )
 @dataclasses.dataclass(frozen=True)
 class Part:
   """Keys and values that one pattern reads, of some heads of one layer or of several like it.
 
   Attributes:
-    key: [*L, B, H, rows.length, Dk].
-    value: [*L, B, H, rows.length, Dv].
-    heads: their numbers in the layer.
+    key: [*L, B, Hkv, rows.length, Dk], of `key_heads`.
+    value: [*L, B, Hkv, rows.length, Dv].
+    heads: the numbers of the query heads in the layer.
     rows: which rows of the sequence lie where.
     pattern: of each of the heads, which decides what of the rows is seen.
+    queries_per_key: neighbouring query heads of the layer that share a key head.
+    length: steps of the whole sequence; None where nobody said.
   """
 
   key: Any  # an array, or what JAX's transformations put in its place
@@ -40,6 +45,13 @@ class Part:
   heads: tuple[int, ...]
   rows: cache_rows.Rows
   pattern: patterns.Pattern
+  queries_per_key: int = 1
+  length: int | None = None
+
+  @property
+  def key_heads(self) -> tuple[int, ...]:
+    """The numbers of the key heads in the layer that the heads read."""
+    return _key_heads(self.heads, self.queries_per_key)
 
 
 # Parts of the same heads follow each other: they share a softmax.
@@ -52,6 +64,7 @@ def init_cache(
   num_layers: int,
   length: int,
   num_heads: int,
+  num_kv_heads: int | None = None,
   batch_size: int,
   k_size: int,
   v_size: int,
@@ -60,55 +73,71 @@ def init_cache(
 ) -> Cache:
   """An empty cache for `length` steps; k_size and v_size are Dk and Dv, of one head.
 
-  With sparse=False it keeps, and every step reads, all rows; what is computed is the same.
+  Query heads of one pattern share the keys of their key head; those of another pattern keep what
+  they read for themselves. With sparse=False it keeps, and every step reads, all rows; what is
+  computed is the same.
   """
 
-  def empty(heads, rows):
-    shape = (num_layers, batch_size, len(heads), rows.length)
+  def empty(key_heads, rows):
+    shape = (num_layers, batch_size, len(key_heads), rows.length)
     return (jnp.zeros((*shape, size), dtype) for size in (k_size, v_size))
 
-  return _parts(pattern, num_heads, length, sparse, empty)
+  queries_per_key = num_heads // (num_kv_heads or num_heads)
+  return _parts(pattern, num_heads, queries_per_key, length, sparse, empty)
 
 
 def fill(
   pattern: patterns.Pattern,
-  k: Float[Array, "B P H Dk"],
-  v: Float[Array, "B P H Dv"],
+  k: Float[Array, "B P Hkv Dk"],
+  v: Float[Array, "B P Hkv Dv"],
   *,
   length: int,
+  num_heads: int | None = None,
   sparse: bool = True,
 ) -> Cache:
-  """The cache of one layer, without an axis for layers, as steps 0 to P - 1 leave it."""
-  last = k.shape[1] - 1
+  """The cache of one layer, without an axis for layers, as steps 0 to P - 1 leave it.
 
-  def taken(heads, rows):
+  `num_heads` are those of queries; None: as many as keys have.
+  """
+  last, num_heads = k.shape[1] - 1, num_heads or k.shape[2]
+
+  def taken(key_heads, rows):
     row = rows.row(np.arange(rows.length), last)
     there = (row >= 0) & (row <= last)
     for x in (k, v):
-      found = x[:, np.where(there, row, 0)][:, :, np.asarray(heads)].swapaxes(1, 2)
+      found = x[:, np.where(there, row, 0)][:, :, np.asarray(key_heads)].swapaxes(1, 2)
       yield jnp.where(there[:, None], found, jnp.zeros((), x.dtype))
 
-  return _parts(pattern, k.shape[2], length, sparse, taken)
+  return _parts(pattern, num_heads, num_heads // k.shape[2], length, sparse, taken)
 
 
 def attend(
   q: Float[Array, "B H Dk"],
-  k: Float[Array, "B H Dk"],
-  v: Float[Array, "B H Dv"],
+  k: Float[Array, "B Hkv Dk"],
+  v: Float[Array, "B Hkv Dv"],
   cache: Cache,
   *,
   step: Step,
   layer: Step = 0,
+  score_fn: Callable | None = None,
+  masks: cache_masks.Masks | None = None,
 ) -> tuple[Float[Array, "B H Dv"], Cache]:
   """Stores k and v as row `step`, then attends with q to the rows that the pattern allows.
 
-  Scores, softmax and the sum are in float32; a row without keys gives zeros.
+  Scores, softmax and the sum are in float32; a row without keys gives zeros. `score_fn` and `masks`
+  are those of `sparse_attention` for the whole sequence.
 
   Returns:
     The output in q's dtype, and the cache with the new row.
   """
+  if score_fn is not None and not callable(score_fn):
+    raise ValueError(f"{score_fn=}: must be a function of (logit, i, j, h), or None")
+  held, masks = [], masks or cache_masks.Masks()
+  masks.check(*q.shape[:2], cache[0].length)
+  scores = scores_lib.Scores(1.0, None, score_fn).traced(held)
   cache = tuple(_store(part, k, v, step, layer) for part in cache)
-  outs = [_attend_group(q, parts, step, layer) for parts in by_heads(cache)]
+  change = functools.partial(_change, scores, tuple(held), masks, step)
+  outs = [_attend_group(q, parts, step, layer, change) for parts in by_heads(cache)]
   return in_order(outs, cache).astype(q.dtype), cache
 
 
@@ -126,17 +155,33 @@ def in_order(outs: list[Float[Array, "B _ Dv"]], cache: Cache) -> Float[Array, "
 
 
 def _parts(
-  pattern: patterns.Pattern, num_heads: int, length: int, sparse: bool, contents: Callable
+  pattern: patterns.Pattern,
+  num_heads: int,
+  queries_per_key: int,
+  length: int,
+  sparse: bool,
+  contents: Callable,
 ) -> Cache:
-  """What to keep for each different pattern of a head; (heads, rows) -> key, value fill it."""
+  """What to keep for each different pattern of a head; (key heads, rows) -> key, value fill it."""
   heads_of = {}
   for h in range(num_heads):
     heads_of.setdefault(pattern.of_head(h), []).append(h)
   return tuple(
-    Part(*contents(heads, rows), tuple(heads), rows, seen)
+    Part(
+      *contents(_key_heads(heads, queries_per_key), rows),
+      tuple(heads),
+      rows,
+      seen,
+      queries_per_key,
+      length,
+    )
     for one, heads in heads_of.items()
     for rows, seen in cache_rows.of_pattern(one, length, sparse=sparse)
   )
+
+
+def _key_heads(heads: Sequence[int], queries_per_key: int) -> tuple[int, ...]:
+  return tuple(dict.fromkeys(h // queries_per_key for h in heads))
 
 
 def _of_heads(x, heads: tuple[int, ...]):
@@ -146,24 +191,29 @@ def _of_heads(x, heads: tuple[int, ...]):
 
 def _store(part: Part, k, v, step: Step, layer: Step) -> Part:
   def put(room, x):
-    row = _of_heads(x, part.heads)[None, :, :, None].astype(room.dtype)
+    row = _of_heads(x, part.key_heads)[None, :, :, None].astype(room.dtype)
     return jax.lax.dynamic_update_slice(room, row, (layer, 0, 0, part.rows.slot(step), 0))
 
   return dataclasses.replace(part, key=put(part.key, k), value=put(part.value, v))
 
 
-def _attend_group(q, parts: list[Part], step: Step, layer: Step) -> Float[Array, "B H Dv"]:
-  """One softmax over all parts, float32."""
+def _attend_group(
+  q, parts: list[Part], step: Step, layer: Step, change: Callable
+) -> Float[Array, "B H Dv"]:
+  """One softmax over all parts, float32; `change` is `_change` for (part, products, row)."""
   q = _of_heads(q, parts[0].heads).astype(jnp.float32) * q.shape[-1] ** -0.5
+  share = _shared_keys(parts[0])
 
   def read(part, room):
     shape = (1, *room.shape[1:3], part.rows.size, room.shape[4])
     piece = jax.lax.dynamic_slice(room, (layer, 0, 0, part.rows.first(step), 0), shape)
-    return piece[0].astype(jnp.float32)
+    piece = piece[0].astype(jnp.float32)
+    return piece if share is not None else piece[:, _key_of_each(part)]
 
   def score(n, part):
-    products = jnp.einsum("BHD,BHKD->BHK", q, read(part, part.key), precision="highest")
+    products = _by_key_head("BHD,BHKD->BHK", "BHCD,BHKD->BHCK", q, read(part, part.key), share)
     slots = part.rows.first(step) + jnp.arange(part.rows.size)
+    products = change(part, products, lambda: part.rows.row(slots, step))
     return jnp.where(seen(parts, n, slots, step), products, -jnp.inf)
 
   # The finite floor and the guarded division keep a row without keys at zeros, not NaN.
@@ -172,10 +222,45 @@ def _attend_group(q, parts: list[Part], step: Step, layer: Step) -> Float[Array,
   weights = [jnp.exp(x - jnp.maximum(top, -1e30)) for x in scores]
   total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
   out = sum(
-    jnp.einsum("BHK,BHKD->BHD", x, read(part, part.value), precision="highest")
+    _by_key_head("BHK,BHKD->BHD", "BHCK,BHKD->BHCD", x, read(part, part.value), share)
     for x, part in zip(weights, parts, strict=True)
   )
   return out / jnp.where(total == 0, 1.0, total)
+
+
+def _change(
+  scores, held: tuple, masks: cache_masks.Masks, step: Step, part: Part, products, row_of: Callable
+):
+  """Products as `score_fn` and the masks make them; `row_of()` are the rows of the slots."""
+  if scores.score_fn is not None:
+    heads = np.asarray(part.heads, np.int32)[:, None]
+    pair = jnp.asarray(step, jnp.int32), row_of().astype(jnp.int32)
+    products = scores(products, *pair, heads, held=held)
+  if masks.segment_ids is not None or masks.block_mask is not None:
+    shown = masks.allowed(part.heads, step, row_of())
+    products = jnp.where(shown, products, -jnp.inf)
+  return products
+
+
+def _key_of_each(part: Part) -> np.ndarray:
+  """For each of the heads, which of the part's key heads it reads."""
+  return np.searchsorted(part.key_heads, np.asarray(part.heads) // part.queries_per_key)
+
+
+def _shared_keys(part: Part) -> int | None:
+  """How many neighbouring heads read each key head; None where that differs between them."""
+  share, left = divmod(len(part.heads), len(part.key_heads))
+  even = not left and (_key_of_each(part) == np.repeat(np.arange(len(part.key_heads)), share)).all()
+  return share if even else None
+
+
+def _by_key_head(single: str, grouped: str, x, y, share: int | None):
+  """The product of x [B, H, _] and y [B, Hkv, K, D], without a copy of y for every head."""
+  if share is None or share == 1:
+    return jnp.einsum(single, x, y, precision="highest")
+  B, H, _ = x.shape
+  out = jnp.einsum(grouped, x.reshape(B, H // share, share, -1), y, precision="highest")
+  return out.reshape(B, H, -1)
 
 
 def seen(parts: list[Part], n: int, slots: Any, step: Step) -> Any:

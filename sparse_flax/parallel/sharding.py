@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
+from jaxtyping import Integer
 from jaxtyping import Shaped
 
 from pallas_kernels import sparse_attention
@@ -132,43 +135,77 @@ def place(
 
 def over_devices(
   q: Float[Array, "B T H Dk"],
-  k: Float[Array, "B T H Dk"],
-  v: Float[Array, "B T H Dv"],
+  k: Float[Array, "B S Hkv Dk"],
+  v: Float[Array, "B S Hkv Dv"],
   *,
   pattern: Pattern,
   implementation: str | None = None,
+  segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+  block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
+  block_size: int = 128,
+  score_fn: Callable | None = None,
 ) -> Float[Array, "B T H Dv"]:
   """`sparse_attention`, where every device has its share of the sequences, heads and tokens.
 
   In a mesh like those of `make_mesh` our rules say how batch and heads are sharded; elsewhere they
   stay as they are. Where the mesh of `jax.set_mesh` has an axis "sequence", devices share out the
-  tokens of a sequence. Batch or heads that do not come out even, or would give a head another
-  number in the pattern, are not sharded in either case.
+  tokens of a sequence; each query head then has a copy of its keys. Batch or heads that do not come
+  out even, or would give a head another number in the pattern, are not sharded in either case.
 
   Raises:
     ValueError: the mesh has a sequence axis over which the pattern cannot be shared out.
+    NotImplementedError: the mesh has a sequence axis, and there are masks, a `score_fn`, or keys of
+      another length than queries.
   """
   mesh, how = jax.sharding.get_abstract_mesh(), dict(pattern=pattern, implementation=implementation)
   n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
-  attend = functools.partial(sparse_attention, **how)
+  more = dict(segment_ids=segment_ids, block_mask=block_mask, score_fn=score_fn)
+  more = {name: x for name, x in more.items() if x is not None}
+  if block_mask is not None:
+    more["block_size"] = block_size
+  attend = functools.partial(sparse_attention, **how, **more)
   ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
   if mesh.manual_axes or (n == 1 and not ours):
     return attend(q, k, v)
   if n > 1:
-    if text := sequence.problem(pattern, q.shape[1], n):
-      raise ValueError(f"mesh axis sequence={n}: must {text}")
+    _check_sequence(q, k, pattern, n, more)
+    # The exchanges between devices move q, k and v of a head together.
+    k, v = (x if x.shape[2] == q.shape[2] else _for_each_query(x, q.shape[2]) for x in (k, v))
     attend = functools.partial(sequence.attend, axis="sequence", **how)
   # Axes of one device stand in it too: gradients are summed over those that do not.
   named = lambda *names: tuple(name for name in names if name in mesh.axis_names) or None
   size = lambda *names: math.prod(mesh.shape.get(name, 1) for name in names)
+  even = q.shape[2] % (size("tensor") * pattern.period) == k.shape[2] % size("tensor") == 0
   spec = jax.P(
     named(*BATCH) if q.shape[0] % size(*BATCH) == 0 else None,
     "sequence",
-    named("tensor") if q.shape[2] % (size("tensor") * pattern.period) == 0 else None,
+    named("tensor") if even else None,
   )
   if explicit:
     q, k, v = (jax.sharding.reshard(x, spec) for x in (q, k, v))
+  if more:  # `sparse_attention` itself shards those like q, k and v
+    return attend(*(jax.lax.with_sharding_constraint(x, spec) for x in (q, k, v)))
   return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _check_sequence(q: Array, k: Array, pattern: Pattern, n: int, more: dict) -> None:
+  """Raises for what cannot be shared out over a sequence axis of n devices."""
+  if more:
+    raise NotImplementedError(
+      f"mesh axis sequence={n}: {' and '.join(sorted(more))} not with sequences that devices share "
+      "out; give the mesh sequence=1, or leave them out"
+    )
+  if q.shape[1] != k.shape[1]:
+    raise NotImplementedError(
+      f"mesh axis sequence={n}: {k.shape[1]} keys for {q.shape[1]} queries; attention to another "
+      "sequence needs a mesh with sequence=1"
+    )
+  if text := sequence.problem(pattern, q.shape[1], n):
+    raise ValueError(f"mesh axis sequence={n}: must {text}")
+
+
+def _for_each_query(x: Float[Array, "B S Hkv D"], num_heads: int) -> Float[Array, "B S H D"]:
+  return jnp.repeat(x, num_heads // x.shape[2], axis=2)
 
 
 def of_product(x: Float[Array, "*B E"], kernel: Float[Array, "E F"]) -> jax.NamedSharding | None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import errors
 from flax import linen as nn
+from flax import nnx
 
+import sparse_flax
 from pallas_kernels import hardware
 from pallas_kernels import patterns
 from sparse_flax import linen
@@ -137,3 +139,89 @@ def test_arguments_that_make_no_sense_are_refused():
     linen.SparseSelfAttention(**LAYER | dict(num_heads=5)).init(
       jax.random.key(0), jnp.ones((1, 4, 12))
     )
+
+
+# ------------------------------------------------------------------- what layers take besides
+
+
+EVERYTHING = dict(
+  width=16,
+  num_heads=4,
+  pattern=patterns.PerHead((patterns.Local(3), patterns.Column(2))),
+  num_kv_heads=2,
+  use_bias=False,
+  qk_norm=True,
+  rope=sparse_flax.rope(),
+  implementation="reference",
+)
+OF_CALL = dict(
+  segment_ids=np.asarray([[0] * 4 + [1] * 5] * 2), positions=np.asarray([*range(4), *range(5)])
+)
+
+
+def of_nnx(kind, variables, **fields):
+  """The NNX module with the weights that Linen holds."""
+  graphdef, _ = nnx.split(kind(**fields, rngs=nnx.Rngs(0)), nnx.Param)
+  return nnx.merge(graphdef, nnx.restore_int_paths(nn.unbox(variables)["params"]))
+
+
+def wide(x):
+  return jnp.concatenate([x, x[..., :4]], axis=-1)
+
+
+def test_everything_that_the_layer_takes_its_twin_takes(x):
+  x, layer = wide(x), linen.SparseSelfAttention(**EVERYTHING)
+  variables = jax.jit(lambda x: layer.init(jax.random.key(1), x, **OF_CALL))(x)
+  assert set(variables["params"]) == {"query", "key", "value", "out", "query_norm", "key_norm"}
+  score_fn = lambda logit, i, j, h: logit * 2
+  twin = of_nnx(sparse_flax.SparseSelfAttention, variables, **EVERYTHING)
+  options = dict(**OF_CALL, block_mask=jnp.ones((1, 1, 3, 3), bool), block_size=3)
+  got = jax.jit(lambda v, x: layer.apply(v, x, **options, score_fn=score_fn))(variables, x)
+  expected = jax.jit(lambda m, x: m(x, **options, score_fn=score_fn))(twin, x)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+  cache = layer.apply(variables, 2, 9, method=lambda layer, *of: layer.nnx_module().init_cache(*of))
+  step = lambda layer, *of: layer.nnx_module().decode_step(*of)
+  run = jax.jit(lambda v, x: layer.apply(v, x[:, 0], jnp.int32(0), cache, method=step)[0])
+  np.testing.assert_allclose(run(variables, x), jax.jit(twin)(x)[:, 0], atol=1e-5)
+
+
+def test_cross_attention_has_a_twin_that_may_be_rematerialised_and_annotated(x):
+  fields = dict(width=12, num_heads=4, num_kv_heads=1, kv_width=5, qk_norm=True)
+  init = nn.with_partitioning(nn.initializers.xavier_uniform(), ("data", None))
+  x_kv = jax.random.normal(jax.random.key(2), (2, 6, 5))
+  layer = nn.remat(linen.SparseCrossAttention)(**fields, kernel_init=init)
+  variables = layer.init(jax.random.key(1), x, x_kv)
+  assert nn.get_partition_spec(variables)["params"]["key"]["kernel"] == jax.P("data", None)
+  twin = of_nnx(sparse_flax.SparseCrossAttention, variables, **fields)
+  np.testing.assert_allclose(layer.apply(variables, x, x_kv), twin(x, x_kv), atol=1e-5)
+
+  class Scaled(linen.SparseCrossAttention):
+    factor: float = 2.0
+
+    def __call__(self, x, x_kv):
+      return super().__call__(x, x_kv) * self.factor
+
+  scaled = Scaled(**fields, factor=3.0).apply(nn.unbox(variables), x, x_kv)
+  np.testing.assert_allclose(scaled, 3.0 * twin(x, x_kv), atol=1e-5)
+
+
+def test_arrays_of_a_call_pass_through_remat_and_functions_through_a_module_of_yours(x):
+  x, plain = wide(x), linen.SparseSelfAttention(**EVERYTHING)
+  variables = jax.jit(plain.init)(jax.random.key(1), x)
+  lifted = nn.remat(linen.SparseSelfAttention)(**EVERYTHING)
+  expected, got = (jax.jit(layer.apply)(variables, x, **OF_CALL) for layer in (plain, lifted))
+  np.testing.assert_allclose(got, expected, atol=1e-6)
+
+  class Scored(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      layer = linen.SparseSelfAttention(**EVERYTHING, name="layer")
+      return layer(x, score_fn=lambda logit, i, j, h: logit * 2)
+
+  scored = nn.remat(Scored)()
+  score_fn = lambda logit, i, j, h: logit * 2
+  expected = jax.jit(lambda v: plain.apply(v, x, score_fn=score_fn).sum())(variables)
+  loss = lambda v: scored.apply({"params": {"layer": v["params"]}}, x).sum()
+  value, grads = jax.jit(jax.value_and_grad(loss))(variables)
+  np.testing.assert_allclose(value, expected, atol=1e-4)
+  assert jax.tree.structure(grads) == jax.tree.structure(variables)

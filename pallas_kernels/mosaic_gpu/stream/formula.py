@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels import functions
-from pallas_kernels import lists
 from pallas_kernels import patterns
+from pallas_kernels.lowering import lists
 from pallas_kernels.mosaic_gpu.stream.elementwise import trace
 from pallas_kernels.mosaic_gpu.stream.elementwise import Traced
 from pallas_kernels.scores import Scores
@@ -53,9 +53,9 @@ def computes(scores: Scores) -> bool:
 
 def logits(
   scores: Scores, products: Array, i: Callable, j: Callable, values: tuple[Callable, ...]
-) -> list[Array]:
+) -> tuple[Array, Array]:
   """The logits of products, and their derivatives by them; functions make all else."""
-  return _with_derivative(scores)(products.shape, lambda: products, i, j, *values)
+  return tuple(_with_derivative(scores)(products.shape, lambda: products, i, j, *values))
 
 
 def value_derivatives(

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels import lists
-from pallas_kernels.bits import Bits
+from pallas_kernels.lowering import lists
+from pallas_kernels.lowering.bits import Bits
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.stream import formula
 from pallas_kernels.mosaic_gpu.stream.arrays import padded
@@ -132,12 +132,8 @@ class ListedWork(Work):
   def __init__(
     self, num_cores: int, per_block: int, refs: Refs | None = None, core: Scalar | None = None
   ):
-    self.num_blocks, self.per_block, self.refs, self.core = (
-      num_cores,
-      per_block,
-      refs,
-      core,
-    )
+    self.num_blocks, self.per_block = num_cores, per_block
+    self.refs, self.core = refs, core
 
   def of(self, refs: Refs, core: Scalar | None = None) -> "ListedWork":
     core = lax.axis_index("core") if core is None else core

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import lists
+from pallas_kernels.lowering import lists
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.stream import formula

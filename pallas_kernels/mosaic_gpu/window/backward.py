@@ -19,8 +19,8 @@ makes dq releases out, from whose room dq leaves, and dS^T. Each pair of tiles h
 computed once: 5 matrix products. Gradients are accumulators of one warpgroup: no atomics, and no
 sum in another order from run to run.
 
-A share has queries whose keys lie before it; of these only dS^T is made, for dq. The keys' dk and
-dv are made where they lie, from queries after that share.
+The first queries of a share see keys before it, of which only dS^T is made here, for dq. Their dk
+and dv are made by the share in which they lie, which loads the queries after it for that.
 """
 
 import jax
