@@ -1,5 +1,6 @@
-"""The door: `sparse_attention` checks its arguments, chooses an implementation and runs it."""
+"""The entry point: `sparse_attention` checks its arguments, plans the call and runs a backend."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -20,11 +21,12 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Integer
 
-from pallas_kernels import functions
 from pallas_kernels import hardware
 from pallas_kernels import offset
 from pallas_kernels import partitioning
+from pallas_kernels import protocol
 from pallas_kernels import xla
+from pallas_kernels.lowering import plan as plans
 from pallas_kernels.patterns import check as check_pattern
 from pallas_kernels.patterns import Dense
 from pallas_kernels.patterns import Pattern
@@ -114,28 +116,33 @@ def sparse_attention(
   _check_blocks(q, k, block_mask, block_size)
   if score_fn is not None and not callable(score_fn):
     raise ValueError(f"{score_fn=}: must be a function of (logit, i, j, h), or None")
-  scores = Scores(_scale(scale, q.shape[-1]), _soft_cap(logits_soft_cap), score_fn)
-  how = dict(pattern=pattern, scores=scores, block_size=block_size)
-  masks = None if segment_ids is None else _int32_ids(segment_ids), block_mask
+  plan, arrays = plans.of_call(
+    q,
+    k,
+    v,
+    pattern=pattern,
+    scores=Scores(_scale(scale, q.shape[-1]), _soft_cap(logits_soft_cap), score_fn),
+    segment_ids=None if segment_ids is None else _int32_ids(segment_ids),
+    block_mask=block_mask,
+    block_size=block_size,
+    return_lse=return_lse,
+  )
+  plan = partitioning.placed(plan, arrays)
   if implementation == "reference":
-    how |= dict(segment_ids=masks[0], block_mask=masks[1])
     with computed_by("reference"):
-      out, lse = _named(*partitioning.reference(q, k, v, **how))
+      out, lse = _named(*partitioning.reference(plan, arrays))
     return (out, lse) if return_lse else out
-  held = []
-  how["pattern"] = functions.of_pattern(pattern, q.shape[1], k.shape[1], held)
-  how["scores"] = scores.traced(held)
   name = choose(implementation)
-  if name != "xla" and (reason := _module(name).unsupported(q, k, v, *masks, **how)):
+  if reason := _module(name).unsupported(plan):
     name = _instead(implementation, reason)
-  one_device = partitioning.mesh_of(q, k, v) is None
-  may_call_cudnn = name == "mosaic_gpu" and one_device and not (deterministic or return_lse)
-  if may_call_cudnn and _module(name).cudnn_serves(q, k, v, *masks, **how):
+  may_call_cudnn = name == "mosaic_gpu" and not (plan.sharded or deterministic or return_lse)
+  if may_call_cudnn and _module(name).cudnn_serves(plan):
     with computed_by("cudnn"):
-      out = _module(name).cudnn_attention(q, k, v, scale=scores.scale)
+      out = _module(name).cudnn_attention(q, k, v, scale=plan.scores.scale)
     return checkpoint_name(out, "attention_out")
+  plan = dataclasses.replace(plan, implementation=name)
   with computed_by(name):
-    return _attend(name, tuple(how.items()), return_lse, q, k, v, *masks, tuple(held))
+    return _attend(_backend(plan).planned(plan), arrays)
 
 
 def choose(implementation: Implementation | None) -> Implementation:
@@ -174,14 +181,14 @@ def implementations_in(program: Jaxpr) -> tuple[str, ...]:
   Read from the program itself: also where `xla` serves what a kernel does not support, and where
   cuDNN serves dense attention ("cudnn").
   """
-  found = set()
+  names_in_program = set()
   for equation in program.eqns:
     names = re.findall(r"attention_by_(\w+)", str(equation.source_info.name_stack))
-    found.update(names)
+    names_in_program.update(names)
     if not names:
       inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
-      found.update(*(implementations_in(x) for x in inner if _is_program(x)))
-  return tuple(sorted(found))
+      names_in_program.update(*(implementations_in(x) for x in inner if _is_program(x)))
+  return tuple(sorted(names_in_program))
 
 
 def _is_program(x: Any) -> bool:
@@ -201,12 +208,13 @@ def _say_once(reason: str) -> None:
   logger.warning("%s; xla computes it", reason)
 
 
-def _backend(name: Implementation, *arrays: Array):
-  """Those with a backward pass of their own; where arrays are sharded, on every device."""
-  return partitioning.backend_for(_module(name), *arrays)
+def _backend(plan: plans.Plan) -> protocol.Backend:
+  """The one that computes a plan; where arrays are sharded, on every device."""
+  module = _module(plan.implementation)
+  return partitioning.PerDevice(module) if plan.sharded else module
 
 
-def _module(name: Implementation):
+def _module(name: str) -> protocol.Backend:
   """Kernels are imported only where they are used."""
   if name == "mosaic_gpu":
     from pallas_kernels import mosaic_gpu
@@ -219,38 +227,26 @@ def _module(name: Implementation):
   return xla
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(name, how, return_lse, q, k, v, segment_ids, block_mask, held):
-  """`how`: pattern, scores and block_size of a backend, as items; `held`: what functions hold."""
-  return _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask, held)[0]
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, arrays):
+  return _attend_forward(plan, arrays)[0]
 
 
-def _attend_forward(name, how, return_lse, q, k, v, segment_ids, block_mask, held):
-  backend, how, masks = _backend(name, q, k, v), dict(how), (segment_ids, block_mask)
-
-  def forward(q, k, v, segment_ids, block_mask, held):
-    return backend.forward(q, k, v, segment_ids, block_mask, held=held, **how)
-
+def _attend_forward(plan, arrays):
+  backend = _backend(plan)
   # The residuals carry the names, so that a policy which keeps them saves the forward pass. The
   # lse among them is as the backend wants it: the public one is made for who asks.
-  out, lse = _named(*_differentiated_once(forward, q, k, v, *masks, held))
-  result = (out, backend.natural_lse(lse, q, k, v, *masks, held=held, **how)) if return_lse else out
-  return result, (q, k, v, *masks, held, out, lse)
+  forward = functools.partial(backend.forward, plan)
+  out, residual = _named(*_differentiated_once(forward, arrays))
+  result = (out, backend.natural_lse(plan, residual)) if plan.return_lse else out
+  return result, (arrays, out, residual)
 
 
-def _attend_backward(name, how, return_lse, residuals, cotangents):
-  dout, dlse = cotangents if return_lse else (cotangents, None)
-  how, (*arrays, held, out, lse) = dict(how), residuals
-
-  def backward(arrays, held, *rest):
-    return _backend(name, *arrays[:3]).backward(*arrays, *rest, held=held, **how)
-
-  dq, dk, dv, *found = _differentiated_once(backward, arrays, held, out, lse, dout, dlse)
-  of_held = [None] * len(held)
-  for n, grad in zip(how["scores"].learned, found, strict=True):
-    of_held[n] = grad
-  return dq, dk, dv, None, None, tuple(of_held)
+def _attend_backward(plan, residuals, cotangents):
+  dout, dlse = cotangents if plan.return_lse else (cotangents, None)
+  backward = functools.partial(_backend(plan).backward, plan)
+  return (_differentiated_once(backward, *residuals, dout, dlse),)
 
 
 _attend.__wrapped__.defvjp(_attend_forward, _attend_backward)
@@ -331,8 +327,8 @@ def _int32_ids(segment_ids):
         )
     return segment_ids.astype(jnp.int32)
   if isinstance(segment_ids, np.ndarray):
-    found = np.unique(segment_ids, return_inverse=True)[1]
-    return found.reshape(segment_ids.shape).astype(np.int32)
+    ranks = np.unique(segment_ids, return_inverse=True)[1]
+    return ranks.reshape(segment_ids.shape).astype(np.int32)
   rank = lambda row: jnp.searchsorted(jnp.sort(row), row).astype(jnp.int32)
   return jax.vmap(rank)(segment_ids)
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 
@@ -31,6 +32,16 @@ def platform() -> str:
 def is_here() -> bool:
   """Whether JAX runs programs on such devices in this process."""
   return platform() == jax.default_backend()
+
+
+def simulated(kernels_for: Literal["gpu", "tpu"]) -> bool:
+  """Whether kernels for such devices are interpreted: where programs are built for others."""
+  return platform() != kernels_for
+
+
+def has_tall_tiles() -> bool:
+  """Whether a TPU's tile of bfloat16 has 16 sublanes: 8 heads or tokens do not lie side by side."""
+  return device_kind().startswith("TPU7")
 
 
 def device_kind() -> str:

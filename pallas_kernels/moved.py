@@ -14,6 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 PALLAS_KERNELS = {
+  "pallas_kernels.bits": "pallas_kernels.lowering.bits",
+  "pallas_kernels.blocks": "pallas_kernels.lowering.blocks",
+  "pallas_kernels.lists": "pallas_kernels.lowering.lists",
+  "pallas_kernels.passes": "pallas_kernels.lowering.passes",
+  "pallas_kernels.mosaic_gpu.formula": "pallas_kernels.mosaic_gpu.stream.formula",
+  "pallas_kernels.mosaic_gpu.listed": "pallas_kernels.mosaic_gpu.stream.listed",
   "pallas_kernels.decoding": "pallas_kernels.decode.triton",
   "pallas_kernels.decode_cluster": "pallas_kernels.decode.cluster",
   "pallas_kernels.decode_cluster.kernel": "pallas_kernels.decode.cluster.kernel",

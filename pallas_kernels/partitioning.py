@@ -19,8 +19,6 @@ import math
 import re
 from collections.abc import Callable
 from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +31,11 @@ from jax.experimental.custom_partitioning import SdyShardingRule
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-from pallas_kernels import functions
+from pallas_kernels import protocol
+from pallas_kernels import reference as dense
+from pallas_kernels.lowering.plan import Arrays
+from pallas_kernels.lowering.plan import Plan
 from pallas_kernels.patterns import Pattern
-from pallas_kernels.reference import reference_attention
-from pallas_kernels.scores import Scores
 
 # B, H and Hkv may be sharded, and what vmap adds in front; a device has all else whole.
 _NAMES = {
@@ -102,116 +101,125 @@ def mesh_of(*arrays: Array) -> jax.sharding.AbstractMesh | None:
 def _axes_with(mesh: jax.sharding.AbstractMesh, kind: AxisType) -> tuple[str, ...]:
   """The axes of this type that are more than one device."""
   axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-  return tuple(name for name, n, found in axes if n > 1 and found == kind)
+  return tuple(name for name, n, of_type in axes if n > 1 and of_type == kind)
 
 
-def heads_may_be_numbered(
-  q: Array, k: Array, v: Array, *, pattern: Pattern, scores: Scores
-) -> bool:
-  """Whether a device may have other heads than the first ones, and traced scores depend on that."""
-  if scores.score_fn is None or not scores.score_fn.uses(3):
-    return False
-  mesh = mesh_of(q, k, v)
+def placed(plan: Plan, arrays: Arrays) -> Plan:
+  """The plan, with what the types of the arrays say of a mesh."""
+  mesh = mesh_of(*arrays[:3])
   sizes = () if mesh is None else mesh.axis_sizes
-  return any(n > 1 and _heads_fit(n, q.shape[2], k.shape[2], pattern) for n in sizes)
+  uses_heads = plan.scores.score_fn is not None and plan.scores.score_fn.uses(3)
+  split = any(n > 1 and _heads_fit(n, plan.H, plan.Hkv, plan.pattern) for n in sizes)
+  return dataclasses.replace(
+    plan, sharded=mesh is not None, heads_are_numbered=uses_heads and split
+  )
 
 
-def backend_for(backend: ModuleType, q: Array, k: Array, v: Array) -> Any:
-  """A backend; where arrays may be sharded, one that calls it on each device."""
-  return backend if mesh_of(q, k, v) is None else _PerDevice(backend)
-
-
-def reference(q: Array, k: Array, v: Array, *, segment_ids, block_mask, pattern, scores, **how):
-  """`reference_attention`; where types say how arrays are sharded, on each device.
+def reference(plan: Plan, arrays: Arrays) -> tuple[Array, Array]:
+  """`reference.forward`; where types say how arrays are sharded, on each device.
 
   Of automatic axes the compiler itself leaves batch and heads of its products where they are, and a
   plain call has derivatives of either mode.
   """
-  mesh = mesh_of(q, k, v)
-  if mesh is None or _axes_with(mesh, AxisType.Auto):
-    how |= dict(segment_ids=segment_ids, block_mask=block_mask, pattern=pattern, scores=scores)
-    return reference_attention(q, k, v, **how)
-  held = []
-  how["pattern"] = functions.of_pattern(pattern, q.shape[1], k.shape[1], held)
-  how["scores"] = scores.traced(held)
-  return _reference(tuple(how.items()), q, k, v, segment_ids, block_mask, tuple(held))
+  if not plan.sharded or _axes_with(mesh_of(*arrays[:3]), AxisType.Auto):
+    return dense.forward(plan, arrays)
+  scores = dataclasses.replace(plan.scores, learned=())  # its derivatives are JAX's own
+  return _reference(dataclasses.replace(plan, scores=scores), arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reference(how, q, k, v, segment_ids, block_mask, held):
-  def local(*arrays, first_head, held, pattern, scores, **how):
-    how |= dict(zip(("q", "k", "v", "segment_ids", "block_mask"), arrays, strict=True))
-    pattern, scores = functions.bound(pattern, held), _bound(scores, first_head, held)
-    return reference_attention(**how, pattern=pattern, scores=scores)
+def _reference(plan: Plan, arrays: Arrays):
+  def local(first_head, arrays):
+    return dense.forward(*_share(plan, arrays, first_head))
 
-  operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
-  call, arrays = _call(local, operands, held, ("out", "lse"), dict(how))
-  return call.differentiable(*arrays)
+  call, operands = _call(local, plan, arrays, {}, ("out", "lse"))
+  return call.differentiable(*operands)
 
 
-class _PerDevice:
-  """The backend protocol. The log-sum-exp that is kept is the natural one, `[B, T, H]`."""
+class PerDevice:
+  """A backend (`protocol.Backend`) that calls another one on each device.
 
-  def __init__(self, backend: ModuleType):
+  The residual is the natural log-sum-exp, `[B, T, H]`.
+  """
+
+  def __init__(self, backend: protocol.Backend):
     self.backend = backend
 
-  def forward(self, q, k, v, segment_ids, block_mask, *, held, **how):
-    def local(*arrays, first_head, held, **how):
-      how["scores"], how["held"] = _from_head(how["scores"], first_head, held)
-      out, lse = self.backend.forward(*arrays, **how)
-      return out, self.backend.natural_lse(lse, *arrays, **how)
+  def unsupported(self, plan: Plan) -> str | None:
+    return self.backend.unsupported(plan)
 
-    operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
-    call, arrays = _call(local, operands, held, ("out", "lse"), how)
-    return call(*arrays)
+  def planned(self, plan: Plan) -> Plan:
+    """As it is: each device plans its own share."""
+    return plan
 
-  def natural_lse(self, lse, *arrays, **how):
-    del arrays, how
+  def forward(self, plan: Plan, arrays: Arrays):
+    def local(first_head, arrays):
+      share, arrays = self._planned_share(plan, arrays, first_head)
+      out, residual = self.backend.forward(share, arrays)
+      return out, self.backend.natural_lse(share, residual)
+
+    call, operands = _call(local, plan, arrays, {}, ("out", "lse"))
+    return call(*operands)
+
+  def natural_lse(self, plan: Plan, residual: Array) -> Array:
+    del plan
+    return residual
+
+  def lse_of_natural(self, plan: Plan, lse: Array) -> Array:
+    del plan
     return lse
 
-  def backward(self, q, k, v, segment_ids, block_mask, out, lse, dout, dlse, *, held, **how):
-    def local(*arrays, first_head, held, **how):
-      how["scores"], how["held"] = _from_head(how["scores"], first_head, held)
-      (*arrays, out, lse, dout, dlse) = arrays
-      lse = self.backend.lse_of_natural(lse, *arrays, **how)
-      return self.backend.backward(*arrays, out, lse, dout, dlse, **how)
+  def backward(self, plan: Plan, arrays: Arrays, out, residual, dout, dlse) -> Arrays:
+    def local(first_head, arrays, out, lse, dout, dlse):
+      share, arrays = self._planned_share(plan, arrays, first_head)
+      residual = self.backend.lse_of_natural(share, lse)
+      grads = self.backend.backward(share, arrays, out, residual, dout, dlse)
+      return *grads[:3], *(grads.held[n] for n in share.scores.learned)
 
-    operands = dict(q=q, k=k, v=v, segment_ids=segment_ids, block_mask=block_mask)
-    operands |= dict(out=out, lse=lse, dout=dout, dlse=dlse)
-    learned = how["scores"].learned
+    learned = plan.scores.learned
     results = ("q", "k", "v", *(f"held {n}" for n in learned))
-    call, arrays = _call(local, operands, held, results, how)
-    return _typed_like(call(*arrays), (q, k, v, *(held[n] for n in learned)))
+    of_results = dict(out=out, lse=residual, dout=dout, dlse=dlse)
+    call, operands = _call(local, plan, arrays, of_results, results)
+    like = *arrays[:3], *(arrays.held[n] for n in learned)
+    return plan.gradients(arrays, *_typed_like(call(*operands), like))
+
+  def _planned_share(self, plan: Plan, arrays: Arrays, first_head) -> tuple[Plan, Arrays]:
+    share, arrays = _share(plan, arrays, first_head)
+    return self.backend.planned(share), arrays
 
 
-def _call(function: Callable, operands: dict, held: tuple, results: tuple[str, ...], how: dict):
+def _call(
+  function: Callable, plan: Plan, arrays: Arrays, of_results: dict, results: tuple[str, ...]
+) -> tuple["_Call", tuple[Array, ...]]:
   """A `_Call`, and the arrays that it takes.
 
   Args:
-    function: of the arrays of `operands` in their order, `first_head`, `held` and `how`.
-    operands: by name, None for those that are not there.
-    held: what functions of users hold: every device has it whole.
+    function: of `first_head`, the `Arrays` of a device, and `of_results` in their order.
+    plan: of the whole arrays.
+    arrays: of which every device has `held` whole.
+    of_results: by name, None for those that are not there.
     results: the names of the results of `function`.
   """
-  (B, _, H, _), Hkv, scores = operands["q"].shape, operands["k"].shape[2], how["scores"]
-  given = {name: x for name, x in operands.items() if x is not None}
+  operands = arrays._asdict()
+  held = operands.pop("held")
+  given = {name: x for name, x in (operands | of_results).items() if x is not None}
   given |= {f"held {n}": x for n, x in enumerate(held)}
-  if heads_may_be_numbered(*(operands[x] for x in "qkv"), pattern=how["pattern"], scores=scores):
-    given["head_numbers"] = jnp.arange(H, dtype=jnp.int32)
+  if plan.heads_are_numbered:
+    given["head_numbers"] = jnp.arange(plan.H, dtype=jnp.int32)
 
-  def local(*arrays):
-    named = dict(zip(given, arrays, strict=True))
+  def local(*xs):
+    named = dict(zip(given, xs, strict=True))
     numbers = named.get("head_numbers")
-    mine = dict(first_head=None if numbers is None else numbers[0])
-    mine["held"] = tuple(named[f"held {n}"] for n in range(len(held)))
-    return tuple(function(*map(named.get, operands), **mine, **how))
+    own = Arrays(*map(named.get, operands), tuple(named[f"held {n}"] for n in range(len(held))))
+    first_head = None if numbers is None else numbers[0]
+    return tuple(function(first_head, own, *map(named.get, of_results)))
 
   def names_of(label: str) -> tuple[str, ...]:
     if label.startswith("held"):
       return tuple(f"{label}, axis {n}" for n in range(given[label].ndim))
     names = _NAMES[label]
     if label == "block_mask":  # one row may serve the whole batch, or all heads
-      shape, sizes = given[label].shape, dict(B=B, H=H)
+      shape, sizes = given[label].shape, dict(B=plan.B, H=plan.H)
       names = (x if n == sizes.get(x, n) else "one" for x, n in zip(names, shape, strict=True))
     return tuple(names)
 
@@ -220,32 +228,25 @@ def _call(function: Callable, operands: dict, held: tuple, results: tuple[str, .
     labels=tuple(given),
     operands=tuple(map(names_of, given)),
     results=tuple(map(names_of, results)),
-    heads=(H, Hkv, how["pattern"]),
+    heads=(plan.H, plan.Hkv, plan.pattern),
   )
   return call, tuple(jnp.asarray(x) for x in given.values())
 
 
-def _bound(scores: Scores, first_head, held: tuple) -> Scores:
-  """Traced scores for given values of what they hold, where heads are counted from `first_head`."""
-  if scores.score_fn is None:
-    return scores
+def _share(plan: Plan, arrays: Arrays, first_head) -> tuple[Plan, Arrays]:
+  """The plan of a device's arrays, whose heads are counted from `first_head` (None: from 0)."""
+  if first_head is None:
+    return plan.of_share(arrays, plan.scores), arrays
+  scores, held = plan.scores, list(arrays.held)  # of which the pattern has its places
 
   def score_fn(logit, i, j, h):
-    h = h if first_head is None else h + first_head
-    return scores.score_fn(logit, i, j, h, held=held)
+    return scores.score_fn(logit, i, j, h + first_head, held=arrays.held)
 
-  return dataclasses.replace(scores, score_fn=score_fn, learned=())
-
-
-def _from_head(scores: Scores, first_head, held: tuple) -> tuple[Scores, tuple]:
-  """Traced scores, and what they hold, where heads are counted from `first_head`."""
-  if first_head is None:
-    return scores, held
-  more = list(held)  # of which the pattern has its places
-  found = _bound(scores, first_head, held).traced(more)
-  place = lambda x: next(n for n in found.score_fn.places if more[n] is x)
-  learned = tuple(place(held[n]) for n in scores.learned)
-  return dataclasses.replace(found, learned=learned), tuple(more)
+  of_here = dataclasses.replace(scores, score_fn=score_fn, learned=()).traced(held)
+  place = lambda x: next(n for n in of_here.score_fn.places if held[n] is x)
+  learned = tuple(place(arrays.held[n]) for n in scores.learned)
+  of_here = dataclasses.replace(of_here, learned=learned)
+  return plan.of_share(arrays, of_here), arrays._replace(held=tuple(held))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,9 +285,9 @@ class _Call:
 
     def backward(arrays, cotangents):
       floats = [n for n, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.inexact)]
-      found = self._pullback(floats).differentiable(*arrays, *cotangents)
-      found = _typed_like(found, [arrays[n] for n in floats])
-      grads = dict(zip(floats, found, strict=True))
+      of_floats = self._pullback(floats).differentiable(*arrays, *cotangents)
+      of_floats = _typed_like(of_floats, [arrays[n] for n in floats])
+      grads = dict(zip(floats, of_floats, strict=True))
       return tuple(grads.get(n) for n in range(len(arrays)))
 
     call.defvjp(lambda *arrays: (self.differentiable(*arrays), arrays), backward)
@@ -336,8 +337,8 @@ class _Call:
     laid = (jax.NamedSharding(mesh, spec) for spec in in_specs)
     arrays = tuple(map(jax.sharding.reshard, arrays, laid))
     out_specs = tuple(_spec(names, where) for names in self.results)
-    how = dict(mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return jax.shard_map(functools.partial(self._summed, where), **how)(*arrays)
+    options = dict(mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(functools.partial(self._summed, where), **options)(*arrays)
 
   # --------------------------------------------------------------------------- automatic axes
 
@@ -419,24 +420,24 @@ class _Call:
 
   def _moved(self, where, arrays, specs) -> dict[tuple[str, ...], str]:
     """By axes of the mesh, which operands cannot stay sharded over them, in words."""
-    found = {}
+    moved = {}
     for label, names, x, spec in zip(self.labels, self.operands, arrays, specs, strict=False):
       for name, axes in zip(names, _axes_of(spec, x.ndim), strict=True):
-        follows = axes in found and label in _OF_RESULTS  # q, which is named
+        follows = axes in moved and label in _OF_RESULTS  # q, which is named
         if axes and where.get(_key(name)) != axes and not follows:
-          found.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
+          moved.setdefault(axes, []).append(f"{label} {list(x.shape)} along {name}")
     return {
       axes: f"mesh axes {axes} shard {', '.join(parts)}: attention needs whole sequences, and the "
       "same rows of the batch and the same heads of all its arrays"
-      for axes, parts in found.items()
+      for axes, parts in moved.items()
     }
 
   def _summed(self, where, *arrays: Array) -> tuple[Array, ...]:
     """`local` on one device, and the sums over devices of results that are sums."""
     results = []
     for names, x in zip(self.results, self.local(*arrays), strict=True):
-      mine = {_key(name) for name in names}
-      over = [axes for key, axes in where.items() if _may_be_sharded(key) and key not in mine]
+      own = {_key(name) for name in names}
+      over = [axes for key, axes in where.items() if _may_be_sharded(key) and key not in own]
       results.append(jax.lax.psum(x, sum(over, ())) if over else x)
     return tuple(results)
 
@@ -504,8 +505,8 @@ def _say_once(text: str) -> None:
 
 def _error_of_ours(error: Exception) -> ShardedHeadsError | None:
   """What `_where` raised while the compiler asked: of that the compiler keeps the text alone."""
-  found = re.search(rf"{ShardedHeadsError.__qualname__}: (.*)", str(error))
-  return None if found is None else ShardedHeadsError(found.group(1))
+  text = re.search(rf"{ShardedHeadsError.__qualname__}: (.*)", str(error))
+  return None if text is None else ShardedHeadsError(text.group(1))
 
 
 try:  # nothing public raises errors of the compiler as our own

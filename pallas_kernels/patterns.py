@@ -50,6 +50,14 @@ class Pattern(abc.ABC):
     del h
     return self
 
+  def _allowed_by_head(self, i, j, h) -> Any:
+    """`allowed` of a pattern whose heads take turns, as `of_head` says; h may be an array."""
+    turn = h % self._cycle
+    if isinstance(turn, int):
+      return self.of_head(turn).allowed(i, j)
+    pairs = [(turn == n) & self.of_head(n).allowed(i, j) for n in range(self._cycle)]
+    return functools.reduce(lambda a, b: a | b, pairs)
+
   def mask(
     self, T: int, S: int | None = None
   ) -> Bool[np.ndarray, "T S"] | Bool[np.ndarray, "P T S"]:
@@ -201,8 +209,13 @@ class Strided(Pattern):
   def __post_init__(self):
     _check_whole(self, 1, "stride")
 
+  @property
+  def union(self) -> "Union":
+    """Its two heads, as a union."""
+    return Local(self.stride) | Column(self.stride)
+
   def allowed(self, i, j, h=0):
-    return Local(self.stride).allowed(i, j) | Column(self.stride).allowed(i, j)
+    return self.union.allowed(i, j)
 
   def keys_per_query(self, T, h=0):
     return Local(self.stride).keys_per_query(T) + np.arange(T) // self.stride
@@ -310,15 +323,17 @@ class Fixed(Pattern):
   def _cycle(self):
     return self.num_subblocks
 
+  @property
+  def summaries(self) -> tuple[Summary, ...]:
+    """The second head of each sub-block: head h has `summaries[h % num_subblocks]`."""
+    offsets = (n * self.summary for n in range(self.num_subblocks))
+    return tuple(Summary(self.stride, self.summary, offset) for offset in offsets)
+
   def of_head(self, h):
-    offset = h % self.num_subblocks * self.summary
-    return Block(self.stride) | Summary(self.stride, self.summary, offset)
+    return Block(self.stride) | self.summaries[h % self.num_subblocks]
 
   def allowed(self, i, j, h=0):
-    start = self.stride - (1 + h % self.num_subblocks) * self.summary
-    place = j % self.stride
-    in_summary = (place >= start) & (place < start + self.summary)
-    return (j <= i) & ((j // self.stride == i // self.stride) | in_summary)
+    return self._allowed_by_head(i, j, h)
 
   def keys_per_query(self, T, h=0):
     row, place = np.divmod(np.arange(T), self.stride)
@@ -360,11 +375,7 @@ class PerHead(Pattern):
     return self.patterns[h % len(self.patterns)].of_head(h)
 
   def allowed(self, i, j, h=0):
-    turn = h % len(self.patterns)
-    if isinstance(turn, int):
-      return self.patterns[turn].allowed(i, j, h)
-    pairs = [(turn == n) & p.allowed(i, j, h) for n, p in enumerate(self.patterns)]
-    return functools.reduce(lambda a, b: a | b, pairs)
+    return self._allowed_by_head(i, j, h)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -533,6 +544,27 @@ class Intersection(_Combined):
 
 
 # ------------------------------------------------------------------------------------- helpers
+
+
+def summary_of(pattern: Pattern) -> Summary | None:
+  """The summaries of `Block | Summary` in either order, a head of `Fixed`; else None."""
+  if not isinstance(pattern, Union) or len(pattern.patterns) != 2:
+    return None
+  match sorted(pattern.patterns, key=lambda part: isinstance(part, Summary)):
+    case [Block(stride=stride), Summary() as summary] if summary.stride == stride:
+      return summary
+  return None
+
+
+def window_and_stride(pattern: Pattern) -> tuple[int, int] | None:
+  """Those of `Local | Column` in either order, or of `Strided`; None for other patterns."""
+  pattern = pattern.union if isinstance(pattern, Strided) else pattern
+  if not isinstance(pattern, Union) or len(pattern.patterns) != 2:
+    return None
+  match sorted(pattern.patterns, key=lambda part: isinstance(part, Column)):
+    case [Local(window=window), Column(stride=stride)]:
+      return window, stride
+  return None
 
 
 def check(pattern: Any, name: str) -> None:

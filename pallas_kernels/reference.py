@@ -12,6 +12,7 @@ from jaxtyping import Int
 from jaxtyping import Integer
 
 from pallas_kernels import functions
+from pallas_kernels.lowering import plan as plans
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import attending
 from pallas_kernels.scores import Scores
@@ -32,18 +33,34 @@ def reference_attention(
 
   A query without keys gets zeros and lse = -inf, and sends no gradient.
   """
+  plan, arrays = plans.of_call(
+    q,
+    k,
+    v,
+    pattern=pattern,
+    scores=scores or Scores(q.shape[-1] ** -0.5),
+    segment_ids=segment_ids,
+    block_mask=block_mask,
+    block_size=block_size,
+  )
+  return forward(plan, arrays)
+
+
+def forward(plan: plans.Plan, arrays: plans.Arrays) -> tuple[Array, Array]:
+  """`reference_attention` of a call that was planned; its derivatives are JAX's own."""
+  segment_ids, block_mask = arrays.segment_ids, arrays.block_mask
   only = None
   if segment_ids is not None:
     only = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
   if block_mask is not None:
-    blocks = jnp.repeat(jnp.repeat(block_mask, block_size, axis=2), block_size, axis=3)
-    blocks = blocks[:, :, : q.shape[1], : k.shape[1]]
+    blocks = jnp.repeat(jnp.repeat(block_mask, plan.block_size, axis=2), plan.block_size, axis=3)
+    blocks = blocks[:, :, : plan.T, : plan.S]
     only = blocks if only is None else only & blocks
-  logits, mask = _logits_and_mask(q, k, pattern, scores, only=only)
+  logits, mask = _logits_and_mask(plan, arrays, np.arange(plan.T), only)
   weights, lse = _softmax(logits, mask)
-  v = jnp.repeat(v.astype(jnp.float32), q.shape[2] // v.shape[2], axis=2)
+  v = jnp.repeat(arrays.v.astype(jnp.float32), plan.H // plan.Hkv, axis=2)
   out = jnp.einsum("BHTS,BSHD->BTHD", weights, v, precision="highest")
-  return out.astype(q.dtype), lse.transpose(0, 2, 1)
+  return out.astype(plan.dtype), lse.transpose(0, 2, 1)
 
 
 def attention_weights(
@@ -55,30 +72,27 @@ def attention_weights(
   rows: Int[np.ndarray, "Q"] | None = None,
 ) -> Float[Array, "B H Q S"]:
   """The softmax weights of the queries `rows` (all by default): what one draws."""
-  logits, mask = _logits_and_mask(q, k, pattern, scores, rows)
-  return _softmax(logits, mask)[0]
+  scores = scores or Scores(q.shape[-1] ** -0.5)
+  plan, arrays = plans.of_call(q, k, k, pattern=pattern, scores=scores)
+  rows = np.arange(plan.T) if rows is None else np.asarray(rows)
+  return _softmax(*_logits_and_mask(plan, arrays, rows))[0]
 
 
-def _logits_and_mask(q, k, pattern, scores, rows=None, only=None):
+def _logits_and_mask(plan, arrays, rows, only=None):
   """Logits float32 [B, H, Q, S], and the mask of the pairs that attend; `only` those at most."""
-  T, H, S = q.shape[1], q.shape[2], k.shape[1]
-  held = []
-  pattern = functions.of_pattern(pattern, T, S, held)
-  scores = (scores or Scores(q.shape[-1] ** -0.5)).traced(held)
-  held = tuple(held)
-  pattern = functions.bound(pattern, held)
-  rows = np.arange(T) if rows is None else np.asarray(rows)
+  q, k, held, H, S = arrays.q, arrays.k, arrays.held, plan.H, plan.S
+  pattern = functions.bound(plan.pattern, held)
   rows = rows.astype(np.int32)  # as every other implementation counts
   mask = _mask_of_heads(pattern, H, rows, S)
   mask = mask if only is None else mask & only
   q32 = q[:, rows].astype(jnp.float32)
-  k32 = jnp.repeat(k.astype(jnp.float32), H // k.shape[2], axis=2)
+  k32 = jnp.repeat(k.astype(jnp.float32), H // plan.Hkv, axis=2)
   # "highest": a TPU would multiply in bf16, and the reference would be the less exact side.
   products = jnp.einsum("BTHD,BSHD->BHTS", q32, k32, precision="highest")
   i, j, h = rows[:, None], np.arange(S, dtype=np.int32)[None, :], np.arange(H)[:, None, None]
-  if scores.score_fn is not None:
+  if plan.scores.score_fn is not None:
     i, j = attending(mask, i, j)
-  return scores(products, i, j, h.astype(np.int32), held=held), mask
+  return plan.scores(products, i, j, h.astype(np.int32), held=held), mask
 
 
 def _mask_of_heads(pattern: Pattern, H: int, rows, S: int) -> Bool[Any, "1 H T S"]:

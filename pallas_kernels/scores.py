@@ -61,7 +61,7 @@ class Scores:
     args = jax.ShapeDtypeStruct((), jnp.float32), position, position, position
     first = len(held)
     try:
-      found = functions.trace(name, function, args, held, constant=False)
+      score_fn = functions.trace(name, function, args, held, constant=False)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
       raise ValueError(
         f"{name}: is traced for one pair of JAX numbers: must branch by jax.numpy.where, and look "
@@ -71,17 +71,17 @@ class Scores:
       raise ValueError(
         f"{name}: fails for the (logit, i, j, h) of one pair: {type(error).__name__}: {error}"
       ) from error
-    if not jnp.issubdtype(found.result(name).dtype, jnp.floating):
+    if not jnp.issubdtype(score_fn.result(name).dtype, jnp.floating):
       raise ValueError(
-        f"{name}: gives {found.result(name).dtype}, must give floating point numbers"
+        f"{name}: gives {score_fn.result(name).dtype}, must give floating point numbers"
       )
     learned = [
       n
       for n, x in enumerate(held[first:], first)
       if isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
     ]
-    how = dict(score_fn=found, learned=tuple(learned))
-    return dataclasses.replace(self, **how) if not scale_is_traced else Scores(1.0, **how)
+    changes = dict(score_fn=score_fn, learned=tuple(learned))
+    return dataclasses.replace(self, **changes) if not scale_is_traced else Scores(1.0, **changes)
 
   def __call__(
     self, products: Float[Array, "..."], i, j, h, held: tuple = ()

@@ -89,6 +89,11 @@ def block_sizes(
   return TABLE.get(Key(device, kind, direction, rows, head_dim, dtype))
 
 
+def context() -> tuple[str, Any]:
+  """What sizes depend on besides the problem, for caches of what was chosen by them."""
+  return hardware.device_kind(), _forced.value
+
+
 @contextlib.contextmanager
 def override(kind: str, direction: Direction, sizes: BlockSizes | None) -> Iterator[None]:
   """Within it, in this thread, one kernel has these sizes (None: its default), table or not."""

@@ -17,6 +17,7 @@ from jaxtyping import Integer
 from jaxtyping import UInt8
 
 from pallas_kernels import api
+from pallas_kernels import hardware
 from sparse_flax import data
 from sparse_flax.model import transformer
 from sparse_flax.parallel import sharding
@@ -146,8 +147,8 @@ class Evaluator:
       "ema": True,
       "dtype": model.compute_dtype,
       "attention": attention,
-      "backend": jax.default_backend(),
-      "device": jax.devices()[0].device_kind,
+      "backend": hardware.platform(),
+      "device": hardware.device_kind(),
     }
 
 

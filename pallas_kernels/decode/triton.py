@@ -136,7 +136,7 @@ def linear(
     out_shape=jax.ShapeDtypeStruct((splits, B, F), x.dtype if splits == 1 else jnp.float32),
     grid=(pl.cdiv(B, _ROWS), pl.cdiv(F, columns), splits),
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-    interpret=_simulated(),
+    interpret=hardware.simulated("gpu"),
     name="decode_linear",
   )(layer.reshape(1), x, weight, bias, *extra)
   if splits == 1:
@@ -229,7 +229,7 @@ def attend(
     # One program for a head of a sequence: nobody has to be joined with anybody.
     grid=(B, len(heads)),
     compiler_params=triton.CompilerParams(num_warps=8),
-    interpret=_simulated(),
+    interpret=hardware.simulated("gpu"),
     name="decode_attend",
   )(layer.reshape(1), where, qkv, *tables)
   return out, list(zip(tables[::2], tables[1::2], strict=True))
@@ -313,10 +313,6 @@ def _normed(x: Array, there: Array, count: int, epsilon: float) -> Array:
   apart = jnp.where(there[None], x - mean, 0.0)
   variance = jnp.sum(apart * apart, axis=1, keepdims=True) / count
   return apart * jax.lax.rsqrt(variance + epsilon)
-
-
-def _simulated() -> bool:
-  return hardware.platform() != "gpu"
 
 
 def _precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:

@@ -4,6 +4,7 @@ from pallas_kernels.mosaic_gpu.backend import backward
 from pallas_kernels.mosaic_gpu.backend import forward
 from pallas_kernels.mosaic_gpu.backend import lse_of_natural
 from pallas_kernels.mosaic_gpu.backend import natural_lse
+from pallas_kernels.mosaic_gpu.backend import planned
 from pallas_kernels.mosaic_gpu.backend import unsupported
 from pallas_kernels.mosaic_gpu.cudnn import cudnn_attention
 from pallas_kernels.mosaic_gpu.cudnn import cudnn_serves
@@ -15,5 +16,6 @@ __all__ = [
   "forward",
   "lse_of_natural",
   "natural_lse",
+  "planned",
   "unsupported",
 ]

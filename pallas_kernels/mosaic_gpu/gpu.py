@@ -36,7 +36,7 @@ wgmma = plgpu.wgmma
 
 def simulated() -> bool:
   """Whether kernels run in Pallas's simulator: where programs are not built for an NVIDIA GPU."""
-  return hardware.platform() != "gpu"
+  return hardware.simulated("gpu")
 
 
 def num_multiprocessors() -> int:

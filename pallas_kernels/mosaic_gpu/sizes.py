@@ -9,16 +9,20 @@ from typing import NamedTuple
 
 from pallas_kernels import tuning
 from pallas_kernels.mosaic_gpu import stream
-from pallas_kernels.mosaic_gpu import stream_backward
-from pallas_kernels.mosaic_gpu import stream_forward
-from pallas_kernels.mosaic_gpu.backward import KEPT_TILES
-from pallas_kernels.mosaic_gpu.forward import window_tiles
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.resident.tiles import MAX_TILES_WITH_DS
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
+from pallas_kernels.mosaic_gpu.window import schedule
+from pallas_kernels.mosaic_gpu.window import share
 
-SHARED_BYTES = 226 * 1024  # of 227 that a block of threads can have; the rest is for barriers
+SHARED_BYTES = 226 * 1024  # of 227 that a thread block can have; the last one is for barriers
 MAX_REACH = 4  # tiles before a query's own in a window whose steps are unrolled
+# dk and dv of a key tile are accumulators of one warpgroup, (Dk + Dv) / 2 registers of a thread:
+# 128, beside 64 for S and dP. Wider heads stream, dk and dv in a launch each.
+MAX_HEADS_SIZE = 256
+DS_BYTES = 2 * TILE * TILE  # a tile of dS^T
+ROW_BYTES = 2 * 4 * TILE  # lse and delta of a tile
 
 
 class Problem(NamedTuple):
@@ -48,7 +52,7 @@ class Problem(NamedTuple):
 
 
 def resident(problem: Problem, merged: bool) -> dict[str, int] | None:
-  """For `forward.resident`; None where its sequences do not fit."""
+  """For `resident.forward`; None where its sequences do not fit."""
   view, nt, (Dk, Dv) = problem.view, problem.view.num_tiles, (problem.Dk, problem.Dv)
   of_v = nt * (2 if merged or Dk != Dv else 1)  # the result is staged where q was, if it can be
   if view.kind == "natural" or problem.tiles(2 * nt, of_v) > SHARED_BYTES:
@@ -59,7 +63,7 @@ def resident(problem: Problem, merged: bool) -> dict[str, int] | None:
 
 
 def window(problem: Problem) -> dict[str, int] | None:
-  """For `forward.window`; None where the window is too wide for it."""
+  """For `window.forward`; None where the window is too wide for it."""
   reach, tuned = _reach(problem), problem.tuned("fwd")
   if reach is None:
     return None
@@ -68,16 +72,16 @@ def window(problem: Problem) -> dict[str, int] | None:
   for W in range(most, 0, -1):
     walks = tuned.block_k < (W + reach) * TILE if tuned else D > 64 or reach > 2
     for stages in range(tuned.stages if tuned else 3 if walks else 2, 0, -1):
-      _, ring = window_tiles(reach, W, stages, walks)
-      if problem.tiles(2 * W + ring, W + ring) <= SHARED_BYTES:
+      _, keys = schedule.tiles_of_keys(reach, W, stages, walks)
+      if problem.tiles(schedule.QUERY_STEPS * W + keys, W + keys) <= SHARED_BYTES:
         return dict(warpgroups=W, stages=stages, walks=walks)
   return None
 
 
 def resident_backward(problem: Problem) -> dict[str, int] | None:
-  """For `backward.resident`; None where its sequences do not fit in shared memory or registers."""
+  """For `resident.backward`; None where its sequences do not fit shared memory or registers."""
   view, nt, (Dk, Dv) = problem.view, problem.view.num_tiles, (problem.Dk, problem.Dv)
-  if view.kind == "natural" or Dk + Dv > 256:
+  if view.kind == "natural" or Dk + Dv > MAX_HEADS_SIZE:
     return None
   if tuned := problem.tuned("bwd"):
     own_tiles, warpgroups = tuned.block_q // TILE, tuned.warpgroups
@@ -85,40 +89,42 @@ def resident_backward(problem: Problem) -> dict[str, int] | None:
     own_tiles, warpgroups = 2, 2 if Dk >= 128 or nt >= 4 else 1
   for own in range(min(own_tiles, nt), 0, -1):
     W = min(warpgroups, own)
-    kept = nt * (nt + 1) // 2 if own >= nt and nt <= KEPT_TILES else 0
+    # Of every pair of tiles, where one thread block owns a whole sequence.
+    num_ds = nt * (nt + 1) // 2 if own >= nt and nt <= MAX_TILES_WITH_DS else 0
     shared = problem.tiles(nt + own + (W if Dk != Dv else 0), nt + own + W)
-    if shared + 2 * TILE * TILE * kept + 2 * 4 * TILE * nt <= SHARED_BYTES:
+    if shared + DS_BYTES * num_ds + ROW_BYTES * nt <= SHARED_BYTES:
       return dict(own_tiles=own, warpgroups=W)
   return None
 
 
 def window_backward(problem: Problem) -> dict[str, int] | None:
-  """For `backward.window`; None where the window is too wide for it."""
+  """For `window.backward`; None where the window is too wide for it."""
   reach, tuned, (Dk, Dv) = _reach(problem), problem.tuned("bwd"), (problem.Dk, problem.Dv)
-  # A sum of dq for each tile of the window has to fit the registers of a warpgroup.
-  if reach is None or Dk + Dv > 256 or (reach + 1) * Dk // 2 > 192:
+  if reach is None or Dk + Dv > MAX_HEADS_SIZE:
+    return None
+  if share.dq_registers(reach, Dk) > share.MAX_DQ_REGISTERS:
     return None
   # Two for wider tiles share less memory ahead; three would want more registers than there are.
   most = min(tuned.warpgroups, 2) if tuned else 2 if Dk + Dv <= 64 else 1
   for W in range(min(most, reach + 1), 0, -1):
-    found = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
+    stages = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
 
-    def fits(more, W=W):
-      query, key, out, result = more.values()
+    def fits(stages, W=W):
+      query, key, out, result = stages.values()
       of_k, of_v = query + key, query + key + out + W * result
       if Dk != Dv:
         of_k += W + 1
-      rest = 2 * TILE * TILE * W * (reach + 1) + 2 * 4 * TILE * query  # dS; lse and delta
-      return problem.tiles(of_k, of_v) + rest <= SHARED_BYTES
+      others = DS_BYTES * W * (reach + 1) + ROW_BYTES * query
+      return problem.tiles(of_k, of_v) + others <= SHARED_BYTES
 
     # What is left of the memory goes, in turn, to what is waited for.
-    more = ["out_stages", "query_stages", "key_stages", "query_stages", "key_stages"]
-    more += ["result_stages"] if Dk == Dv else []
-    if fits(found):
-      for name in more:
-        larger = found | {name: found[name] + 1}
-        found = larger if fits(larger) else found
-      return dict(warpgroups=W, **found)
+    by_need = ["out_stages", "query_stages", "key_stages", "query_stages", "key_stages"]
+    by_need += ["result_stages"] if Dk == Dv else []
+    if fits(stages):
+      for name in by_need:
+        larger = stages | {name: stages[name] + 1}
+        stages = larger if fits(larger) else stages
+      return dict(warpgroups=W, **stages)
   return None
 
 
@@ -150,9 +156,9 @@ def streamed(problem: Problem) -> Streamed:
 
   D = problem.Dk, problem.Dv
   return Streamed(
-    forward=of("fwd", stream_forward.default_blocks(*D)),
-    dq=of("bwd", stream_backward.default_dq_blocks(*D)),
-    dkv=of("bwd", stream_backward.default_dkv_blocks(*D)),
+    forward=of("fwd", stream.forward_blocks(*D)),
+    dq=of("bwd", stream.dq_blocks(*D)),
+    dkv=of("bwd", stream.dkv_blocks(*D)),
   )
 
 
@@ -171,11 +177,11 @@ def listed(Dk: int, Dv: int, segments: bool) -> Streamed:
       dq=sizes(step=64, stages=3),
       dkv=sizes(step=64, stages=4),
     )
-  one = sizes(step=64, warpgroups=1)
+  narrow = sizes(step=64, warpgroups=1)
   # Two stages of dq and their segment ids are 80 bytes more than there are.
   full = segments and Dk + Dv == 512
   return Streamed(
     forward=sizes(step=64, stages=2 if D <= 192 else 1),
-    dq=dataclasses.replace(one, stages=1) if full else one,
-    dkv=one,
+    dq=dataclasses.replace(narrow, stages=1) if full else narrow,
+    dkv=narrow,
   )

@@ -3,17 +3,71 @@
 Logits are x = q k before the scale; a weight is exp2(c (x - top)), c = scale log2(e), top the
 largest x of the row so far. x c - top c is one operation that rounds once, but top c was rounded
 before: of logits near 1e10 float32 keeps 2^10, and exp2 must not meet such an error.
+
+A softmax over some keys is a `State`, and so is (out, lse, 1) of a softmax that is finished: a
+kernel takes up where another one ended, which merges the passes of a union into one softmax.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.gpu import TILE
 
 NO_MAXIMUM = -1e30  # of a row before its first key: finite, so that exp2(-inf - it) is 0
 HUGE = 2.0**20  # from here on float32 keeps less than an eighth of a logit in base 2
+
+
+class State(NamedTuple):
+  """The softmax of a tile of queries over the keys so far.
+
+  Attributes:
+    total: [rows, Dv], the sum of weights times values.
+    top: [rows], the largest logit.
+    weight: [rows], the sum of weights.
+  """
+
+  total: jax.Array
+  top: jax.Array
+  weight: jax.Array
+
+
+def start(Dv: int) -> State:
+  """Before any key."""
+  return State(gpu.zeros((TILE, Dv)), gpu.full((TILE,), NO_MAXIMUM), gpu.full((TILE,), 0.0))
+
+
+def resume(out, lse, scale: float) -> State:
+  """What ended in `out`, a tile in shared memory, and `lse`, of base 2."""
+  total = gpu.load(out, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
+  top = jnp.maximum(lse * (1 / (scale * gpu.LOG2E)), NO_MAXIMUM)
+  # A row that had no key goes on from nothing.
+  return State(total, top, jnp.where(lse > NO_MAXIMUM, 1.0, 0.0))
+
+
+def rescale(state: State | None, xs, scale: float, Dv: int | None = None):
+  """Weights of the logits `xs`, and the state with their keys, but for the values of these.
+
+  The values are the caller's to add to `total`, which is in units of the new maximum. A state of
+  None, before any key, saves the rescaling and takes `Dv`.
+  """
+  ps, top, factor = weights(xs, None if state is None else state.top, scale)
+  weight = functools.reduce(jnp.add, ps).sum(axis=1)
+  if state is None:
+    return ps, State(gpu.zeros((TILE, Dv)), top, weight)
+  total = state.total * gpu.over_columns(factor, state.total.shape[1])
+  return ps, State(total, top, state.weight * factor + weight)
+
+
+def store(state: State, out, scale: float):
+  """Writes the result of a state to shared memory and returns its lse."""
+  mean, lse = finish(*state, scale)
+  out[...] = mean.astype(out.dtype)
+  return lse
 
 
 def weights(xs, top, scale):

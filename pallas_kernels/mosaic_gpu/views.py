@@ -7,9 +7,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.gpu import TILE
-from pallas_kernels.passes import Pass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,156 +9,126 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
-from jaxtyping import Bool
 from jaxtyping import Float
-from jaxtyping import Int
 
 from pallas_kernels import functions
-from pallas_kernels import partitioning
-from pallas_kernels import passes
 from pallas_kernels import patterns
+from pallas_kernels.lowering import heads
+from pallas_kernels.lowering.plan import Arrays
+from pallas_kernels.lowering.plan import Group
+from pallas_kernels.lowering.plan import Plan
+from pallas_kernels.mosaic_tpu import launches
 from pallas_kernels.mosaic_tpu import steps
+from pallas_kernels.mosaic_tpu import views
 from pallas_kernels.mosaic_tpu.operands import LANES
-from pallas_kernels.mosaic_tpu.views import add_heads
-from pallas_kernels.mosaic_tpu.views import Launches
 from pallas_kernels.patterns import Pattern
-from pallas_kernels.scores import Scores
 
 DTYPES = ("bfloat16", "float32")
 _LOOKUPS = ("gather", "dynamic_slice", "argmax", "sort", "scan", "while", "cond")
 
 
-def unsupported(
-  q: Array,
-  k: Array,
-  v: Array,
-  segment_ids: Array | None,
-  block_mask: Array | None,
-  *,
-  pattern: Pattern,
-  scores: Scores,
-  block_size: int,
-) -> str | None:
+def unsupported(plan: Plan) -> str | None:
   """Why these kernels cannot compute this, and what they can; None where they can."""
-  if q.dtype.name not in DTYPES:
-    return f"mosaic_tpu: {q.dtype.name} is not supported, {' and '.join(DTYPES)} are"
-  if max(q.shape[-1], v.shape[-1]) > 256:
-    sizes = q.shape[-1], v.shape[-1]
-    return f"mosaic_tpu: head sizes {sizes} are not supported, those up to 256 are"
-  if not isinstance(q.shape[0], int):
-    return f"mosaic_tpu: a symbolic batch {q.shape[0]} is not supported"
-  if functions.holds(pattern) or (scores.score_fn is not None and scores.score_fn.places):
+  if plan.dtype.name not in DTYPES:
+    return f"mosaic_tpu: {plan.dtype.name} is not supported, {' and '.join(DTYPES)} are"
+  if max(plan.Dk, plan.Dv) > 256:
+    return f"mosaic_tpu: head sizes {plan.Dk, plan.Dv} are not supported, those up to 256 are"
+  if not isinstance(plan.B, int):
+    return f"mosaic_tpu: a symbolic batch {plan.B} is not supported"
+  score_fn = plan.scores.score_fn
+  if functions.holds(plan.pattern) or (score_fn is not None and score_fn.places):
     return "mosaic_tpu: functions that hold arrays, and a traced scale, are not supported"
-  if partitioning.heads_may_be_numbered(q, k, v, pattern=pattern, scores=scores):
+  if plan.heads_are_numbered:
     return "mosaic_tpu: a score_fn of head numbers is not supported where heads may be sharded"
-  for heads, group in _lowered(pattern, q, k, segment_ids, block_mask, scores):
-    for one in group:
-      if one.pattern is not None and not _is_formula(one.pattern):
-        return f"mosaic_tpu: {one.pattern} is not supported, its pairs are no formula"
-      launches = Launches(heads, one, q, k, v, segment_ids, block_mask, scores, block_size)
-      if launches.block is None:
-        sizes = ", ".join(map(str, launches.block_sizes))
-        return (
-          f"mosaic_tpu: blocks of {sizes} are not supported, multiples of 8 that divide 512 are"
-        )
-      words = launches.words()
-      if words > steps.MOST:
-        return f"mosaic_tpu: lists of {words:,} words exceed {steps.MOST:,} of scalar memory"
+  each = (view for group in planned(plan).groups for view in group.kernels)
+  return next(filter(None, map(_unsupported_view, each)), None)
+
+
+def _unsupported_view(view: views.View) -> str | None:
+  pass_ = view.pass_
+  if pass_.pattern is not None and not _is_formula(pass_.pattern):
+    return f"mosaic_tpu: {pass_.pattern} is not supported, its pairs are no formula"
+  if view.block is None:
+    sizes = ", ".join(map(str, views.block_sizes(view.plan, pass_)))
+    return f"mosaic_tpu: blocks of {sizes} are not supported, multiples of 8 that divide 512 are"
+  if (words := view.words()) > steps.MOST:
+    return f"mosaic_tpu: lists of {words:,} words exceed {steps.MOST:,} of scalar memory"
   return None
 
 
-def forward(
-  q: Float[Array, "B T H Dk"],
-  k: Float[Array, "B S Hkv Dk"],
-  v: Float[Array, "B S Hkv Dv"],
-  segment_ids: Int[Array, "B T"] | None,
-  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
-  *,
-  pattern: Pattern,
-  scores: Scores,
-  block_size: int,
-  held: tuple[Array, ...] = (),
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+def planned(plan: Plan) -> Plan:
+  """With a view for every pass of all heads."""
+  groups = []
+  for group in _lowered(plan):
+    each = tuple(views.view_of(plan, group.heads, pass_) for pass_ in group.passes)
+    groups.append(dataclasses.replace(group, kernels=each))
+  return dataclasses.replace(plan, groups=tuple(groups))
+
+
+def _lowered(plan: Plan) -> tuple[Group, ...]:
+  """Heads and their passes; those that share keys, but not their summaries, apart."""
+  # What speaks of positions, or differs in queries and keys, has one view.
+  lowered = plan.lowered(natural=bool(plan.extras - {"logits"}))
+  if plan.Hkv == plan.H:
+    return lowered
+  groups = []
+  for group in lowered:
+    num_starts = max(len(pass_.starts) or 1 for pass_ in group.passes)
+    for n in range(min(num_starts, len(group.heads))):
+      with_start = lambda pass_, n=n: dataclasses.replace(pass_, starts=pass_.starts[n : n + 1])
+      passes = tuple(with_start(pass_) if pass_.starts else pass_ for pass_ in group.passes)
+      groups.append(Group(group.heads[n::num_starts], passes))
+  return tuple(groups)
+
+
+def forward(plan: Plan, arrays: Arrays) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
   """Result and natural log-sum-exp."""
-  assert not held, "unsupported() refuses functions that hold arrays"
-  masks = segment_ids, block_mask, scores, block_size
-  groups = _lowered(pattern, q, k, segment_ids, block_mask, scores)
+  assert not arrays.held, "unsupported() refuses functions that hold arrays"
   parts = []
-  for heads, group in groups:
-    found = [Launches(heads, one, q, k, v, *masks).forward(q, k, v) for one in group]
-    parts.append(functools.reduce(_merge, found))
-  return tuple(_join(x, groups) for x in zip(*parts, strict=True))
+  for group in plan.groups:
+    out, lse = launches.forward(group.kernels[0], arrays)
+    for view in group.kernels[1:]:
+      both, lse = heads.merge(out, lse, *launches.forward(view, arrays))
+      out = both.astype(out.dtype)
+    parts.append((out, lse))
+  return tuple(_join(plan, x) for x in zip(*parts, strict=True))
 
 
-def natural_lse(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T H"]:
-  """The natural log-sum-exp, from what `forward` returned."""
-  del arrays, how
-  return lse
+def natural_lse(plan: Plan, residual: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+  """What `forward` returned."""
+  del plan
+  return residual
 
 
-def lse_of_natural(lse: Float[Array, "B T H"], *arrays, **how) -> Float[Array, "B T H"]:
-  """What `forward` returned, from the natural log-sum-exp."""
-  del arrays, how
+def lse_of_natural(plan: Plan, lse: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+  """What `forward` returned."""
+  del plan
   return lse
 
 
 def backward(
-  q: Float[Array, "B T H Dk"],
-  k: Float[Array, "B S Hkv Dk"],
-  v: Float[Array, "B S Hkv Dv"],
-  segment_ids: Int[Array, "B T"] | None,
-  block_mask: Bool[Array, "Bm Hm nq nk"] | None,
+  plan: Plan,
+  arrays: Arrays,
   out: Float[Array, "B T H Dv"],
-  lse: Float[Array, "B T H"],
+  residual: Float[Array, "B T H"],
   dout: Float[Array, "B T H Dv"],
   dlse: Float[Array, "B T H"] | None,
-  *,
-  pattern: Pattern,
-  scores: Scores,
-  block_size: int,
-  held: tuple[Array, ...] = (),
-) -> tuple[Float[Array, "B T H Dk"], Float[Array, "B S Hkv Dk"], Float[Array, "B S Hkv Dv"]]:
+) -> Arrays:
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
-  assert not held, "unsupported() refuses functions that hold arrays"
+  assert not arrays.held, "unsupported() refuses functions that hold arrays"
   delta = _row_sums(out, dout)
   delta = delta if dlse is None else delta - dlse
-  empty = lse == -jnp.inf
-  delta, lse = jnp.where(empty, 0.0, delta), jnp.where(empty, jnp.inf, lse)
-  masks = segment_ids, block_mask, scores, block_size
-  groups = _lowered(pattern, q, k, segment_ids, block_mask, scores)
+  empty = residual == -jnp.inf
+  delta, lse = jnp.where(empty, 0.0, delta), jnp.where(empty, jnp.inf, residual)
   parts = []
-  for heads, group in groups:
-    some = len(heads) < q.shape[2]
-    mine = [x[:, :, np.asarray(heads)] if some else x for x in (dout, lse, delta)]
-    grads = [Launches(heads, one, q, k, v, *masks).backward(q, k, v, *mine) for one in group]
+  for group in plan.groups:
+    rows = [heads.take(x, group.heads) for x in (dout, lse, delta)]
+    grads = [launches.backward(view, arrays, *rows) for view in group.kernels]
     parts.append([_sum(x) for x in zip(*grads, strict=True)])
-  dq, dk, dv = (_join(x, groups) for x in zip(*parts, strict=True))
-  dk, dv = (add_heads(x, k.shape[2]) for x in (dk, dv))
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
-
-
-def _lowered(pattern: Pattern, q, k, segment_ids, block_mask, scores: Scores):
-  """Heads, and their passes. What speaks of positions, or differs in queries and keys: one view."""
-  plain = not scores.of_positions and segment_ids is None and block_mask is None
-  natural = not plain or not pattern.causal or q.shape[1] != k.shape[1]
-  lowered = passes.lower(pattern, q.shape[2], natural)
-  if any(
-    one.view == "summaries" and one.stride > q.shape[1] for _, group in lowered for one in group
-  ):
-    lowered = passes.lower(pattern, q.shape[2], natural=True)  # no view of whole rows
-  if q.shape[2] == k.shape[2]:
-    return lowered
-  groups = []
-  for heads, group in lowered:
-    several = max(len(one.starts) or 1 for one in group)
-    for n in range(several):  # heads of queries that share keys, but not their summaries
-      mine = tuple(heads[n::several])
-      with_start = lambda one, n=n: dataclasses.replace(one, starts=one.starts[n : n + 1])
-      if mine:
-        groups.append((mine, tuple(with_start(one) if one.starts else one for one in group)))
-  return groups
+  dq, dk, dv = (_join(plan, x) for x in zip(*parts, strict=True))
+  dk, dv = (heads.sum_per_key_head(x, plan.Hkv) for x in (dk, dv))
+  return plan.gradients(arrays, *(x.astype(plan.dtype) for x in (dq, dk, dv)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -175,24 +145,6 @@ def _is_formula(pattern: Pattern) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ arrays
-
-
-def _merge(a, b):
-  """One softmax over two disjoint key sets, each one's (out, lse)."""
-  (out_a, lse_a), (out_b, lse_b) = a, b
-  lse = jnp.logaddexp(lse_a, lse_b)
-  weight = lambda x: jnp.exp(x - jnp.where(lse == -jnp.inf, 0.0, lse))[..., None]
-  out = weight(lse_a) * out_a.astype(jnp.float32) + weight(lse_b) * out_b.astype(jnp.float32)
-  return out.astype(out_a.dtype), lse
-
-
-def _join(parts, groups):
-  """The heads of groups, [B, T, Hg, ...] each, in order."""
-  if len(parts) == 1:
-    return parts[0]
-  heads = np.concatenate([np.asarray(heads) for heads, _ in groups])
-  widest = max((x.dtype for x in parts), key=lambda dtype: dtype.itemsize)  # sums are wider
-  return jnp.concatenate([x.astype(widest) for x in parts], axis=2)[:, :, np.argsort(heads)]
 
 
 def _row_sums(a, b):
@@ -214,3 +166,7 @@ def _sum(parts):
   if len(parts) == 1:
     return parts[0]
   return sum(x.astype(jnp.float32) for x in parts)
+
+
+def _join(plan: Plan, parts) -> Array:
+  return heads.join(parts, [group.heads for group in plan.groups])

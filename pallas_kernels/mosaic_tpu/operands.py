@@ -68,19 +68,19 @@ class Operand:
 
   def tiles(self, ref, numbers, left=None) -> dict:
     """Tiles of a block by number, [rows, tile] each; rows from number `left` on are zeros."""
-    numbers, found = sorted(set(numbers)), {}
+    numbers, tile_of_number = sorted(set(numbers)), {}
     per_row = self.width // self.tile
     for n in numbers:
-      if n in found:
+      if n in tile_of_number:
         continue
       u, c = divmod(n, per_row)
       lanes = slice(c * self.tile, (c + 1) * self.tile)
       if not self.sublanes:
-        found[n] = ref[0, :, lanes]
+        tile_of_number[n] = ref[0, :, lanes]
       else:
-        found |= {m * per_row + c: x for m, x in self._split(ref, u, lanes).items()}
+        tile_of_number |= {m * per_row + c: x for m, x in self._split(ref, u, lanes).items()}
     whole = lambda x: x if left is None else _first_rows(x, left)
-    return {n: whole(found[n]) for n in numbers}
+    return {n: whole(tile_of_number[n]) for n in numbers}
 
   def only(self, tile, head: int):
     """A tile with zeros in the lanes of other heads."""

@@ -13,8 +13,8 @@ from jax import numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Int
 
-from pallas_kernels import blocks
-from pallas_kernels.passes import Pass
+from pallas_kernels.lowering import blocks
+from pallas_kernels.lowering.passes import Pass
 
 # Of a line; without a mask, with one (neither: skipped); nothing but a store of what is complete.
 FIRST, LAST, FULL, PARTIAL, STORE = 1, 2, 4, 8, 16
@@ -64,25 +64,25 @@ class Steps(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def steps_of(
-  one: Pass, num_queries: int, num_keys: int, block: int, rows_end: bool, transposed: bool
+  pass_: Pass, num_queries: int, num_keys: int, block: int, rows_end: bool, transposed: bool
 ) -> Steps:
   """The steps of a pass.
 
   Args:
-    one: which pairs.
+    pass_: which pairs.
     num_queries, num_keys: real ones; what fills the last block has to be masked.
     block: queries and keys of a block.
     rows_end: whether queries past the last one have to be masked too.
     transposed: whether lines are columns.
   """
   nq, nk = -(-num_queries // block), -(-num_keys // block)
-  if one.pattern is not None:
-    some, every = blocks.blocks_of(one.pattern, num_queries, num_keys, block, block)
+  if pass_.pattern is not None:
+    some, every = blocks.blocks_of(pass_.pattern, num_queries, num_keys, block, block)
   else:  # what a query sees, later ones see, and the same query's view of earlier keys
-    i0, i1 = _ends(one.query_position, nq, block, num_queries)
-    j0, j1 = _ends(one.key_position, nk, block, num_keys)
-    some = one.allowed(i1[:, None], j0[None, :])
-    every = one.allowed(i0[:, None], j1[None, :])
+    i0, i1 = _ends(pass_.query_position, nq, block, num_queries)
+    j0, j1 = _ends(pass_.key_position, nk, block, num_keys)
+    some = pass_.allowed(i1[:, None], j0[None, :])
+    every = pass_.allowed(i0[:, None], j1[None, :])
   whole = lambda n, size: (np.arange(n) + 1) * block <= size
   every = every & some & whole(nk, num_keys)
   if rows_end:

@@ -153,12 +153,11 @@ def _of_pattern(pattern, S):
       return [(Columns(min(stride, S), blocks(stride)), pattern)]
     case patterns.Summary(stride, width):
       return [(Summaries(stride, pattern.start, width, blocks(stride)), pattern)]
-    case patterns.Strided(stride):
-      return _of_pattern(patterns.Local(stride) | patterns.Column(stride), S)
-    case patterns.Union((patterns.Block(stride), patterns.Summary(period, width) as summary)) if (
-      stride == period  # fixed: the block that t lies in is in the ring
-    ):
-      earlier = Summaries(stride, summary.start, width, blocks(stride) - 1)
+    case patterns.Strided():
+      return _of_pattern(pattern.union, S)
+    case patterns.Union() if summary := patterns.summary_of(pattern):
+      stride = summary.stride  # the block that t lies in is in the ring
+      earlier = Summaries(stride, summary.start, summary.width, blocks(stride) - 1)
       return [*_of_pattern(patterns.Block(stride), S), *([(earlier, summary)] * (earlier.size > 0))]
     case patterns.Union(members):
       return [kept for member in members for kept in _of_pattern(member, S)]

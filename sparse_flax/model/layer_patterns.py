@@ -64,6 +64,5 @@ def make_pattern(
       return patterns.Block(stride)
     case "fixed":
       return patterns.Fixed(stride, summary_width, sub_blocks)
-  offsets = range(0, sub_blocks * summary_width, summary_width)
-  summaries = tuple(patterns.Summary(stride, summary_width, offset) for offset in offsets)
+  summaries = patterns.Fixed(stride, summary_width, sub_blocks).summaries
   return summaries[0] if sub_blocks == 1 else patterns.PerHead(summaries)

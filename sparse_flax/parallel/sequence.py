@@ -19,13 +19,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
 
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
-from pallas_kernels import xla
+from pallas_kernels.lowering import heads
 
 Part = tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]
 
@@ -55,20 +54,12 @@ def problem(pattern: patterns.Pattern, length: int, n: int) -> str | None:
       case patterns.Block(stride=stride) | patterns.Summary(stride=stride):
         if own % stride:
           return f"divide the {length / stride:g} rows of {stride} tokens"
-      case patterns.Union() if summary := _summary_of(one):
+      case patterns.Union() if summary := patterns.summary_of(one):
         if own % summary.stride:
           return f"divide the {length / summary.stride:g} rows of {summary.stride} tokens"
       case _:
         return f"be 1 for {one}, which would gather the whole sequence"
   return None
-
-
-def _summary_of(union: patterns.Union) -> patterns.Summary | None:
-  """The second part of blocks with their summaries, `Fixed` for one head; None for other unions."""
-  if {type(part) for part in union.patterns} != {patterns.Block, patterns.Summary}:
-    return None
-  block, summary = sorted(union.patterns, key=lambda part: type(part) is patterns.Summary)
-  return summary if len(union.patterns) == 2 and block.stride == summary.stride else None
 
 
 def attend(
@@ -95,18 +86,13 @@ def attend(
   if text := problem(pattern, n * q.shape[1], n):
     raise ValueError(f"sequence={n} devices must {text}")
   call = functools.partial(sparse_attention, implementation=implementation, return_lse=True)
-  shifts = isinstance(pattern, patterns.Fixed) and q.shape[2] % pattern.period == 0
-  heads_of = {pattern: [*range(q.shape[2])]} if shifts else {}
-  for h in range(0 if shifts else q.shape[2]):
-    heads_of.setdefault(pattern.of_head(h), []).append(h)
+  split_fixed = q.shape[2] % pattern.period != 0
+  groups = heads.by_pattern(pattern, q.shape[2], split_fixed=split_fixed)
   results = []
-  for one, heads in heads_of.items():
-    rows = (q, k, v) if len(heads) == q.shape[2] else (x[:, :, np.array(heads)] for x in (q, k, v))
-    results.append(_attend(*rows, pattern=one, axis=axis, call=call)[0].astype(q.dtype))
-  if len(results) == 1:
-    return results[0]
-  place = np.argsort([h for heads in heads_of.values() for h in heads])
-  return jnp.concatenate(results, axis=2)[:, :, place]
+  for of_group, shared in groups:
+    rows = (heads.take(x, of_group) for x in (q, k, v))
+    results.append(_attend(*rows, pattern=shared, axis=axis, call=call)[0].astype(q.dtype))
+  return heads.join(results, [of_group for of_group, _ in groups])
 
 
 def _attend(q, k, v, *, pattern, axis, call) -> Part:
@@ -114,26 +100,26 @@ def _attend(q, k, v, *, pattern, axis, call) -> Part:
   match pattern:
     case patterns.Local(window=window):
       near = call(q, k, v, pattern=pattern)
-      return xla.merge(*near, *_window_before(q, k, v, window=window, axis=axis, call=call))
+      return heads.merge(*near, *_window_before(q, k, v, window=window, axis=axis, call=call))
     case patterns.Column(stride=stride):
       return _columns(q, k, v, stride=stride, axis=axis, call=call, skip=0)
     case patterns.Strided(stride=stride):
       local = patterns.Local(stride)
       near = _attend(q, k, v, pattern=local, axis=axis, call=call)
       # Of a token's own column the window has the token itself.
-      return xla.merge(*near, *_columns(q, k, v, stride=stride, axis=axis, call=call, skip=1))
+      return heads.merge(*near, *_columns(q, k, v, stride=stride, axis=axis, call=call, skip=1))
     case patterns.Block():
       return call(q, k, v, pattern=pattern)
-    case patterns.Summary(stride=stride, width=width, start=start):
-      how = dict(stride=stride, width=width, starts=(start,))
-    case patterns.Fixed(stride=stride, summary=width, num_subblocks=num):
-      how = dict(stride=stride, width=width, starts=[stride - (1 + x) * width for x in range(num)])
-    case patterns.Union() if summary := _summary_of(pattern):
-      how = dict(stride=summary.stride, width=summary.width, starts=(summary.start,))
+    case patterns.Summary():
+      summaries = (pattern,)
+    case patterns.Fixed(summaries=summaries):
+      pass
+    case patterns.Union() if summary := patterns.summary_of(pattern):
+      summaries = (summary,)
     case _:
       raise ValueError(f"{pattern}: cannot be shared out over a sequence axis")
   near = call(q, k, v, pattern=pattern)
-  return xla.merge(*near, *_summaries_before(q, k, v, axis=axis, call=call, **how))
+  return heads.merge(*near, *_summaries_before(q, k, v, summaries=summaries, axis=axis, call=call))
 
 
 def _window_before(q, k, v, *, window, axis, call) -> Part:
@@ -168,17 +154,18 @@ def _columns(q, k, v, *, stride, axis, call, skip) -> Part:
   return back(out), back(lse)
 
 
-def _summaries_before(q, k, v, *, stride, width, starts, axis, call) -> Part:
-  """All queries against the summaries of the devices before; head h has starts[h % len(starts)]."""
-  n = jax.lax.axis_size(axis)
+def _summaries_before(q, k, v, *, summaries, axis, call) -> Part:
+  """All queries against the summaries of the devices before; heads take turns at `summaries`."""
+  n, stride, width = jax.lax.axis_size(axis), summaries[0].stride, summaries[0].width
+  starts = [summary.start for summary in summaries]
   num, (B, own, H, _) = len(starts), q.shape
 
-  def summaries(x):
+  def of_blocks(x):
     x = x.reshape(B, own // stride, stride, H // num, num, -1)
     x = jnp.stack([x[:, :, a : a + width, :, c] for c, a in enumerate(starts)], axis=4)
     return x.reshape(B, own // stride * width, H, -1)
 
-  joint = summaries(jnp.concatenate([k, v], axis=-1))
+  joint = of_blocks(jnp.concatenate([k, v], axis=-1))
   keys = joint.shape[1]
   k, v = jnp.split(jax.lax.all_gather(joint, axis, axis=1, tiled=True), [k.shape[-1]], axis=-1)
   # Blocks of keys of one device each, of a size that kernels have.

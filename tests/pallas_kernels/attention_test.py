@@ -12,7 +12,9 @@ from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
 from pallas_kernels import xla
+from pallas_kernels.lowering.plan import of_call
 from pallas_kernels.scores import Scores
+from pallas_kernels.xla import sizes as xla_sizes
 from tests.helpers.arrays import assert_close
 from tests.helpers.arrays import assert_near
 from tests.helpers.arrays import Case
@@ -346,17 +348,19 @@ def test_dense_repeats_bit_by_bit_unless_told_otherwise(D):
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
   """The same numbers when whole problems, tiles and chunks are small, so that all loops turn."""
-  monkeypatch.setattr(xla, "_WHOLE", 16)
-  monkeypatch.setattr(xla, "_TILE", 4)
-  monkeypatch.setattr(xla, "_LOGITS", 64)
+  monkeypatch.setattr(xla_sizes, "WHOLE", 16)
+  monkeypatch.setattr(xla_sizes, "TILE", 4)
+  monkeypatch.setattr(xla_sizes, "LOGITS", 64)
   case = Case(EVERY_PATTERN[name], T=37, Hkv=2, Dv=6, segments=3)
   q, k, v, ids, dout, dlse = case.arrays()
-  how = dict(pattern=case.pattern, scores=Scores(case.Dk**-0.5), block_size=128)
+  how = dict(pattern=case.pattern, scores=Scores(case.Dk**-0.5), segment_ids=ids)
 
-  @jax.jit  # not through the door, whose programs for the usual sizes would be found again
+  @jax.jit  # not by `sparse_attention`, whose programs for the usual sizes would be found again
   def run(q, k, v, dout, dlse):
-    out, lse = xla.forward(q, k, v, ids, None, **how)
-    return out, lse, *xla.backward(q, k, v, ids, None, out, lse, dout, dlse, **how)
+    plan, arrays = of_call(q, k, v, **how)
+    plan = xla.planned(plan)
+    out, lse = xla.forward(plan, arrays)
+    return out, lse, *xla.backward(plan, arrays, out, lse, dout, dlse)[:3]
 
   got = run(q, k, v, dout, dlse)
   truth = jitted_vjp(attend(case, "reference", ids), q, k, v, dout, dlse)

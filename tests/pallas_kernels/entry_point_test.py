@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
-from pallas_kernels import xla
+from pallas_kernels.xla import sizes as xla_sizes
 from tests.helpers.arrays import assert_close
 from tests.helpers.arrays import EVERY_PATTERN
 
@@ -81,8 +81,8 @@ def sizes(request, monkeypatch):
   """Problems solved whole, or in small tiles."""
   if request.param == "tiles":
     jax.clear_caches()
-    for name, value in dict(_WHOLE=16, _TILE=4, _LOGITS=64).items():
-      monkeypatch.setattr(xla, name, value)
+    for name, value in dict(WHOLE=16, TILE=4, LOGITS=64).items():
+      monkeypatch.setattr(xla_sizes, name, value)
     yield
     jax.clear_caches()
   else:

@@ -17,9 +17,9 @@ from jax.sharding import AxisType
 from pallas_kernels import api
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
-from pallas_kernels import xla
-from pallas_kernels.mosaic_gpu import formula
+from pallas_kernels.mosaic_gpu.stream import formula
 from pallas_kernels.scores import Scores
+from pallas_kernels.xla import sizes
 from tests.helpers.arrays import assert_close
 from tests.helpers.arrays import EVERY_PATTERN
 
@@ -36,8 +36,8 @@ def arrays(T: int, B: int = 1, D: int = 4):
 def tiles(monkeypatch):
   """Problems of xla in small tiles."""
   jax.clear_caches()
-  for name, value in dict(_WHOLE=16, _TILE=8, _LOGITS=256).items():
-    monkeypatch.setattr(xla, name, value)
+  for name, value in dict(WHOLE=16, TILE=8, LOGITS=256).items():
+    monkeypatch.setattr(sizes, name, value)
   yield
   jax.clear_caches()
 
@@ -547,9 +547,9 @@ def test_kernels_read_floats_of_16_bits():
   (j, i), values = np.meshgrid(*[np.arange(300, dtype=np.int32)] * 2), formula.values
   for h in range(H):
     each = tuple(lambda x=x, h=h: x[h] for x in values(scores, H, tuple(held)))
-    got, slope = formula.logits(scores, products, lambda: i, lambda: j, each)
+    got, derivative = formula.logits(scores, products, lambda: i, lambda: j, each)
     np.testing.assert_array_equal(got, scores(products, i, j, h, held=tuple(held)))
-    np.testing.assert_array_equal(slope, 1)
+    np.testing.assert_array_equal(derivative, 1)
 
 
 NOT_HELD = {

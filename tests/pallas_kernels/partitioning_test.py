@@ -21,6 +21,7 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels import partitioning
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from pallas_kernels.lowering.plan import of_call
 from pallas_kernels.scores import Scores
 from sparse_flax import SparseSelfAttention
 from tests.helpers.arrays import assert_close
@@ -476,12 +477,12 @@ def test_gradients_of_what_a_score_fn_holds_are_summed_over_devices(implementati
 def test_kernels_for_gpus_take_their_own_lse_from_the_natural_one(name, length):
   x = jnp.zeros((2, length, 4, 64), jnp.bfloat16)
   lse = jnp.asarray(normal(2, length, 4)).at[:, 0].set(-jnp.inf)
-  how = dict(pattern=GPU_PATTERNS[name], scores=Scores(0.125), block_size=128)
-  arrays = x, x, x, None, None
-  own = mosaic_gpu.lse_of_natural(lse, *arrays, **how)
-  _, expected = jax.eval_shape(lambda: mosaic_gpu.forward(*arrays, **how))
+  plan, arrays = of_call(x, x, x, pattern=GPU_PATTERNS[name], scores=Scores(0.125))
+  plan = mosaic_gpu.planned(plan)
+  own = mosaic_gpu.lse_of_natural(plan, lse)
+  _, expected = jax.eval_shape(lambda: mosaic_gpu.forward(plan, arrays))
   assert [x.shape for x in own] == [x.shape for x in expected]
-  back = mosaic_gpu.natural_lse(own, *arrays, **how)
+  back = mosaic_gpu.natural_lse(plan, own)
   np.testing.assert_allclose(back, lse, rtol=1e-6)
 
 

@@ -14,6 +14,7 @@ from pallas_kernels import mosaic_gpu
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import xla
+from pallas_kernels.lowering.plan import of_call
 from pallas_kernels.scores import Scores
 from tests.helpers.arrays import Case
 
@@ -149,8 +150,9 @@ def is_supported(call: Call) -> bool:
   zeros = lambda *shape: jnp.asarray(np.zeros((call.B, call.T, *shape), call.dtype))
   q, k, v = zeros(call.H, call.Dk), zeros(call.Hkv, call.Dk), zeros(call.Hkv, call.Dv)
   ids = zeros().astype(jnp.int32) if call.segments else None
-  how = dict(pattern=call.pattern, scores=Scores(call.Dk**-0.5, call.soft_cap), block_size=128)
-  return mosaic_gpu.unsupported(q, k, v, ids, None, **how) is None
+  scores = Scores(call.Dk**-0.5, call.soft_cap)
+  plan, _ = of_call(q, k, v, pattern=call.pattern, scores=scores, segment_ids=ids)
+  return mosaic_gpu.unsupported(plan) is None
 
 
 # ------------------------------------------------------------------------------------------ check

@@ -29,10 +29,10 @@ import numpy as np
 from experiments.benchmark import report
 from experiments.benchmark.gpu import attention
 from experiments.benchmark.gpu import timing
-from pallas_kernels import blocks
-from pallas_kernels import lists
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from pallas_kernels.lowering import blocks
+from pallas_kernels.lowering import lists
 
 OURS = "mosaic_gpu"
 BLOCK = 128

@@ -18,9 +18,9 @@ from experiments.benchmark import report
 from experiments.benchmark.gpu import attention
 from experiments.benchmark.gpu import timing
 from pallas_kernels import hardware
-from pallas_kernels import passes
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
+from pallas_kernels.lowering import passes
 from pallas_kernels.mosaic_gpu import sizes
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.views import Band

@@ -20,9 +20,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from experiments import cli
 from experiments.benchmark.tpu import compiler
-from pallas_kernels import blocks
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from pallas_kernels.lowering import blocks
 from pallas_kernels.mosaic_tpu import steps
 from pallas_kernels.mosaic_tpu import views
 from pallas_kernels.mosaic_tpu.kernels import INTERLEAVED

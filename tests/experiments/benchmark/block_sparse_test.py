@@ -18,9 +18,9 @@ from experiments.benchmark import __main__ as command
 from experiments.benchmark.gpu import attention
 from experiments.benchmark.gpu import block_sparse
 from experiments.benchmark.gpu import timing
-from pallas_kernels import blocks
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from pallas_kernels.lowering import blocks
 from tests.helpers.arrays import assert_close
 
 T, H, BLOCK = 256, 2, 8  # 528 causal blocks: of 1/16 of them all but one lie on the diagonal

@@ -20,10 +20,11 @@ from experiments.benchmark import report
 from experiments.benchmark.gpu import attention
 from experiments.benchmark.gpu import timing
 from experiments.benchmark.gpu import tune
+from pallas_kernels import mosaic_gpu
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
-from pallas_kernels.mosaic_gpu import backend
+from pallas_kernels.lowering import plan as plans
 from pallas_kernels.scores import Scores
 from tests.helpers import benchmark_jobs
 from tests.helpers.arrays import assert_close
@@ -263,14 +264,16 @@ def test_there_are_few_candidates():
 def test_effective_sizes_are_what_the_backend_uses(kind, name):
   shape = timing.SHAPES[name]
   x = jax.ShapeDtypeStruct((shape.B, shape.T, shape.H, shape.D), jnp.bfloat16)
-  (group,) = backend._groups(attention.PATTERNS[kind](shape), x, x, x, None, None, Scores(1.0), 128)
+  plan, _ = plans.of_call(x, x, x, pattern=attention.PATTERNS[kind](shape), scores=Scores(1.0))
+  (group,) = mosaic_gpu.planned(plan).groups
   if kind == "dense" and shape.D > 64:
-    assert isinstance(group, backend._Listed) and name not in tune.DENSE_SHAPES
+    assert not group.passes and name not in tune.DENSE_SHAPES
     return
-  (sweep,) = group.sweeps
-  used = sweep.resident or sweep.window or sweep.streamed.forward
+  (sweep,) = group.kernels
+  used = sweep.streamed.forward if sweep.forward is None else dict(sweep.forward[1])
   assert tune.effective(kind, shape, "fwd", None) == used
-  used = sweep.window_backward or sweep.resident_backward or sweep.streamed._replace(forward=None)
+  streamed = sweep.streamed._replace(forward=None)
+  used = streamed if sweep.backward is None else dict(sweep.backward[1])
   assert tune.effective(kind, shape, "bwd", None) == used
   assert tune.ROWS[kind](shape) == tune.problem(kind, shape).view.M
 

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocks
-from pallas_kernels import passes
 from pallas_kernels import patterns
 from tests.helpers.arrays import EVERY_PATTERN
 

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bits
-from pallas_kernels import lists
 from pallas_kernels import patterns
 from tests.helpers.arrays import EVERY_PATTERN
 

@@ -10,8 +10,6 @@ import pytest
 from pallas_kernels import patterns
 from pallas_kernels import reference
 from pallas_kernels.mosaic_gpu import stream
-from pallas_kernels.mosaic_gpu import stream_backward
-from pallas_kernels.mosaic_gpu import stream_forward
 from pallas_kernels.scores import Scores
 
 BlockSizes, Schedule = stream.BlockSizes, stream.Schedule
@@ -92,6 +90,20 @@ CASES = {
 }
 
 
+def frame_of(case):
+  sizes = case.T, case.H, case.Hkv
+  return stream.frame_of(case.schedule, *sizes, case.heads, case.segments)
+
+
+def backward(case, q, k, v, ids, out, lse, dout, dlse=None):
+  """Gradients of the heads over the pairs of the schedule, and delta, by the two kernels."""
+  arrays, frame = (q, k, v, ids, lse), frame_of(case)
+  how = dict(out=out, dlse=dlse, scale=0.2, blocks=case.dq)
+  dq, delta = stream.dq_kernel(frame, *arrays, None, dout, **how)
+  dk, dv = stream.dkv_kernel(frame, *arrays, delta, dout, scale=0.2, blocks=case.dkv)
+  return dq, dk, dv, delta
+
+
 def arrays(case, B=1, value=None):
   """q, k, v, dout and the segment ids."""
   shapes = (case.H, case.Dk), (case.Hkv, case.Dk), (case.Hkv, case.Dv), (len(case.heads), case.Dv)
@@ -114,7 +126,6 @@ def error(got, want):
 def in_rows(case, x):
   """[B, T, Hg] in the layout of lse."""
   B, T, H = x.shape
-  frame = stream.Frame(case.schedule, T, case.H, case.Hkv, case.heads)
   x, stride = np.asarray(x, np.float32), case.schedule.stride
   if case.schedule.view == "columns":
     x = x.reshape(B, T // stride, stride, H).transpose(0, 3, 2, 1)
@@ -122,7 +133,7 @@ def in_rows(case, x):
     x = x.reshape(B, T // stride, stride, H).transpose(0, 3, 1, 2)
   else:
     x = x.transpose(0, 2, 1)[:, :, None]
-  return jnp.asarray(np.pad(x, [(0, 0)] * 3 + [(0, frame.padded - x.shape[3])]))
+  return jnp.asarray(np.pad(x, [(0, 0)] * 3 + [(0, frame_of(case).padded - x.shape[3])]))
 
 
 def expected(case, q, k, v, ids):
@@ -144,9 +155,8 @@ def expected(case, q, k, v, ids):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_equals_the_reference(case):
   q, k, v, _, ids = arrays(case)
-  out, lse = stream_forward.forward(
-    case.schedule, q, k, v, ids, scale=0.2, heads=case.heads, blocks=case.forward
-  )
+  how = dict(scale=0.2, blocks=case.forward)
+  out, lse = stream.forward_kernel(frame_of(case), q, k, v, ids, **how)
   want, want_lse, _ = expected(case, q, k, v, ids)
   assert error(out, want) < 5e-3
   rows = in_rows(case, jnp.ones_like(want_lse)) == 1
@@ -164,22 +174,15 @@ def test_gradients_equal_the_reference(case):
   out, lse, pull = expected(case, q, k, v, ids)
   dlse = jnp.where(jnp.isfinite(lse), jnp.cos(jnp.arange(case.T, dtype=jnp.float32))[:, None], 0.0)
   rows = [in_rows(case, x) for x in (lse * np.float32(np.log2(np.e)), dlse)]
-  how = dict(scale=0.2, heads=case.heads)
-  dq, dk, dv, delta = stream_backward.backward(
-    case.schedule,
-    *(q, k, v, ids, out.astype(q.dtype), rows[0], dout, rows[1]),
-    **how,
-    dq_blocks=case.dq,
-    dkv_blocks=case.dkv,
-  )
+  of_out = out.astype(q.dtype), rows[0], dout, rows[1]
+  dq, dk, dv, delta = backward(case, q, k, v, ids, *of_out)
   if case.schedule.view == "summaries":
     dk, dv = (in_place(case, x) for x in (dk, dv))
   if case.schedule.own:  # the keys of the queries' own rows are left to the schedule of blocks
     own = dataclasses.replace(case, schedule=Schedule(view="blocks", stride=case.schedule.stride))
     per_row = [in_rows(own, x[:, :, 0, : case.T].swapaxes(1, 2)) for x in (rows[0], delta)]
-    own_dk, own_dv = stream_backward.dkv_kernel(
-      own.schedule, q, k, v, ids, *per_row, dout, **how, blocks=case.dkv
-    )
+    how = dict(scale=0.2, blocks=case.dkv)
+    own_dk, own_dv = stream.dkv_kernel(frame_of(own), q, k, v, ids, *per_row, dout, **how)
     dk, dv = dk + own_dk.astype(jnp.float32), dv + own_dv.astype(jnp.float32)
   wants = pull(dout.astype(jnp.float32), dlse)
   for got, want in zip((dq, dk, dv), wants, strict=True):
@@ -199,18 +202,18 @@ def in_place(case, x):
 def test_huge_values_stay_finite():
   case = Case(natural, patterns.Dense(), T=200)
   q, k, v, dout, _ = arrays(case, value=3e4)
-  how = dict(scale=0.2, heads=case.heads)
-  out, lse = stream_forward.forward(natural, q, k, v, **how)
-  grads = stream_backward.backward(natural, q, k, v, None, out, lse, dout, **how)
+  out, lse = stream.forward_kernel(frame_of(case), q, k, v, scale=0.2)
+  grads = backward(case, q, k, v, None, out, lse, dout)
   assert error(out, expected(case, q, k, v, None)[0]) < 5e-3
   for x in (out, *grads):
     assert np.isfinite(np.asarray(x, np.float32)).all()
 
 
 def test_negative_scales_are_refused():
-  q, k, v, _, _ = arrays(CASES["one token"])
+  case = CASES["one token"]
+  q, k, v, _, _ = arrays(case)
   with pytest.raises(NotImplementedError, match=r"scale=-1.0"):
-    stream_forward.forward(natural, q, k, v, scale=-1.0, heads=(0,))
+    stream.forward_kernel(frame_of(case), q, k, v, scale=-1.0)
 
 
 SHAPES = {  # B, T, H, D, stride, width
@@ -232,16 +235,12 @@ def test_kernels_lower_for_an_h100_without_copies(shape, view):
     "fixed": fixed(stride, width, stride - width, stride - 2 * width),
     "columns": Schedule(view="columns", stride=stride),
   }[view]
-  how = dict(scale=D**-0.5, heads=range(H))
-  frame = stream.Frame(schedule, T, H, H, range(H))
+  frame, how = stream.frame_of(schedule, T, H, H, range(H)), dict(scale=D**-0.5)
 
   def both(q, k, v, dout, delta):
-    _, lse = stream_forward.forward(schedule, q, k, v, **how)
-    rest = q, k, v, None, lse, delta, dout
-    return (
-      stream_backward.dq_kernel(schedule, *rest, **how),
-      stream_backward.dkv_kernel(schedule, *rest, **how),
-    )
+    _, lse = stream.forward_kernel(frame, q, k, v, **how)
+    arrays = frame, q, k, v, None, lse, delta, dout
+    return stream.dq_kernel(*arrays, **how), stream.dkv_kernel(*arrays, **how)
 
   x = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16)
   rows = jax.ShapeDtypeStruct((B, H, frame.sequences, frame.padded), jnp.float32)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import passes
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
+from pallas_kernels.lowering import passes
 from pallas_kernels.mosaic_tpu import steps
 from pallas_kernels.mosaic_tpu import views
 from tests.helpers.arrays import assert_close

@@ -17,9 +17,9 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Int
 
-from pallas_kernels import bits
-from pallas_kernels import blocks
 from pallas_kernels import patterns
+from pallas_kernels.lowering import bits
+from pallas_kernels.lowering import blocks
 
 BLOCK = 128  # queries and keys of a block: a loaded key serves so many queries
 _AT_THE_END = 3  # lists for every core, dealt together when all others are
@@ -37,7 +37,7 @@ class Lists(NamedTuple):
       team to share a thread block with, has none.
     numbers: int32: blocks of keys; where keys are the rows, blocks of queries, those of query head
       g of a group numbered from g times the number of blocks on.
-    masks: int32: the mask of each of these blocks (`pallas_kernels.bits`), where there are any.
+    masks: int32: the mask of each of these blocks (`lowering.bits`), where there are any.
   """
 
   items: Int[Any, "N 8"]
@@ -135,12 +135,12 @@ def _static(rows, heads, problem: Problem, which, transposed: bool) -> Lists:
   for key in rows:
     if key in place:
       continue
-    found = [tables(one, problem) for one in key]
-    kinds = [(every, some & ~every) for some, every in found]
-    mine = [which[one] for one in key] if which else None
+    of_patterns = [tables(shared, problem) for shared in key]
+    kinds = [(every, some & ~every) for some, every in of_patterns]
+    numbers_of = [which[shared] for shared in key] if which else None
     if transposed:
       kinds = [tuple(table.T for table in pair) for pair in kinds]
-      mine = [table.T for table in mine] if which else None
+      numbers_of = [table.T for table in numbers_of] if which else None
     full, partial = (np.concatenate(each, axis=1) for each in zip(*kinds, strict=True))
     if not transposed:  # a column behind the last key
       nobody = ~(full | partial).any(axis=1, keepdims=True)
@@ -149,18 +149,18 @@ def _static(rows, heads, problem: Problem, which, transposed: bool) -> Lists:
     place[key] = (size + np.cumsum(count.sum(axis=1)) - count.sum(axis=1), count)
     numbers.append(column)
     if which:
-      mine = np.concatenate(mine, axis=1)
-      masks.append(np.pad(mine, [(0, 0), (0, 0 if transposed else 1)])[row, column])
+      numbers_of = np.concatenate(numbers_of, axis=1)
+      masks.append(np.pad(numbers_of, [(0, 0), (0, 0 if transposed else 1)])[row, column])
     size += len(column)
   items = []
   for key, (h, kv) in zip(rows, heads, strict=True):
     start, count = place[key]
-    mine = np.zeros((len(start), 8), np.int32)
+    fields = np.zeros((len(start), 8), np.int32)
     columns = dict(h=h, kv=kv, tile=np.arange(len(start)), start=start)
     columns |= dict(num_full=count[:, 0], num=count.sum(axis=1))
     for name, column in columns.items():
-      mine[:, FIELDS.index(name)] = column
-    items.append(mine)
+      fields[:, FIELDS.index(name)] = column
+    items.append(fields)
   items = np.concatenate(items)
   whole = np.tile(items, (problem.B, 1))
   whole[:, FIELDS.index("b")] = np.repeat(np.arange(problem.B), len(items))
@@ -189,13 +189,14 @@ def _deal(num, num_cores: int):
   """Items in the order of the cores, each to the core that has least to do so far."""
   num_cores = min(num_cores, len(num))
   loads = [(0, core) for core in range(num_cores)]
-  mine = [[] for _ in range(num_cores)]
+  items_of = [[] for _ in range(num_cores)]
   for n, steps in enumerate(num.tolist()):
     load, core = heapq.heappop(loads)
-    mine[core].append(n)
+    items_of[core].append(n)
     heapq.heappush(loads, (load + steps + 1, core))  # and about a step to begin and to end
-  counts = np.array([*map(len, mine), 0], np.int32)
-  return np.concatenate(mine).astype(np.int64), np.stack([np.cumsum(counts) - counts, counts], 1)
+  counts = np.array([*map(len, items_of), 0], np.int32)
+  cores = np.stack([np.cumsum(counts) - counts, counts], 1)
+  return np.concatenate(items_of).astype(np.int64), cores
 
 
 # -------------------------------------------------------------------------------- of traced masks
@@ -220,25 +221,25 @@ def of_pattern(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> 
   if len(set(each)) == 1:
     each = each[:1]
   some, every = (
-    np.stack(x)[None] for x in zip(*(tables(one, problem) for one in each), strict=True)
+    np.stack(x)[None] for x in zip(*(tables(shared, problem) for shared in each), strict=True)
   )
   if (which := which_of(pattern, problem, with_bits)) is None:
     return Tables(some, every)
-  return Tables(some, every, np.stack([which[one] for one in each])[None])
+  return Tables(some, every, np.stack([which[shared] for shared in each])[None])
 
 
 def masked(
-  found: Tables,
+  visits: Tables,
   block_mask: Bool[Array, "Bm Hm nq nk"] | None,
   block_size: int,
   segment_ids: Int[Array, "B T"] | None,
   heads: tuple[int, ...],
 ) -> Tables:
-  """`found` without the blocks that a block mask of whole blocks excludes, or segments that differ.
+  """`visits` without blocks that a block mask of whole blocks excludes, or segments that differ.
 
   Segments are compared by the least and the largest id of a block.
   """
-  some, every, which = found
+  some, every, which = visits
   if block_mask is not None:
     ratio, (nq, nk) = block_size // BLOCK, some.shape[2:]
     mask = block_mask[:, list(heads)] if block_mask.shape[1] > 1 else block_mask
@@ -255,10 +256,10 @@ def masked(
   return Tables(some, every, which)
 
 
-def traced_by_queries(found: Tables, problem: Problem) -> Lists:
+def traced_by_queries(visits: Tables, problem: Problem) -> Lists:
   """As `by_queries`, of tables."""
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
-  some, every, which = found
+  some, every, which = visits
   nobody = ~some.any(axis=-1, keepdims=True)  # a column behind the last key
   wider = lambda x, column: jnp.concatenate([x, jnp.broadcast_to(column, nobody.shape)], axis=-1)
   some, every = wider(some, nobody), wider(every, False)
@@ -267,7 +268,7 @@ def traced_by_queries(found: Tables, problem: Problem) -> Lists:
   return _traced(Tables(some, every, which), heads, problem)
 
 
-def traced_by_keys(found: Tables, problem: Problem) -> Lists:
+def traced_by_keys(visits: Tables, problem: Problem) -> Lists:
   """As `by_keys`, of tables."""
   owners = problem.owners
   heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(owners)]
@@ -282,11 +283,11 @@ def traced_by_keys(found: Tables, problem: Problem) -> Lists:
     table = jnp.moveaxis(table, 2, 3)
     return table.reshape(*table.shape[:3], -1)
 
-  return _traced(Tables(*map(transposed, found)), heads, problem)
+  return _traced(Tables(*map(transposed, visits)), heads, problem)
 
 
-def _traced(found: Tables, heads, problem: Problem) -> Lists:
-  some, every, which = found
+def _traced(visits: Tables, heads, problem: Problem) -> Lists:
+  some, every, which = visits
   kinds = jnp.where(some, jnp.where(every, 0, 1), 2).astype(jnp.int8)
   numbers = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
   masks = jnp.zeros(1, jnp.int32)

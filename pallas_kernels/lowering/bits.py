@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from pallas_kernels import blocks
 from pallas_kernels import patterns
+from pallas_kernels.lowering import blocks
 
 MOST = 1 << 15  # different masks: 2 KB each
 _AT_ONCE = 256  # blocks that are looked at together
@@ -41,20 +41,20 @@ def bits_of(each: tuple[patterns.Pattern, ...], T: int, S: int, size: int) -> Bi
   """
   names = {(np.ones((size, size // 8), np.uint8) * 255).tobytes(): 0}
   which = {}
-  for one in each:
-    some, every = blocks.blocks_of(one, T, S, size, size)
+  for pattern in each:
+    some, every = blocks.blocks_of(pattern, T, S, size, size)
     rows, columns = np.nonzero(some & ~every)
     table, place = np.zeros(some.shape, np.int32), 0
     with blocks.here():
-      for masks in _masks(one, rows, columns, size):
+      for masks in _masks(pattern, rows, columns, size):
         for mask in masks:
           name = names.setdefault(mask.tobytes(), len(names))
           table[rows[place], columns[place]], place = name, place + 1
         if len(names) > MOST:
           return None
-    which[one] = table
-  found = np.frombuffer(b"".join(names), np.uint8).reshape(-1, size, size // 8)
-  masks = np.unpackbits(found, axis=2, bitorder="little")
+    which[pattern] = table
+  packed = np.frombuffer(b"".join(names), np.uint8).reshape(-1, size, size // 8)
+  masks = np.unpackbits(packed, axis=2, bitorder="little")
   return Bits(_words(masks), _words(masks.swapaxes(1, 2)), which)
 
 
@@ -64,13 +64,13 @@ def _words(masks):
   return np.ascontiguousarray(packed.swapaxes(1, 2))
 
 
-def _masks(one: patterns.Pattern, rows, columns, size: int):
+def _masks(pattern: patterns.Pattern, rows, columns, size: int):
   """The packed masks [n, size, size / 8] of some blocks, a few at a time."""
 
   def pairs(n, m, xp):
     i = n[:, None, None] * size + xp.arange(size, dtype=np.int32)[None, :, None]
     j = m[:, None, None] * size + xp.arange(size, dtype=np.int32)[None, None, :]
-    return xp.broadcast_to(one.allowed(i, j), (len(n), size, size))
+    return xp.broadcast_to(pattern.allowed(i, j), (len(n), size, size))
 
   rows, columns = (x.astype(np.int32) for x in (rows, columns))
   several = range(0, len(rows), _AT_ONCE)

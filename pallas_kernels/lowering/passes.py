@@ -7,14 +7,14 @@ disjoint, so that their results merge into one softmax through their log-sum-exp
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 from typing import Literal
 
 import numpy as np
 
-from pallas_kernels import blocks
 from pallas_kernels import patterns
+from pallas_kernels.lowering import blocks
+from pallas_kernels.lowering import heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,20 +25,19 @@ class Pass:
     view: which sequences the positions 0 ... T - 1, cut into rows of `stride`, are read as.
       "natural": one sequence, as it is. "columns": a column is a sequence. "blocks": a row is a
       sequence. "summaries": natural queries against `width` columns of every row as keys.
-    allowed: (i, j) -> whether the pair attends, for pairs of one sequence, in original positions.
     stride: tokens per row of the view; unused by "natural".
     window: keys a query can see at most, itself included, where that bounds the sweep; as many
       after it, where not causal.
     distance: the pairs are all those of a sequence with `distance <= i - j` (and i - j < window);
-      None where only `allowed` knows.
+      None where that does not describe them.
     pattern: whose blocks bound the sweep of a natural view; None where the causal ones do.
     block_size: of blocks that suit the pattern; 0 for any.
     starts: first summary column; head h of the pass uses starts[h % len(starts)].
     width: summary columns.
+    finished: whether a query does not see the summaries of its own row.
   """
 
   view: Literal["natural", "columns", "blocks", "summaries"]
-  allowed: Callable[[Any, Any], Any]
   stride: int = 1
   window: int | None = None
   distance: int | None = None
@@ -46,6 +45,15 @@ class Pass:
   block_size: int = 0
   starts: tuple[int, ...] = ()
   width: int = 0
+  finished: bool = False
+
+  def allowed(self, i: Any, j: Any) -> Any:
+    """Whether pairs of one sequence attend, in original positions."""
+    if self.pattern is not None:
+      return self.pattern.allowed(i, j)
+    if self.view == "summaries":
+      return j // self.stride < i // self.stride if self.finished else j <= i
+    return i - j >= self.distance
 
   @property
   def causal(self) -> bool:
@@ -68,7 +76,7 @@ class Pass:
 @functools.lru_cache(maxsize=256)
 def lower(
   pattern: patterns.Pattern, num_heads: int, natural: bool = False
-) -> tuple[tuple[range | tuple, tuple], ...]:
+) -> tuple[tuple[heads.Heads, tuple[Pass, ...]], ...]:
   """The heads that share passes, and their passes: ((heads, (Pass, ...)), ...).
 
   All heads in order where one lowering serves them all; `Fixed` sub-blocks are such a case.
@@ -77,24 +85,16 @@ def lower(
     natural: whether to sweep the natural view alone, in which positions are the original ones and
       queries and keys may differ in number.
   """
-  sweep = (lambda p: (natural_pass(p),)) if natural else passes_of
-  if pattern.period == 1 or (isinstance(pattern, patterns.Fixed) and not natural):
-    single = pattern if isinstance(pattern, patterns.Fixed) else pattern.of_head(0)
-    return ((range(num_heads), sweep(single)),)
-  heads_of = {}
-  for h in range(num_heads):
-    heads_of.setdefault(pattern.of_head(h), []).append(h)
-  return tuple((tuple(heads), sweep(p)) for p, heads in heads_of.items())
+  passes = (lambda p: (natural_pass(p),)) if natural else passes_of
+  groups = heads.by_pattern(pattern, num_heads, split_fixed=natural)
+  return tuple((of_group, passes(shared)) for of_group, shared in groups)
 
 
 def natural_pass(pattern: patterns.Pattern) -> Pass:
   """One pass over the natural view, for any pattern that all heads share."""
-  how = dict(allowed=pattern.allowed, pattern=pattern)
-  if isinstance(pattern, patterns.Local):
-    how |= dict(window=pattern.window)
-  if isinstance(pattern, patterns.BlockLayout):
-    how |= dict(block_size=pattern.block_size)
-  return Pass(view="natural", **how)
+  window = pattern.window if isinstance(pattern, patterns.Local) else None
+  block_size = pattern.block_size if isinstance(pattern, patterns.BlockLayout) else 0
+  return Pass(view="natural", pattern=pattern, window=window, block_size=block_size)
 
 
 def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
@@ -108,32 +108,22 @@ def passes_of(pattern: patterns.Pattern) -> tuple[Pass, ...]:
       return (dataclasses.replace(natural_pass(pattern), distance=0),)
     case patterns.Column(stride=stride):
       return (_band("columns", 0, stride),)
-    case patterns.Strided(stride=stride):
-      return _strided(stride, stride)
-    case patterns.Union(patterns=(patterns.Local(window=window), patterns.Column(stride=stride))):
-      return _strided(window, stride)
-    case patterns.Union(patterns=(patterns.Column(stride=stride), patterns.Local(window=window))):
-      return _strided(window, stride)
+    case _ if both := patterns.window_and_stride(pattern):
+      return _strided(*both)
     case patterns.Block(stride=stride):
       return (_band("blocks", 0, stride),)
-    case patterns.Summary(stride=stride, width=width, start=start):
-      return (_summaries(stride, width, (start,), lambda i, j: j <= i),)
-    case patterns.Fixed(stride=stride, summary=width, num_subblocks=num):
-      return _fixed(stride, width, tuple(stride - (1 + n) * width for n in range(num)))
-    case patterns.Union(
-      patterns=(patterns.Block(stride=stride), patterns.Summary(width=width, start=start) as other)
-    ) if other.stride == stride:
-      return _fixed(stride, width, (start,))
-    case patterns.Union(
-      patterns=(patterns.Summary(width=width, start=start) as other, patterns.Block(stride=stride))
-    ) if other.stride == stride:
-      return _fixed(stride, width, (start,))
+    case patterns.Summary():
+      return (_summaries((pattern,), finished=False),)
+    case patterns.Fixed(summaries=summaries):
+      return _fixed(summaries)
+    case _ if summary := patterns.summary_of(pattern):
+      return _fixed((summary,))
     case _:
       return (natural_pass(pattern),)
 
 
 def tile_lists(
-  one: Pass, num_queries: int, num_keys: int, block_q: int, block_k: int
+  pass_: Pass, num_queries: int, num_keys: int, block_q: int, block_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """For each tile of queries, the tiles of keys that may hold pairs.
 
@@ -141,11 +131,11 @@ def tile_lists(
     idx int32 [nq, K], K the longest list, padded with 0; and the list lengths, int32 [nq].
   """
   nq, nk = -(-num_queries // block_q), -(-num_keys // block_k)
-  if one.pattern is not None:
-    visit = blocks.blocks_of(one.pattern, num_queries, num_keys, block_q, block_k).some
+  if pass_.pattern is not None:
+    visit = blocks.blocks_of(pass_.pattern, num_queries, num_keys, block_q, block_k).some
   else:
-    last_q = one.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
-    visit = one.key_position(np.arange(nk) * block_k)[None, :] <= last_q
+    last_q = pass_.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
+    visit = pass_.key_position(np.arange(nk) * block_k)[None, :] <= last_q
   length = visit.sum(axis=1).astype(np.int32)
   # A stable sort of "not visited" moves the visited tiles to the front, in ascending order.
   idx = np.argsort(~visit, axis=1, kind="stable")[:, : max(1, length.max(initial=0))]
@@ -153,8 +143,7 @@ def tile_lists(
 
 
 def _band(view: str, distance: int, stride: int = 1) -> Pass:
-  at_least = lambda i, j: i - j >= distance
-  return Pass(view=view, allowed=at_least, stride=stride, distance=distance)
+  return Pass(view=view, stride=stride, distance=distance)
 
 
 def _strided(window: int, stride: int) -> tuple[Pass, Pass]:
@@ -163,11 +152,13 @@ def _strided(window: int, stride: int) -> tuple[Pass, Pass]:
   return (*local, _band("columns", window, stride))
 
 
-def _fixed(stride: int, width: int, starts: tuple[int, ...]) -> tuple[Pass, Pass]:
+def _fixed(summaries: tuple[patterns.Summary, ...]) -> tuple[Pass, Pass]:
   """`Block | Summary`: the summaries of the query's own block are left to the block."""
-  finished = lambda i, j: j // stride < i // stride
-  return (*passes_of(patterns.Block(stride)), _summaries(stride, width, starts, finished))
+  block = patterns.Block(summaries[0].stride)
+  return (*passes_of(block), _summaries(summaries, finished=True))
 
 
-def _summaries(stride: int, width: int, starts: tuple[int, ...], allowed: Callable) -> Pass:
-  return Pass(view="summaries", allowed=allowed, stride=stride, starts=starts, width=width)
+def _summaries(summaries: tuple[patterns.Summary, ...], *, finished: bool) -> Pass:
+  stride, width = summaries[0].stride, summaries[0].width
+  starts = tuple(summary.start for summary in summaries)
+  return Pass(view="summaries", stride=stride, starts=starts, width=width, finished=finished)

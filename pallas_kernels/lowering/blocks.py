@@ -74,11 +74,10 @@ def blocks_of(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: 
       some, every = _of_layout(pattern, i0, i1, j0, j1)
     case patterns.Union(patterns=several) | patterns.Intersection(patterns=several):
       join = np.logical_or if isinstance(pattern, patterns.Union) else np.logical_and
-      tables = [blocks_of(one, T, S, block_q, block_k) for one in several]
+      tables = [blocks_of(part, T, S, block_q, block_k) for part in several]
       some, every = (functools.reduce(join, table) for table in zip(*tables, strict=True))
-    case patterns.Strided(stride=stride):
-      parts = patterns.Local(stride) | patterns.Column(stride)
-      some, every = blocks_of(parts, T, S, block_q, block_k)
+    case patterns.Strided():
+      some, every = blocks_of(pattern.union, T, S, block_q, block_k)
     case patterns.Fixed() | patterns.PerHead():
       some, every = blocks_of(pattern.of_head(0), T, S, block_q, block_k)
     case _:

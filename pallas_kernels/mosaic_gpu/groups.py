@@ -1,0 +1,177 @@
+"""Which kernel sweeps which heads: all that is chosen of a call before its arrays are looked at.
+
+Heads whose passes are formulas of tiles have a `Sweep` for each of them; all others, and what
+kernels do not know, are one group of lists of blocks.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+from pallas_kernels import tuning
+from pallas_kernels.lowering import passes
+from pallas_kernels.lowering.passes import Pass
+from pallas_kernels.lowering.plan import Group
+from pallas_kernels.lowering.plan import Plan
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import sizes
+from pallas_kernels.mosaic_gpu import stream
+from pallas_kernels.mosaic_gpu.views import Band
+from pallas_kernels.mosaic_gpu.views import View
+
+# A kernel that has its keys in shared memory, and its keyword arguments.
+Kernel = tuple[Literal["resident", "window"], tuple[tuple[str, int], ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """One pass over the heads of a group.
+
+  Attributes:
+    view: its sequences, in whose rows lse and delta are.
+    band: the pairs of a sequence.
+    schedule: the same for the streaming kernels.
+    streamed: their sizes.
+    forward, backward: the kernels that sweep it; None where it streams.
+  """
+
+  view: View
+  band: Band
+  schedule: stream.Schedule
+  streamed: sizes.Streamed
+  forward: Kernel | None
+  backward: Kernel | None
+
+  @property
+  def turn_backward(self) -> int:
+    """Smaller for those that come earlier.
+
+    A window is the first, and computes delta; what adds to gradients of others is the last.
+    """
+    turns = {None: 1, "window": 0, "resident": 2}
+    return turns[self.backward and self.backward[0]]
+
+
+def groups_of(plan: Plan) -> tuple[Group, ...]:
+  """All heads, with what sweeps them: sweeps in the order they run forward, or sizes of lists."""
+  return _groups_of(plan, tuning.context())
+
+
+@functools.lru_cache(maxsize=256)
+def _groups_of(plan: Plan, context) -> tuple[Group, ...]:
+  del context  # by which, besides the plan, the result is kept
+  of_lists = sizes.listed(plan.Dk, plan.Dv, plan.segment_ids)
+  return tuple(
+    dataclasses.replace(group, kernels=_sweeps(plan, group) if group.passes else of_lists)
+    for group in lowered(plan)
+  )
+
+
+def lowered(plan: Plan) -> tuple[Group, ...]:
+  """Heads and their passes; one group without passes, the last, where lists of blocks suit."""
+  every = tuple(range(plan.H))
+  if not plan.extras <= {"segment_ids"}:
+    return (Group(every, ()),)
+  groups, of_lists = [], []
+  for heads, of_heads in passes.lower(plan.pattern, plan.H):
+    if _lists_suit(plan, of_heads):
+      of_lists.extend(heads)
+    else:
+      groups.append(Group(heads, _visited(of_heads, plan.T)))
+  return (*groups, Group(tuple(of_lists), ())) if of_lists else tuple(groups)
+
+
+def is_fixed(group: Group) -> bool:
+  """Whether blocks and the summaries before them are one sweep."""
+  return len(group.passes) == 2 and group.passes[1].view == "summaries"
+
+
+def padding(plan: Plan, group: Group) -> tuple[int, int, int]:
+  """Positions of a row, of a padded row, and of the padded sequence, as kernels want them.
+
+  The copy engine takes whole groups of 8 along the axis that is a sequence: what is missing is
+  added at the end of every row, or as rows.
+  """
+  row = max(pass_.stride for pass_ in group.passes)
+  # A row is no longer than the sequence, but a summary keeps its place in it.
+  if all(pass_.view != "summaries" for pass_ in group.passes):
+    row = min(row, plan.T)
+  rows, stride = -(-plan.T // row), row
+  if all(pass_.view in ("blocks", "summaries") for pass_ in group.passes):
+    stride = _up(row, 8)
+  else:
+    rows = _up(rows, 8)
+  return row, stride, rows * stride
+
+
+def _visited(of_heads: tuple[Pass, ...], T: int) -> tuple[Pass, ...]:
+  """Without summaries of finished blocks where no block is finished."""
+  first = of_heads[0]
+  several = len(of_heads) == 2 and of_heads[1].view == "summaries"
+  return (first,) if several and first.stride >= T else of_heads
+
+
+def _lists_suit(plan: Plan, of_heads: tuple[Pass, ...]) -> bool:
+  """Whether heads have no kernel of their own, or lists are faster.
+
+  Segments prune the blocks of long rows; narrow windows and blocks see little else than their own.
+  Dense attention with heads of 128 features has a faster dq by lists: on an H200, T = 32,768, 8.1
+  ms instead of 9.5; with heads of 64, forward and backward take 35 ms instead of 31.
+  """
+  first, D = of_heads[0], max(plan.Dk, plan.Dv)
+  if any(pass_.distance is None and pass_.view != "summaries" for pass_ in of_heads):
+    return True
+  if len(of_heads) == 1 and first.view == "summaries" and first.stride > plan.T:
+    return True  # its view would be padded to a whole row
+  if len(of_heads) == 1 and first.view == "natural" and first.window is None and 64 < D <= 128:
+    return True
+  narrow = sizes.MAX_REACH * gpu.TILE
+  wide = any(pass_.window is not None and narrow < pass_.window < plan.T for pass_ in of_heads)
+  own = all(pass_.view == "blocks" or pass_.window is not None for pass_ in of_heads)
+  return (wide and len(of_heads) == 1) or (plan.segment_ids and not own)
+
+
+def _sweeps(plan: Plan, group: Group) -> tuple[Sweep, ...]:
+  merged, (_, stride, T) = len(group.passes) > 1, padding(plan, group)
+  sweeps = [_sweep(plan, pass_, T, stride, merged) for pass_ in group.passes]
+  if is_fixed(group):
+    return tuple(sweeps)
+  # Those that cannot take up where others ended come first.
+  return tuple(sorted(sweeps, key=lambda sweep: sweep.forward is not None))
+
+
+def _sweep(plan: Plan, pass_: Pass, T: int, stride: int, merged: bool) -> Sweep:
+  """T and stride are padded."""
+  summaries = pass_.view == "summaries"
+  stride = 1 if pass_.view == "natural" else stride
+  window = pass_.window if pass_.window is not None and pass_.window < T else None
+  view = View("natural" if summaries else pass_.view, T, 1 if summaries else stride)
+  band = Band(-(-(pass_.distance or 0) // stride), window)
+  schedule = stream.Schedule(
+    view=pass_.view,
+    stride=stride,
+    distance=band.near,
+    window=window,
+    width=pass_.width,
+    starts=pass_.starts or (0,),
+    finished=pass_.finished and merged,
+  )
+  of_view = dict(columns="column", blocks="block", summaries="summary")
+  kind = of_view.get(pass_.view, "dense" if window is None else "local")
+  problem = sizes.Problem(kind, view, band, plan.Dk, plan.Dv, plan.dtype)
+  forward = backward = None
+  if not summaries:
+    forward = _kernel(resident=sizes.resident(problem, merged), window=sizes.window(problem))
+    backward = _kernel(
+      window=sizes.window_backward(problem), resident=sizes.resident_backward(problem)
+    )
+  return Sweep(view, band, schedule, sizes.streamed(problem), forward, backward)
+
+
+def _kernel(**choices: dict[str, int] | None) -> Kernel | None:
+  """The first of the kernels that take a problem."""
+  return next(((family, tuple(x.items())) for family, x in choices.items() if x), None)
+
+
+def _up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple

@@ -1,0 +1,71 @@
+"""Tiles of pairs, one query and one key each: who shares a segment, weights and their derivatives.
+
+Backward kernels compute the weights again, P = exp2(c S - lse) with S the products before the
+scale and c = scale log2(e), and from them dS = P (dP - delta), with dP = dout v^T and
+delta = rowsum(dout out) - dlse: the derivative of the loss by the scaled logits.
+
+Kernels that accumulate by key work on transposed tiles, whose rows are keys: P^T and dS^T then come
+out of the matrix units as the operands that dv += P^T dout and dk += dS^T q want. lse and delta of
+the queries are by column there.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.gpu import COLUMN
+from pallas_kernels.mosaic_gpu.gpu import ROW
+from pallas_kernels.mosaic_gpu.gpu import TILE
+
+
+def transposed(tile):
+  """A tile in shared memory, read the other way."""
+  return tile.transpose((1, 0))
+
+
+def load(tile):
+  """A tile of shared memory in registers, float32."""
+  return gpu.load(tile, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
+
+
+def both(mask, other):
+  """The pairs of two masks, None for all pairs."""
+  return other if mask is None else mask & other
+
+
+# --------------------------------------------------------------------------------- segments
+
+
+def segments(ref, b, r, start, size: int, layout):
+  """The segment ids of `size` rows from `start` on of sequence r, in device memory [B, R, Mp]."""
+  return gpu.load(ref.at[b, r, gpu.ds(start, size)], layout=layout, optimized=False)
+
+
+def share_segment(rows, columns):
+  """Which pairs have equal ids, of rows [m] and columns [n]."""
+  return gpu.over_columns(rows, columns.shape[0]) == gpu.over_rows(columns, rows.shape[0])
+
+
+def tiles_share_segment(refs, b, r, row_tile, column_tile):
+  """Which pairs of two tiles have equal ids.
+
+  The ids come as two arrays, "row_ids" and "column_ids": one load of a tile would have to serve
+  rows and columns, in layouts that differ.
+  """
+  return share_segment(
+    segments(refs["row_ids"], b, r, row_tile * TILE, TILE, ROW),
+    segments(refs["column_ids"], b, r, column_tile * TILE, TILE, COLUMN),
+  )
+
+
+# ------------------------------------------------------------------------ weights, transposed
+
+
+def weights_by_key(x, lse, c: float, mask=None):
+  """P^T from x = S^T, whose rows are keys, and lse of the queries, by column."""
+  p = jnp.exp2(x * c - gpu.over_rows(lse, x.shape[0]))
+  return p if mask is None else jnp.where(mask, p, 0.0)
+
+
+def derivatives_by_key(p, dp, delta, dtype):
+  """dS^T, as an operand, from P^T, dP^T and delta of the queries, by column."""
+  return (p * (dp - gpu.over_rows(delta, p.shape[0]))).astype(dtype)

@@ -1,0 +1,160 @@
+"""The own tiles of a thread block of the backward kernel: where what they need lies, loads, delta.
+
+A sequence of `num_tiles` tiles is cut into groups of `own_tiles`, one a thread block, which loads
+every tensor once: q, dout and lse from its first own tile on, k and v up to its last. Query tile t
+lies in slot t - begin; the keys come after the queries.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import pairs
+from pallas_kernels.mosaic_gpu.gpu import ROW
+from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.softmax import safe_lse
+from pallas_kernels.mosaic_gpu.views import Band
+from pallas_kernels.mosaic_gpu.views import head_of
+from pallas_kernels.mosaic_gpu.views import View
+
+# Of a sequence whose dS^T is kept, nt (nt + 1) / 2 tiles of 8 KiB: three would take 48 KiB from the
+# thread blocks that load while this one computes.
+MAX_TILES_WITH_DS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What is known before the kernel runs; `group` query heads share a key head."""
+
+  view: View
+  band: Band
+  heads: tuple[int, ...]
+  group: int
+  own_tiles: int
+  warpgroups: int
+  Dk: int
+  Dv: int
+  scale: float
+
+  @property
+  def num_tiles(self) -> int:
+    return self.view.num_tiles
+
+  @property
+  def num_groups(self) -> int:
+    """Thread blocks of a sequence."""
+    return -(-self.num_tiles // self.own_tiles)
+
+  @property
+  def num_slots(self) -> int:
+    """Tiles of queries from the own ones on, and of keys up to them, in one pool of memory."""
+    return self.num_tiles + self.own_tiles
+
+  @property
+  def keeps_ds(self) -> bool:
+    """Whether dS^T stays in shared memory, so that dq needs no weights of its own."""
+    return self.num_groups == 1 and self.num_tiles <= MAX_TILES_WITH_DS
+
+  @property
+  def num_pairs(self) -> int:
+    """Causal pairs of tiles."""
+    return self.num_tiles * (self.num_tiles + 1) // 2
+
+
+class Tiles:
+  """The own tiles of a thread block: some of one sequence of one head."""
+
+  def __init__(self, sizes: Sizes, refs: dict):
+    self.sizes, self.refs = sizes, refs
+    self.b, g, self.r, self.h, self.wg = (lax.axis_index(x) for x in ("b", "g", "r", "h", "wg"))
+    self.head = head_of(sizes.heads, self.h)
+    self.kv_head = self.head // sizes.group
+    self.begin = g * sizes.own_tiles
+    self.end = self.begin + sizes.own_tiles
+    self.num_q = sizes.num_tiles - self.begin
+    self.makes_delta = "out" in refs
+    self.p_s = refs["p_s"].at[self.wg] if gpu.simulated() else None
+    # Gradients leave from where out was: delta is made by then.
+    self.stage_v = refs["out_s"].at[self.wg]
+    self.stage_k = self.stage_v if sizes.Dk == sizes.Dv else refs["stage_s"].at[self.wg]
+    self.c = sizes.scale * gpu.LOG2E
+
+  # ----------------------------------------------------------------------- where tiles lie
+
+  def box(self, name, head, t):
+    return self.sizes.view.box(self.refs[name], self.b, self.r, head, t * TILE)
+
+  def rows(self, name, t):
+    return self.refs[name].at[self.b, self.h, self.r, gpu.ds(t * TILE, TILE)]
+
+  def q_slot(self, t):
+    return t - self.begin
+
+  def k_slot(self, t):
+    return t + self.num_q
+
+  def slot(self, n):
+    """q and dout of a slot of queries, k and v of one of keys."""
+    return self.refs["qk_s"].at[n], self.refs["dout_v_s"].at[n]
+
+  def ds(self, q_tile, k_tile):
+    """The room of dS^T, where it is kept."""
+    causal_pairs = lax.div(q_tile * (q_tile + 1), jnp.int32(2))  # of the query tiles before
+    return self.refs["ds_s"].at[causal_pairs + k_tile]
+
+  # ----------------------------------------------------------------------- loads and delta
+
+  def load(self):
+    """Starts the copies of all tiles; out through a room a warpgroup, as `make_delta` goes on."""
+    refs = self.refs
+
+    # Queries before keys: delta, which is made first, needs no key.
+    @gpu.loop(self.begin, self.sizes.num_tiles)
+    def _(t):
+      n = self.q_slot(t)
+      full = refs["q_full"].at[n]
+      gpu.to_smem(self.box("dout", self.h, t), refs["dout_v_s"].at[n], full)
+      gpu.to_smem(self.box("q", self.head, t), refs["qk_s"].at[n], full)
+      gpu.to_smem(self.rows("lse", t), refs["lse_s"].at[n], full)
+      if self.makes_delta:
+        # There is room for W tiles of out, from which delta is made in turn: the first W now.
+        gpu.when(n < self.sizes.warpgroups)(lambda: self.load_out(t))
+      else:
+        gpu.to_smem(self.rows("delta", t), refs["delta_s"].at[n], refs["out_full"].at[n])
+
+    @gpu.loop(0, self.end)
+    def _(t):
+      n = self.k_slot(t)
+      full = refs["k_full"].at[n]
+      gpu.to_smem(self.box("k", self.kv_head, t), refs["qk_s"].at[n], full)
+      gpu.to_smem(self.box("v", self.kv_head, t), refs["dout_v_s"].at[n], full)
+
+  def load_out(self, t):
+    n, refs = self.q_slot(t), self.refs
+    room = refs["out_s"].at[lax.rem(n, jnp.int32(self.sizes.warpgroups))]
+    gpu.to_smem(self.box("out", self.h, t), room, refs["out_full"].at[n])
+
+  def make_delta(self, t):
+    """delta of a query tile, and its lse as weights need it, both in shared memory."""
+    n, refs, W = self.q_slot(t), self.refs, self.sizes.warpgroups
+    gpu.barrier_wait(refs["out_full"].at[n])
+    dout, out = pairs.load(refs["dout_v_s"].at[n]), pairs.load(refs["out_s"].at[self.wg])
+    delta = (dout * out).sum(axis=1)
+    gpu.commit_reads()  # before the copy engine writes where we have read
+    gpu.when(n + W < self.num_q)(lambda: self.load_out(t + W))  # into the room just read
+    if "dlse" in refs:
+      delta = delta - gpu.load(self.rows("dlse", t), layout=ROW, optimized=False)
+    # Both are changed in place: marked here once, rows without keys weigh nothing in every product.
+    lse = gpu.load(refs["lse_s"].at[n], layout=ROW, optimized=False)
+    refs["delta_s"].at[n][...] = jnp.where(lse > -jnp.inf, delta, 0.0)
+    refs["lse_s"].at[n][...] = safe_lse(lse)
+
+  def lse_and_delta(self, t, layout):
+    lse, delta = (
+      gpu.load(self.refs[name].at[self.q_slot(t)], layout=layout, optimized=False)
+      for name in ("lse_s", "delta_s")
+    )
+    # A delta that came from another kernel came without the lse that was marked with it.
+    return lse if self.makes_delta else safe_lse(lse), delta

@@ -1,0 +1,92 @@
+"""Heads whose blocks are listed: the lists of a call, and the streaming kernels over them."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.lowering import heads
+from pallas_kernels.lowering import lists
+from pallas_kernels.lowering.plan import Arrays
+from pallas_kernels.lowering.plan import Group
+from pallas_kernels.lowering.plan import Plan
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import stream
+from pallas_kernels.mosaic_gpu.stream import formula
+from pallas_kernels.mosaic_gpu.views import View
+
+
+def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
+  """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""
+  blocks = group.kernels.forward
+  frame = _frame(plan, group, arrays, teams=blocks.teams)
+  q = heads.take(arrays.q, group.heads)
+  own = q, arrays.k, arrays.v, arrays.segment_ids
+  return stream.forward_kernel(frame, *own, scale=_factor(plan), blocks=blocks)
+
+
+def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> tuple[Array, ...]:
+  """dq [B, T, Hg, Dk]; dk and dv of key heads, or of the query heads; those of learned values.
+
+  out, dout and dlse are of these heads.
+  """
+  frame, options = _frame(plan, group, arrays, backward=True), dict(scale=_factor(plan))
+  if dlse is not None:
+    dlse = View("natural", plan.T).rows(dlse)
+    missing = lse.shape[-1] - dlse.shape[-1]
+    dlse = jnp.pad(dlse, [(0, 0)] * 3 + [(0, missing)]) if missing else dlse
+  q, sizes = heads.take(arrays.q, group.heads), group.kernels
+  own = frame, q, arrays.k, arrays.v, arrays.segment_ids, lse
+  of_dq = dict(out=out, dlse=dlse, blocks=sizes.dq)
+  dq, delta = stream.dq_kernel(*own, None, dout, **of_dq, **options)
+  of_keys = stream.dkv_kernel(*own, delta, dout, **options, blocks=sizes.dkv)
+  if not plan.scores.learned:
+    return dq, *of_keys
+  rows = stream.dvalues_kernel(*own, delta, dout, **options, blocks=sizes.dq)
+  return dq, *of_keys, *(x[:, :, 0, : plan.T].sum(axis=(0, 2)) for x in rows)
+
+
+def _factor(plan: Plan) -> float:
+  """Of products, where logits are no more than that."""
+  return 1.0 if "logits" in plan.extras else plan.scores.scale
+
+
+def _frame(
+  plan: Plan, group: Group, arrays: Arrays, *, teams: int = 1, backward: bool = False
+) -> stream.Listed:
+  """The lists, dealt to so many teams per core."""
+  own_scores, of_group = "logits" in plan.extras, group.heads
+  values = formula.values(plan.scores, plan.H, arrays.held)
+  problem = lists.Problem(
+    B=plan.B,
+    T=plan.T,
+    S=plan.S,
+    heads=of_group,
+    group=plan.H // plan.Hkv,
+    joined=len(of_group) == plan.H,  # some heads alone may not be whole groups
+    num_cores=teams * gpu.num_multiprocessors(),
+    own_scores=own_scores,
+  )
+  formulas, of_head = stream.formulas(plan.pattern, of_group)
+  with_bits, by_keys = not formulas, None
+  if arrays.segment_ids is None and arrays.block_mask is None:
+    by_queries = lists.by_queries(plan.pattern, problem, with_bits)
+    if backward:
+      by_keys = lists.by_keys(plan.pattern, problem, with_bits)
+  else:
+    tables = lists.of_pattern(plan.pattern, problem, with_bits)
+    masks = arrays.block_mask, plan.block_size, arrays.segment_ids
+    tables = lists.masked(tables, *masks, of_group)
+    by_queries = lists.traced_by_queries(tables, problem)
+    if backward:
+      by_keys = lists.traced_by_keys(tables, problem)
+  return stream.Listed(
+    problem,
+    plan.pattern.causal,
+    by_queries,
+    by_keys,
+    formulas,
+    of_head,
+    lists.bits_of(plan.pattern, of_group, plan.T, plan.S) if with_bits else None,
+    plan.segment_ids,
+    plan.scores if own_scores else None,
+    values,
+  )

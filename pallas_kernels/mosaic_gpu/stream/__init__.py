@@ -1,0 +1,56 @@
+"""Streaming attention kernels: a producer fills rings of tiles, consumers sweep them.
+
+Schedule --frame_of--> Frame, or Listed          which pairs, and where they lie
+Frame --sweep_keys, sweep_queries--> tiles       of an item, step by step, with masks
+Frame --work--> Work                             items, dealt to thread blocks
+forward_kernel, dq_kernel, dkv_kernel, dvalues_kernel(frame, q, k, v, ...)
+"""
+
+from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
+from pallas_kernels.mosaic_gpu.stream.block_sizes import dkv_blocks
+from pallas_kernels.mosaic_gpu.stream.block_sizes import dq_blocks
+from pallas_kernels.mosaic_gpu.stream.block_sizes import forward_blocks
+from pallas_kernels.mosaic_gpu.stream.dkv import dkv_kernel
+from pallas_kernels.mosaic_gpu.stream.dq import dq_kernel
+from pallas_kernels.mosaic_gpu.stream.forward import forward_kernel
+from pallas_kernels.mosaic_gpu.stream.frame import Frame
+from pallas_kernels.mosaic_gpu.stream.frame import ROWS
+from pallas_kernels.mosaic_gpu.stream.listed import formulas
+from pallas_kernels.mosaic_gpu.stream.listed import Listed
+from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
+from pallas_kernels.mosaic_gpu.stream.summaries import Summaries
+from pallas_kernels.mosaic_gpu.stream.values import dvalues_kernel
+from pallas_kernels.mosaic_gpu.stream.views import Blocks
+from pallas_kernels.mosaic_gpu.stream.views import Columns
+from pallas_kernels.mosaic_gpu.stream.views import Natural
+
+FRAMES = dict(natural=Natural, columns=Columns, blocks=Blocks, summaries=Summaries)
+
+__all__ = [
+  "ROWS",
+  "BlockSizes",
+  "Frame",
+  "Listed",
+  "Schedule",
+  "dkv_blocks",
+  "dkv_kernel",
+  "dq_blocks",
+  "dq_kernel",
+  "dvalues_kernel",
+  "formulas",
+  "forward_blocks",
+  "forward_kernel",
+  "frame_of",
+]
+
+
+def frame_of(
+  schedule: Schedule,
+  T: int,
+  num_heads: int,
+  num_kv_heads: int,
+  heads: range | tuple[int, ...],
+  segments: bool = False,
+) -> Frame:
+  """A schedule at one size; see `Frame`."""
+  return FRAMES[schedule.view](schedule, T, num_heads, num_kv_heads, heads, segments)
