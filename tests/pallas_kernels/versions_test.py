@@ -15,6 +15,7 @@ from pallas_kernels import api
 from pallas_kernels import hardware
 from sparse_flax import sample
 from tests.helpers.models import small_model
+from tests.helpers.paths import ROOT
 
 BAD = "mosaic_gpu: known to fail with JAX {}: a name is gone"
 
@@ -101,7 +102,6 @@ import chex, flax.linen, flax.nnx, jax, jax.numpy, jaxtyping, ml_collections, nu
 import orbax.checkpoint
 before = set(sys.modules)
 import pallas_kernels, sparse_flax, sparse_flax.sample, sparse_flax.train
-from tests.helpers.paths import ROOT
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
   child = [sys.executable, "-c", source]
