@@ -78,7 +78,7 @@ def lowered(plan: Plan) -> tuple[Group, ...]:
       of_lists.extend(heads)
     else:
       groups.append(Group(heads, _visited(of_heads, plan.T)))
-  return (*groups, Group(tuple(of_lists), ())) if of_lists else tuple(groups)
+  return (*groups, Group(tuple(sorted(of_lists)), ())) if of_lists else tuple(groups)
 
 
 def is_fixed(group: Group) -> bool:
