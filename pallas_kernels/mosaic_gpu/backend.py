@@ -7,6 +7,8 @@ up where the one before ended, and adds to its gradients.
 
 import dataclasses
 import math
+from types import ModuleType
+from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -115,7 +117,7 @@ def _of_learned(plan: Plan, arrays: Arrays, of_values: list[Array]) -> tuple[Arr
   """The gradients of learned arrays, from those of the values that kernels read."""
   scores, held = plan.scores, arrays.held
 
-  def learned_values(*learned):
+  def learned_values(*learned: Any) -> tuple:
     changed = dict(zip(scores.learned, learned, strict=True))
     values = formula.values(scores, plan.H, tuple(changed.get(n, x) for n, x in enumerate(held)))
     return tuple(values[n] for n in formula.learned(scores))
@@ -124,7 +126,7 @@ def _of_learned(plan: Plan, arrays: Arrays, of_values: list[Array]) -> tuple[Arr
   return pull(tuple(of_values))
 
 
-def _runner(group: Group):
+def _runner(group: Group) -> ModuleType:
   """The module that runs a group."""
   return run_passes if group.passes else run_lists
 

@@ -58,7 +58,7 @@ def groups_of(plan: Plan) -> tuple[Group, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _groups_of(plan: Plan, context) -> tuple[Group, ...]:
+def _groups_of(plan: Plan, context: tuple) -> tuple[Group, ...]:
   del context  # by which, besides the plan, the result is kept
   of_lists = sizes.listed(plan.Dk, plan.Dv, plan.segment_ids)
   return tuple(

@@ -23,7 +23,15 @@ def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   return stream.forward_kernel(frame, *own, scale=_factor(plan), blocks=blocks)
 
 
-def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> tuple[Array, ...]:
+def backward(
+  plan: Plan,
+  group: Group,
+  arrays: Arrays,
+  out: Array | None,
+  lse: Array,
+  dout: Array | None,
+  dlse: Array | None,
+) -> tuple[Array, ...]:
   """dq [B, T, Hg, Dk]; dk and dv of key heads, or of the query heads; those of learned values.
 
   out, dout and dlse are of these heads.

@@ -109,7 +109,7 @@ def window_backward(problem: Problem) -> dict[str, int] | None:
   for W in range(min(most, reach + 1), 0, -1):
     stages = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
 
-    def fits(stages, W=W):
+    def fits(stages: dict[str, int], W: int = W) -> bool:
       query, key, out, result = stages.values()
       of_k, of_v = query + key, query + key + out + W * result
       if Dk != Dv:
@@ -147,7 +147,7 @@ class Streamed(NamedTuple):
 def streamed(problem: Problem) -> Streamed:
   """For the streaming kernels, which take everything."""
 
-  def of(direction, default):
+  def of(direction: str, default: stream.BlockSizes) -> stream.BlockSizes:
     tuned = problem.tuned(direction)
     if tuned is None or problem.kind not in ("summary", "dense"):  # other kinds: other kernels
       return default

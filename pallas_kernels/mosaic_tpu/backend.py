@@ -6,6 +6,7 @@ log-sum-exp and delta of the whole softmax.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,7 @@ def _is_formula(pattern: Pattern) -> bool:
 # ------------------------------------------------------------------------------------------ arrays
 
 
-def _row_sums(a, b):
+def _row_sums(a: Array, b: Array) -> Array:
   """The sums of a * b over the last axis, [B, T, H, D] -> [B, T, H], float32.
 
   Of heads that are no whole lanes as a product with ones: [B, T, H, D] of those in float32 would
@@ -161,12 +162,12 @@ def _row_sums(a, b):
   return jnp.dot(flat(a) * flat(b), ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def _sum(parts):
+def _sum(parts: Any) -> Array:
   """In float32, where there are several."""
   if len(parts) == 1:
     return parts[0]
   return sum(x.astype(jnp.float32) for x in parts)
 
 
-def _join(plan: Plan, parts) -> Array:
+def _join(plan: Plan, parts: Any) -> Array:
   return heads.join(parts, [group.heads for group in plan.groups])

@@ -1,6 +1,8 @@
 """The grid of a kernel: a step for every block of a list, of every sequence and group of heads."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,16 @@ class Groups:
   heads: np.ndarray
 
 
-def launch(name, kernel, sweep: Sweep, steps: Steps, groups: Groups, inputs, outputs, scratch):
+def launch(
+  name: str,
+  kernel: Callable,
+  sweep: Sweep,
+  steps: Steps,
+  groups: Groups,
+  inputs: Any,
+  outputs: Any,
+  scratch: Any,
+) -> Any:
   """Runs a kernel over the steps of every sequence and group of heads.
 
   Args:
@@ -58,7 +69,7 @@ def launch(name, kernel, sweep: Sweep, steps: Steps, groups: Groups, inputs, out
       shape = held.num_tiles, held.rows, held.tile
       scratch = scratch | {f"{name_held}_held": (shape, inputs[name_held][0].dtype)}
 
-  def body(place, flags, q_group, k_group, head, *refs):
+  def body(place: Any, flags: Any, q_group: Any, k_group: Any, head: Any, *refs: Any) -> None:
     del q_group, k_group
     refs = dict(zip((*arrays, *scratch), refs, strict=True))
     b, h, i = (pl.program_id(n) for n in range(3))
@@ -92,7 +103,9 @@ def launch(name, kernel, sweep: Sweep, steps: Steps, groups: Groups, inputs, out
   )
 
 
-def _spec(kind: tuple, shape: tuple[int, ...], sweep: Sweep, steps: Steps, transposed: bool):
+def _spec(
+  kind: tuple, shape: tuple[int, ...], sweep: Sweep, steps: Steps, transposed: bool
+) -> pl.BlockSpec:
   """Blocks of an array.
 
   Kinds: ("queries" | "keys", Operand) of the arrays of all heads; ("q_results" | "k_results",
@@ -114,7 +127,7 @@ def _spec(kind: tuple, shape: tuple[int, ...], sweep: Sweep, steps: Steps, trans
       return pl.BlockSpec((None, 1, block), lambda b, h, i, place, *_: (b, 0, other(place, i)))
     case "table":
 
-      def index(b, h, i, place, *_):
+      def index(b: Any, h: Any, i: Any, place: Any, *_: Any) -> tuple:
         b, h = b if shape[0] > 1 else 0, h if shape[1] > 1 else 0
         return b, h, line(place, i) // what, 0, other(place, i)
 
@@ -122,7 +135,9 @@ def _spec(kind: tuple, shape: tuple[int, ...], sweep: Sweep, steps: Steps, trans
 
   first_store = steps.place.size - -(-sweep.num_queries // block)
 
-  def index(b, h, i, place, flags, q_group, k_group, head):
+  def index(
+    b: Any, h: Any, i: Any, place: Any, flags: Any, q_group: Any, k_group: Any, head: Any
+  ) -> tuple:
     del flags, head
     group = dict(queries=q_group, keys=k_group).get(name)
     group = h if group is None else group[h]

@@ -8,10 +8,12 @@ queries]: neither weights nor their gradients are transposed for a product.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jaxtyping import Array
 
 from pallas_kernels.mosaic_tpu.operands import LANES
 from pallas_kernels.mosaic_tpu.steps import FIRST
@@ -37,12 +39,12 @@ def forward(step: "Step") -> None:
   step.hold("q")
 
   @pl.when(step.flags & FIRST != 0)
-  def _():
+  def _() -> None:
     top[...] = jnp.full_like(top, _NO_MAXIMUM)
     total[...] = jnp.zeros_like(total)
     acc[...] = jnp.zeros_like(acc)
 
-  def attend(heads, masked):
+  def attend(heads: Any, masked: bool) -> None:
     qs, ks, vs = (step.tiles(x, heads, masked) for x in "qkv")
     for n in heads:
       q, k, v = step.head("q", qs, n, alone=True), step.head("k", ks, n), step.head("v", vs, n)
@@ -59,7 +61,7 @@ def forward(step: "Step") -> None:
   step.each(attend)
 
   @pl.when(step.flags & LAST != 0)
-  def _():
+  def _() -> None:
     out, tiles = step.operands["out"], {}
     for n in step.heads:
       sums = _wide(total[n].sum(axis=1)[:, None], LANES)
@@ -77,13 +79,13 @@ def dq(step: "Step") -> None:
   step.hold("dout")
 
   @pl.when(step.flags & FIRST != 0)
-  def _():
+  def _() -> None:
     acc[...] = jnp.zeros_like(acc)
     for n in step.heads:
       lse[n] = _to_column(step.refs["lse"][0, 0, n : n + 1])
       delta[n] = _to_column(step.refs["delta"][0, 0, n : n + 1])
 
-  def attend(heads, masked):
+  def attend(heads: Any, masked: bool) -> None:
     qs, ks, vs, douts = (step.tiles(x, heads, masked) for x in ("q", "k", "v", "dout"))
     for n in heads:
       q, k = step.head("q", qs, n, alone=True), step.head("k", ks, n)
@@ -98,7 +100,7 @@ def dq(step: "Step") -> None:
   step.each(attend)
 
   @pl.when(step.flags & LAST != 0)
-  def _():
+  def _() -> None:
     tiles = [acc[t] * step.sweep.factor for t in range(acc.shape[0])]
     step.operands["dq"].store(step.refs["dq"], tiles)
 
@@ -115,18 +117,18 @@ def backward(step: "Step") -> None:
   if dq is not None:
 
     @pl.when(step.number == 0)
-    def _():
+    def _() -> None:
       dq[...] = jnp.zeros_like(dq)
 
   step.hold("k")
   step.hold("v")
 
   @pl.when(step.flags & FIRST != 0)
-  def _():
+  def _() -> None:
     dk[...] = jnp.zeros_like(dk)
     dv[...] = jnp.zeros_like(dv)
 
-  def attend(heads, masked):
+  def attend(heads: Any, masked: bool) -> None:
     qs, ks, vs, douts = (step.tiles(x, heads, masked) for x in ("q", "k", "v", "dout"))
     for n in heads:
       q, k = step.head("q", qs, n, alone=True), step.head("k", ks, n)
@@ -143,7 +145,7 @@ def backward(step: "Step") -> None:
   step.each(attend)
 
   @pl.when(step.flags & LAST != 0)
-  def _():
+  def _() -> None:
     tiles = [dk[t] * step.sweep.factor for t in range(dk.shape[0])]
     step.operands["dk"].store(step.refs["dk"], tiles)
     step.operands["dv"].store(step.refs["dv"], [dv[t] for t in range(dv.shape[0])])
@@ -151,7 +153,7 @@ def backward(step: "Step") -> None:
   if dq is not None:
 
     @pl.when(step.flags & STORE != 0)
-    def _():
+    def _() -> None:
       tiles = [dq[t, rows_of_dq] * step.sweep.factor for t in range(dq.shape[0])]
       step.operands["dq"].store(step.refs["dq"], tiles)
 
@@ -168,7 +170,17 @@ class Step:
     together: so many of them have their instructions interleaved.
   """
 
-  def __init__(self, refs, operands, sweep, kinds, place, flags, first_head, transposed):
+  def __init__(
+    self,
+    refs: Any,
+    operands: Any,
+    sweep: Any,
+    kinds: Any,
+    place: Any,
+    flags: Any,
+    first_head: Any,
+    transposed: bool,
+  ):
     self.refs, self.operands, self.sweep, self.kinds = refs, operands, sweep, kinds
     self.number, self.flags, self.first_head = pl.program_id(2), flags, first_head
     self.row, self.column, self.transposed = place >> 16, place & 0xFFFF, transposed
@@ -190,13 +202,13 @@ class Step:
       return
 
     @pl.when(self.flags & FIRST != 0)
-    def _():
+    def _() -> None:
       numbers = range(self.operands[name].num_tiles)
       tiles = self.operands[name].tiles(self.refs[name], numbers, self._left(name))
       for n, tile in tiles.items():
         self.refs[f"{name}_held"][n] = tile
 
-  def tiles(self, name: str, heads, masked: bool) -> dict:
+  def tiles(self, name: str, heads: Any, masked: bool) -> dict:
     """The tiles of an array that some heads need; what lies past its end is zero."""
     numbers = {self.tile(name, n) for n in heads}
     if f"{name}_held" in self.refs:
@@ -204,7 +216,7 @@ class Step:
     left = self._left(name) if masked else None
     return self.operands[name].tiles(self.refs[name], numbers, left)
 
-  def _left(self, name: str):
+  def _left(self, name: str) -> Any:
     """Rows of a block that the array has; None where it has all."""
     sweep, of_queries = self.sweep, name in ("q", "dout")
     if not (sweep.queries_end if of_queries else sweep.keys_end):
@@ -221,12 +233,12 @@ class Step:
     """Which tile of an array query head `head` uses."""
     return self.operands[name].tile_of(self._of_array(name, head))
 
-  def head(self, name: str, tiles: dict, head: int, alone: bool = False):
+  def head(self, name: str, tiles: dict, head: int, alone: bool = False) -> Any:
     """That tile; `alone`: without the heads that share it."""
     tile = tiles[self.tile(name, head)]
     return self.operands[name].only(tile, self._of_array(name, head)) if alone else tile
 
-  def logits(self, products, head: int, masked: bool, derivatives: bool = False):
+  def logits(self, products: Any, head: int, masked: bool, derivatives: bool = False) -> tuple:
     """In base 2, -inf where a pair does not attend, and derivatives."""
     sweep = self.sweep
     row, column = self.row * sweep.block, self.column * sweep.block
@@ -241,12 +253,12 @@ class Step:
     return jnp.where(mask, x, -jnp.inf), derivative
 
 
-def _dot(a, b, dims=_NN):
+def _dot(a: Any, b: Any, dims: tuple = _NN) -> Array:
   precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _wide(x, size: int):
+def _wide(x: Array, size: int) -> Array:
   """[rows, 1], or [rows, 128] of equal lanes, as [rows, size]."""
   if x.shape[1] == 1:
     return jnp.broadcast_to(x, (x.shape[0], size))
@@ -256,7 +268,7 @@ def _wide(x, size: int):
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _by_lanes(op, x):
+def _by_lanes(op: Callable, x: Array) -> Array:
   """op over groups of 128 lanes, [rows, size] -> [rows, 128]: no lane meets another one."""
   whole = x.shape[1] - x.shape[1] % LANES
   parts = [x[:, n : n + LANES] for n in range(0, whole, LANES)]
@@ -268,18 +280,18 @@ def _by_lanes(op, x):
   return functools.reduce(op, parts)
 
 
-def _diagonal(rows: int):
+def _diagonal(rows: int) -> Array:
   shape = rows, LANES
   return lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def _to_lanes(x):
+def _to_lanes(x: Array) -> Array:
   """[rows, 128] of equal lanes -> [1, rows]: diagonals of squares, summed over sublanes."""
   squares = [x[n : n + LANES] for n in range(0, x.shape[0], LANES)]
   row = lambda x: jnp.where(_diagonal(len(x)), x, 0.0).sum(axis=0)[None, : len(x)]
   return jnp.concatenate([row(square) for square in squares], axis=1)
 
 
-def _to_column(x):
+def _to_column(x: Array) -> Array:
   """[1, rows] -> [rows, 8] of equal lanes."""
   return jnp.transpose(jnp.broadcast_to(x, (8, x.shape[1])))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,9 @@ def forward(view: View, arrays: Arrays) -> tuple[Array, Array]:
   return out, view.from_rows(lse, place) * math.log(2)
 
 
-def backward(view: View, arrays: Arrays, dout, lse, delta) -> tuple[Array, Array, Array]:
+def backward(
+  view: View, arrays: Arrays, dout: Array, lse: Array, delta: Array
+) -> tuple[Array, Array, Array]:
   """dq [B, T, Hg, Dk]; dk and dv [B, S, Hg or Hkv, D], of the latter for all heads."""
   rows = dout, lse, delta
   place = view.place_of_one_backward()
@@ -53,7 +56,7 @@ def _inputs(view: View, place: Place, arrays: Arrays) -> dict:
   )
 
 
-def _gradient_inputs(view: View, place: Place, arrays: Arrays, rows) -> dict:
+def _gradient_inputs(view: View, place: Place, arrays: Arrays, rows: Any) -> dict:
   dout, lse, delta = rows
   return _inputs(view, place, arrays) | dict(
     dout=(view.array(dout, place, place.Dv), ("q_results", view.operand(place, place.Dv))),
@@ -62,7 +65,7 @@ def _gradient_inputs(view: View, place: Place, arrays: Arrays, rows) -> dict:
   )
 
 
-def _dq(view: View, place: Place, arrays: Arrays, rows) -> Array:
+def _dq(view: View, place: Place, arrays: Arrays, rows: Any) -> Array:
   inputs, block = _gradient_inputs(view, place, arrays, rows), view.block
   q_op = inputs["q"][1][1]
   visits, masks = _steps(view, arrays, transposed=False)
@@ -74,7 +77,9 @@ def _dq(view: View, place: Place, arrays: Arrays, rows) -> Array:
   return view.from_array(dq, view.plan.Dk, place.Dk, view.T)
 
 
-def _backward(view: View, place: Place, with_dq: bool, arrays: Arrays, rows) -> tuple[Array, ...]:
+def _backward(
+  view: View, place: Place, with_dq: bool, arrays: Arrays, rows: Any
+) -> tuple[Array, ...]:
   """dk and dv, and before them dq where the kernel has it too."""
   inputs, block = _gradient_inputs(view, place, arrays, rows), view.block
   q_op, k_op, v_op = (inputs[name][1][1] for name in "qkv")
@@ -100,7 +105,7 @@ def _backward(view: View, place: Place, with_dq: bool, arrays: Arrays, rows) -> 
 # ---------------------------------------------------------------------------------------- masks
 
 
-def _steps(view: View, arrays: Arrays, *, transposed: bool):
+def _steps(view: View, arrays: Arrays, *, transposed: bool) -> tuple:
   """The steps, and the arrays that mask."""
   visits, masks = view.static_steps(transposed), {}
   ids, block_mask, size = arrays.segment_ids, arrays.block_mask, view.plan.block_size
@@ -125,7 +130,7 @@ def _steps(view: View, arrays: Arrays, *, transposed: bool):
   return visits, masks
 
 
-def _table(view: View, layout, size: int, transposed: bool):
+def _table(view: View, layout: Any, size: int, transposed: bool) -> tuple:
   """A block table as an input: its entries along the other axis repeated for every token."""
   num, lines, block = view.sweep.num_keys, view.sweep.num_queries, view.block
   if transposed:
@@ -144,7 +149,7 @@ def _table(view: View, layout, size: int, transposed: bool):
   return layout.reshape(*shape[:2], groups, per_block, num), ("table", span)
 
 
-def _joined_blocks(mask, size: int, block: int, nq: int, nk: int):
+def _joined_blocks(mask: Any, size: int, block: int, nq: int, nk: int) -> tuple:
   """Whether some, and whether all entries of a block mask attend, in the blocks of a list."""
   split = max(1, size // block)
   mask = jnp.repeat(jnp.repeat(mask, split, axis=2), split, axis=3)

@@ -8,11 +8,13 @@ the others' lanes are zero.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 LANES = 128
 SUBLANES = 8
@@ -66,7 +68,7 @@ class Operand:
     """The tile of a head."""
     return head // self.sharing
 
-  def tiles(self, ref, numbers, left=None) -> dict:
+  def tiles(self, ref: Any, numbers: Any, left: Any = None) -> dict:
     """Tiles of a block by number, [rows, tile] each; rows from number `left` on are zeros."""
     numbers, tile_of_number = sorted(set(numbers)), {}
     per_row = self.width // self.tile
@@ -82,17 +84,17 @@ class Operand:
     whole = lambda x: x if left is None else _first_rows(x, left)
     return {n: whole(tile_of_number[n]) for n in numbers}
 
-  def only(self, tile, head: int):
+  def only(self, tile: Any, head: int) -> Array:
     """A tile with zeros in the lanes of other heads."""
     if self.sharing == 1:
       return tile
     return jnp.where(self.lanes_of(tile.shape, head), tile, jnp.zeros_like(tile))
 
-  def lanes_of(self, shape, head: int):
+  def lanes_of(self, shape: tuple[int, ...], head: int) -> Array:
     """Which lanes of a tile are those of a head."""
     return lax.broadcasted_iota(jnp.int32, shape, 1) // self.size == head % self.sharing
 
-  def store(self, ref, tiles: list) -> None:
+  def store(self, ref: Any, tiles: list) -> None:
     """Fills a block."""
     tiles = [x.astype(ref.dtype) for x in tiles]
     if not self.sublanes:
@@ -106,7 +108,7 @@ class Operand:
   # Rows of one sublane are every 8th of a block. Loads with a stride are of 32-bit words: a word
   # has two neighbouring sublanes' bfloat16 of one row, and is wanted with one sublane's of two.
 
-  def _split(self, ref, u: int, lanes: slice) -> dict:
+  def _split(self, ref: Any, u: int, lanes: slice) -> dict:
     """Some lanes of sublane u, and of what comes with it."""
     if ref.dtype.itemsize == 4:
       flat = ref.reshape(self.rows * SUBLANES, self.width)
@@ -117,7 +119,7 @@ class Operand:
     high = lax.shift_right_logical(even, 16) | (odd & -0x10000)
     return {2 * u + n: pltpu.bitcast(x, ref.dtype) for n, x in enumerate((low, high))}
 
-  def _join(self, ref, c: int, parts: list) -> None:
+  def _join(self, ref: Any, c: int, parts: list) -> None:
     """The way back."""
     lanes = slice(c * self.tile, (c + 1) * self.tile)
     if ref.dtype.itemsize == 4:
@@ -133,5 +135,5 @@ class Operand:
       flat[pl.ds(u + 4, self.rows // 2, SUBLANES), lanes] = odd
 
 
-def _first_rows(x, left):
+def _first_rows(x: Any, left: Any) -> Array:
   return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < left, x, jnp.zeros_like(x))

@@ -5,6 +5,7 @@ need no mask come first in a line. A line without blocks is one step that only w
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -33,11 +34,11 @@ class Steps(NamedTuple):
   flags: Int[Any, "Bm Hm N"]
 
   @property
-  def rows(self):
+  def rows(self) -> Any:
     return self.place >> 16
 
   @property
-  def columns(self):
+  def columns(self) -> Any:
     return self.place & 0xFFFF
 
   @property
@@ -101,7 +102,7 @@ def steps_of(
   return Steps((rows << 16 | columns).astype(np.int32), flags.astype(np.int32)[None, None])
 
 
-def _ends(position, num: int, block: int, length: int):
+def _ends(position: Callable, num: int, block: int, length: int) -> tuple:
   """The first and the last positions of blocks."""
   first = np.arange(num) * block
   return position(first), position(np.minimum(first + block, length) - 1)

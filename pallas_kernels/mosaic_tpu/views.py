@@ -13,10 +13,12 @@ The cheapest place of heads in the arrays that kernels read: what needs no copy 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pallas_kernels import hardware
 from pallas_kernels.lowering import heads
@@ -185,7 +187,7 @@ class View:
 
   # ----------------------------------------------------------------------------- arrays and back
 
-  def keys(self, x):
+  def keys(self, x: Array) -> Array:
     """Keys or values that the view has: [B, S, Hkv, D], of summaries those."""
     if self.pass_.view != "summaries":
       return x
@@ -198,7 +200,7 @@ class View:
       joined = jnp.where(which == n, part, joined)
     return joined.reshape(x.shape[0], -1, *x.shape[3:])
 
-  def array(self, x, place: Place, D: int):
+  def array(self, x: Array, place: Place, D: int) -> Array:
     """[B, T, H, D] as kernels read it: [sequences, rows, lanes], or with sublanes before lanes."""
     B, H = x.shape[0], x.shape[2]
     x = padded(x, 3, D)
@@ -212,7 +214,7 @@ class View:
       x = x.reshape(-1, rows, *((H, D) if place.sublanes else (H * D,)))
     return x
 
-  def result(self, place: Place, like, D: int, count: int):
+  def result(self, place: Place, like: Any, D: int, count: int) -> jax.ShapeDtypeStruct:
     """Of `count` heads for each group of heads, with the sequences and rows of an input."""
     B, rows, heads = *like[0].shape[:2], len(self.heads) // place.count * count
     stride = self.stride if self.pass_.view == "columns" else 1
@@ -220,7 +222,7 @@ class View:
     shape |= {"tokens": (stride, heads * D)}
     return jax.ShapeDtypeStruct((B, rows, *shape[place.sublanes]), self.plan.dtype)
 
-  def from_array(self, x, D: int, size: int, length: int):
+  def from_array(self, x: Array, D: int, size: int, length: int) -> Array:
     """A result of heads of `size` lanes as [B, length, heads, D]."""
     B, rows = x.shape[:2]
     heads = x.size // (B * rows * size)
@@ -233,7 +235,7 @@ class View:
       x = x.reshape(-1, whole, heads, size)
     return x[:, :length, :, :D]
 
-  def from_keys(self, x, D: int, size: int):
+  def from_keys(self, x: Array, D: int, size: int) -> Array:
     """dk or dv as [B, S, heads, D]: zeros where a view has none; those of one key's head added."""
     x = self.from_array(x, D, size, x.shape[1] if self.pass_.view == "summaries" else self.plan.S)
     if self.pass_.view == "summaries":
@@ -248,13 +250,13 @@ class View:
       x = heads.sum_per_key_head(x, self.plan.Hkv)
     return x
 
-  def rows_shape(self, place: Place, like):
+  def rows_shape(self, place: Place, like: Any) -> jax.ShapeDtypeStruct:
     """Of numbers of queries."""
     num = -(-self.sweep.num_queries // self.block) * self.block
     groups = len(self.groups(place).heads)
     return jax.ShapeDtypeStruct((like[0].shape[0], groups, place.num, num), jnp.float32)
 
-  def rows(self, x, place: Place, fill: float):
+  def rows(self, x: Array, place: Place, fill: float) -> Array:
     """Numbers of queries [B, T, Hg] as [sequences, groups, heads, T]; `fill` where none is."""
     B, heads = x.shape[0], x.shape[2]
     if self.pass_.view in ("columns", "blocks"):
@@ -269,7 +271,7 @@ class View:
     x = x.reshape(B, -1, place.num, x.shape[-1])
     return padded(x, 3, -(-x.shape[3] // self.block) * self.block, fill)
 
-  def from_rows(self, x, place: Place):
+  def from_rows(self, x: Array, place: Place) -> Array:
     """The way back, [B, T, Hg]."""
     x, B, heads = x[..., : self.sweep.num_queries], x.shape[0], len(self.heads)
     if place.sublanes == "tokens":
@@ -325,7 +327,7 @@ def _up(size: int) -> int:
   return -(-size // LANES) * LANES
 
 
-def _block(length: int, sizes) -> int | None:
+def _block(length: int, sizes: Any) -> int | None:
   """Tokens of a block that blocks of `sizes` fill, or that fit into them."""
   if not sizes and length <= BLOCK:
     return max(16, -(-length // 16) * 16)
@@ -337,7 +339,7 @@ def _block(length: int, sizes) -> int | None:
   return next((n for n in (*smaller, *larger) if fits(n)), None)
 
 
-def padded(x, axis: int, size: int, fill: float = 0.0):
+def padded(x: Array, axis: int, size: int, fill: float = 0.0) -> Array:
   if x.shape[axis] == size:
     return x
   width = [(0, size - x.shape[axis] if n == axis else 0) for n in range(x.ndim)]

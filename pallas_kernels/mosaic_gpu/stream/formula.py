@@ -116,7 +116,7 @@ def _with_derivative(scores: Scores) -> Traced | None:
   if any(x.shape for x in _values_for_one(scores)):
     return None  # an array that is looked up by position
 
-  def both(product, i, j, *values):
+  def both(product: Any, i: Any, j: Any, *values: Any) -> tuple:
     logit = lambda x: _logit(scores, x, i, j, values).astype(jnp.float32)
     return jax.jvp(logit, (product,), (jnp.ones_like(product),))
 
@@ -127,8 +127,8 @@ def _with_derivative(scores: Scores) -> Traced | None:
 def _with_value_derivatives(scores: Scores) -> Traced | None:
   """As `_with_derivative`, by values."""
 
-  def all_of(product, i, j, *values):
-    def logit(*learned_values):
+  def all_of(product: Any, i: Any, j: Any, *values: Any) -> tuple:
+    def logit(*learned_values: Any) -> Any:
       every = list(values)
       for n, x in zip(learned(scores), learned_values, strict=True):
         every[n] = x
