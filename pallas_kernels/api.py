@@ -135,7 +135,7 @@ def sparse_attention(
     return (out, lse) if return_lse else out
   name = choose(implementation)
   if reason := _module(name).unsupported(plan):
-    name = _instead(implementation, reason)
+    name = _instead(implementation, offset.explained(reason, query_offset))
   may_call_cudnn = name == "mosaic_gpu" and not (plan.sharded or deterministic or return_lse)
   if may_call_cudnn and _module(name).cudnn_serves(plan):
     with computed_by("cudnn"):

@@ -45,6 +45,13 @@ def shifted(
   return pattern, _from(offset, score_fn) if callable(score_fn) else score_fn
 
 
+def explained(reason: str, offset: Offset) -> str:
+  """Why a call is not supported, where the reason may be a predicate that holds the offset."""
+  if not isinstance(offset, jax.core.Tracer):
+    return reason
+  return f"{reason} (query_offset is traced: reference and xla take that, others a number)"
+
+
 def _shifted(head: patterns.Pattern, offset: Any) -> patterns.Where:
   def predicate(i: Any, j: Any) -> Any:
     return head.allowed(i + offset, j)

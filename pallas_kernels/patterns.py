@@ -90,10 +90,10 @@ class Pattern(abc.ABC):
     """Allowed pairs of T queries and T keys per head, averaged over the heads."""
     return sum(int(self.keys_per_query(T, h).sum()) for h in range(self.period)) / self.period
 
-  def __or__(self, other: "Pattern") -> "Pattern":
+  def __or__(self, other: "Pattern") -> "Union":
     return Union(_flat(Union, self) + _flat(Union, other))
 
-  def __and__(self, other: "Pattern") -> "Pattern":
+  def __and__(self, other: "Pattern") -> "Intersection":
     return Intersection(_flat(Intersection, self) + _flat(Intersection, other))
 
 
@@ -212,7 +212,7 @@ class Strided(Pattern):
   @property
   def union(self) -> "Union":
     """Its two heads, as a union."""
-    return Union((Local(self.stride), Column(self.stride)))
+    return Local(self.stride) | Column(self.stride)
 
   def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return self.union.allowed(i, j)

@@ -229,7 +229,7 @@ def step_kernels(implementation: str) -> types.ModuleType | None:
     return None
   if reason := _why_not_here(implementation):
     raise NotImplementedError(reason)
-  if implementation == "cluster":
+  if _is_one_kernel(implementation):
     from sparse_flax.sample import cluster
 
     return cluster
@@ -238,9 +238,13 @@ def step_kernels(implementation: str) -> types.ModuleType | None:
   return triton
 
 
+def _is_one_kernel(implementation: str) -> bool:
+  return _EARLIER_NAMES.get(implementation, implementation) == "cluster"
+
+
 def _why_not_here(implementation: str) -> str | None:
   """Why kernels of a step do not run on these devices, whatever the model; None where they do."""
-  one_kernel = implementation == "cluster"
+  one_kernel = _is_one_kernel(implementation)
   if one_kernel and (platform := hardware.platform()) != "gpu":
     return f"{implementation}: a step's kernel runs on NVIDIA GPUs only, not on {platform}"
   reason = hardware.why_not_hopper() if one_kernel else hardware.why_not_nvidia()

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
+from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from sparse_flax.view import masks
 from tests.helpers import recipes
@@ -109,3 +111,98 @@ def test_the_picture_in_the_manual_is_of_its_recipes(tmp_path, as_a_user):
   remedy = f"run python -m tests.helpers.recipes {words}"
   assert a.shape == b.shape and abs(a - b).mean() < 0.5, remedy
   assert new.stat().st_size < 200_000
+
+
+# ------------------------------------------------------------------------- from other libraries
+
+SPLASH = {  # as the manual's tables have them, for T queries and S keys
+  "full": (lambda m: m.FullMask((48, 64)), patterns.Dense(causal=False), 0),
+  "causal": (lambda m: m.CausalMask((48, 64), offset=16), patterns.Dense(), 16),
+  "left": (lambda m: m.LocalMask((48, 64), (7, 0), offset=16), patterns.Local(8), 16),
+  "both": (lambda m: m.LocalMask((48, 64), (7, 7), offset=0), patterns.Local(8, causal=False), 0),
+  "uneven": (
+    lambda m: m.LocalMask((48, 64), (7, 2), offset=0),
+    patterns.Where(lambda i, j: (i - j <= 7) & (j - i <= 2), causal=False),
+    0,
+  ),
+  "no limit": (
+    lambda m: m.LocalMask((48, 64), (7, None), offset=0),
+    patterns.Where(lambda i, j: i - j <= 7, causal=False),
+    0,
+  ),
+  "chunks": (lambda m: m.ChunkedCausalMask((64, 64), 16), patterns.Block(16), 0),
+  "table": (
+    lambda m: m.NumpyMask(WIDE[:48, :64]),
+    patterns.BlockLayout(WIDE[:48, :64], block_size=1, causal=False),
+    0,
+  ),
+  "union": (
+    lambda m: m.LocalMask((64, 64), (3, 0), offset=0) | m.ChunkedCausalMask((64, 64), 16),
+    patterns.Local(4) | patterns.Block(16),
+    0,
+  ),
+}
+
+
+@pytest.mark.parametrize("name", SPLASH)
+def test_masks_of_splash_attention_are_the_patterns_beside_them(name):
+  make, pattern, offset = SPLASH[name]
+  theirs = make(splash_attention_mask)
+  T, S = theirs.shape
+  mask = pattern.allowed(np.arange(T)[:, None] + offset, np.arange(S)[None])
+  np.testing.assert_array_equal(theirs[:, :], np.broadcast_to(mask, (T, S)))
+
+
+def test_windows_of_jax_are_those_of_the_table():
+  q = k = v = jax.random.normal(jax.random.key(0), (1, 32, 2, 8))
+  for window, pattern in (
+    ((5, 0), patterns.Local(6)),
+    ((5, 5), patterns.Local(6, causal=False)),
+    ((5, 2), patterns.Where(lambda i, j: (i - j <= 5) & (j - i <= 2), causal=False)),
+  ):
+    theirs = jax.nn.dot_product_attention(q, k, v, local_window_size=window)
+    ours = sparse_attention(q, k, v, pattern=pattern, implementation="xla")
+    assert_close(ours, theirs, tolerance=1e-5, what=str(window))
+
+
+def example(words):
+  (source,) = (x for x in EXAMPLES if words in x)
+  return source
+
+
+@pytest.mark.promotes
+def test_sinks_take_their_share_of_the_softmax(as_a_user):
+  attend = recipes.run(example("sinks"))["attend"]
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.standard_normal((1, 40, 2, 8)), jnp.float32) for _ in range(3))
+  sinks = jnp.asarray([0.5, -1.0])
+  logits = np.einsum("bthd,bshd->bhts", q, k) * 8**-0.5
+  weights = np.exp(logits) * patterns.Local(64).mask(40)
+  total = weights.sum(-1, keepdims=True) + np.exp(sinks)[None, :, None, None]
+  expected = np.einsum("bhts,bshd->bthd", weights / total, v)
+  assert_close(attend(q, k, v, sinks), expected, tolerance=1e-5, what="out")
+
+
+@pytest.mark.promotes
+def test_the_feature_for_a_bias_of_keys_is_that_bias(as_a_user):
+  named = recipes.run(example("of every key"))
+  q, v, bias = named["v"], named["v"], named["bias"]
+
+  def one(q, v, bias):
+    rows = (x[None] for x in (q, q, v))
+    add = lambda logit, i, j, h: logit + bias[j]
+    return sparse_attention(*rows, pattern=patterns.Local(32), score_fn=add)[0]
+
+  assert_close(named["out"], jax.vmap(one)(q, v, bias), tolerance=1e-5, what="out")
+
+
+@pytest.mark.promotes
+def test_chunks_are_the_whole_prompt(as_a_user):
+  named = recipes.run(example("chunks = []"))
+  whole = sparse_attention(named["q"], named["k"], named["v"], pattern=patterns.Strided(16))
+  assert_close(named["out"], whole, tolerance=1e-5, what="out")
+
+
+def test_the_block_like_llamas_is_short():
+  body = example("class Block").partition("class Block")[2].partition("\n\n\n@")[0]
+  assert len(body.strip().splitlines()) <= 30

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import patterns
+from pallas_kernels.lowering import blocks
+from pallas_kernels.lowering import passes
 from tests.helpers.arrays import EVERY_PATTERN
 
 BOTH = {

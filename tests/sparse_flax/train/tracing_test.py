@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.helpers.paths import ROOT
+
 _HEAD = """
 import jax
 import jax.numpy as jnp
@@ -63,7 +65,6 @@ def test_a_training_step_is_traced_once():
   run("""
 from configs import cifar10
 from sparse_flax import train
-from tests.helpers.paths import ROOT
 
 config = cifar10.get_config().copy_and_resolve_references()
 with config.unlocked():
