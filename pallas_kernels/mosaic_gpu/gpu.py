@@ -62,6 +62,7 @@ def commit_reads() -> None:
 
 def kernel(body: Callable, **options: Any) -> Callable:
   """`plgpu.kernel` with fast exp2, or its simulation."""
+  # Races that a GPU hides by luck are errors in the simulator.
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
   # No sum of ours crosses warps.
   params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
@@ -72,6 +73,7 @@ def launch(
   name: str, body: Callable, *, inputs: dict, outputs: dict, scratch: dict, **options: Any
 ) -> list:
   """`kernel` with refs by name, body(refs); the outputs."""
+  # Pallas gives refs by position; kernels whose arrays come and go with options want names.
   names = (*inputs, *outputs, *scratch)
 
   def call(*refs: Ref) -> None:
@@ -153,6 +155,7 @@ def matmul(*pairs: tuple[Any, Any]) -> Any:
       wgmma(acc, a, b)
     return tuple(acc[...] for acc in accs)
 
+  # Reading an accumulator waits for its products: all are started before the first is read.
   return pl.run_scoped(run, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
@@ -170,6 +173,7 @@ def add_matmul(*terms: tuple, scratch: Ref | None = None) -> Any:
         for a, b in pairs:
           wgmma(ref, a, b)
 
+    # Accumulators start with the sum so far: nothing is added afterwards.
     return pl.run_state(run)(tuple(ACC.init(acc) for acc, *_ in terms))
   sums = []
   for acc, *pairs in terms:

@@ -49,6 +49,7 @@ class Ring:
 
   def scratch(self, **buffers: Any) -> dict[str, Any]:
     """Memory of the ring, by ref: these buffers, then its barriers."""
+    # A barrier for each slot: the producer may be several steps ahead of the slowest reader.
     num = self.num_slots * (self.lanes or 1)
     arrivals = {f"{name}_full": count for name, count in self.full.items()}
     arrivals[f"{self.name}_free"] = self.readers
@@ -92,6 +93,7 @@ class Slot:
 
   def wait_until_free(self) -> None:
     """Before step n is loaded: until every reader has released what was in its slot."""
+    # The first round finds all slots free: barriers have no completion to wait for yet.
     gpu.when(self.n >= self.ring.num_slots)(self.wait_free)
 
   def wait_free(self) -> None:

@@ -47,6 +47,7 @@ def start(Dv: int) -> State:
 def resume(out: Ref, lse: Traced, scale: float) -> State:
   """What ended in `out`, a tile in shared memory, and `lse`, of base 2."""
   total = gpu.load(out, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
+  # Under its lse as the maximum, a softmax that is finished has weight 1.
   top = jnp.maximum(lse * (1 / (scale * gpu.LOG2E)), NO_MAXIMUM)
   # A row that had no key goes on from nothing.
   return State(total, top, jnp.where(lse > NO_MAXIMUM, 1.0, 0.0))

@@ -24,6 +24,7 @@ from pallas_kernels.mosaic_tpu.steps import STORE
 
 INTERLEAVED = 4  # heads whose instructions fill each other's gaps
 _NO_MAXIMUM = -1e30  # finite: exp2(-inf - it) is 0, also in a row without keys
+# The axes that a product sums over: the last of both, those of a b, the first of both.
 _NT = (((1,), (1,)), ((), ()))
 _NN = (((1,), (0,)), ((), ()))
 _TN = (((0,), (0,)), ((), ()))
@@ -36,6 +37,7 @@ def forward(step: "Step") -> None:
   follows them.
   """
   top, total, acc = (step.refs[x] for x in ("top", "total", "acc"))
+  # The queries of a row stay for all of its steps: they are taken apart once.
   step.hold("q")
 
   @pl.when(step.flags & FIRST != 0)
@@ -48,14 +50,19 @@ def forward(step: "Step") -> None:
     qs, ks, vs = (step.tiles(x, heads, masked) for x in "qkv")
     for n in heads:
       q, k, v = step.head("q", qs, n, alone=True), step.head("k", ks, n), step.head("v", vs, n)
+      # Alone, of the factors, is q: zeros of its neighbours' lanes take their products out of the
+      # sum.
       x = step.logits(_dot(q, k, _NT), n, masked)[0]
       # The maximum has to be one number for a row; the sum may stay one for each lane.
       old = top[n]
       new = jnp.maximum(old, _wide(_by_lanes(jnp.maximum, x).max(axis=1)[:, None], LANES))
       p = jnp.exp2(x - _wide(new, x.shape[1]))
+      # What was summed under the old maximum counts for less under the new one.
       keep = jnp.exp2(old - new)
       top[n] = new
       total[n] = total[n] * keep + _by_lanes(jnp.add, p)
+      # Lanes of heads that share the tile of v fill with what nobody reads: the end selects its
+      # own.
       acc[n] = acc[n] * _wide(keep, acc.shape[2]) + _dot(p.astype(v.dtype), v)
 
   step.each(attend)
@@ -64,7 +71,9 @@ def forward(step: "Step") -> None:
   def _() -> None:
     out, tiles = step.operands["out"], {}
     for n in step.heads:
+      # Only here do the lanes of a sum meet: once a row of blocks, not once a block.
       sums = _wide(total[n].sum(axis=1)[:, None], LANES)
+      # A row without keys has the result 0; its lse, of log2(0), is -inf.
       mean = acc[n] * _wide(jnp.where(sums == 0, 0.0, 1 / sums), acc.shape[2])
       step.refs["lse"][0, 0, n : n + 1] = _to_lanes(top[n] + jnp.log2(sums))
       t = out.tile_of(n)
@@ -82,6 +91,8 @@ def dq(step: "Step") -> None:
   def _() -> None:
     acc[...] = jnp.zeros_like(acc)
     for n in step.heads:
+      # Along the lanes in memory, where 128 times as many would be moved otherwise; here once a
+      # row.
       lse[n] = _to_column(step.refs["lse"][0, 0, n : n + 1])
       delta[n] = _to_column(step.refs["delta"][0, 0, n : n + 1])
 
@@ -90,8 +101,10 @@ def dq(step: "Step") -> None:
     for n in heads:
       q, k = step.head("q", qs, n, alone=True), step.head("k", ks, n)
       x, derivative = step.logits(_dot(q, k, _NT), n, masked, derivatives=True)
+      # No maximum is taken: lse is that of the whole softmax, so that weights are at most 1.
       p = jnp.exp2(x - lse[n][:, :1])
       dout, v = step.head("dout", douts, n, alone=True), step.head("v", vs, n)
+      # dout alone, for the sum over the lanes of v; v may keep its neighbours.
       ds = p * (_dot(dout, v, _NT) - delta[n][:, :1])
       ds = ds if derivative is None else ds * derivative
       # Zeros of other heads keep each one to its own lanes of what they share.
@@ -101,6 +114,7 @@ def dq(step: "Step") -> None:
 
   @pl.when(step.flags & LAST != 0)
   def _() -> None:
+    # The scale, left out of every step, comes in once.
     tiles = [acc[t] * step.sweep.factor for t in range(acc.shape[0])]
     step.operands["dq"].store(step.refs["dq"], tiles)
 
@@ -112,12 +126,14 @@ def backward(step: "Step") -> None:
   """
   lse, delta, dk, dv = (step.refs[x] for x in ("lse", "delta", "dk_s", "dv_s"))
   dq, block = step.refs.get("dq_s"), step.sweep.block
+  # That a traced start is a multiple, as whole tiles need, the compiler cannot see by itself.
   rows_of_dq = pl.ds(pl.multiple_of(step.row * block, block), block)
 
   if dq is not None:
 
     @pl.when(step.number == 0)
     def _() -> None:
+      # Steps of any column may be the first to meet a row.
       dq[...] = jnp.zeros_like(dq)
 
   step.hold("k")
@@ -133,6 +149,7 @@ def backward(step: "Step") -> None:
     for n in heads:
       q, k = step.head("q", qs, n, alone=True), step.head("k", ks, n)
       x, derivative = step.logits(_dot(k, q, _NT), n, masked, derivatives=True)
+      # Queries lie along the lanes here, as their numbers do in memory: nothing has to turn.
       p = jnp.exp2(x - lse[0, 0, n : n + 1])
       dout, v = step.head("dout", douts, n, alone=True), step.head("v", vs, n)
       ds = p * (_dot(v, dout, _NT) - delta[0, 0, n : n + 1])
@@ -140,6 +157,7 @@ def backward(step: "Step") -> None:
       dv[step.tile("v", n)] += _dot(p.astype(dout.dtype), dout)
       dk[step.tile("k", n)] += _dot(ds, q)
       if dq is not None:
+        # [keys, queries] times k over the keys: the one product here whose first factor is turned.
         dq[step.tile("q", n), rows_of_dq] += _dot(ds, step.head("k", ks, n, alone=True), _TN)
 
   step.each(attend)
@@ -185,6 +203,8 @@ class Step:
     self.number, self.flags, self.first_head = pl.program_id(2), flags, first_head
     self.row, self.column, self.transposed = place >> 16, place & 0xFFFF, transposed
     self.heads = range(operands["q"].num)
+    # Of bfloat16 two sublanes come out of one word: a group of heads has both, or they would be
+    # loaded twice.
     pair = 2 * operands["q"].count if operands["q"].sublanes else 1
     self.together = max(INTERLEAVED, pair)
 
@@ -193,11 +213,13 @@ class Step:
     for n in range(0, len(self.heads), self.together):
       heads = self.heads[n : n + self.together]
       for kind in (FULL, PARTIAL):
+        # Code for a kind that no step has would only cost compilation and memory.
         if self.kinds & kind:
           pl.when(self.flags & kind != 0)(functools.partial(attend, heads, kind == PARTIAL))
 
   def hold(self, name: str) -> None:
     """Takes apart, once for a line, an array that stays for all of it."""
+    # Without sublanes a tile is a slice of the block: nothing has to be taken apart.
     if not self.operands[name].sublanes:
       return
 
@@ -213,12 +235,15 @@ class Step:
     numbers = {self.tile(name, n) for n in heads}
     if f"{name}_held" in self.refs:
       return {n: self.refs[f"{name}_held"][n] for n in numbers}
+    # What a step without a mask sums over are whole blocks, by how steps are listed.
     left = self._left(name) if masked else None
     return self.operands[name].tiles(self.refs[name], numbers, left)
 
   def _left(self, name: str) -> Any:
     """Rows of a block that the array has; None where it has all."""
     sweep, of_queries = self.sweep, name in ("q", "dout")
+    # Past the end of an array a block holds whatever was in memory, maybe NaN, which a weight of 0
+    # does not undo in a product.
     if not (sweep.queries_end if of_queries else sweep.keys_end):
       return None
     if of_queries:
@@ -249,11 +274,13 @@ class Step:
     mask = sweep.mask(queries, keys, self.refs)
     if "ids_of_lines" in self.refs:
       mask = mask & (self.refs["ids_of_lines"][...] == self.refs["ids_of_others"][...])
+    # Of pairs that do not attend a derivative may be NaN, which a weight of 0 does not undo.
     derivative = None if derivative is None else jnp.where(mask, derivative, 0.0)
     return jnp.where(mask, x, -jnp.inf), derivative
 
 
 def _dot(a: Any, b: Any, dims: tuple = _NN) -> Array:
+  # The matrix unit multiplies bfloat16: only at this precision does float32 stay float32.
   precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
@@ -273,6 +300,7 @@ def _by_lanes(op: Callable, x: Array) -> Array:
   whole = x.shape[1] - x.shape[1] % LANES
   parts = [x[:, n : n + LANES] for n in range(0, whole, LANES)]
   if whole < x.shape[1]:  # of a short sequence: one block, whose last lanes nothing else fills
+    # What changes neither a maximum nor a sum.
     unit = -jnp.inf if op is jnp.maximum else 0.0
     last = x[:, whole:]
     fill = jnp.full((x.shape[0], LANES - last.shape[1]), unit, x.dtype)

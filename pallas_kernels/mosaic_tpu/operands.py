@@ -75,12 +75,15 @@ class Operand:
     for n in numbers:
       if n in tile_of_number:
         continue
+      # Tiles are numbered along the lanes first, then by sublane.
       u, c = divmod(n, per_row)
       lanes = slice(c * self.tile, (c + 1) * self.tile)
       if not self.sublanes:
         tile_of_number[n] = ref[0, :, lanes]
       else:
+        # A load of 16-bit values brings a neighbour along, which some head will want too.
         tile_of_number |= {m * per_row + c: x for m, x in self._split(ref, u, lanes).items()}
+    # Rows past the end may be NaN in memory: zeros instead, for 0 times NaN is NaN.
     whole = lambda x: x if left is None else _first_rows(x, left)
     return {n: whole(tile_of_number[n]) for n in numbers}
 
@@ -114,7 +117,9 @@ class Operand:
       flat = ref.reshape(self.rows * SUBLANES, self.width)
       return {u: flat[pl.ds(u, self.rows, SUBLANES), lanes]}
     flat, u = ref.bitcast(jnp.int32).reshape(self.rows * 4, self.width), u // 2
+    # A token has 4 words, of two sublanes each: every 8th word belongs to every second token.
     even, odd = (flat[pl.ds(n, self.rows // 2, SUBLANES), lanes] for n in (u, u + 4))
+    # The lower half of a word is the even sublane, or row.
     low = (even & 0xFFFF) | (odd << 16)
     high = lax.shift_right_logical(even, 16) | (odd & -0x10000)
     return {2 * u + n: pltpu.bitcast(x, ref.dtype) for n, x in enumerate((low, high))}
