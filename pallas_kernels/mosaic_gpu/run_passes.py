@@ -38,6 +38,7 @@ def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
     out, lse = _forward_fixed(*group.kernels, own, options)
   else:
     out = lse = view = None
+    # Each goes on from the result of the one before, in rows of its own view.
     for sweep in group.kernels:
       before = None if out is None else (out, _rows(sweep, lse, view))
       out, lse = _forward_one(sweep, own, before, options)
@@ -67,6 +68,7 @@ def backward(
       lse_here = _rows(sweep, lse, group.kernels[-1].view)
       rows = lse_here, _rows(sweep, dlse), _rows(sweep, delta, view)
       *grads, delta = _backward_one(sweep, own, out, dout, *rows, grads, options)
+      # With delta there is no further use for these.
       out = dlse = None
       view = sweep.view
   return tuple(cut(plan, group, x) for x in grads)
@@ -78,6 +80,8 @@ def padded(plan: Plan, group: Group, x: Array | None) -> Array | None:
   if x is None or plan.T == T:
     return x
   rows = -(-plan.T // row)
+  # Whole rows, then the rows lengthened, then more of them: a token keeps its row and its place in
+  # it.
   x = _with_zeros(x, rows * row).reshape(x.shape[0], rows, row, *x.shape[2:])
   x = _with_zeros(x, stride, axis=2)
   return _with_zeros(x.reshape(x.shape[0], -1, *x.shape[3:]), T)
@@ -102,6 +106,7 @@ def _forward_one(sweep: Sweep, own: tuple, before: tuple | None, options: dict[s
     family, sizes = sweep.forward
     own, options = (q, k, v, _ids(sweep, ids)), options | dict(sizes)
     return _FORWARD[family](sweep.view, sweep.band, *own, before, **options)
+  # The streaming kernels take up no state: theirs is merged afterwards.
   new = _stream_forward(sweep, own, options)
   return new if before is None else _merge(sweep.view, before, new)
 
@@ -133,6 +138,7 @@ def _backward_one(
     dk, dv = (_unfolded(x, sweep.schedule, q.shape[1]) for x in (dk, dv))
   grads = dq, dk, dv
   if before is not None:
+    # In float32, so that the sum is rounded once.
     add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
     grads = tuple(add(a, b) for a, b in zip(before, grads, strict=True))
   return *grads, delta
@@ -209,6 +215,7 @@ def _backward_fixed(
   lse, dlse = (_streamed_rows(summary, x) for x in (lse, dlse))
   dq, delta = _query_gradients(summary, own, out, lse, None, dout, dlse, options, own_rows=True)
   of_summaries = _key_gradients(summary, own, lse, delta, dout, options)
+  # lse and delta are of the whole softmax, whichever keys have gradients.
   in_blocks = (_streamed_rows(block, _rows(block, x, summary.view)) for x in (lse, delta))
   of_blocks = _key_gradients(block, own, *in_blocks, dout, options)
   dk, dv = (
@@ -246,6 +253,7 @@ def _merge(view: View, a: tuple, b: tuple) -> tuple:
 def _unfolded(x: Array, schedule: stream.Schedule, T: int) -> Array:
   """Gradients of summaries `[B, rows, width, Hg, D]` among zeros: `[B, T, Hg, D]`."""
   (start,) = schedule.starts  # a pass of its own has one
+  # Tokens that are in no summary have no gradient from them.
   after = schedule.stride - start - schedule.width
   x = jnp.pad(x, [(0, 0), (0, 0), (start, after), (0, 0), (0, 0)])
   return x.reshape(x.shape[0], T, *x.shape[3:])
@@ -276,6 +284,7 @@ def _written(x: Array, update: Array, start: tuple[int, ...]) -> Array:
 
   @write.def_vmap
   def batched(size: int, is_batched: Any, *arrays: Array) -> tuple[Array, bool]:
+    # A new leading axis, written whole: still one slice, in place.
     whole = zip(arrays, is_batched, strict=True)
     arrays = (x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in whole)
     return _written(*arrays, (0, *start)), True

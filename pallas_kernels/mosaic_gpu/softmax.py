@@ -63,6 +63,7 @@ def rescale(
   """
   ps, top, factor = weights(xs, None if state is None else state.top, scale)
   weight = functools.reduce(jnp.add, ps).sum(axis=1)
+  # Nothing to rescale: the first tile of keys starts the sums.
   if state is None:
     return ps, State(gpu.zeros((TILE, Dv)), top, weight)
   total = state.total * gpu.over_columns(factor, state.total.shape[1])
@@ -97,6 +98,7 @@ def weights(
 
 def finish(total: Traced, top: Traced, weight: Traced, scale: float) -> tuple[Traced, Traced]:
   """The mean of values, and the log-sum-exp in base 2: 0 and -inf for rows without keys."""
+  # A query may have no key at all: then the result is 0, as the reference has it.
   empty = weight == 0
   share = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, weight))
   lse = jnp.where(empty, -jnp.inf, top * (scale * gpu.LOG2E) + jnp.log2(weight))

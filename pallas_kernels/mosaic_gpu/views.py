@@ -59,6 +59,7 @@ class View:
 
   def __call__(self, x: Array) -> Array:
     """The view of an array [B, T, ...]; no copy."""
+    # T is whole rows, so that rows and places in them are two axes of the same memory.
     if self.kind == "natural":
       return x
     return x.reshape(x.shape[0], self.T // self.stride, self.stride, *x.shape[2:])
@@ -68,6 +69,7 @@ class View:
     span = gpu.ds(start, rows)
     if self.kind == "natural":
       return ref.at[b, span, h]
+    # The copy engine steps over what lies between: columns need no transposed array.
     return ref.at[b, span, r, h] if self.kind == "columns" else ref.at[b, r, span, h]
 
   def rows(self, x: Array, fill: int | float = 0) -> Array:
@@ -77,6 +79,7 @@ class View:
       x = x[..., None, :]
     else:
       x = jnp.moveaxis(x, (1, 2), (-2, -1) if self.kind == "blocks" else (-1, -2))
+    # Whole tiles: rows of numbers are copied without a check of their end.
     padding = [(0, 0)] * (x.ndim - 1) + [(0, self.num_tiles * TILE - self.M)]
     return jnp.pad(x, padding, constant_values=fill)
 
@@ -109,6 +112,7 @@ class Band:
 
   def covers(self, distance: int) -> bool:
     """Whether all pairs of two tiles, this many tiles apart, attend."""
+    # Pairs are less than a tile farther apart than their tiles.
     end = (distance + 1) * TILE
     return distance >= self.first_full() and (self.far is None or end <= self.far)
 
@@ -125,6 +129,7 @@ class Band:
 
 def head_of(heads: Sequence[int], n: Any) -> Any:
   """heads[n] of a traced n: by arithmetic, or by comparing where the heads are irregular."""
+  # Most patterns give heads at equal steps: one instruction instead of one for each head.
   step = heads[1] - heads[0] if len(heads) > 1 else 1
   if all(head == heads[0] + i * step for i, head in enumerate(heads)):
     return n * step + heads[0]

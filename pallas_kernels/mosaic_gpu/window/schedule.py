@@ -183,6 +183,7 @@ class Dealt:
 
   def key_tile(self, n: Traced, m: Traced) -> Traced:
     """The m-th key tile that step n meets."""
+    # Before the first tile too, where there is none: `first_row` puts that inside.
     return self.query_tile(n, m - self.sizes.reach)
 
   def number(self, w: Traced, distance: Traced) -> Traced:
