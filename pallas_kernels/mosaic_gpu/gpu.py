@@ -127,6 +127,7 @@ def iota(shape: tuple[int, ...], axis: int = 0, layout: Any = WGMMA) -> Traced:
 
 
 def zeros(shape: tuple[int, ...], layout: Any = WGMMA) -> Traced:
+  # A constant has no layout of its own, and what it is combined with has one.
   return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
@@ -228,6 +229,7 @@ def sums(body: Callable, *starts: Any, scratch: Ref | None = None) -> Any:
   `scratch` is shared memory for an operand in registers, for the simulator.
   """
   if simulated():
+    # A fresh accumulator has no value before its first product.
     values = (None if isinstance(start, tuple) else start for start in starts)
     return body(*(Sum(value=value, scratch=scratch) for value in values))
 

@@ -62,6 +62,7 @@ class Ring:
 
   def slot(self, n: Traced, lane: Traced | None = None) -> "Slot":
     """Where step n (an int, or traced) lies; `lane`, where the ring has lanes."""
+    # Steps that are unrolled have numbers: no instruction computes where they lie.
     if isinstance(n, int):
       return Slot(self, n, n % self.num_slots, lane)
     return Slot(self, n, lax.rem(n, jnp.int32(self.num_slots)), lane)
@@ -128,6 +129,7 @@ def drain(loaded: Traced, *rings: Ring, freed: Traced | None = None) -> None:
     freed: number of steps, the first ones, that are released; None for all.
   """
   num_slots = rings[0].num_slots
+  # One loop serves all of them.
   assert all(ring.num_slots == num_slots for ring in rings)
 
   @gpu.loop(jnp.maximum(loaded - num_slots, 0), loaded if freed is None else freed)

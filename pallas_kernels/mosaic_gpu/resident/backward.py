@@ -222,6 +222,7 @@ class Gradients(tiles.Tiles):
         ds, (k, _) = pairs.transposed(self.ds(own, t)), self.slot(self.k_slot(t))
         return dq + gpu.matmul((ds, k))[0]
 
+      # Without masks: dS^T is 0 where a pair does not attend.
       return lax.fori_loop(0, own + 1 - sizes.band.first(), add, start())
     # By row, outside of the loop: they are this query tile's own, and cost 2 registers each.
     (q, dout), (lse, delta) = self.slot(self.q_slot(own)), self.lse_and_delta(own, ROW)

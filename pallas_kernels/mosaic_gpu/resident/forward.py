@@ -138,9 +138,11 @@ def _scratch(sizes: Sizes, Dk: int, dtype: jax.typing.DTypeLike) -> dict:
     v_s=gpu.smem(nt, rows, Dv, dtype=dtype, beside=rows & -rows),
     lse_s=gpu.vector(W, TILE),
   )
+  # The result leaves from where q was, unless sizes differ or `prev` has a place in any case.
   if sizes.stage != "q":
     scratch[f"{sizes.stage}_s"] = gpu.smem(nt, TILE, Dv, dtype=dtype)
   if sizes.padding:
+    # Zeros, for rows of lse that no tile covers.
     scratch |= dict(tail_s=gpu.vector(TILE))
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, rows, dtype=dtype))

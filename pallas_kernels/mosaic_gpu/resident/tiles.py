@@ -96,6 +96,7 @@ class Tiles:
     return t - self.begin
 
   def k_slot(self, t: Traced) -> Traced:
+    # Keys lie behind the queries in the pool.
     return t + self.num_q
 
   def slot(self, n: Traced) -> tuple[Ref, Ref]:

@@ -102,6 +102,7 @@ def backward(
       inputs={name: x for name, x in inputs.items() if x is not None},
       outputs=dict(dq=like(q, Dk), dk=like(k, Dk), dv=like(v, Dv), delta=delta),
       scratch=_scratch(sizes, q.dtype),
+      # Heads, which are neighbours in memory, are the fastest axis.
       grid=(B, -(-view.num_tiles // sizes.tiles), Hg),
       grid_names=("b", "share", "h"),
       num_threads=warpgroups + 2,
@@ -145,6 +146,7 @@ def _kernel(sizes: share.Sizes, refs: dict) -> None:
 
 def _produce(part: share.Share) -> None:
   """Loads key and query tiles side by side, as far ahead as the rings go."""
+  # It only starts copies: the registers that it gives back are for the others to compute with.
   gpu.set_max_registers(share.PRODUCER_REGISTERS, action="decrease")
   kv_head = lambda: part.head // part.sizes.group
 

@@ -212,6 +212,7 @@ class _Consumer:
     if self.sizes.num_overlap:
       gpu.barrier_wait(self.refs["lead_full"])
     gpu.loop(0, self.steps.count)(self.attend)
+    # Shared memory is another's when the thread block ends.
     gpu.wait_to_gmem(0)
 
   def attend(self, n: Traced) -> None:
@@ -263,6 +264,7 @@ class _Consumer:
     sizes, refs = self.sizes, self.refs
     gpu.wait_to_gmem(0, wait_read_only=True)  # the result of the step before has left
     lse = softmax.store(state, self.stage, sizes.scale)
+    # What threads wrote, before the copy engine reads it.
     gpu.commit_smem()
 
     def send() -> None:

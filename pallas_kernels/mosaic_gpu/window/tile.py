@@ -99,6 +99,7 @@ class Window:
       xs = lax.cond(self.own >= farthest, lambda *xs: xs, beyond, *xs)
     mask = None
     if len(distances) > 1:
+      # Of the nearest tile the causal half, of the farthest the one that is in the window.
       x = jnp.where(difference >= 0, *xs)
       # No pair of places is in the window in both tiles (`Band.folds`): "or" tells whether in one.
       if self.band.far < self.last * TILE:  # the window ends inside a tile
