@@ -8,6 +8,7 @@ and kept; those of block masks and segment ids, which may be traced, where the p
 import dataclasses
 import functools
 import heapq
+from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
@@ -124,9 +125,15 @@ def bits_of(pattern: patterns.Pattern, heads: tuple[int, ...], T: int, S: int) -
   return bits.bits_of(tuple(each), T, S, BLOCK)
 
 
-def which_of(pattern: patterns.Pattern, problem: Problem, with_bits: bool):
+def which_of(
+  pattern: patterns.Pattern, problem: Problem, with_bits: bool
+) -> Mapping[patterns.Pattern, np.ndarray] | None:
   """For the heads' patterns the mask of each block; None without bits."""
-  return bits_of(pattern, problem.heads, problem.T, problem.S).which if with_bits else None
+  if not with_bits:
+    return None
+  masks = bits_of(pattern, problem.heads, problem.T, problem.S)
+  assert masks is not None  # a plan asks for bits only where there are not too many
+  return masks.which
 
 
 def _static(rows, heads, problem: Problem, which, transposed: bool) -> Lists:
@@ -137,10 +144,10 @@ def _static(rows, heads, problem: Problem, which, transposed: bool) -> Lists:
       continue
     of_patterns = [tables(shared, problem) for shared in key]
     kinds = [(every, some & ~every) for some, every in of_patterns]
-    numbers_of = [which[shared] for shared in key] if which else None
+    numbers_of = [which[shared] for shared in key] if which else []
     if transposed:
       kinds = [tuple(table.T for table in pair) for pair in kinds]
-      numbers_of = [table.T for table in numbers_of] if which else None
+      numbers_of = [table.T for table in numbers_of]
     full, partial = (np.concatenate(each, axis=1) for each in zip(*kinds, strict=True))
     if not transposed:  # a column behind the last key
       nobody = ~(full | partial).any(axis=1, keepdims=True)
