@@ -22,8 +22,8 @@ from sparse_flax.model import cache as cache_lib
 from sparse_flax.model import embedding
 from sparse_flax.model import initialization
 from sparse_flax.model.layer_patterns import Entry
-from sparse_flax.model.layer_patterns import make_pattern
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
+from sparse_flax.model.layer_patterns import patterns_of
 
 MODALITIES = ("image", "text", "audio")
 REMATS = ("full", "dots", "none")
@@ -130,15 +130,12 @@ class SparseTransformer(nnx.Module):
     self.num_layers = num_layers
     self.embed_dropout = embed_dropout
     self.remat = remat
-    self.patterns = tuple(
-      make_pattern(
-        entry,
-        num_heads=num_heads,
-        stride=stride,
-        summary_width=summary_width,
-        sub_blocks=sub_blocks,
-      )
-      for entry in attention_layers
+    self.patterns = patterns_of(
+      attention_layers=attention_layers,
+      num_heads=num_heads,
+      stride=stride,
+      summary_width=summary_width,
+      sub_blocks=sub_blocks,
     )
     inits = initialization.make_initializers(
       init_scheme, width=width, num_tables=len(position_shape), num_layers=num_layers

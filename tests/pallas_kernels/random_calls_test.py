@@ -13,7 +13,6 @@ import pytest
 from pallas_kernels import mosaic_gpu
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
-from pallas_kernels import xla
 from pallas_kernels.lowering.plan import of_call
 from pallas_kernels.scores import Scores
 from tests.helpers.arrays import Case
@@ -218,8 +217,8 @@ def test_random_calls_match_the_reference(name, part, monkeypatch):
   how, examples, _ = SEARCHES[name]
   implementation = name.partition(" ")[0]
   if name == "xla in tiles":  # as long inputs are
-    for size, value in dict(_WHOLE=0, _TILE=48, _LOGITS=1 << 14).items():
-      monkeypatch.setattr(xla, size, value)
+    for size, value in dict(WHOLE=0, TILE=48, LOGITS=1 << 14).items():
+      monkeypatch.setattr(sizes, size, value)
 
   @hypothesis.seed(1000 * list(SEARCHES).index(name) + part)
   @hypothesis.settings(max_examples=examples, phases=[Phase.generate, Phase.shrink], **SETTINGS)

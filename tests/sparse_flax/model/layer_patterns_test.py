@@ -3,7 +3,7 @@
 import pytest
 
 from pallas_kernels import patterns
-from sparse_flax.model.transformer import make_pattern
+from sparse_flax.model.layer_patterns import make_pattern
 
 dense, local, column = patterns.Dense(), patterns.Local(8), patterns.Column(8)
 summary = lambda offset: patterns.Summary(8, 2, offset)
