@@ -66,18 +66,18 @@ def _frame(
     own_scores=own_scores,
   )
   formulas, of_head = stream.formulas(plan.pattern, of_group)
-  with_bits, by_keys = not formulas, None
+  own = plan.pattern, problem, not formulas  # masks are bits where they are no formulas
+  by_keys = None
   if arrays.segment_ids is None and arrays.block_mask is None:
-    by_queries = lists.by_queries(plan.pattern, problem, with_bits)
+    by_queries = lists.by_queries(*own)
     if backward:
-      by_keys = lists.by_keys(plan.pattern, problem, with_bits)
+      by_keys = lists.by_keys(*own)
   else:
-    tables = lists.of_pattern(plan.pattern, problem, with_bits)
     masks = arrays.block_mask, plan.block_size, arrays.segment_ids
-    tables = lists.masked(tables, *masks, of_group)
-    by_queries = lists.traced_by_queries(tables, problem)
+    visits = lists.masked(lists.of_pattern(plan.pattern, problem), *masks, of_group)
+    by_queries = lists.traced_by_queries(visits, *own)
     if backward:
-      by_keys = lists.traced_by_keys(tables, problem)
+      by_keys = lists.traced_by_keys(visits, *own)
   return stream.Listed(
     problem,
     plan.pattern.causal,
@@ -85,7 +85,6 @@ def _frame(
     by_keys,
     formulas,
     of_head,
-    lists.bits_of(plan.pattern, of_group, plan.T, plan.S) if with_bits else None,
     plan.segment_ids,
     plan.scores if own_scores else None,
     values,
