@@ -11,12 +11,11 @@ from pallas_kernels.lowering.plan import Plan
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.stream import formula
-from pallas_kernels.mosaic_gpu.views import View
 
 
 def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""
-  blocks = group.kernels.forward
+  blocks = group.kernels[0].forward_blocks
   frame = _frame(plan, group, arrays, teams=blocks.teams)
   q = heads.take(arrays.q, group.heads)
   own = q, arrays.k, arrays.v, arrays.segment_ids
@@ -28,19 +27,20 @@ def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> 
 
   out, dout and dlse are of these heads.
   """
-  frame, options = _frame(plan, group, arrays, backward=True), dict(scale=_factor(plan))
+  (sweep,), options = group.kernels, dict(scale=_factor(plan))
+  frame = _frame(plan, group, arrays, backward=True)
   if dlse is not None:
-    dlse = View("natural", plan.T).rows(dlse)
+    dlse = sweep.view.rows(dlse)
     missing = lse.shape[-1] - dlse.shape[-1]
     dlse = jnp.pad(dlse, [(0, 0)] * 3 + [(0, missing)]) if missing else dlse
-  q, sizes = heads.take(arrays.q, group.heads), group.kernels
+  q = heads.take(arrays.q, group.heads)
   own = frame, q, arrays.k, arrays.v, arrays.segment_ids, lse
-  of_dq = dict(out=out, dlse=dlse, blocks=sizes.dq)
+  of_dq = dict(out=out, dlse=dlse, blocks=sweep.dq_blocks)
   dq, delta = stream.dq_kernel(*own, None, dout, **of_dq, **options)
-  of_keys = stream.dkv_kernel(*own, delta, dout, **options, blocks=sizes.dkv)
+  of_keys = stream.dkv_kernel(*own, delta, dout, **options, blocks=sweep.dkv_blocks)
   if not plan.scores.learned:
     return dq, *of_keys
-  rows = stream.dvalues_kernel(*own, delta, dout, **options, blocks=sizes.dq)
+  rows = stream.dvalues_kernel(*own, delta, dout, **options, blocks=sweep.dq_blocks)
   return dq, *of_keys, *(x[:, :, 0, : plan.T].sum(axis=(0, 2)) for x in rows)
 
 

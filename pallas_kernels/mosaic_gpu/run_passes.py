@@ -3,8 +3,6 @@
 Arrays are padded to what the kernels want, lse and delta go from the rows of one view to another's.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -12,14 +10,15 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from pallas_kernels.lowering import heads as heads_lib
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.lowering.plan import Arrays
 from pallas_kernels.lowering.plan import Group
 from pallas_kernels.lowering.plan import Plan
 from pallas_kernels.mosaic_gpu import groups
 from pallas_kernels.mosaic_gpu import stream
-from pallas_kernels.mosaic_gpu.groups import Sweep
 from pallas_kernels.mosaic_gpu.resident import backward as resident_backward
 from pallas_kernels.mosaic_gpu.resident import forward as resident_forward
+from pallas_kernels.mosaic_gpu.sizes import Sweep
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import backward as window_backward
 from pallas_kernels.mosaic_gpu.window import forward as window_forward
@@ -109,8 +108,8 @@ def _backward_one(sweep: Sweep, own, out, dout, lse, dlse, delta, before, option
   lse, dlse, delta = (_streamed_rows(sweep, x) for x in (lse, dlse, delta))
   dq, delta = _query_gradients(sweep, own, out, lse, delta, dout, dlse, options)
   dk, dv = _key_gradients(sweep, own, lse, delta, dout, options)
-  if sweep.schedule.view == "summaries":
-    dk, dv = (_unfolded(x, sweep.schedule, q.shape[1]) for x in (dk, dv))
+  if sweep.pass_.view == "summaries":
+    dk, dv = (_unfolded(x, sweep.pass_, q.shape[1]) for x in (dk, dv))
   grads = dq, dk, dv
   if before is not None:
     add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
@@ -120,27 +119,27 @@ def _backward_one(sweep: Sweep, own, out, dout, lse, dlse, delta, before, option
 
 def _key_gradients(sweep: Sweep, own, lse, delta, dout, options):
   """dk and dv by streaming; of summaries [B, rows, width, Hg, D]."""
-  frame, sizes = _frame(sweep, own, options["heads"]), sweep.streamed.dkv
-  return stream.dkv_kernel(frame, *own, lse, delta, dout, scale=options["scale"], blocks=sizes)
+  frame, blocks = _frame(sweep, own, options["heads"]), sweep.dkv_blocks
+  return stream.dkv_kernel(frame, *own, lse, delta, dout, scale=options["scale"], blocks=blocks)
 
 
 def _frame(sweep: Sweep, own, heads: heads_lib.Heads, own_rows: bool = False) -> stream.Frame:
   """Of the streaming kernels; `own_rows`: with the keys of the queries' own rows."""
   q, k, _, ids = own
-  schedule = dataclasses.replace(sweep.schedule, own=own_rows)
-  return stream.frame_of(schedule, q.shape[1], q.shape[2], k.shape[2], heads, ids is not None)
+  sizes = q.shape[1], q.shape[2], k.shape[2]
+  return stream.frame_of(sweep.pass_, *sizes, heads, ids is not None, own=own_rows)
 
 
 def _stream_forward(sweep: Sweep, own, options, own_rows: bool = False):
   frame = _frame(sweep, own, options["heads"], own_rows)
-  sizes = sweep.streamed.forward
-  return stream.forward_kernel(frame, *own, scale=options["scale"], blocks=sizes)
+  blocks = sweep.forward_blocks
+  return stream.forward_kernel(frame, *own, scale=options["scale"], blocks=blocks)
 
 
 def _query_gradients(sweep: Sweep, own, out, lse, delta, dout, dlse, options, own_rows=False):
   """dq by streaming, and delta."""
   frame = _frame(sweep, own, options["heads"], own_rows)
-  of_dq = dict(out=out, dlse=dlse, scale=options["scale"], blocks=sweep.streamed.dq)
+  of_dq = dict(out=out, dlse=dlse, scale=options["scale"], blocks=sweep.dq_blocks)
   return stream.dq_kernel(frame, *own, lse, delta, dout, **of_dq)
 
 
@@ -162,7 +161,7 @@ def _backward_fixed(block: Sweep, summary: Sweep, own, out, lse, dout, dlse, opt
   in_blocks = (_streamed_rows(block, _rows(block, x, summary.view)) for x in (lse, delta))
   of_blocks = _key_gradients(block, own, *in_blocks, dout, options)
   dk, dv = (
-    _add_summaries(x, y, summary.schedule) for x, y in zip(of_blocks, of_summaries, strict=True)
+    _add_summaries(x, y, summary.pass_) for x, y in zip(of_blocks, of_summaries, strict=True)
   )
   return dq, dk, dv
 
@@ -193,23 +192,23 @@ def _merge(view: View, a, b):
   return out.astype(out_a.dtype), view.rows(lse)
 
 
-def _unfolded(x, schedule: stream.Schedule, T: int):
+def _unfolded(x, pass_: Pass, T: int):
   """Gradients of summaries `[B, rows, width, Hg, D]` among zeros: `[B, T, Hg, D]`."""
-  (start,) = schedule.starts  # a pass of its own has one
-  after = schedule.stride - start - schedule.width
+  (start,) = pass_.starts  # one by itself has one
+  after = pass_.stride - start - pass_.width
   x = jnp.pad(x, [(0, 0), (0, 0), (start, after), (0, 0), (0, 0)])
   return x.reshape(x.shape[0], T, *x.shape[3:])
 
 
-def _add_summaries(x: Float[Array, "B T Hg D"], summaries: Array, schedule: stream.Schedule):
+def _add_summaries(x: Float[Array, "B T Hg D"], summaries: Array, pass_: Pass):
   """x with the gradients of summaries `[B, rows, width, Hg, D]` added where their keys are."""
-  (B, T, H, D), starts = x.shape, schedule.starts
+  (B, T, H, D), starts = x.shape, pass_.starts
   # Head h has starts[h % n]: heads [.., n] lie beside each other, one write for each start.
   starts = starts if H % len(starts) == 0 else tuple(starts[h % len(starts)] for h in range(H))
   split = lambda x: x.reshape(*x.shape[:-2], H // len(starts), len(starts), D)
-  x, summaries = split(x.reshape(B, -1, schedule.stride, H, D)), split(summaries)
+  x, summaries = split(x.reshape(B, -1, pass_.stride, H, D)), split(summaries)
   for n, start in enumerate(starts):
-    old = x[:, :, start : start + schedule.width, :, n : n + 1]
+    old = x[:, :, start : start + pass_.width, :, n : n + 1]
     new = old.astype(jnp.float32) + summaries[..., n : n + 1, :].astype(jnp.float32)
     x = _written(x, new.astype(x.dtype), (0, 0, start, 0, n, 0))
   return x.reshape(B, T, H, D)

@@ -28,8 +28,10 @@ class View:
   stride: int = 1
 
   @classmethod
-  def of(cls, one: Pass, T: int) -> "View":
-    return cls(one.view, T, 1 if one.view == "natural" else one.stride)
+  def of(cls, pass_: Pass, T: int) -> "View":
+    """Where the queries of a pass lie."""
+    natural = pass_.view in ("natural", "summaries")
+    return cls("natural", T) if natural else cls(pass_.view, T, pass_.stride)
 
   @property
   def R(self) -> int:
@@ -90,6 +92,10 @@ class Band:
 
   near: int = 0
   far: int | None = None
+
+  @classmethod
+  def of(cls, pass_: Pass) -> "Band":
+    return cls(-(-(pass_.distance or 0) // pass_.stride), pass_.window)
 
   def first(self, size: int = TILE) -> int:
     """The nearest tile of `size` rows that may hold pairs, counted before the query's own."""

@@ -1,11 +1,12 @@
 """Streaming attention kernels: a producer fills rings of tiles, consumers sweep them.
 
-Schedule --frame_of--> Frame, or Listed          which pairs, and where they lie
+Pass --frame_of--> Frame; lists: Listed          which pairs, and where they lie
 Frame --sweep_keys, sweep_queries--> tiles       of an item, step by step, with masks
 Frame --work--> Work                             items, dealt to thread blocks
 forward_kernel, dq_kernel, dkv_kernel, dvalues_kernel(frame, q, k, v, ...)
 """
 
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.block_sizes import dkv_blocks
 from pallas_kernels.mosaic_gpu.stream.block_sizes import dq_blocks
@@ -17,7 +18,6 @@ from pallas_kernels.mosaic_gpu.stream.frame import Frame
 from pallas_kernels.mosaic_gpu.stream.frame import ROWS
 from pallas_kernels.mosaic_gpu.stream.listed import formulas
 from pallas_kernels.mosaic_gpu.stream.listed import Listed
-from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
 from pallas_kernels.mosaic_gpu.stream.summaries import Summaries
 from pallas_kernels.mosaic_gpu.stream.values import dvalues_kernel
 from pallas_kernels.mosaic_gpu.stream.views import Blocks
@@ -31,7 +31,6 @@ __all__ = [
   "BlockSizes",
   "Frame",
   "Listed",
-  "Schedule",
   "dkv_blocks",
   "dkv_kernel",
   "dq_blocks",
@@ -45,12 +44,13 @@ __all__ = [
 
 
 def frame_of(
-  schedule: Schedule,
+  pass_: Pass,
   T: int,
   num_heads: int,
   num_kv_heads: int,
   heads: range | tuple[int, ...],
   segments: bool = False,
+  own: bool = False,
 ) -> Frame:
-  """A schedule at one size; see `Frame`."""
-  return FRAMES[schedule.view](schedule, T, num_heads, num_kv_heads, heads, segments)
+  """A pass at one size; see `Frame`."""
+  return FRAMES[pass_.view](pass_, T, num_heads, num_kv_heads, heads, segments, own)

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.lowering import lists
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.stream import formula
 from pallas_kernels.mosaic_gpu.stream.arrays import padded
@@ -24,7 +25,6 @@ from pallas_kernels.mosaic_gpu.stream.scalars import Item
 from pallas_kernels.mosaic_gpu.stream.scalars import Refs
 from pallas_kernels.mosaic_gpu.stream.scalars import rem
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
-from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
 from pallas_kernels.mosaic_gpu.stream.views import Natural
 from pallas_kernels.mosaic_gpu.stream.work import Work
 from pallas_kernels.patterns import Pattern
@@ -72,7 +72,7 @@ class Listed(Natural):
     values: tuple[Array, ...] = (),
   ):
     heads = range(len(problem.heads))
-    natural = Schedule(view="natural")
+    natural = Pass(view="natural")
     super().__init__(natural, problem.T, len(heads), len(heads), heads, segments)
     self.problem, self.causal = problem, causal
     self.by_queries, self.by_keys = by_queries, by_keys
