@@ -51,7 +51,7 @@ def _factor(plan: Plan) -> float:
 
 def _frame(
   plan: Plan, group: Group, arrays: Arrays, *, teams: int = 1, backward: bool = False
-) -> stream.Listed:
+) -> stream.Frame:
   """The lists, dealt to so many teams per core."""
   own_scores, of_group = "logits" in plan.extras, group.heads
   values = formula.values(plan.scores, plan.H, arrays.held)
@@ -65,9 +65,8 @@ def _frame(
     num_cores=teams * gpu.num_multiprocessors(),
     own_scores=own_scores,
   )
-  formulas, of_head = stream.formulas(plan.pattern, of_group)
-  own = plan.pattern, problem, not formulas  # masks are bits where they are no formulas
-  by_keys = None
+  with_bits, by_keys = not stream.formulas(plan.pattern, of_group)[0], None
+  own = plan.pattern, problem, with_bits
   if arrays.segment_ids is None and arrays.block_mask is None:
     by_queries = lists.by_queries(*own)
     if backward:
@@ -78,14 +77,12 @@ def _frame(
     by_queries = lists.traced_by_queries(visits, *own)
     if backward:
       by_keys = lists.traced_by_keys(visits, *own)
-  return stream.Listed(
+  return stream.frame_of_lists(
+    plan.pattern,
     problem,
-    plan.pattern.causal,
     by_queries,
     by_keys,
-    formulas,
-    of_head,
-    plan.segment_ids,
-    plan.scores if own_scores else None,
-    values,
+    segments=plan.segment_ids,
+    scores=plan.scores if own_scores else None,
+    values=values,
   )

@@ -1,11 +1,15 @@
 """Streaming attention kernels: a producer fills rings of tiles, consumers sweep them.
 
-Pass --frame_of--> Frame; lists: Listed          which pairs, and where they lie
+Pass --frame_of--> Frame                         which pairs, and where they lie
+Lists --frame_of_lists--> Frame
 Frame --sweep_keys, sweep_queries--> tiles       of an item, step by step, with masks
 Frame --work--> Work                             items, dealt to thread blocks
 forward_kernel, dq_kernel, dkv_kernel, dvalues_kernel(frame, q, k, v, ...)
 """
 
+from jaxtyping import Array
+
+from pallas_kernels.lowering import lists
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.block_sizes import dkv_blocks
@@ -23,6 +27,8 @@ from pallas_kernels.mosaic_gpu.stream.values import dvalues_kernel
 from pallas_kernels.mosaic_gpu.stream.views import Blocks
 from pallas_kernels.mosaic_gpu.stream.views import Columns
 from pallas_kernels.mosaic_gpu.stream.views import Natural
+from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import Scores
 
 FRAMES = dict(natural=Natural, columns=Columns, blocks=Blocks, summaries=Summaries)
 
@@ -30,7 +36,6 @@ __all__ = [
   "ROWS",
   "BlockSizes",
   "Frame",
-  "Listed",
   "dkv_blocks",
   "dkv_kernel",
   "dq_blocks",
@@ -40,6 +45,7 @@ __all__ = [
   "forward_blocks",
   "forward_kernel",
   "frame_of",
+  "frame_of_lists",
 ]
 
 
@@ -54,3 +60,19 @@ def frame_of(
 ) -> Frame:
   """A pass at one size; see `Frame`."""
   return FRAMES[pass_.view](pass_, T, num_heads, num_kv_heads, heads, segments, own)
+
+
+def frame_of_lists(
+  pattern: Pattern,
+  problem: lists.Problem,
+  by_queries: lists.Lists,
+  by_keys: lists.Lists | None,
+  *,
+  segments: bool,
+  scores: Scores | None,
+  values: tuple[Array, ...],
+) -> Frame:
+  """Lists of the blocks of a pattern; see `Listed`."""
+  of_pairs = formulas(pattern, problem.heads)
+  given = segments, scores, values
+  return Listed(problem, pattern.causal, by_queries, by_keys, *of_pairs, *given)
