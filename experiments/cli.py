@@ -87,18 +87,20 @@ def parse_config(
   Returns:
     The launcher's flags, the locked config, and the run's name: CONFIG or CONFIG-VARIANT.
   """
-  own, rest = parser.parse_known_args(argv)
-  unknown = [x for x in rest if x.startswith("-") and not re.match(r"--?config(\.[^=]*)?(=|$)", x)]
+  own, arguments = parser.parse_known_args(argv)
+  unknown = [
+    x for x in arguments if x.startswith("-") and not re.match(r"--?config(\.[^=]*)?(=|$)", x)
+  ]
   if unknown:
     flag = unknown[0].partition("=")[0]
     known = [name for action in parser._actions for name in action.option_strings] + ["--config"]
     fail(f"{flag}: no such flag{_nearest(flag, known)}")
-  given = [i for i, x in enumerate(rest) if re.match(r"--?config(=|$)", x)]
+  given = [i for i, x in enumerate(arguments) if re.match(r"--?config(=|$)", x)]
   if len(given) != 1:
     fail("one --config=FILE[:VARIANT] is needed, for example --config=configs/cifar10.py:quick")
   # Loaded twice: only the bare config can tell which names the overrides may use.
-  end = given[0] + (1 if "=" in rest[given[0]] else 2)
-  first, overrides = rest[given[0] : end], rest[: given[0]] + rest[end:]
+  end = given[0] + (1 if "=" in arguments[given[0]] else 2)
+  first, overrides = arguments[given[0] : end], arguments[: given[0]] + arguments[end:]
   bare, _ = _load(first)
   named = [x.partition("=")[0].lstrip("-") for x in overrides]
   _check_names(bare, named)
@@ -141,7 +143,7 @@ def _load(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   try:
-    rest = values(["experiments", *argv])[1:]
+    remaining = values(["experiments", *argv])[1:]
     # A missing file is reported only when the value is touched.
     config, filename = holder.value, values["config"].config_filename
     config.to_dict()
@@ -149,8 +151,8 @@ def _load(argv: list[str]) -> tuple[ml_collections.ConfigDict, str]:
       raise TypeError(f"{filename}: get_config() must return an ml_collections.ConfigDict")
   except Exception as error:  # a config file is code: anything may come out of it
     fail(_explain(error))
-  if rest:
-    fail(f"{rest[0]!r} is no flag: write --name=value")
+  if remaining:
+    fail(f"{remaining[0]!r} is no flag: write --name=value")
   return config, filename
 
 

@@ -55,9 +55,9 @@ def join(args: argparse.Namespace) -> None:
     file=sys.stderr,
     flush=True,
   )
-  how = dict(initialization_timeout=args.join_seconds)
+  options = dict(initialization_timeout=args.join_seconds)
   if args.coordinator is not None:
-    how |= dict(
+    options |= dict(
       coordinator_address=args.coordinator,
       num_processes=args.num_processes,
       process_id=args.process_id,
@@ -65,7 +65,7 @@ def join(args: argparse.Namespace) -> None:
       coordinator_bind_address=args.coordinator,
     )
   try:
-    jax.distributed.initialize(**how)
+    jax.distributed.initialize(**options)
   except (ValueError, RuntimeError) as error:
     cli.fail(f"--distributed={args.distributed}: {str(error).splitlines()[0]}")
   print(

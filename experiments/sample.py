@@ -81,14 +81,14 @@ def run(
   Raises:
     ValueError: an option makes no sense, or the prompt does not fit the model.
   """
-  how = dict(num=num, temperature=temperature, top_k=top_k, top_p=top_p)
-  sample.check_options(**how, prefix="--")
+  options = dict(num=num, temperature=temperature, top_k=top_k, top_p=top_p)
+  sample.check_options(**options, prefix="--")
   if not 0 <= seed < 2**32:
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if keep is not None and not 0.0 < keep < 1.0:
     raise ValueError(f"--keep={keep}: must be between 0 and 1")
   config, graphdef, params, step = checkpoint.restore_params(workdir, step, data_path=data_path)
-  examples, kept = _examples(config, num=num, prompt=prompt, keep=keep)
+  examples, prompt_sizes = _examples(config, num=num, prompt=prompt, keep=keep)
   progress = Progress(num)
   # Those of a CPU share its cores.
   devices = 1 if jax.default_backend() == "cpu" else min(num, jax.device_count())
@@ -96,9 +96,11 @@ def run(
     graphdef,
     params,
     key=jax.random.key(seed),
-    **how,
+    **options,
     # Sample r completes example r // PER_ROW.
-    prompts=[examples[r // PER_ROW][: kept[r // PER_ROW]] for r in range(num)] if kept else None,
+    prompts=[examples[r // PER_ROW][: prompt_sizes[r // PER_ROW]] for r in range(num)]
+    if prompt_sizes
+    else None,
     mesh=sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1),
     on_progress=progress,
     on_programs=on_programs,
@@ -110,16 +112,16 @@ def run(
   stem = sample_files.claim_stem(
     folder,
     config.model.modality,
-    kind="completions" if kept else "samples",
+    kind="completions" if prompt_sizes else "samples",
     seed=seed,
-    options={name: how[name] for name in named if how[name] != run.__kwdefaults__[name]},
+    options={name: options[name] for name in named if options[name] != run.__kwdefaults__[name]},
   )
   if config.model.modality == "image":
     paths = [stem.with_name(f"{stem.name}.png")]
-    sample_files.write_grid(paths[0], config.model.position_shape, samples, examples, kept)
+    sample_files.write_grid(paths[0], config.model.position_shape, samples, examples, prompt_sizes)
   else:
     modality = config.model.modality
-    paths = sample_files.write_sequences(stem, modality, samples, examples, kept)
+    paths = sample_files.write_sequences(stem, modality, samples, examples, prompt_sizes)
   page = folder / samples_lib.PAGE
   if page.exists():
     older = samples_lib.as_older(page.read_text(), command=_again(workdir, step))
@@ -159,8 +161,8 @@ def _examples(
   if keep is None and config.model.modality == "image":
     keep = 0.5
   examples = [sample_files.read_prompt(path, config.model) for path in prompt]
-  kept = [x.size if keep is None else round(keep * x.size) for x in examples]
-  for path, known in zip(prompt, kept, strict=True):
+  prompt_sizes = [x.size if keep is None else round(keep * x.size) for x in examples]
+  for path, known in zip(prompt, prompt_sizes, strict=True):
     if not 0 < known < config.model.seq_len:
       raise ValueError(
         f"--prompt={path}: {known:,} bytes are to be kept; a sample has "
@@ -168,7 +170,7 @@ def _examples(
       )
   # Prompts take turns where there are more samples than four of each.
   turns = [n % len(examples) for n in range(count)]
-  return [examples[n] for n in turns], [kept[n] for n in turns]
+  return [examples[n] for n in turns], [prompt_sizes[n] for n in turns]
 
 
 def _held_out(config: ml_collections.ConfigDict, count: int) -> np.ndarray:
@@ -178,14 +180,14 @@ def _held_out(config: ml_collections.ConfigDict, count: int) -> np.ndarray:
   windows = data.eval_batches(dataset, seq_len=seq_len, min_context=0, batch_size=1)
   # The last window of a text or a recording is padded, or repeats bytes and scores only its end.
   whole = (tokens[0] for tokens, scored in windows if scored.all())
-  found = list(itertools.islice(whole, count))
-  if len(found) < count:
+  chosen = list(itertools.islice(whole, count))
+  if len(chosen) < count:
     raise ValueError(
-      f"--num={PER_ROW * count}: at most {PER_ROW * len(found)}; the test split of "
-      f"{dataset.name} has {len(found)} examples of {seq_len:,} bytes for {PER_ROW} completions "
+      f"--num={PER_ROW * count}: at most {PER_ROW * len(chosen)}; the test split of "
+      f"{dataset.name} has {len(chosen)} examples of {seq_len:,} bytes for {PER_ROW} completions "
       f"each"
     )
-  return np.stack(found)
+  return np.stack(chosen)
 
 
 class Progress:

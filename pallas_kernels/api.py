@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 from typing import Literal
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +152,8 @@ def choose(implementation: Implementation | None) -> Implementation:
   Of kernels it says what device and version allow; `xla` serves what those do not support. What
   a program contains in the end, `implementations_in` says.
   """
-  best = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(hardware.platform(), "xla")
-  name = implementation or best
+  best: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+  name = implementation or best.get(hardware.platform(), "xla")
   if name == "mosaic_gpu" and (reason := hardware.why_not_hopper()):
     return _instead(implementation, f"mosaic_gpu: {reason}")
   return name
@@ -170,7 +171,7 @@ def load_backend(implementation: Implementation | None) -> None:
   _module(choose(implementation))
 
 
-def computed_by(name: str):
+def computed_by(name: str) -> Any:
   """Within it, what is traced is attention by this implementation, to `implementations_in`."""
   return jax.named_scope(f"attention_by_{name}")
 
@@ -214,8 +215,8 @@ def _backend(plan: plans.Plan) -> protocol.Backend:
   return partitioning.PerDevice(module) if plan.sharded else module
 
 
-def _module(name: str) -> protocol.Backend:
-  """Kernels are imported only where they are used."""
+def _module(name: str) -> Any:
+  """A module that is a `protocol.Backend`; kernels are imported only where they are used."""
   if name == "mosaic_gpu":
     from pallas_kernels import mosaic_gpu
 
@@ -229,11 +230,11 @@ def _module(name: str) -> protocol.Backend:
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, arrays):
+def _attend(plan: plans.Plan, arrays: plans.Arrays) -> Any:
   return _attend_forward(plan, arrays)[0]
 
 
-def _attend_forward(plan, arrays):
+def _attend_forward(plan: plans.Plan, arrays: plans.Arrays) -> tuple:
   backend = _backend(plan)
   # The residuals carry the names, so that a policy which keeps them saves the forward pass. The
   # lse among them is as the backend wants it: the public one is made for who asks.
@@ -243,35 +244,35 @@ def _attend_forward(plan, arrays):
   return result, (arrays, out, residual)
 
 
-def _attend_backward(plan, residuals, cotangents):
+def _attend_backward(plan: plans.Plan, residuals: tuple, cotangents: Any) -> tuple:
   dout, dlse = cotangents if plan.return_lse else (cotangents, None)
   backward = functools.partial(_backend(plan).backward, plan)
   return (_differentiated_once(backward, *residuals, dout, dlse),)
 
 
-_attend.__wrapped__.defvjp(_attend_forward, _attend_backward)
+_attend.__wrapped__.defvjp(_attend_forward, _attend_backward)  # pyrefly: ignore[missing-attribute]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiated_once(function, *arrays):
+def _differentiated_once(function: Callable, *arrays: Any) -> Any:
   """function(*arrays) of a rule of derivatives, which has none itself."""
   return function(*arrays)
 
 
 @_differentiated_once.defjvp
-def _differentiated_twice(function, primals, tangents):
+def _differentiated_twice(function: Callable, primals: Any, tangents: Any) -> NoReturn:
   del function, primals, tangents
   raise NotImplementedError(
     "sparse_attention: second derivatives are those of implementation='reference' alone"
   )
 
 
-def _named(out, lse):
+def _named(out: Array, lse: Any) -> tuple:
   """Names for remat policies: jax.checkpoint_policies.save_only_these_names and the like."""
   return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
 
 
-def _scale(scale, head_size: int):
+def _scale(scale: Any, head_size: int) -> Any:
   """A finite number, or a traced one."""
   if scale is None:
     return head_size**-0.5
@@ -285,7 +286,7 @@ def _scale(scale, head_size: int):
   return float(scale)
 
 
-def _is_finite(x) -> bool:
+def _is_finite(x: Any) -> bool:
   """As a float."""
   try:
     return math.isfinite(x)
@@ -293,12 +294,12 @@ def _is_finite(x) -> bool:
     return False
 
 
-def _is_real(x) -> bool:
+def _is_real(x: Any) -> bool:
   kinds = jnp.floating, jnp.integer
   return hasattr(x, "dtype") and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
 
 
-def _soft_cap(cap) -> float | None:
+def _soft_cap(cap: Any) -> float | None:
   if cap is None:
     return None
   if isinstance(cap, jax.core.Tracer):
@@ -312,7 +313,7 @@ def _soft_cap(cap) -> float | None:
   return float(cap)
 
 
-def _int32_ids(segment_ids):
+def _int32_ids(segment_ids: Any) -> Any:
   """int32 ids, as the kernels compare them, equal where those given are."""
   if segment_ids.dtype.itemsize <= 4:
     inner = segment_ids
@@ -333,7 +334,7 @@ def _int32_ids(segment_ids):
   return jax.vmap(rank)(segment_ids)
 
 
-def _check_arrays(q, k, v, segment_ids) -> None:
+def _check_arrays(q: Any, k: Any, v: Any, segment_ids: Any) -> None:
   for name, x in dict(q=q, k=k, v=v, segment_ids=segment_ids).items():
     if x is not None and not (hasattr(x, "shape") and hasattr(x, "dtype")):
       raise ValueError(f"{name}: must be an array, not {type(x).__name__}")
@@ -365,7 +366,7 @@ def _check_arrays(q, k, v, segment_ids) -> None:
     raise ValueError(f"{shapes}: segment_ids need as many keys as queries, S = T")
 
 
-def _check_blocks(q, k, block_mask, block_size) -> None:
+def _check_blocks(q: Any, k: Any, block_mask: Any, block_size: Any) -> None:
   whole = isinstance(block_size, int) and not isinstance(block_size, bool)
   if not whole or block_size < 1:
     raise ValueError(f"{block_size=}: must be a whole number >= 1")

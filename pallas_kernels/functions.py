@@ -63,13 +63,13 @@ class Function:
     self._key += (object(),) if key.is_opaque else ()  # equal to itself alone
     self._hash = hash(self._key)
 
-  def __eq__(self, other):
+  def __eq__(self, other: object) -> bool:
     return isinstance(other, Function) and self._key == other._key
 
-  def __hash__(self):
+  def __hash__(self) -> int:
     return self._hash
 
-  def __repr__(self):
+  def __repr__(self) -> str:
     return self.name
 
   @property
@@ -83,11 +83,11 @@ class Function:
     Raises:
       ValueError: that is no single value; `what` says whose.
     """
-    found = [var.aval for var in self.program.outvars]
-    if len(found) != 1 or found[0].shape:
-      given = ", ".join(map(str, found)) or "nothing"
+    results = [var.aval for var in self.program.outvars]
+    if len(results) != 1 or results[0].shape:
+      given = ", ".join(map(str, results)) or "nothing"
       raise ValueError(f"{what}: gives {given} for one pair, must give one value")
-    return found[0]
+    return results[0]
 
   def uses(self, n: int) -> bool:
     """Whether the result depends on argument n."""
@@ -95,7 +95,7 @@ class Function:
     read = (*self.program.outvars, *(x for eqn in eqns for x in eqn.invars))
     return any(x is var for x in read)
 
-  def __call__(self, *args, held: tuple = ()) -> Any:
+  def __call__(self, *args: Any, held: tuple = ()) -> Any:
     """The results for arguments that broadcast, given all that the call's functions hold."""
     consts = [held[x.number] if isinstance(x, Place) else x[()] for x in self.consts]
     return evaluate(self.program, consts, args)[0]
@@ -121,7 +121,7 @@ def trace(name: str, function: Callable, args, held: list, *, constant: bool) ->
   return Function(name, _program(closed.jaxpr), tuple(consts))
 
 
-def _program(jaxpr) -> Program:
+def _program(jaxpr: Any) -> Program:
   return Program(*(tuple(getattr(jaxpr, field)) for field in Program._fields))
 
 
@@ -148,13 +148,13 @@ def of_pattern(pattern: patterns.Pattern, T: int, S: int, held: list) -> pattern
       return where
     name, position = name_of(where.predicate), jax.ShapeDtypeStruct((), jnp.int32)
     try:
-      found = trace(name, where.predicate, (position, position), held, constant=True)
+      predicate = trace(name, where.predicate, (position, position), held, constant=True)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):  # it wants arrays of numpy
-      found = _table(where, name, T, S)
+      predicate = _table(where, name, T, S)
     except Exception as error:
       raise ValueError(f"Where(predicate={name}): {type(error).__name__}: {error}") from error
-    patterns.check_pairs(name, found.result(f"Where(predicate={name})").dtype)
-    return patterns.Where(found, where.causal)
+    patterns.check_pairs(name, predicate.result(f"Where(predicate={name})").dtype)
+    return patterns.Where(predicate, where.causal)
 
   return patterns.replaced(pattern, traced)
 
@@ -173,14 +173,14 @@ def bound(pattern: patterns.Pattern, held: tuple) -> patterns.Pattern:
 
 def holds(pattern: patterns.Pattern) -> bool:
   """Whether the pairs of a traced pattern depend on traced arrays."""
-  found = []
+  with_places = []
 
   def look(where: patterns.Where) -> patterns.Where:
-    found.append(isinstance(where.predicate, Function) and bool(where.predicate.places))
+    with_places.append(isinstance(where.predicate, Function) and bool(where.predicate.places))
     return where
 
   patterns.replaced(pattern, look)
-  return any(found)
+  return any(with_places)
 
 
 def _table(where: patterns.Where, name: str, T: int, S: int) -> Function:
@@ -237,10 +237,10 @@ def value_of(literal: core.Literal) -> Any:
   return np.asarray(literal.val)[()]
 
 
-def apply_elementwise(eqn, operands) -> list:
+def apply_elementwise(eqn: Any, operands: Any) -> list:
   """The results of one equation for every element of its operands."""
 
-  def bind(*operands):
+  def bind(*operands: Any) -> list:
     if eqn.primitive is _ruled:
       return _call_ruled(*operands, **eqn.params)
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
@@ -283,14 +283,14 @@ def apply_elementwise(eqn, operands) -> list:
 # which can be compared and hold nothing. JAX has the rule as a function, with its closure.
 _ruled = core.Primitive("ruled")
 _ruled.multiple_results = True
-_ruled.def_abstract_eval(lambda *_, value, **how: [var.aval for var in value.outvars])
+_ruled.def_abstract_eval(lambda *_, value, **params: [var.aval for var in value.outvars])
 
 _RULES = "custom_jvp_call", "custom_vjp_call"
 _ORDERS = 2  # of derivatives that have rules; those of higher order are of what rules compute
 
 
-def _has_rules(jaxpr) -> bool:
-  def has(eqn) -> bool:
+def _has_rules(jaxpr: Any) -> bool:
+  def has(eqn: Any) -> bool:
     name = eqn.primitive.name
     return name in _RULES or (name in ("jit", "pjit") and _has_rules(eqn.params["jaxpr"].jaxpr))
 
@@ -306,10 +306,10 @@ def _with_own_rules(closed: Any, orders: int) -> Any:
     call = eqn.params["call_jaxpr"]
     if not orders:
       return evaluate(call.jaxpr, call.consts, operands, apply)
-    found = _ruled_of(eqn, orders)
-    if found is None:
+    ruled = _ruled_of(eqn, orders)
+    if ruled is None:
       return apply_elementwise(eqn, operands)
-    value, rule, floats = found
+    value, rule, floats = ruled
     programs = dict(value=_program(value.jaxpr), rule=_program(rule.jaxpr), floats=floats)
     return _ruled.bind(*value.consts, *rule.consts, *operands, **programs)
 
@@ -317,7 +317,7 @@ def _with_own_rules(closed: Any, orders: int) -> Any:
   return jax.make_jaxpr(run)(*_shapes(closed.jaxpr.invars))
 
 
-def _ruled_of(eqn, orders: int) -> tuple[Any, Any, tuple[int, ...]] | None:
+def _ruled_of(eqn: Any, orders: int) -> tuple[Any, Any, tuple[int, ...]] | None:
   """Jaxprs of what an equation with a rule computes, and of its tangents; None if they fail.
 
   The third: by which operands, whose tangents follow the operands in the second.
@@ -343,12 +343,12 @@ def _ruled_of(eqn, orders: int) -> tuple[Any, Any, tuple[int, ...]] | None:
     if forward:
       return jax.jvp(function, some, given)[1]
     results, pull = jax.vjp(function, *some)
-    found = []
+    sums = []
     for n, result in enumerate(results):
       grads = pull([jnp.full_like(x, float(m == n)) for m, x in enumerate(results)])
       parts = (jnp.sum(grad * x).astype(result.dtype) for grad, x in zip(grads, given, strict=True))
-      found.append(sum(parts, jnp.zeros_like(result)))
-    return found
+      sums.append(sum(parts, jnp.zeros_like(result)))
+    return sums
 
   rule = jax.make_jaxpr(tangents)(*shapes, *(shapes[n] for n in floats))
   value = _with_own_rules(call, 0) if _has_rules(call.jaxpr) else call
@@ -371,7 +371,7 @@ def _call_ruled(*operands, value: Program, rule: Program, floats: tuple[int, ...
   return call(operands[:first], operands[first:second], operands[second:])
 
 
-def _shapes(variables) -> list[jax.ShapeDtypeStruct]:
+def _shapes(variables: Any) -> list[jax.ShapeDtypeStruct]:
   return [
     jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype, weak_type=x.aval.weak_type) for x in variables
   ]
@@ -394,11 +394,11 @@ class _Known(NamedTuple):
 def known_part(function: Function, held: Any, known: dict[int, Any]) -> list:
   """What a function needs of what it holds and of some arguments, which `known` has by place."""
   consts = [held[x.number] if isinstance(x, Place) else x[()] for x in function.consts]
-  found = {}
+  used = {}
   nothing = lambda eqn, operands: [None] * len(eqn.outvars)
-  use = lambda x: found.setdefault(x.number, x.value)
+  use = lambda x: used.setdefault(x.number, x.value)
   _Walk(apply_elementwise, nothing, use).all_of(function, consts, known)
-  return list(found.values())
+  return list(used.values())
 
 
 def unknown_part(function: Function, values: list, unknown: dict[int, Any]) -> Any:
@@ -430,11 +430,11 @@ class _Walk:
     (result,) = self._run(function.program, [self._known(x) for x in consts], args)
     return self._open(result)
 
-  def _known(self, value) -> _Known:
+  def _known(self, value: Any) -> _Known:
     self.count += 1
     return _Known(self.count, value)
 
-  def _open(self, x):
+  def _open(self, x: Any) -> Any:
     return self.use(x) if isinstance(x, _Known) else x.value if isinstance(x, _Literal) else x
 
   def _run(self, program, consts, args) -> list:
@@ -446,8 +446,8 @@ class _Walk:
         inner = eqn.params["jaxpr"]
         results = self._run(inner.jaxpr, [self._known(x) for x in inner.consts], operands)
       elif all(isinstance(x, _Known | _Literal) for x in operands):
-        found = self.of_known(eqn, [x.value for x in operands])
-        results = [self._known(x) for x in found]
+        known_values = self.of_known(eqn, [x.value for x in operands])
+        results = [self._known(x) for x in known_values]
       else:
         results = self.of_unknown(eqn, [self._open(x) for x in operands])
       values |= zip(eqn.outvars, results, strict=True)
@@ -467,7 +467,7 @@ class _Content:
   def __init__(self):
     self.is_opaque = False
 
-  def of_jaxpr(self, jaxpr) -> tuple:
+  def of_jaxpr(self, jaxpr: Any) -> tuple:
     numbers = {}
     atom = lambda x: (
       self.of_param(np.asarray(x.val))
@@ -483,7 +483,7 @@ class _Content:
       eqns.append((eqn.primitive.name, params, operands, results))
     return inputs, tuple(eqns), tuple(atom(x) for x in jaxpr.outvars)
 
-  def of_param(self, x) -> Any:
+  def of_param(self, x: Any) -> Any:
     if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
       consts = (self.of_param(np.asarray(const)) for const in getattr(x, "consts", ()))
       return self.of_jaxpr(getattr(x, "jaxpr", x)), tuple(consts)
@@ -492,9 +492,9 @@ class _Content:
     if isinstance(x, np.ndarray):
       return x.shape, str(x.dtype), x.tobytes()
     if isinstance(x, tuple | list):
-      return tuple(self.of_param(one) for one in x)
+      return tuple(self.of_param(item) for item in x)
     if isinstance(x, dict):
-      return tuple((name, self.of_param(one)) for name, one in sorted(x.items()))
+      return tuple((name, self.of_param(item)) for name, item in sorted(x.items()))
     if isinstance(x, types.FunctionType | linear_util.WrappedFun):
       self.is_opaque = True
       return None

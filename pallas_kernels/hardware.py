@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Iterator
+from typing import Any
 from typing import Literal
 
 import jax
@@ -169,7 +170,7 @@ def _empty_kernel(ordinal: int) -> Iterator[tuple]:
   """A call of the driver by name, and a loaded kernel, in the context that JAX has as well."""
   driver = ctypes.CDLL("libcuda.so.1")
 
-  def call(name, *args):
+  def call(name: str, *args: Any) -> None:
     if status := getattr(driver, name)(*args):
       raise RuntimeError(f"{name} returned {status}")
 

@@ -52,16 +52,16 @@ def explained(reason: str, offset: Offset) -> str:
   return f"{reason} (query_offset is traced: reference and xla take that, others a number)"
 
 
-def _shifted(head: patterns.Pattern, offset) -> patterns.Where:
-  def predicate(i, j):
+def _shifted(head: patterns.Pattern, offset: Any) -> patterns.Where:
+  def predicate(i: Any, j: Any) -> Any:
     return head.allowed(i + offset, j)
 
   predicate.__qualname__ = f"{head} from query {offset} on"  # its name in messages
   return patterns.Where(predicate, causal=False)
 
 
-def _from(offset, score_fn: Callable) -> Callable:
-  def score(logit, i, j, h):
+def _from(offset: Any, score_fn: Callable) -> Callable:
+  def score(logit: Any, i: Any, j: Any, h: Any) -> Any:
     return score_fn(logit, i + offset, j, h)
 
   score.__qualname__ = functions.name_of(score_fn)

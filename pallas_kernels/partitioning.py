@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Callable
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,7 @@ class PerDevice:
     """As it is: each device plans its own share."""
     return plan
 
-  def forward(self, plan: Plan, arrays: Arrays):
+  def forward(self, plan: Plan, arrays: Arrays) -> tuple[Array, Any]:
     def local(first_head, arrays):
       share, arrays = self._planned_share(plan, arrays, first_head)
       out, residual = self.backend.forward(share, arrays)

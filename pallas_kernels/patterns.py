@@ -50,7 +50,7 @@ class Pattern(abc.ABC):
     del h
     return self
 
-  def _allowed_by_head(self, i, j, h) -> Any:
+  def _allowed_by_head(self, i: Positions, j: Positions, h: Positions) -> Any:
     """`allowed` of a pattern whose heads take turns, as `of_head` says; h may be an array."""
     turn = h % self._cycle
     if isinstance(turn, int):
@@ -119,13 +119,13 @@ class Dense(Pattern):
 
   causal: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_causal(self)
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return j <= i if self.causal else (i >= 0) & (j >= 0)
 
-  def keys_per_query(self, T, h=0):
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
     return np.arange(1, T + 1) if self.causal else np.full(T, T)
 
 
@@ -147,19 +147,19 @@ class Local(Pattern):
   window: int  # keys, the paper's l
   causal: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     # Positions are int32: a window that is wider than all of them is no limit.
     if _is_whole(self.window):
       object.__setattr__(self, "window", min(int(self.window), _MOST))
     _check_whole(self, 1, "window")
     _check_causal(self)
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     # No sum of a position and a window, which could leave int32.
     near = i - j < self.window
     return near & ((j <= i) if self.causal else (j - i < self.window))
 
-  def keys_per_query(self, T, h=0):
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
     before = np.minimum(np.arange(1, T + 1), self.window)
     return before if self.causal else before + before[::-1] - 1
 
@@ -181,13 +181,13 @@ class Column(Pattern):
 
   stride: int  # tokens, the paper's l; best near the square root of T
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_whole(self, 1, "stride")
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return (j <= i) & ((i - j) % self.stride == 0)
 
-  def keys_per_query(self, T, h=0):
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
     return np.arange(T) // self.stride + 1
 
 
@@ -206,7 +206,7 @@ class Strided(Pattern):
 
   stride: int  # tokens, the paper's l; best near the square root of T
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_whole(self, 1, "stride")
 
   @property
@@ -214,10 +214,10 @@ class Strided(Pattern):
     """Its two heads, as a union."""
     return Local(self.stride) | Column(self.stride)
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return self.union.allowed(i, j)
 
-  def keys_per_query(self, T, h=0):
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
     return Local(self.stride).keys_per_query(T) + np.arange(T) // self.stride
 
 
@@ -236,13 +236,13 @@ class Block(Pattern):
 
   stride: int  # tokens, the paper's l
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_whole(self, 1, "stride")
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return (j <= i) & (j // self.stride == i // self.stride)
 
-  def keys_per_query(self, T, h=0):
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
     return np.arange(T) % self.stride + 1
 
 
@@ -266,7 +266,7 @@ class Summary(Pattern):
   width: int  # keys per block, the paper's c (8, 16 or 32 for a stride of 128 or 256)
   offset: int = 0  # keys between the summary and the end of its block
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_whole(self, 1, "stride", "width")
     _check_whole(self, 0, "offset")
     if self.offset + self.width > self.stride:
@@ -279,11 +279,11 @@ class Summary(Pattern):
     """The first summary key of a block, counted from the block's first key."""
     return self.stride - self.offset - self.width
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     place = j % self.stride
     return (j <= i) & (place >= self.start) & (place < self.start + self.width)
 
-  def keys_per_query(self, T, h=0):
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
     row, place = np.divmod(np.arange(T), self.stride)
     return self.width * row + np.clip(place - self.start + 1, 0, self.width)
 
@@ -311,7 +311,7 @@ class Fixed(Pattern):
   summary: int  # keys per block and head, the paper's c
   num_subblocks: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_whole(self, 1, "stride", "summary", "num_subblocks")
     if self.summary * self.num_subblocks > self.stride:
       raise ValueError(
@@ -320,7 +320,7 @@ class Fixed(Pattern):
       )
 
   @property
-  def _cycle(self):
+  def _cycle(self) -> int:
     return self.num_subblocks
 
   @property
@@ -329,13 +329,13 @@ class Fixed(Pattern):
     offsets = (n * self.summary for n in range(self.num_subblocks))
     return tuple(Summary(self.stride, self.summary, offset) for offset in offsets)
 
-  def of_head(self, h):
+  def of_head(self, h: int) -> "Pattern":
     return Block(self.stride) | self.summaries[h % self.num_subblocks]
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return self._allowed_by_head(i, j, h)
 
-  def keys_per_query(self, T, h=0):
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
     row, place = np.divmod(np.arange(T), self.stride)
     return place + 1 + self.summary * row
 
@@ -356,25 +356,25 @@ class PerHead(Pattern):
 
   patterns: tuple[Pattern, ...]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     object.__setattr__(self, "patterns", tuple(self.patterns))
     if not self.patterns:
       raise ValueError("PerHead(patterns=()): give at least one pattern")
-    for one in self.patterns:
-      check(one, "PerHead(patterns)")
+    for pattern in self.patterns:
+      check(pattern, "PerHead(patterns)")
 
   @property
-  def causal(self):
+  def causal(self) -> bool:
     return all(p.causal for p in self.patterns)
 
   @property
-  def _cycle(self):
+  def _cycle(self) -> int:
     return math.lcm(len(self.patterns), *(p._cycle for p in self.patterns))
 
-  def of_head(self, h):
+  def of_head(self, h: int) -> "Pattern":
     return self.patterns[h % len(self.patterns)].of_head(h)
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return self._allowed_by_head(i, j, h)
 
 
@@ -394,7 +394,7 @@ class BlockLayout(Pattern):
   block_size: int  # tokens
   causal: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     layout = np.array(self.layout)
     if layout.dtype != bool or layout.ndim not in (2, 3) or not layout.size:
       raise ValueError(
@@ -406,29 +406,29 @@ class BlockLayout(Pattern):
     layout.setflags(write=False)
     object.__setattr__(self, "layout", layout)
 
-  def _key(self):
+  def _key(self) -> tuple:
     return (self.layout.shape, self.layout.tobytes(), self.block_size, self.causal)
 
-  def __eq__(self, other):
+  def __eq__(self, other: object) -> bool:
     return isinstance(other, BlockLayout) and self._key() == other._key()
 
-  def __hash__(self):
+  def __hash__(self) -> int:
     return hash(self._key())
 
-  def __repr__(self):
+  def __repr__(self) -> str:
     shape, density = list(self.layout.shape), self.layout.mean()
     return f"BlockLayout({shape}, block_size={self.block_size}, density={density:.3g})"
 
   @property
-  def _cycle(self):
+  def _cycle(self) -> int:
     return 1 if self.layout.ndim == 2 else len(self.layout)
 
-  def of_head(self, h):
+  def of_head(self, h: int) -> "BlockLayout":
     if self.layout.ndim == 2:
       return self
     return BlockLayout(self.layout[h % len(self.layout)], self.block_size, self.causal)
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     layout = self.layout[None] if self.layout.ndim == 2 else self.layout
     P, nq, nk = layout.shape
     xp = _namespace(i, j, h)
@@ -437,7 +437,7 @@ class BlockLayout(Pattern):
     pairs &= (n < nq) & (m < nk)
     return pairs & (j <= i) if self.causal else pairs
 
-  def keys_per_query(self, T, h=0):
+  def keys_per_query(self, T: int, h: int = 0) -> Int[np.ndarray, "T"]:
     layout = self.of_head(h).layout
     size, (nq, nk) = self.block_size, layout.shape
     i = np.arange(T)
@@ -471,12 +471,12 @@ class Where(Pattern):
   predicate: Callable[[Positions, Positions], Any]
   causal: bool = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not callable(self.predicate):
       raise ValueError(f"Where(predicate={self.predicate!r}): must be a function of (i, j)")
     _check_causal(self)
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     pairs = self.predicate(i, j)
     pairs = pairs if hasattr(pairs, "dtype") else np.asarray(pairs)
     check_pairs(getattr(self.predicate, "__qualname__", repr(self.predicate)), pairs.dtype)
@@ -493,15 +493,15 @@ class _Combined(Pattern):
 
   patterns: tuple[Pattern, ...]
 
-  def __post_init__(self):
-    for one in self.patterns:
-      check(one, f"{type(self).__name__}(patterns)")
+  def __post_init__(self) -> None:
+    for pattern in self.patterns:
+      check(pattern, f"{type(self).__name__}(patterns)")
 
   @property
-  def _cycle(self):
+  def _cycle(self) -> int:
     return math.lcm(*(p._cycle for p in self.patterns))
 
-  def of_head(self, h):
+  def of_head(self, h: int) -> "Pattern":
     return type(self)(tuple(p.of_head(h) for p in self.patterns))
 
 
@@ -517,10 +517,10 @@ class Union(_Combined):
   """
 
   @property
-  def causal(self):
+  def causal(self) -> bool:
     return all(p.causal for p in self.patterns)
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return functools.reduce(lambda a, b: a | b, (p.allowed(i, j, h) for p in self.patterns))
 
 
@@ -536,10 +536,10 @@ class Intersection(_Combined):
   """
 
   @property
-  def causal(self):
+  def causal(self) -> bool:
     return any(p.causal for p in self.patterns)
 
-  def allowed(self, i, j, h=0):
+  def allowed(self, i: Positions, j: Positions, h: Positions = 0) -> Any:
     return functools.reduce(lambda a, b: a & b, (p.allowed(i, j, h) for p in self.patterns))
 
 
@@ -597,7 +597,7 @@ def replaced(pattern: Pattern, change: Callable[["Where"], Pattern]) -> Pattern:
   if isinstance(pattern, Where):
     return change(pattern)
   if isinstance(pattern, PerHead | _Combined):
-    parts = tuple(replaced(one, change) for one in pattern.patterns)
+    parts = tuple(replaced(part, change) for part in pattern.patterns)
     return pattern if parts == pattern.patterns else type(pattern)(parts)
   return pattern
 

@@ -84,7 +84,7 @@ class Scores:
     return dataclasses.replace(self, **changes) if not scale_is_traced else Scores(1.0, **changes)
 
   def __call__(
-    self, products: Float[Array, "..."], i, j, h, held: tuple = ()
+    self, products: Float[Array, "..."], i: Any, j: Any, h: Any, held: tuple = ()
   ) -> Float[Array, "..."]:
     """The logits of the pairs (i, j) of heads h, which broadcast against the products.
 
@@ -101,12 +101,12 @@ class Scores:
     logits = products * self.scale
     return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
-  def _natural(self, product, i, j, h):
+  def _natural(self, product: Any, i: Any, j: Any, h: Any) -> Any:
     logit = self.capped(product)
     return logit if self.score_fn is None else self.score_fn(logit, i, j, h)
 
 
-def attending(mask, i, j):
+def attending(mask: Any, i: Any, j: Any) -> tuple:
   """Positions of pairs `[..., t, s]` with those that the mask hides moved to one that attends.
 
   A function may be anything at pairs that do not attend, and its derivative times 0 no number.

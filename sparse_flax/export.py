@@ -87,7 +87,7 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
     raise ValueError(f"{path}: is missing")
   content = path.read_bytes()
   try:
-    arrays = {name: _array(**found) for name, found in safetensors.deserialize(content)}
+    arrays = {name: _array(**entry) for name, entry in safetensors.deserialize(content)}
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     saved, config_digest = json.loads(metadata["digests"]), metadata["config"]
@@ -95,8 +95,8 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
     raise errors.DamagedError(f"{path}: is not an exported model: {error}") from error
   if config_digest != workdir.config_digest((epath.Path(folder) / CONFIG).read_text()):
     raise errors.DamagedError(f"{epath.Path(folder) / CONFIG}: not what was exported")
-  found = digest.digests(arrays)
-  if bad := sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x)):
+  computed = digest.digests(arrays)
+  if bad := sorted(x for x in computed.keys() | saved.keys() if computed.get(x) != saved.get(x)):
     raise errors.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
   graphdef, shapes = transformer.graph_and_shapes(**config.model)
   return config, graphdef, unflatten(arrays, shapes, cycle=len(config.model.attention_layers))
@@ -115,10 +115,10 @@ def flatten(params: dict, *, cycle: int) -> dict[str, jax.Array]:
   arrays = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = digest.name_of(path).replace("/", ".")
-    if found := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
-      first, rest = int(found.group(1)), found.group(2)
-      for n, one in enumerate(leaf):
-        arrays[f"layers.{n * cycle + first}.{rest}"] = one
+    if match := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
+      first, suffix = int(match.group(1)), match.group(2)
+      for n, layer in enumerate(leaf):
+        arrays[f"layers.{n * cycle + first}.{suffix}"] = layer
     else:
       arrays[name] = leaf
   return arrays
@@ -141,10 +141,10 @@ def unflatten(arrays: dict[str, jax.Array], shapes: dict, *, cycle: int) -> dict
 
   def of(path, leaf):
     name = digest.name_of(path).replace("/", ".")
-    if found := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
-      first, rest = int(found.group(1)), found.group(2)
+    if match := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
+      first, suffix = int(match.group(1)), match.group(2)
       layers = range(first, leaf.shape[0] * cycle, cycle)
-      return jnp.stack([arrays[f"layers.{n}.{rest}"] for n in layers])
+      return jnp.stack([arrays[f"layers.{n}.{suffix}"] for n in layers])
     return arrays[name]
 
   return jax.tree.map_with_path(of, shapes)

@@ -65,7 +65,7 @@ class _Twin(nn.Module):
 
 def _arguments(original: type[nnx.Module]) -> dict[str, inspect.Parameter]:
   parameters = inspect.signature(original.__init__).parameters
-  return {name: one for name, one in parameters.items() if name not in ("self", "rngs")}
+  return {name: parameter for name, parameter in parameters.items() if name not in ("self", "rngs")}
 
 
 def _unboxed(init: Callable) -> Callable:
@@ -82,7 +82,11 @@ def _unboxed(init: Callable) -> Callable:
 
 def _twin(original: type[nnx.Module]) -> type[nn.Module]:
   parameters = _arguments(original)
-  defaults = {name: one.default for name, one in parameters.items() if one.default != one.empty}
+  defaults = {
+    name: parameter.default
+    for name, parameter in parameters.items()
+    if parameter.default != parameter.empty
+  }
   in_order = sorted(parameters, key=lambda name: name in defaults)  # as dataclasses want it
   namespace = {
     "__annotations__": dict.fromkeys(in_order, Any),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 
-def write(path: pathlib.Path, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+def write(path: pathlib.Path, rows: Sequence[dict[str, Any]], **facts: Any) -> None:
   """Writes the rows with device, versions, date and commit, and prints where they are.
 
   On a GPU also with its power cap and clocks.
@@ -25,7 +25,7 @@ def write(path: pathlib.Path, rows: Sequence[dict[str, Any]], **more: Any) -> No
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     "commit": _commit(),
     **({"gpu": gpu_state()} if jax.default_backend() == "gpu" else {}),
-    **more,
+    **facts,
     "rows": list(rows),
   }
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,11 +38,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
   cells = [[str(cell) for cell in row] for row in (header, *rows)]
   widths = [max(len(row[n]) for row in cells) for n in range(len(header))]
   for row in cells:
-    first, *rest = (
+    first, *columns = (
       cell.ljust(w) if n == 0 else cell.rjust(w)
       for n, (cell, w) in enumerate(zip(row, widths, strict=True))
     )
-    print("  ".join((first, *rest)), flush=True)
+    print("  ".join((first, *columns)), flush=True)
 
 
 def num_bytes(compiled: jax.stages.Compiled) -> int:
@@ -111,8 +111,8 @@ def _commit() -> str:
   """
   if told := os.environ.get("SPARSE_FLAX_COMMIT"):
     return told
-  how = dict(cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
-  git = lambda *args: subprocess.run(("git", *args), **how).stdout.strip()
+  options = dict(cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
+  git = lambda *args: subprocess.run(("git", *args), **options).stdout.strip()
   measured = (":/*.py", ":/pallas_kernels/*.json")
   try:
     commit = git("rev-parse", "--short=12", "HEAD")

@@ -89,7 +89,7 @@ def linear(
   share = pl.cdiv(E, splits)  # of the features, for each program along the grid's last axis
   at_once = _up(E) if norm is not None else min(_up(share), _MOST)
 
-  def kernel(layer_ref, x_ref, weight_ref, bias_ref, *refs):
+  def kernel(layer_ref: Any, x_ref: Any, weight_ref: Any, bias_ref: Any, *refs: Any) -> None:
     # gain and shift with a norm; the residual, if there is one; the output.
     refs, out_ref = list(refs[:-1]), refs[-1]
     n = layer_ref[0]
@@ -122,7 +122,7 @@ def linear(
       out_ref.at[pl.program_id(2), row.at, column.at], total.astype(out_ref.dtype), mask=here
     )
 
-  def finish(total, bias, before):
+  def finish(total: Any, bias: Any, before: Any) -> Any:
     total += bias.astype(jnp.float32)
     total = total if activation is None else activation(total)
     return total if before is None else total + before.astype(jnp.float32)
@@ -190,7 +190,7 @@ def attend(
   where = [step, *(x for place in places for x in place), *heads]
   where = jnp.stack([jnp.asarray(x, jnp.int32) for x in where])
 
-  def kernel(layer_ref, where_ref, qkv_ref, *refs):
+  def kernel(layer_ref: Any, where_ref: Any, qkv_ref: Any, *refs: Any) -> None:
     table_refs, (out_ref, *written) = refs[: 2 * len(caches)], refs[2 * len(caches) :]
     b, h = pl.program_id(0), pl.program_id(1)
     n, t = layer_ref[0], where_ref[0]
@@ -258,7 +258,7 @@ def _softmax(
   """The softmax after the rows of one more cache."""
   chunk = min(_CHUNK, _up(cache.size))
 
-  def read(i, carry):
+  def read(i: Any, carry: Any) -> tuple:
     top, total, out = carry
     index = i * chunk + jnp.arange(chunk)
     slots, there = first + index, index < cache.size

@@ -4,6 +4,7 @@ A layout of small blocks, its union with a window, a predicate that looks someth
 """
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def _words(masks):
 def _masks(pattern: patterns.Pattern, rows, columns, size: int):
   """The packed masks [n, size, size / 8] of some blocks, a few at a time."""
 
-  def pairs(n, m, xp):
+  def pairs(n: Any, m: Any, xp: ModuleType) -> Any:
     i = n[:, None, None] * size + xp.arange(size, dtype=np.int32)[None, :, None]
     j = m[:, None, None] * size + xp.arange(size, dtype=np.int32)[None, None, :]
     return xp.broadcast_to(pattern.allowed(i, j), (len(n), size, size))

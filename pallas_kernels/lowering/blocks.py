@@ -7,6 +7,8 @@ all pairs. The tables are cached by the pattern.
 import contextlib
 import functools
 from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -112,7 +114,7 @@ def _swept(pattern: patterns.Pattern, T: int, S: int, block_q: int, block_k: int
   """The tables of a pattern without a formula, a row of blocks at a time."""
   nq, nk = -(-T // block_q), -(-S // block_k)
 
-  def row(n, xp):
+  def row(n: Any, xp: ModuleType) -> tuple:
     i = n * block_q + xp.arange(block_q, dtype=np.int32)[:, None]
     j = xp.arange(nk * block_k, dtype=np.int32)[None, :]
     # A table of T entries has none for what comes after them.

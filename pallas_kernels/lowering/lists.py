@@ -129,9 +129,15 @@ def bits_of(
   return bits.bits_of(tuple(each), T, S, BLOCK)
 
 
-def _bits(pattern: patterns.Pattern, problem: Problem, with_bits: bool):
+def _bits(
+  pattern: patterns.Pattern, problem: Problem, with_bits: bool
+) -> tuple[bits.Words, bits.Words, bits.Which] | tuple[None, None, None]:
   """`bits_of` for a launch; no masks without bits."""
-  return bits_of(pattern, problem.heads, problem.T, problem.S) if with_bits else (None,) * 3
+  if not with_bits:
+    return None, None, None
+  masks = bits_of(pattern, problem.heads, problem.T, problem.S)
+  assert masks is not None  # a plan asks for bits only where there are not too many
+  return masks
 
 
 def _static(rows, heads, problem: Problem, masks_of, transposed: bool) -> Lists:
@@ -143,10 +149,10 @@ def _static(rows, heads, problem: Problem, masks_of, transposed: bool) -> Lists:
       continue
     of_patterns = [tables(shared, problem) for shared in key]
     kinds = [(every, some & ~every) for some, every in of_patterns]
-    numbers_of = [which[shared] for shared in key] if which else None
+    numbers_of = [which[shared] for shared in key] if which else []
     if transposed:
       kinds = [tuple(table.T for table in pair) for pair in kinds]
-      numbers_of = [table.T for table in numbers_of] if which else None
+      numbers_of = [table.T for table in numbers_of]
     full, partial = (np.concatenate(each, axis=1) for each in zip(*kinds, strict=True))
     if not transposed:  # a column behind the last key
       nobody = ~(full | partial).any(axis=1, keepdims=True)
@@ -284,7 +290,9 @@ def traced_by_keys(
   return _traced(*map(transposed, (*visits, which)), words, heads, problem)
 
 
-def _traced_bits(pattern: patterns.Pattern, problem: Problem, with_bits: bool, transposed: bool):
+def _traced_bits(
+  pattern: patterns.Pattern, problem: Problem, with_bits: bool, *, transposed: bool
+) -> tuple[Int[np.ndarray, "1 heads nq nk"] | None, bits.Words | None]:
   """The mask of each block, [1, heads or 1, nq, nk], and the masks; None without bits."""
   *words, which = _bits(pattern, problem, with_bits)
   if which is not None:
@@ -292,7 +300,14 @@ def _traced_bits(pattern: patterns.Pattern, problem: Problem, with_bits: bool, t
   return which, words[transposed]
 
 
-def _traced(some, every, which, words, heads, problem: Problem) -> Lists:
+def _traced(
+  some: Array,
+  every: Array,
+  which: Array | None,
+  words: bits.Words | None,
+  heads: list[tuple[int, int]],
+  problem: Problem,
+) -> Lists:
   kinds = jnp.where(some, jnp.where(every, 0, 1), 2).astype(jnp.int8)
   numbers = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
   masks = jnp.zeros(1, jnp.int32)

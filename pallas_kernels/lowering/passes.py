@@ -16,6 +16,8 @@ from pallas_kernels import patterns
 from pallas_kernels.lowering import blocks
 from pallas_kernels.lowering import heads
 
+ViewName = Literal["natural", "columns", "blocks", "summaries"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -37,7 +39,7 @@ class Pass:
     finished: whether a query does not see the summaries of its own row.
   """
 
-  view: Literal["natural", "columns", "blocks", "summaries"]
+  view: ViewName
   stride: int = 1
   window: int | None = None
   distance: int | None = None
@@ -142,17 +144,17 @@ def tile_lists(
   return np.where(np.arange(idx.shape[1]) < length[:, None], idx, 0).astype(np.int32), length
 
 
-def _band(view: str, distance: int, stride: int = 1) -> Pass:
+def _band(view: ViewName, distance: int, stride: int = 1) -> Pass:
   return Pass(view=view, stride=stride, distance=distance)
 
 
-def _strided(window: int, stride: int) -> tuple[Pass, Pass]:
+def _strided(window: int, stride: int) -> tuple[Pass, ...]:
   """`Local(window) | Column(stride)`: the column leaves to the window what is in both."""
   local = passes_of(patterns.Local(window))
   return (*local, _band("columns", window, stride))
 
 
-def _fixed(summaries: tuple[patterns.Summary, ...]) -> tuple[Pass, Pass]:
+def _fixed(summaries: tuple[patterns.Summary, ...]) -> tuple[Pass, ...]:
   """`Block | Summary`: the summaries of the query's own block are left to the block."""
   block = patterns.Block(summaries[0].stride)
   return (*passes_of(block), _summaries(summaries, finished=True))

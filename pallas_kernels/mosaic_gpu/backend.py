@@ -7,6 +7,8 @@ up where the one before ended, and adds to its gradients.
 
 import dataclasses
 import math
+from types import ModuleType
+from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -48,6 +50,7 @@ def unsupported(plan: Plan) -> str | None:
       "mosaic_gpu: this score_fn is not supported, those of operators and elements are, which may "
       "hold numbers and arrays with an entry per head, but look up nothing by position"
     )
+  # Last, since it looks at all pairs: only lists whose pairs are no formula need bits.
   for group in groups.lowered(plan):
     if group.passes or stream.formulas(plan.pattern, group.heads)[0]:
       continue
@@ -64,6 +67,7 @@ def planned(plan: Plan) -> Plan:
 
 def forward(plan: Plan, arrays: Arrays) -> tuple[Float[Array, "B T H Dv"], tuple[Array, ...]]:
   """Result and log-sum-exp, of every group of heads as its kernel left it."""
+  # The log-sum-exp stays as its kernel wrote it: who wants the natural one pays for the copy.
   results = (_runner(group).forward(plan, group, arrays) for group in plan.groups)
   outs, lses = zip(*results, strict=True)
   return _join(plan, outs), lses
@@ -73,6 +77,7 @@ def natural_lse(plan: Plan, residual: tuple[Array, ...]) -> Float[Array, "B T H"
   """The natural log-sum-exp, from what `forward` returned."""
   parts = []
   for group, lse in zip(plan.groups, residual, strict=True):
+    # First the rows that fill tiles go, then the tokens that `padded` added.
     lse = _view(plan, group).restore(lse)
     parts.append(run_passes.cut(plan, group, lse) if group.passes else lse)
   return _join(plan, parts) * math.log(2)
@@ -104,6 +109,7 @@ def backward(
     cotangents = out_here, lse, dout_here, dlse_here
     grads.append(_runner(group).backward(plan, group, arrays, *cotangents))
   dq, dk, dv = (_join(plan, parts) for parts in zip(*(x[:3] for x in grads), strict=True))
+  # Where kernels have dk and dv for each query head: adding them up there would need atomics.
   dk, dv = (heads.sum_per_key_head(x, plan.Hkv).astype(x.dtype) for x in (dk, dv))
   if not plan.scores.learned:
     return plan.gradients(arrays, dq, dk, dv)
@@ -115,16 +121,17 @@ def _of_learned(plan: Plan, arrays: Arrays, of_values: list[Array]) -> tuple[Arr
   """The gradients of learned arrays, from those of the values that kernels read."""
   scores, held = plan.scores, arrays.held
 
-  def learned_values(*learned):
+  def learned_values(*learned: Any) -> tuple:
     changed = dict(zip(scores.learned, learned, strict=True))
     values = formula.values(scores, plan.H, tuple(changed.get(n, x) for n, x in enumerate(held)))
     return tuple(values[n] for n in formula.learned(scores))
 
+  # What turns learned arrays into values is cheap, and anything: JAX differentiates it.
   _, pull = jax.vjp(learned_values, *(held[n] for n in scores.learned))
   return pull(tuple(of_values))
 
 
-def _runner(group: Group):
+def _runner(group: Group) -> ModuleType:
   """The module that runs a group."""
   return run_passes if group.passes else run_lists
 

@@ -1,6 +1,8 @@
 """All that the kernels use of Pallas Mosaic GPU, in one place: its names move between releases."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,11 @@ LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 COLUMN = WGMMA.reduce(0)
+
+# What a kernel's body is made of has no type that could be checked: a ref is another class on the
+# card than in the simulator, and a value may be a number where a loop is unrolled.
+Ref = Any
+Traced = Any
 
 ACC = plgpu.ACC
 Barrier = plgpu.Barrier
@@ -44,7 +51,7 @@ def num_multiprocessors() -> int:
   return 2 if simulated() else hardware.num_cores()
 
 
-def commit_reads():
+def commit_reads() -> None:
   """Before shared memory that was read goes back to the copy engine.
 
   The barrier that gives it back is enough on the card; the simulator wants what a write needs.
@@ -53,19 +60,23 @@ def commit_reads():
     commit_smem()
 
 
-def kernel(body, **how):
+def kernel(body: Callable, **options: Any) -> Callable:
   """`plgpu.kernel` with fast exp2, or its simulation."""
+  # Races that a GPU hides by luck are errors in the simulator.
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
   # No sum of ours crosses warps.
   params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
-  return plgpu.kernel(body, compiler_params=params, interpret=interpret, **how)
+  return plgpu.kernel(body, compiler_params=params, interpret=interpret, **options)
 
 
-def launch(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how) -> list:
+def launch(
+  name: str, body: Callable, *, inputs: dict, outputs: dict, scratch: dict, **options: Any
+) -> list:
   """`kernel` with refs by name, body(refs); the outputs."""
+  # Pallas gives refs by position; kernels whose arrays come and go with options want names.
   names = (*inputs, *outputs, *scratch)
 
-  def call(*refs):
+  def call(*refs: Ref) -> None:
     body(dict(zip(names, refs, strict=True)))
 
   call.__name__ = name  # what profilers show
@@ -73,11 +84,11 @@ def launch(name: str, body, *, inputs: dict, outputs: dict, scratch: dict, **how
     call,
     out_type=list(outputs.values()),
     scratch_types=list(scratch.values()),
-    **how,
+    **options,
   )(*inputs.values())
 
 
-def smem(*shape: int, dtype: jax.typing.DTypeLike, beside: int | None = None):
+def smem(*shape: int, dtype: jax.typing.DTypeLike, beside: int | None = None) -> Any:
   """Shared memory for tiles [..., rows, columns], laid out for the matrix units.
 
   A tile that is multiplied with one of `beside` columns, both in shared memory, is laid out alike;
@@ -95,7 +106,7 @@ def one_span(D: int, dtype: jax.typing.DTypeLike) -> bool:
   return D * jnp.dtype(dtype).itemsize in (128, 64, 32)
 
 
-def smem_in_boxes(stages: int, rows: int, box: int, D: int, dtype: jax.typing.DTypeLike):
+def smem_in_boxes(stages: int, rows: int, box: int, D: int, dtype: jax.typing.DTypeLike) -> Any:
   """The same memory as tiles [stages, rows, D] and as [stages, rows / box, box, D].
 
   Rows lie in memory in the same order either way (D of `one_span`), but one copy fills several
@@ -105,49 +116,51 @@ def smem_in_boxes(stages: int, rows: int, box: int, D: int, dtype: jax.typing.DT
   return plgpu.RefUnion(smem(stages, rows, D, dtype=dtype), boxes)
 
 
-def vector(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32):
+def vector(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
   """Shared memory for rows of single values."""
   return plgpu.SMEM(shape, dtype)
 
 
-def iota(shape: tuple[int, ...], axis: int = 0, layout=WGMMA):
+def iota(shape: tuple[int, ...], axis: int = 0, layout: Any = WGMMA) -> Traced:
   """int32 positions along an axis; 1-D shapes take ROW or COLUMN."""
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
 
-def zeros(shape: tuple[int, ...], layout=WGMMA):
+def zeros(shape: tuple[int, ...], layout: Any = WGMMA) -> Traced:
+  # A constant has no layout of its own, and what it is combined with has one.
   return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
-def full(shape: tuple[int, ...], value: float, layout=ROW):
+def full(shape: tuple[int, ...], value: float, layout: Any = ROW) -> Traced:
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def over_columns(rows, num_columns: int):
+def over_columns(rows: Traced, num_columns: int) -> Traced:
   """One value per row -> the same in every column."""
   return lax.broadcast_in_dim(rows, (rows.shape[0], num_columns), [0])
 
 
-def over_rows(columns, num_rows: int):
+def over_rows(columns: Traced, num_rows: int) -> Traced:
   """One value per column -> the same in every row."""
   return lax.broadcast_in_dim(columns, (num_rows, columns.shape[0]), [1])
 
 
-def matmul(*pairs):
+def matmul(*pairs: tuple[Any, Any]) -> Any:
   """a b for each pair (a, b), in fresh float32 accumulators: all products are in flight together.
 
   a is in registers (not simulated) or in shared memory, b in shared memory.
   """
 
-  def run(*accs):
+  def run(*accs: Ref) -> Any:
     for acc, (a, b) in zip(accs, pairs, strict=True):
       wgmma(acc, a, b)
     return tuple(acc[...] for acc in accs)
 
+  # Reading an accumulator waits for its products: all are started before the first is read.
   return pl.run_scoped(run, *(ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
-def add_matmul(*terms, scratch=None):
+def add_matmul(*terms: tuple, scratch: Ref | None = None) -> Any:
   """acc + the sum of a b over pairs, for each of the terms (acc, (a, b), ...).
 
   All products are in flight together. The simulator has neither matrix instructions with a in
@@ -156,11 +169,12 @@ def add_matmul(*terms, scratch=None):
   """
   if not simulated():
 
-    def run(refs):
+    def run(refs: Ref) -> None:
       for ref, (_, *pairs) in zip(refs, terms, strict=True):
         for a, b in pairs:
           wgmma(ref, a, b)
 
+    # Accumulators start with the sum so far: nothing is added afterwards.
     return pl.run_state(run)(tuple(ACC.init(acc) for acc, *_ in terms))
   sums = []
   for acc, *pairs in terms:
@@ -181,10 +195,12 @@ class Sum:
   accumulators with a start value, a plain value; such operands go through `scratch` there.
   """
 
-  def __init__(self, ref=None, value=None, scratch=None):
+  def __init__(
+    self, ref: Ref | None = None, value: Traced | None = None, scratch: Ref | None = None
+  ):
     self.ref, self.value, self.scratch = ref, value, scratch
 
-  def add(self, a, b):
+  def add(self, a: Ref, b: Ref) -> None:
     """Starts += a b of two tiles in shared memory."""
     if self.ref is not None:
       wgmma(self.ref, a, b)
@@ -192,7 +208,7 @@ class Sum:
       (product,) = matmul((a, b))
       self.value = product if self.value is None else self.value + product
 
-  def add_from_registers(self, a, b):
+  def add_from_registers(self, a: Traced, b: Ref) -> None:
     """Starts += a b, a in registers."""
     if self.ref is None:
       self.scratch[...] = a
@@ -200,23 +216,24 @@ class Sum:
       a = self.scratch
     self.add(a, b)
 
-  def get(self, under_way: int = 0):
+  def get(self, under_way: int = 0) -> Traced:
     """The value, once no more than so many products are under way."""
     return (
       self.value if self.ref is None else plgpu.wgmma_accumulator_load(self.ref, wait_n=under_way)
     )
 
 
-def sums(body, *starts, scratch=None):
+def sums(body: Callable, *starts: Any, scratch: Ref | None = None) -> Any:
   """body(Sum, ...): one per start, a value or the shape of a fresh accumulator.
 
   `scratch` is shared memory for an operand in registers, for the simulator.
   """
   if simulated():
+    # A fresh accumulator has no value before its first product.
     values = (None if isinstance(start, tuple) else start for start in starts)
     return body(*(Sum(value=value, scratch=scratch) for value in values))
 
-  def run(*refs):
+  def run(*refs: Ref) -> Any:
     for ref, start in zip(refs, starts, strict=True):
       if not isinstance(start, tuple):
         ref[...] = start

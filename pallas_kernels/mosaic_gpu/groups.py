@@ -24,7 +24,7 @@ def groups_of(plan: Plan) -> tuple[Group, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _groups_of(plan: Plan, context) -> tuple[Group, ...]:
+def _groups_of(plan: Plan, context: tuple) -> tuple[Group, ...]:
   del context  # by which, besides the plan, the result is kept
   natural = Sweep(Pass(view="natural"), plan.T, plan.Dk, plan.Dv, plan.dtype)
   blocks = sizes.listed(plan.Dk, plan.Dv, plan.segment_ids)
@@ -38,15 +38,17 @@ def _groups_of(plan: Plan, context) -> tuple[Group, ...]:
 def lowered(plan: Plan) -> tuple[Group, ...]:
   """Heads and their passes; one group without passes, the last, where lists of blocks suit."""
   every = tuple(range(plan.H))
+  # Formulas of tiles know neither other masks nor other logits; lists know all.
   if not plan.extras <= {"segment_ids"}:
     return (Group(every, ()),)
   groups, of_lists = [], []
+  # Heads that suit lists share one launch, whatever their patterns.
   for heads, of_heads in passes.lower(plan.pattern, plan.H):
     if _lists_suit(plan, of_heads):
       of_lists.extend(heads)
     else:
       groups.append(Group(heads, _visited(of_heads, plan.T)))
-  return (*groups, Group(tuple(of_lists), ())) if of_lists else tuple(groups)
+  return (*groups, Group(tuple(sorted(of_lists)), ())) if of_lists else tuple(groups)
 
 
 def is_fixed(group: Group) -> bool:
@@ -64,6 +66,7 @@ def padding(plan: Plan, group: Group) -> tuple[int, int, int]:
   # A row is no longer than the sequence, but a summary keeps its place in it.
   if all(pass_.view != "summaries" for pass_ in group.passes):
     row = min(row, plan.T)
+  # Blocks grow in length, columns in number of rows: either is the axis that a sequence lies along.
   rows, stride = -(-plan.T // row), row
   if all(pass_.view in ("blocks", "summaries") for pass_ in group.passes):
     stride = _up(row, 8)
@@ -74,6 +77,7 @@ def padding(plan: Plan, group: Group) -> tuple[int, int, int]:
 
 def _visited(of_heads: tuple[Pass, ...], T: int) -> tuple[Pass, ...]:
   """Without summaries of finished blocks where no block is finished."""
+  # Summaries that nobody sees would only cost time.
   first = of_heads[0]
   several = len(of_heads) == 2 and of_heads[1].view == "summaries"
   return (first,) if several and first.stride >= T else of_heads
@@ -87,6 +91,7 @@ def _lists_suit(plan: Plan, of_heads: tuple[Pass, ...]) -> bool:
   ms instead of 9.5; with heads of 64, forward and backward take 35 ms instead of 31.
   """
   first, D = of_heads[0], max(plan.Dk, plan.Dv)
+  # A pass without a distance is no band of its view, so that only lists can have it.
   if any(pass_.distance is None and pass_.view != "summaries" for pass_ in of_heads):
     return True
   if len(of_heads) == 1 and first.view == "summaries" and first.stride > plan.T:
@@ -102,6 +107,7 @@ def _lists_suit(plan: Plan, of_heads: tuple[Pass, ...]) -> bool:
 def _sweeps(plan: Plan, group: Group) -> tuple[Sweep, ...]:
   merged, (_, stride, T) = len(group.passes) > 1, padding(plan, group)
   sweeps = [_sweep(plan, pass_, T, stride, merged) for pass_ in group.passes]
+  # One sweep has both, and takes them in this order.
   if is_fixed(group):
     return tuple(sweeps)
   # Those that cannot take up where others ended come first.
@@ -110,6 +116,7 @@ def _sweeps(plan: Plan, group: Group) -> tuple[Sweep, ...]:
 
 def _sweep(plan: Plan, pass_: Pass, T: int, stride: int, merged: bool) -> Sweep:
   """T and stride are padded."""
+  # A window that no query reaches the end of is plain causal attention.
   window = pass_.window if pass_.window is not None and pass_.window < T else None
   stride = 1 if pass_.view == "natural" else stride
   fitted = dataclasses.replace(pass_, stride=stride, window=window)

@@ -22,7 +22,15 @@ def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   return stream.forward_kernel(frame, *own, scale=_factor(plan), blocks=blocks)
 
 
-def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> tuple[Array, ...]:
+def backward(
+  plan: Plan,
+  group: Group,
+  arrays: Arrays,
+  out: Array | None,
+  lse: Array,
+  dout: Array | None,
+  dlse: Array | None,
+) -> tuple[Array, ...]:
   """dq [B, T, Hg, Dk]; dk and dv of key heads, or of the query heads; those of learned values.
 
   out, dout and dlse are of these heads.
@@ -31,15 +39,18 @@ def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> 
   frame = _frame(plan, group, arrays, backward=True)
   if dlse is not None:
     dlse = sweep.view.rows(dlse)
+    # lse may come from a streaming kernel, whose tiles are larger than those of a view.
     missing = lse.shape[-1] - dlse.shape[-1]
     dlse = jnp.pad(dlse, [(0, 0)] * 3 + [(0, missing)]) if missing else dlse
   q = heads.take(arrays.q, group.heads)
   own = frame, q, arrays.k, arrays.v, arrays.segment_ids, lse
   of_dq = dict(out=out, dlse=dlse, blocks=sweep.dq_blocks)
+  # dq first: it makes delta of out, which all that follows reads.
   dq, delta = stream.dq_kernel(*own, None, dout, **of_dq, **options)
   of_keys = stream.dkv_kernel(*own, delta, dout, **options, blocks=sweep.dkv_blocks)
   if not plan.scores.learned:
     return dq, *of_keys
+  # A sweep of its own: few calls learn, and the others should not pay for it.
   rows = stream.dvalues_kernel(*own, delta, dout, **options, blocks=sweep.dq_blocks)
   return dq, *of_keys, *(x[:, :, 0, : plan.T].sum(axis=(0, 2)) for x in rows)
 
@@ -65,8 +76,10 @@ def _frame(
     num_cores=teams * gpu.num_multiprocessors(),
     own_scores=own_scores,
   )
+  # Bits, a mask in memory for every block, only where no formula gives the pairs.
   with_bits, by_keys = not stream.formulas(plan.pattern, of_group)[0], None
   own = plan.pattern, problem, with_bits
+  # Lists of patterns alone are made once, by numpy; with masks they are made where the call runs.
   if arrays.segment_ids is None and arrays.block_mask is None:
     by_queries = lists.by_queries(*own)
     if backward:

@@ -3,6 +3,9 @@
 Arrays are padded to what the kernels want, lse and delta go from the rows of one view to another's.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -35,6 +38,7 @@ def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
     out, lse = _forward_fixed(*group.kernels, own, options)
   else:
     out = lse = view = None
+    # Each goes on from the result of the one before, in rows of its own view.
     for sweep in group.kernels:
       before = None if out is None else (out, _rows(sweep, lse, view))
       out, lse = _forward_one(sweep, own, before, options)
@@ -42,7 +46,15 @@ def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   return cut(plan, group, out), lse
 
 
-def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> tuple[Array, ...]:
+def backward(
+  plan: Plan,
+  group: Group,
+  arrays: Arrays,
+  out: Array | None,
+  lse: Array,
+  dout: Array | None,
+  dlse: Array | None,
+) -> tuple[Array, ...]:
   """dq, dk, dv [B, T, Hg, D], of k and v per query head; out, dout and dlse of these heads."""
   own = tuple(padded(plan, group, x) for x in arrays[:4])
   out, dout, dlse = (padded(plan, group, x) for x in (out, dout, dlse))
@@ -56,6 +68,7 @@ def backward(plan: Plan, group: Group, arrays: Arrays, out, lse, dout, dlse) -> 
       lse_here = _rows(sweep, lse, group.kernels[-1].view)
       rows = lse_here, _rows(sweep, dlse), _rows(sweep, delta, view)
       *grads, delta = _backward_one(sweep, own, out, dout, *rows, grads, options)
+      # With delta there is no further use for these.
       out = dlse = None
       view = sweep.view
   return tuple(cut(plan, group, x) for x in grads)
@@ -67,6 +80,8 @@ def padded(plan: Plan, group: Group, x: Array | None) -> Array | None:
   if x is None or plan.T == T:
     return x
   rows = -(-plan.T // row)
+  # Whole rows, then the rows lengthened, then more of them: a token keeps its row and its place in
+  # it.
   x = _with_zeros(x, rows * row).reshape(x.shape[0], rows, row, *x.shape[2:])
   x = _with_zeros(x, stride, axis=2)
   return _with_zeros(x.reshape(x.shape[0], -1, *x.shape[3:]), T)
@@ -84,18 +99,29 @@ def cut(plan: Plan, group: Group, x: Array) -> Array:
 # ------------------------------------------------------------------------------------- one pass
 
 
-def _forward_one(sweep: Sweep, own, before, options):
+def _forward_one(sweep: Sweep, own: tuple, before: tuple | None, options: dict[str, Any]) -> tuple:
   """(out, lse) of a sweep and of those before it."""
   q, k, v, ids = own
   if sweep.forward is not None:
     family, sizes = sweep.forward
     own, options = (q, k, v, _ids(sweep, ids)), options | dict(sizes)
     return _FORWARD[family](sweep.view, sweep.band, *own, before, **options)
+  # The streaming kernels take up no state: theirs is merged afterwards.
   new = _stream_forward(sweep, own, options)
   return new if before is None else _merge(sweep.view, before, new)
 
 
-def _backward_one(sweep: Sweep, own, out, dout, lse, dlse, delta, before, options):
+def _backward_one(
+  sweep: Sweep,
+  own: tuple,
+  out: Array | None,
+  dout: Array | None,
+  lse: Array,
+  dlse: Array | None,
+  delta: Array | None,
+  before: Sequence[Array] | None,
+  options: dict[str, Any],
+) -> tuple:
   """dq, dk, dv of a sweep and of those before it, and delta."""
   q, k, v, ids = own
   if sweep.backward is not None:
@@ -112,31 +138,53 @@ def _backward_one(sweep: Sweep, own, out, dout, lse, dlse, delta, before, option
     dk, dv = (_unfolded(x, sweep.pass_, q.shape[1]) for x in (dk, dv))
   grads = dq, dk, dv
   if before is not None:
+    # In float32, so that the sum is rounded once.
     add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
     grads = tuple(add(a, b) for a, b in zip(before, grads, strict=True))
   return *grads, delta
 
 
-def _key_gradients(sweep: Sweep, own, lse, delta, dout, options):
+def _key_gradients(
+  sweep: Sweep,
+  own: tuple,
+  lse: Array,
+  delta: Array | None,
+  dout: Array | None,
+  options: dict[str, Any],
+) -> tuple:
   """dk and dv by streaming; of summaries [B, rows, width, Hg, D]."""
   frame, blocks = _frame(sweep, own, options["heads"]), sweep.dkv_blocks
   return stream.dkv_kernel(frame, *own, lse, delta, dout, scale=options["scale"], blocks=blocks)
 
 
-def _frame(sweep: Sweep, own, heads: heads_lib.Heads, own_rows: bool = False) -> stream.Frame:
+def _frame(
+  sweep: Sweep, own: tuple, heads: heads_lib.Heads, own_rows: bool = False
+) -> stream.Frame:
   """Of the streaming kernels; `own_rows`: with the keys of the queries' own rows."""
   q, k, _, ids = own
   sizes = q.shape[1], q.shape[2], k.shape[2]
   return stream.frame_of(sweep.pass_, *sizes, heads, ids is not None, own=own_rows)
 
 
-def _stream_forward(sweep: Sweep, own, options, own_rows: bool = False):
+def _stream_forward(
+  sweep: Sweep, own: tuple, options: dict[str, Any], own_rows: bool = False
+) -> tuple:
   frame = _frame(sweep, own, options["heads"], own_rows)
   blocks = sweep.forward_blocks
   return stream.forward_kernel(frame, *own, scale=options["scale"], blocks=blocks)
 
 
-def _query_gradients(sweep: Sweep, own, out, lse, delta, dout, dlse, options, own_rows=False):
+def _query_gradients(
+  sweep: Sweep,
+  own: tuple,
+  out: Array | None,
+  lse: Array,
+  delta: Array | None,
+  dout: Array | None,
+  dlse: Array | None,
+  options: dict[str, Any],
+  own_rows: bool = False,
+) -> tuple:
   """dq by streaming, and delta."""
   frame = _frame(sweep, own, options["heads"], own_rows)
   of_dq = dict(out=out, dlse=dlse, scale=options["scale"], blocks=sweep.dq_blocks)
@@ -146,18 +194,28 @@ def _query_gradients(sweep: Sweep, own, out, lse, delta, dout, dlse, options, ow
 # ------------------------------------------------ a block and the summaries of those before it
 
 
-def _forward_fixed(block: Sweep, summary: Sweep, own, options):
+def _forward_fixed(block: Sweep, summary: Sweep, own: tuple, options: dict[str, Any]) -> tuple:
   """In one sweep of the streaming kernels."""
   del block
   return _stream_forward(summary, own, options, own_rows=True)
 
 
-def _backward_fixed(block: Sweep, summary: Sweep, own, out, lse, dout, dlse, options):
+def _backward_fixed(
+  block: Sweep,
+  summary: Sweep,
+  own: tuple,
+  out: Array | None,
+  lse: Array,
+  dout: Array | None,
+  dlse: Array | None,
+  options: dict[str, Any],
+) -> tuple:
   """dq in one sweep; only the gradients of keys are computed apart."""
   lse, dlse = (_rows(summary, x, view) for x, view in ((lse, summary.view), (dlse, None)))
   lse, dlse = (_streamed_rows(summary, x) for x in (lse, dlse))
   dq, delta = _query_gradients(summary, own, out, lse, None, dout, dlse, options, own_rows=True)
   of_summaries = _key_gradients(summary, own, lse, delta, dout, options)
+  # lse and delta are of the whole softmax, whichever keys have gradients.
   in_blocks = (_streamed_rows(block, _rows(block, x, summary.view)) for x in (lse, delta))
   of_blocks = _key_gradients(block, own, *in_blocks, dout, options)
   dk, dv = (
@@ -185,22 +243,25 @@ def _ids(sweep: Sweep, segment_ids: Array | None) -> Array | None:
   return None if segment_ids is None else sweep.view.rows(segment_ids, -1)
 
 
-def _merge(view: View, a, b):
+def _merge(view: View, a: tuple, b: tuple) -> tuple:
   """One softmax over two disjoint key sets, each one's (out, lse) in rows of a view."""
   (out_a, lse_a), (out_b, lse_b) = ((out, view.restore(lse)) for out, lse in (a, b))
   out, lse = heads_lib.merge(out_a, lse_a, out_b, lse_b, base=2)
   return out.astype(out_a.dtype), view.rows(lse)
 
 
-def _unfolded(x, pass_: Pass, T: int):
+def _unfolded(x: Array, pass_: Pass, T: int) -> Array:
   """Gradients of summaries `[B, rows, width, Hg, D]` among zeros: `[B, T, Hg, D]`."""
   (start,) = pass_.starts  # one by itself has one
+  # Tokens that are in no summary have no gradient from them.
   after = pass_.stride - start - pass_.width
   x = jnp.pad(x, [(0, 0), (0, 0), (start, after), (0, 0), (0, 0)])
   return x.reshape(x.shape[0], T, *x.shape[3:])
 
 
-def _add_summaries(x: Float[Array, "B T Hg D"], summaries: Array, pass_: Pass):
+def _add_summaries(
+  x: Float[Array, "B T Hg D"], summaries: Array, pass_: Pass
+) -> Float[Array, "B T Hg D"]:
   """x with the gradients of summaries `[B, rows, width, Hg, D]` added where their keys are."""
   (B, T, H, D), starts = x.shape, pass_.starts
   # Head h has starts[h % n]: heads [.., n] lie beside each other, one write for each start.
@@ -214,15 +275,16 @@ def _add_summaries(x: Float[Array, "B T Hg D"], summaries: Array, pass_: Pass):
   return x.reshape(B, T, H, D)
 
 
-def _written(x, update, start: tuple[int, ...]):
+def _written(x: Array, update: Array, start: tuple[int, ...]) -> Array:
   """`lax.dynamic_update_slice`, which XLA does in place; vmap would make it a scatter."""
 
   @custom_vmap
-  def write(x, update):
+  def write(x: Array, update: Array) -> Array:
     return lax.dynamic_update_slice(x, update, start)
 
   @write.def_vmap
-  def batched(size, is_batched, *arrays):
+  def batched(size: int, is_batched: Any, *arrays: Array) -> tuple[Array, bool]:
+    # A new leading axis, written whole: still one slice, in place.
     whole = zip(arrays, is_batched, strict=True)
     arrays = (x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in whole)
     return _written(*arrays, (0, *start)), True

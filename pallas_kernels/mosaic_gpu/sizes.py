@@ -106,6 +106,7 @@ def window(sweep: Sweep) -> dict[str, int] | None:
   if reach is None:
     return None
   D = max(sweep.Dk, sweep.Dv)
+  # Wider heads leave shared memory for fewer warpgroups.
   most = tuned.warpgroups if tuned else 1 if D > 64 else 2 if D > 32 else 3
   for W in range(most, 0, -1):
     walks = tuned.block_k < (W + reach) * TILE if tuned else D > 64 or reach > 2
@@ -126,6 +127,7 @@ def resident_backward(sweep: Sweep) -> dict[str, int] | None:
   else:
     own_tiles, warpgroups = 2, 2 if Dk >= 128 or nt >= 4 else 1
   for own in range(min(own_tiles, nt), 0, -1):
+    # A warpgroup without a tile of its own would wait for the others.
     W = min(warpgroups, own)
     # Of every pair of tiles, where one thread block owns a whole sequence.
     num_ds = nt * (nt + 1) // 2 if own >= nt and nt <= MAX_TILES_WITH_DS else 0
@@ -140,6 +142,7 @@ def window_backward(sweep: Sweep) -> dict[str, int] | None:
   reach, tuned, (Dk, Dv) = _reach(sweep), sweep.tuned("bwd"), (sweep.Dk, sweep.Dv)
   if reach is None or Dk + Dv > MAX_HEADS_SIZE:
     return None
+  # dq of all tiles that a window reaches is in registers until the last key has been met.
   if share.dq_registers(reach, Dk) > share.MAX_DQ_REGISTERS:
     return None
   # Two for wider tiles share less memory ahead; three would want more registers than there are.
@@ -147,7 +150,7 @@ def window_backward(sweep: Sweep) -> dict[str, int] | None:
   for W in range(min(most, reach + 1), 0, -1):
     stages = dict(query_stages=reach + W, key_stages=W + 1, out_stages=1, result_stages=1)
 
-    def fits(stages, W=W):
+    def fits(stages: dict[str, int], W: int = W) -> bool:
       query, key, out, result = stages.values()
       of_k, of_v = query + key, query + key + out + W * result
       if Dk != Dv:
@@ -177,7 +180,7 @@ def _reach(sweep: Sweep) -> int | None:
 def streamed(sweep: Sweep) -> dict[str, stream.BlockSizes]:
   """For the streaming kernels, which take everything: by the fields of a `Sweep`."""
 
-  def of(direction, default):
+  def of(direction: str, default: stream.BlockSizes) -> stream.BlockSizes:
     tuned = sweep.tuned(direction)
     if tuned is None or sweep.kind not in ("summary", "dense"):  # other kinds: other kernels
       return default

@@ -10,13 +10,16 @@ kernel takes up where another one ended, which merges the passes of a union into
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 
 NO_MAXIMUM = -1e30  # of a row before its first key: finite, so that exp2(-inf - it) is 0
 HUGE = 2.0**20  # from here on float32 keeps less than an eighth of a logit in base 2
@@ -41,15 +44,18 @@ def start(Dv: int) -> State:
   return State(gpu.zeros((TILE, Dv)), gpu.full((TILE,), NO_MAXIMUM), gpu.full((TILE,), 0.0))
 
 
-def resume(out, lse, scale: float) -> State:
+def resume(out: Ref, lse: Traced, scale: float) -> State:
   """What ended in `out`, a tile in shared memory, and `lse`, of base 2."""
   total = gpu.load(out, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
+  # Under its lse as the maximum, a softmax that is finished has weight 1.
   top = jnp.maximum(lse * (1 / (scale * gpu.LOG2E)), NO_MAXIMUM)
   # A row that had no key goes on from nothing.
   return State(total, top, jnp.where(lse > NO_MAXIMUM, 1.0, 0.0))
 
 
-def rescale(state: State | None, xs, scale: float, Dv: int | None = None):
+def rescale(
+  state: State | None, xs: Sequence[Traced], scale: float, Dv: int | None = None
+) -> tuple[list[Traced], State]:
   """Weights of the logits `xs`, and the state with their keys, but for the values of these.
 
   The values are the caller's to add to `total`, which is in units of the new maximum. A state of
@@ -57,20 +63,23 @@ def rescale(state: State | None, xs, scale: float, Dv: int | None = None):
   """
   ps, top, factor = weights(xs, None if state is None else state.top, scale)
   weight = functools.reduce(jnp.add, ps).sum(axis=1)
+  # Nothing to rescale: the first tile of keys starts the sums.
   if state is None:
     return ps, State(gpu.zeros((TILE, Dv)), top, weight)
   total = state.total * gpu.over_columns(factor, state.total.shape[1])
   return ps, State(total, top, state.weight * factor + weight)
 
 
-def store(state: State, out, scale: float):
+def store(state: State, out: Ref, scale: float) -> Traced:
   """Writes the result of a state to shared memory and returns its lse."""
   mean, lse = finish(*state, scale)
   out[...] = mean.astype(out.dtype)
   return lse
 
 
-def weights(xs, top, scale):
+def weights(
+  xs: Sequence[Traced], top: Traced | None, scale: float
+) -> tuple[list[Traced], Traced, Traced | None]:
   """Weights of tiles of logits, whose keys are the columns; new maxima and factor of what was.
 
   Args:
@@ -87,15 +96,16 @@ def weights(xs, top, scale):
   return ps, new_top, None if top is None else jnp.exp2((top - new_top) * factor)
 
 
-def finish(total, top, weight, scale):
+def finish(total: Traced, top: Traced, weight: Traced, scale: float) -> tuple[Traced, Traced]:
   """The mean of values, and the log-sum-exp in base 2: 0 and -inf for rows without keys."""
+  # A query may have no key at all: then the result is 0, as the reference has it.
   empty = weight == 0
   share = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, weight))
   lse = jnp.where(empty, -jnp.inf, top * (scale * gpu.LOG2E) + jnp.log2(weight))
   return total * gpu.over_columns(share, total.shape[1]), lse
 
 
-def safe_lse(lse):
+def safe_lse(lse: Traced) -> Traced:
   """lse under which weights are computed again: inf for rows without keys, whose weights are 0.
 
   Huge ones are raised by what rounding may hide, so that no weight is above 1: in such rows all

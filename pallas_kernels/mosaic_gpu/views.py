@@ -6,10 +6,13 @@ from typing import Any
 from typing import Literal
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,30 +59,33 @@ class View:
     fits = lambda rows: rows * self.num_tiles >= self.M and missing(rows) <= rows
     return next(n for n in (32, 48, TILE) if fits(n) and missing(n) % 32 == 0)
 
-  def __call__(self, x):
+  def __call__(self, x: Array) -> Array:
     """The view of an array [B, T, ...]; no copy."""
+    # T is whole rows, so that rows and places in them are two axes of the same memory.
     if self.kind == "natural":
       return x
     return x.reshape(x.shape[0], self.T // self.stride, self.stride, *x.shape[2:])
 
-  def box(self, ref, b, r, h, start, rows: int = TILE):
+  def box(self, ref: Ref, b: Traced, r: Traced, h: Traced, start: Traced, rows: int = TILE) -> Ref:
     """Rows start ... start + rows - 1 of sequence r, head h: strided in memory, dense in a copy."""
     span = gpu.ds(start, rows)
     if self.kind == "natural":
       return ref.at[b, span, h]
+    # The copy engine steps over what lies between: columns need no transposed array.
     return ref.at[b, span, r, h] if self.kind == "columns" else ref.at[b, r, span, h]
 
-  def rows(self, x, fill=0):
+  def rows(self, x: Array, fill: int | float = 0) -> Array:
     """[B, T, ...] -> [B, ..., R, Mp], Mp = M rounded up to a tile: small arrays, copied."""
     x = jnp.moveaxis(self(x), 1, -1) if self.kind == "natural" else self(x)
     if self.kind == "natural":
       x = x[..., None, :]
     else:
       x = jnp.moveaxis(x, (1, 2), (-2, -1) if self.kind == "blocks" else (-1, -2))
+    # Whole tiles: rows of numbers are copied without a check of their end.
     padding = [(0, 0)] * (x.ndim - 1) + [(0, self.num_tiles * TILE - self.M)]
     return jnp.pad(x, padding, constant_values=fill)
 
-  def restore(self, x):
+  def restore(self, x: Array) -> Array:
     """[B, ..., R, Mp] -> [B, T, ...]."""
     x = x[..., : self.M]
     x = jnp.moveaxis(x, (-2, -1), (1, 2) if self.kind != "columns" else (2, 1))
@@ -112,6 +118,7 @@ class Band:
 
   def covers(self, distance: int) -> bool:
     """Whether all pairs of two tiles, this many tiles apart, attend."""
+    # Pairs are less than a tile farther apart than their tiles.
     end = (distance + 1) * TILE
     return distance >= self.first_full() and (self.far is None or end <= self.far)
 
@@ -120,7 +127,7 @@ class Band:
     reach = self.last(num_tiles)
     return self.near == 0 and reach > 0 and self.far is not None and self.far <= reach * TILE
 
-  def mask(self, distance):
+  def mask(self, distance: Traced) -> Traced:
     """Which of the pairs at these distances attend."""
     mask = distance >= self.near
     return mask if self.far is None else mask & (distance < self.far)
@@ -128,10 +135,11 @@ class Band:
 
 def head_of(heads: Sequence[int], n: Any) -> Any:
   """heads[n] of a traced n: by arithmetic, or by comparing where the heads are irregular."""
+  # Most patterns give heads at equal steps: one instruction instead of one for each head.
   step = heads[1] - heads[0] if len(heads) > 1 else 1
   if all(head == heads[0] + i * step for i, head in enumerate(heads)):
     return n * step + heads[0]
-  found = jnp.int32(heads[0])
+  chosen = jnp.int32(heads[0])
   for i, head in enumerate(heads):
-    found = jnp.where(n == i, jnp.int32(head), found)
-  return found
+    chosen = jnp.where(n == i, jnp.int32(head), chosen)
+  return chosen

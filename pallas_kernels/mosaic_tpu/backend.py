@@ -6,6 +6,7 @@ log-sum-exp and delta of the whole softmax.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from pallas_kernels.mosaic_tpu.operands import LANES
 from pallas_kernels.patterns import Pattern
 
 DTYPES = ("bfloat16", "float32")
+# A pattern that is traced with one of these is no formula: it looks something up, or loops.
 _LOOKUPS = ("gather", "dynamic_slice", "argmax", "sort", "scan", "while", "cond")
 
 
@@ -75,6 +77,7 @@ def _lowered(plan: Plan) -> tuple[Group, ...]:
   groups = []
   for group in lowered:
     num_starts = max(len(pass_.starts) or 1 for pass_ in group.passes)
+    # Heads take turns among the starts, so that every num_starts-th head has the same.
     for n in range(min(num_starts, len(group.heads))):
       with_start = lambda pass_, n=n: dataclasses.replace(pass_, starts=pass_.starts[n : n + 1])
       passes = tuple(with_start(pass_) if pass_.starts else pass_ for pass_ in group.passes)
@@ -88,6 +91,7 @@ def forward(plan: Plan, arrays: Arrays) -> tuple[Float[Array, "B T H Dv"], Float
   parts = []
   for group in plan.groups:
     out, lse = launches.forward(group.kernels[0], arrays)
+    # Each pass has a softmax of its own; the log-sum-exp of both says how they mix.
     for view in group.kernels[1:]:
       both, lse = heads.merge(out, lse, *launches.forward(view, arrays))
       out = both.astype(out.dtype)
@@ -118,7 +122,9 @@ def backward(
   """Gradients of q, k and v, given those of the result and of its natural log-sum-exp or None."""
   assert not arrays.held, "unsupported() refuses functions that hold arrays"
   delta = _row_sums(out, dout)
+  # d lse / d logits are the weights: its cotangent joins delta, which they are multiplied with too.
   delta = delta if dlse is None else delta - dlse
+  # exp2(x - inf) is 0: rows without keys weigh nothing, as they must.
   empty = residual == -jnp.inf
   delta, lse = jnp.where(empty, 0.0, delta), jnp.where(empty, jnp.inf, residual)
   parts = []
@@ -127,6 +133,7 @@ def backward(
     grads = [launches.backward(view, arrays, *rows) for view in group.kernels]
     parts.append([_sum(x) for x in zip(*grads, strict=True)])
   dq, dk, dv = (_join(plan, x) for x in zip(*parts, strict=True))
+  # Query heads of one key head may lie in several groups: their sum is made of all together.
   dk, dv = (heads.sum_per_key_head(x, plan.Hkv) for x in (dk, dv))
   return plan.gradients(arrays, *(x.astype(plan.dtype) for x in (dq, dk, dv)))
 
@@ -140,6 +147,7 @@ def _is_formula(pattern: Pattern) -> bool:
     return True
   position = jax.ShapeDtypeStruct((8, LANES), jnp.int32)
   traced = jax.make_jaxpr(pattern.allowed)(position, position)
+  # As text: a lookup may hide in any inner program.
   text = str(traced)
   return not traced.consts and not any(f" {name}[" in text for name in _LOOKUPS)
 
@@ -147,7 +155,7 @@ def _is_formula(pattern: Pattern) -> bool:
 # ------------------------------------------------------------------------------------------ arrays
 
 
-def _row_sums(a, b):
+def _row_sums(a: Array, b: Array) -> Array:
   """The sums of a * b over the last axis, [B, T, H, D] -> [B, T, H], float32.
 
   Of heads that are no whole lanes as a product with ones: [B, T, H, D] of those in float32 would
@@ -161,12 +169,12 @@ def _row_sums(a, b):
   return jnp.dot(flat(a) * flat(b), ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def _sum(parts):
+def _sum(parts: Any) -> Array:
   """In float32, where there are several."""
   if len(parts) == 1:
     return parts[0]
   return sum(x.astype(jnp.float32) for x in parts)
 
 
-def _join(plan: Plan, parts) -> Array:
+def _join(plan: Plan, parts: Any) -> Array:
   return heads.join(parts, [group.heads for group in plan.groups])

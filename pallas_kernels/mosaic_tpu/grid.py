@@ -1,6 +1,8 @@
 """The grid of a kernel: a step for every block of a list, of every sequence and group of heads."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,16 @@ class Groups:
   heads: np.ndarray
 
 
-def launch(name, kernel, sweep: Sweep, steps: Steps, groups: Groups, inputs, outputs, scratch):
+def launch(
+  name: str,
+  kernel: Callable,
+  sweep: Sweep,
+  steps: Steps,
+  groups: Groups,
+  inputs: Any,
+  outputs: Any,
+  scratch: Any,
+) -> Any:
   """Runs a kernel over the steps of every sequence and group of heads.
 
   Args:
@@ -50,15 +61,18 @@ def launch(name, kernel, sweep: Sweep, steps: Steps, groups: Groups, inputs, out
   num_rows, num_heads, num = steps.flags.shape
   batch, num_groups = inputs["q"][0].shape[0], len(groups.heads)
   arrays = inputs | outputs
+  # What a traced list has is not known: bodies of both kinds are built.
   traced = not isinstance(steps.flags, np.ndarray)
   kinds = FULL | PARTIAL if traced else int(np.bitwise_or.reduce(steps.flags, axis=None))
   operands = {name: kind[1] for name, (_, kind) in arrays.items() if isinstance(kind[1], Operand)}
+  # What stays for a line is taken apart once, into memory of its own (`Step.hold`).
   for name_held in ("k", "v") if transposed else ("q", "dout"):
     if name_held in inputs and (held := operands[name_held]).sublanes:
       shape = held.num_tiles, held.rows, held.tile
       scratch = scratch | {f"{name_held}_held": (shape, inputs[name_held][0].dtype)}
 
-  def body(place, flags, q_group, k_group, head, *refs):
+  def body(place: Any, flags: Any, q_group: Any, k_group: Any, head: Any, *refs: Any) -> None:
+    # These are for the index maps of `_spec`, which get the same scalars.
     del q_group, k_group
     refs = dict(zip((*arrays, *scratch), refs, strict=True))
     b, h, i = (pl.program_id(n) for n in range(3))
@@ -79,7 +93,9 @@ def launch(name, kernel, sweep: Sweep, steps: Steps, groups: Groups, inputs, out
     ),
     out_shape=[x for x, _ in outputs.values()],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+      # Steps of a list go on with what the one before has left in scratch memory.
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      vmem_limit_bytes=VMEM,
     ),
     interpret=hardware.simulated("tpu"),
     name=name,
@@ -92,7 +108,9 @@ def launch(name, kernel, sweep: Sweep, steps: Steps, groups: Groups, inputs, out
   )
 
 
-def _spec(kind: tuple, shape: tuple[int, ...], sweep: Sweep, steps: Steps, transposed: bool):
+def _spec(
+  kind: tuple, shape: tuple[int, ...], sweep: Sweep, steps: Steps, transposed: bool
+) -> pl.BlockSpec:
   """Blocks of an array.
 
   Kinds: ("queries" | "keys", Operand) of the arrays of all heads; ("q_results" | "k_results",
@@ -101,6 +119,7 @@ def _spec(kind: tuple, shape: tuple[int, ...], sweep: Sweep, steps: Steps, trans
   ("table", lines of blocks to a group) [B or 1, H or 1, groups, entries of a group, others].
   """
   block, (name, what) = sweep.block, kind
+  # Blocks are found by scalars: the next ones are on their way while a step computes.
   row = lambda place, i: place[i] >> 16
   column = lambda place, i: place[i] & 0xFFFF
   line, other = (column, row) if transposed else (row, column)
@@ -114,15 +133,18 @@ def _spec(kind: tuple, shape: tuple[int, ...], sweep: Sweep, steps: Steps, trans
       return pl.BlockSpec((None, 1, block), lambda b, h, i, place, *_: (b, 0, other(place, i)))
     case "table":
 
-      def index(b, h, i, place, *_):
+      def index(b: Any, h: Any, i: Any, place: Any, *_: Any) -> tuple:
         b, h = b if shape[0] > 1 else 0, h if shape[1] > 1 else 0
         return b, h, line(place, i) // what, 0, other(place, i)
 
       return pl.BlockSpec((None, None, None, shape[3], block), index)
 
+  # dq leaves in the steps at the list's end alone; until then its first block stays, unwritten.
   first_store = steps.place.size - -(-sweep.num_queries // block)
 
-  def index(b, h, i, place, flags, q_group, k_group, head):
+  def index(
+    b: Any, h: Any, i: Any, place: Any, flags: Any, q_group: Any, k_group: Any, head: Any
+  ) -> tuple:
     del flags, head
     group = dict(queries=q_group, keys=k_group).get(name)
     group = h if group is None else group[h]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,18 +26,23 @@ def forward(view: View, arrays: Arrays) -> tuple[Array, Array]:
     out=(view.result(place, inputs["q"], place.Dv, place.count), ("q_results", out_op)),
     lse=(view.rows_shape(place, inputs["q"]), ("rows", place.num)),
   )
+  # A number for each row takes all 128 lanes: columns of one lane would be spread in each step.
   scratch = dict(top=(place.num, block, LANES), total=(place.num, block, LANES))
   scratch |= dict(acc=(place.num, block, out_op.tile))
   what = view.sweep, visits, view.groups(place), inputs | masks, outputs, scratch
   out, lse = grid.launch("attention_forward", kernels.forward, *what)
   out = view.from_array(out, view.plan.Dv, place.Dv, view.T)
+  # Kernels count in base 2; passes merge, and users see, natural ones.
   return out, view.from_rows(lse, place) * math.log(2)
 
 
-def backward(view: View, arrays: Arrays, dout, lse, delta) -> tuple[Array, Array, Array]:
+def backward(
+  view: View, arrays: Arrays, dout: Array, lse: Array, delta: Array
+) -> tuple[Array, Array, Array]:
   """dq [B, T, Hg, Dk]; dk and dv [B, S, Hg or Hkv, D], of the latter for all heads."""
   rows = dout, lse, delta
   place = view.place_of_one_backward()
+  # One kernel where dq of a whole sequence fits: 5 products a pair of blocks instead of 7.
   if place is not None:
     dq, dk, dv = _backward(view, place, True, arrays, rows)
     return dq, dk, dv
@@ -53,20 +59,22 @@ def _inputs(view: View, place: Place, arrays: Arrays) -> dict:
   )
 
 
-def _gradient_inputs(view: View, place: Place, arrays: Arrays, rows) -> dict:
+def _gradient_inputs(view: View, place: Place, arrays: Arrays, rows: Any) -> dict:
   dout, lse, delta = rows
   return _inputs(view, place, arrays) | dict(
     dout=(view.array(dout, place, place.Dv), ("q_results", view.operand(place, place.Dv))),
+    # inf where there is no query: weights of 0, which add nothing to the gradients of keys.
     lse=(view.rows(lse * LOG2E, place, jnp.inf), ("rows", place.num)),
     delta=(view.rows(delta, place, 0.0), ("rows", place.num)),
   )
 
 
-def _dq(view: View, place: Place, arrays: Arrays, rows) -> Array:
+def _dq(view: View, place: Place, arrays: Arrays, rows: Any) -> Array:
   inputs, block = _gradient_inputs(view, place, arrays, rows), view.block
   q_op = inputs["q"][1][1]
   visits, masks = _steps(view, arrays, transposed=False)
   outputs = dict(dq=(view.result(place, inputs["q"], place.Dk, place.count), ("q_results", q_op)))
+  # 8 lanes are what turning a row of numbers into a column leaves.
   scratch = dict(lse_s=(place.num, block, 8), delta_s=(place.num, block, 8))
   scratch |= dict(acc=(q_op.num_tiles, block, q_op.tile))
   what = view.sweep, visits, view.groups(place), inputs | masks, outputs, scratch
@@ -74,7 +82,9 @@ def _dq(view: View, place: Place, arrays: Arrays, rows) -> Array:
   return view.from_array(dq, view.plan.Dk, place.Dk, view.T)
 
 
-def _backward(view: View, place: Place, with_dq: bool, arrays: Arrays, rows) -> tuple[Array, ...]:
+def _backward(
+  view: View, place: Place, with_dq: bool, arrays: Arrays, rows: Any
+) -> tuple[Array, ...]:
   """dk and dv, and before them dq where the kernel has it too."""
   inputs, block = _gradient_inputs(view, place, arrays, rows), view.block
   q_op, k_op, v_op = (inputs[name][1][1] for name in "qkv")
@@ -86,6 +96,7 @@ def _backward(view: View, place: Place, with_dq: bool, arrays: Arrays, rows) -> 
   )
   scratch = dict(dk_s=(k_op.num_tiles, block, k_op.tile), dv_s=(v_op.num_tiles, block, v_op.tile))
   if with_dq:
+    # Any column may add to any row, so that rows are complete only after the last.
     visits = visits.with_stores(num)
     outputs |= dict(dq=(view.result(place, inputs["q"], place.Dk, place.count), ("dq", q_op)))
     scratch |= dict(dq_s=(q_op.num_tiles, num * block, q_op.tile))
@@ -100,7 +111,7 @@ def _backward(view: View, place: Place, with_dq: bool, arrays: Arrays, rows) -> 
 # ---------------------------------------------------------------------------------------- masks
 
 
-def _steps(view: View, arrays: Arrays, *, transposed: bool):
+def _steps(view: View, arrays: Arrays, *, transposed: bool) -> tuple:
   """The steps, and the arrays that mask."""
   visits, masks = view.static_steps(transposed), {}
   ids, block_mask, size = arrays.segment_ids, arrays.block_mask, view.plan.block_size
@@ -113,19 +124,22 @@ def _steps(view: View, arrays: Arrays, *, transposed: bool):
     masks["block_mask"] = _table(view, own, size, transposed)
     visits = visits.masked(*_joined_blocks(own, size, view.block, nq, nk))
   if ids is not None:
+    # By the last id: a fill of its own would make the last block look as if it had several.
     ids = jnp.pad(ids, [(0, 0), (0, nq * view.block - view.T)], mode="edge")
     masks["ids_of_lines"] = ids[:, :, None], ("lines", 1)
     masks["ids_of_others"] = ids[:, None, :], ("others", 1)
     ids = ids.reshape(ids.shape[0], -1, view.block)
     low, high = ids.min(axis=2), ids.max(axis=2)
+    # Ranges of ids that do not overlap have no pair; ids need not ascend.
     meet = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+    # Both of one and the same id: no pair has to be compared.
     one_id = (low == high)[:, :, None] & (low == high)[:, None, :]
     same = one_id & (low[:, :, None] == low[:, None, :])
     visits = visits.masked(meet[:, None], same[:, None])
   return visits, masks
 
 
-def _table(view: View, layout, size: int, transposed: bool):
+def _table(view: View, layout: Any, size: int, transposed: bool) -> tuple:
   """A block table as an input: its entries along the other axis repeated for every token."""
   num, lines, block = view.sweep.num_keys, view.sweep.num_queries, view.block
   if transposed:
@@ -133,6 +147,7 @@ def _table(view: View, layout, size: int, transposed: bool):
   num, lines = (-(-n // block) * block for n in (num, lines))
   per_block, span = max(1, block // size), max(1, size // block)
   groups = -(-lines // (block * span))
+  # A byte an entry: tables are loaded with every block.
   layout = jnp.asarray(layout).astype(jnp.int8)
   layout = jnp.repeat(layout, size, axis=3)[..., :num]
   fill = lambda n, length: (0, max(0, length - n))
@@ -144,8 +159,9 @@ def _table(view: View, layout, size: int, transposed: bool):
   return layout.reshape(*shape[:2], groups, per_block, num), ("table", span)
 
 
-def _joined_blocks(mask, size: int, block: int, nq: int, nk: int):
+def _joined_blocks(mask: Any, size: int, block: int, nq: int, nk: int) -> tuple:
   """Whether some, and whether all entries of a block mask attend, in the blocks of a list."""
+  # Entries larger than a block of the list count for several, smaller ones are joined.
   split = max(1, size // block)
   mask = jnp.repeat(jnp.repeat(mask, split, axis=2), split, axis=3)
   per = max(1, block // size)

@@ -8,11 +8,13 @@ the others' lanes are zero.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 LANES = 128
 SUBLANES = 8
@@ -66,33 +68,36 @@ class Operand:
     """The tile of a head."""
     return head // self.sharing
 
-  def tiles(self, ref, numbers, left=None) -> dict:
+  def tiles(self, ref: Any, numbers: Any, left: Any = None) -> dict:
     """Tiles of a block by number, [rows, tile] each; rows from number `left` on are zeros."""
     numbers, tile_of_number = sorted(set(numbers)), {}
     per_row = self.width // self.tile
     for n in numbers:
       if n in tile_of_number:
         continue
+      # Tiles are numbered along the lanes first, then by sublane.
       u, c = divmod(n, per_row)
       lanes = slice(c * self.tile, (c + 1) * self.tile)
       if not self.sublanes:
         tile_of_number[n] = ref[0, :, lanes]
       else:
+        # A load of 16-bit values brings a neighbour along, which some head will want too.
         tile_of_number |= {m * per_row + c: x for m, x in self._split(ref, u, lanes).items()}
+    # Rows past the end may be NaN in memory: zeros instead, for 0 times NaN is NaN.
     whole = lambda x: x if left is None else _first_rows(x, left)
     return {n: whole(tile_of_number[n]) for n in numbers}
 
-  def only(self, tile, head: int):
+  def only(self, tile: Any, head: int) -> Array:
     """A tile with zeros in the lanes of other heads."""
     if self.sharing == 1:
       return tile
     return jnp.where(self.lanes_of(tile.shape, head), tile, jnp.zeros_like(tile))
 
-  def lanes_of(self, shape, head: int):
+  def lanes_of(self, shape: tuple[int, ...], head: int) -> Array:
     """Which lanes of a tile are those of a head."""
     return lax.broadcasted_iota(jnp.int32, shape, 1) // self.size == head % self.sharing
 
-  def store(self, ref, tiles: list) -> None:
+  def store(self, ref: Any, tiles: list) -> None:
     """Fills a block."""
     tiles = [x.astype(ref.dtype) for x in tiles]
     if not self.sublanes:
@@ -106,18 +111,20 @@ class Operand:
   # Rows of one sublane are every 8th of a block. Loads with a stride are of 32-bit words: a word
   # has two neighbouring sublanes' bfloat16 of one row, and is wanted with one sublane's of two.
 
-  def _split(self, ref, u: int, lanes: slice) -> dict:
+  def _split(self, ref: Any, u: int, lanes: slice) -> dict:
     """Some lanes of sublane u, and of what comes with it."""
     if ref.dtype.itemsize == 4:
       flat = ref.reshape(self.rows * SUBLANES, self.width)
       return {u: flat[pl.ds(u, self.rows, SUBLANES), lanes]}
     flat, u = ref.bitcast(jnp.int32).reshape(self.rows * 4, self.width), u // 2
+    # A token has 4 words, of two sublanes each: every 8th word belongs to every second token.
     even, odd = (flat[pl.ds(n, self.rows // 2, SUBLANES), lanes] for n in (u, u + 4))
+    # The lower half of a word is the even sublane, or row.
     low = (even & 0xFFFF) | (odd << 16)
     high = lax.shift_right_logical(even, 16) | (odd & -0x10000)
     return {2 * u + n: pltpu.bitcast(x, ref.dtype) for n, x in enumerate((low, high))}
 
-  def _join(self, ref, c: int, parts: list) -> None:
+  def _join(self, ref: Any, c: int, parts: list) -> None:
     """The way back."""
     lanes = slice(c * self.tile, (c + 1) * self.tile)
     if ref.dtype.itemsize == 4:
@@ -133,5 +140,5 @@ class Operand:
       flat[pl.ds(u + 4, self.rows // 2, SUBLANES), lanes] = odd
 
 
-def _first_rows(x, left):
+def _first_rows(x: Any, left: Any) -> Array:
   return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < left, x, jnp.zeros_like(x))

@@ -5,6 +5,7 @@ need no mask come first in a line. A line without blocks is one step that only w
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -29,15 +30,16 @@ class Steps(NamedTuple):
     flags: for each batch row (or all) and head (or all) what to do in a step.
   """
 
+  # One word for both numbers: scalar memory bounds how long a list may be.
   place: Int[np.ndarray, "N"]
   flags: Int[Any, "Bm Hm N"]
 
   @property
-  def rows(self):
+  def rows(self) -> Any:
     return self.place >> 16
 
   @property
-  def columns(self):
+  def columns(self) -> Any:
     return self.place & 0xFFFF
 
   @property
@@ -48,12 +50,15 @@ class Steps(NamedTuple):
     """Those steps, as tables [Bm, Hm, nq, nk] allow; they may be traced."""
     some, every = (x[:, :, self.rows, self.columns] for x in (some, every))
     visit, full = self.flags & (FULL | PARTIAL) != 0, self.flags & FULL != 0
+    # A step cannot be taken out of a traced mask's list: it stays, and does nothing.
     kind = jnp.where(full & every, FULL, PARTIAL)
+    # A line begins and ends, and is written, even where the mask hides all of it.
     ends = self.flags & (FIRST | LAST | STORE)
     return self._replace(flags=ends | jnp.where(visit & some, kind, 0).astype(jnp.int32))
 
   def with_stores(self, num: int) -> "Steps":
     """Followed by a step for each of `num` blocks of queries."""
+    # Of the last column all along: its keys are there, and none are loaded for these steps.
     place = np.arange(num) << 16 | self.place[-1] & 0xFFFF
     flags = np.full((*self.flags.shape[:2], num), STORE, np.int32)
     join = np if isinstance(self.flags, np.ndarray) else jnp
@@ -83,15 +88,19 @@ def steps_of(
     j0, j1 = _ends(pass_.key_position, nk, block, num_keys)
     some = pass_.allowed(i1[:, None], j0[None, :])
     every = pass_.allowed(i0[:, None], j1[None, :])
+  # What a block has past the end does not exist, and has to be masked.
   whole = lambda n, size: (np.arange(n) + 1) * block <= size
   every = every & some & whole(nk, num_keys)
+  # By row, what is past the end makes results that nobody reads; by column, it would be added.
   if rows_end:
     every = every & whole(nq, num_queries)[:, None]
   if transposed:
     some, every = some.T, every.T
   listed = some.copy()
+  # The one step of an empty line, which has its zeros to write.
   listed[~some.any(axis=1), 0] = True
   line, other = np.nonzero(listed)
+  # By line, those without a mask first, then in order of position: neighbours in memory.
   order = np.lexsort((other, ~every[line, other], line))
   line, other = line[order], other[order]
   kind = np.where(some[line, other], np.where(every[line, other], FULL, PARTIAL), 0)
@@ -101,7 +110,7 @@ def steps_of(
   return Steps((rows << 16 | columns).astype(np.int32), flags.astype(np.int32)[None, None])
 
 
-def _ends(position, num: int, block: int, length: int):
+def _ends(position: Callable, num: int, block: int, length: int) -> tuple:
   """The first and the last positions of blocks."""
   first = np.arange(num) * block
   return position(first), position(np.minimum(first + block, length) - 1)

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from pallas_kernels import patterns
 from pallas_kernels.lowering.passes import Pass
@@ -47,27 +49,34 @@ class Sweep:
   @property
   def factor(self) -> float:
     """Of the gradients of products, where derivatives do not have it."""
+    # A constant is multiplied once a row of results, not once a pair.
     return self.scores.scale if self.scores.only_scale else 1.0
 
-  def positions(self, shape, row, column, transposed: bool):
+  def positions(self, shape: tuple[int, ...], row: Any, column: Any, transposed: bool) -> tuple:
     """Queries and keys of a part of a block that begins at `row` and `column`."""
     queries = row + lax.broadcasted_iota(jnp.int32, shape, 1 if transposed else 0)
     return queries, column + lax.broadcasted_iota(jnp.int32, shape, 0 if transposed else 1)
 
-  def logits(self, products, queries, keys, h, derivatives: bool = False):
+  def logits(
+    self, products: Any, queries: Any, keys: Any, h: Any, derivatives: bool = False
+  ) -> tuple:
     """In base 2; where asked for and not constant, the derivatives of the natural ones."""
+    # One factor for the scale and the base: one operation a pair.
     if self.scores.only_scale:
       return products * (self.scores.scale * LOG2E), None
+    # Broadcast first: a function of the user's may combine the four in any way.
     heads = jnp.full(products.shape, h, jnp.int32)
     make = lambda x: self.scores(x, queries, keys, heads)
     if not derivatives:
       return make(products) * LOG2E, None
+    # Elementwise, so one tangent of ones gives every derivative.
     logits, derivative = jax.jvp(make, (products,), (jnp.ones_like(products),))
     return logits * LOG2E, derivative
 
-  def mask(self, queries, keys, refs):
+  def mask(self, queries: Any, keys: Any, refs: Any) -> Any:
     """The pairs that attend."""
     i, j = self.pass_.query_position(queries), self.pass_.key_position(keys)
+    # In the order of `leaves_of`, in which `_pairs` takes them.
     tables = [_spread(refs[f"table{n}"], self.block) for n in range(len(self.leaves))]
     if self.pass_.pattern is None:
       mask = self.pass_.allowed(i, j)
@@ -76,6 +85,7 @@ class Sweep:
     mask = jnp.broadcast_to(mask, queries.shape)
     if "block_mask" in refs:
       mask = mask & _spread(refs["block_mask"], self.block)
+    # Known before: sequences of whole blocks do without the comparison.
     if self.keys_end:
       mask = mask & (keys < self.num_keys)
     if self.queries_end:
@@ -83,14 +93,14 @@ class Sweep:
     return mask
 
 
-def leaves_of(pattern) -> tuple[patterns.BlockLayout, ...]:
+def leaves_of(pattern: patterns.Pattern) -> tuple[patterns.BlockLayout, ...]:
   """The layouts in a pattern, in the order in which masks need them."""
   if isinstance(pattern, patterns.Union | patterns.Intersection):
     return sum((leaves_of(part) for part in pattern.patterns), ())
   return (pattern,) if isinstance(pattern, patterns.BlockLayout) else ()
 
 
-def _pairs(pattern, i, j, tables):
+def _pairs(pattern: patterns.Pattern, i: Any, j: Any, tables: Any) -> Any:
   """`pattern.allowed`, with tables for layouts: a kernel cannot look up by position."""
   if isinstance(pattern, patterns.Union | patterns.Intersection):
     join = jnp.logical_or if isinstance(pattern, patterns.Union) else jnp.logical_and
@@ -101,9 +111,10 @@ def _pairs(pattern, i, j, tables):
   return pattern.allowed(i, j)
 
 
-def _spread(table, block: int):
+def _spread(table: Any, block: int) -> Array:
   """A table [groups of lines, others] as which of [block, others] attend."""
   attend = table[...].astype(jnp.int32)
   size = block // attend.shape[0]
+  # Only lines are repeated here: the other axis comes repeated (`launches._table`).
   attend = jnp.broadcast_to(attend[:, None, :], (attend.shape[0], size, attend.shape[1]))
   return attend.reshape(block, -1) != 0

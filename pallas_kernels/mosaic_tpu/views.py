@@ -13,10 +13,12 @@ The cheapest place of heads in the arrays that kernels read: what needs no copy 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pallas_kernels import hardware
 from pallas_kernels.lowering import heads
@@ -110,6 +112,7 @@ class View:
     return num * (1 + flags) + 3 * len(self.groups(self.place()).heads)
 
   def static_steps(self, transposed: bool) -> steps.Steps:
+    # By row, queries past the end spoil nothing: their results are cut off.
     s = self.sweep
     end = transposed and s.queries_end
     return steps.steps_of(s.pass_, s.num_queries, s.num_keys, self.block, end, transposed)
@@ -123,12 +126,15 @@ class View:
   def place(self, most: int = kernels.INTERLEAVED) -> Place:
     """The cheapest place, with `most` heads in a step's lanes, or one tile of them."""
     H, first, num, group = self.H, self.heads[0], len(self.heads), self.group
+    # Blocks of lanes have heads that are neighbours, and one mask.
     together = self.heads == tuple(range(first, first + num)) and not self._masks_per_head
     even = lambda count: H % count == first % count == num % count == 0
     sizes, padded = (self.plan.Dk, self.plan.Dv), (_up(self.plan.Dk), _up(self.plan.Dv))
     columns = self.pass_.view == "columns"
+    # Tiles of 16 sublanes would be half empty with 8 tokens, and kernels cannot take those apart.
     apart = self.plan.dtype.itemsize == 2 and hardware.has_tall_tiles()
     if together and group == 1:
+      # A program's arguments have this order as they are: no copy.
       if sizes == (LANES, LANES) and even(SUBLANES):
         return Place("heads", 1, 1, *sizes)
       if columns and self.stride % SUBLANES == 0 and max(sizes) <= LANES and not apart:
@@ -139,7 +145,9 @@ class View:
               return Place("tokens", count, count, Dk, Dv)
     rows = self.stride if columns else 1
     for Dk, Dv in (sizes, padded):
+      # The most heads first: what they compute fills each other's gaps.
       for count in (kernels.INTERLEAVED, 2, 1, H):
+        # Query heads of one key head share its block.
         keys = max(1, count // group)
         fits = count == 1 or (together and even(count) and 0 in (count % group, group % count))
         fits &= group == 1 or min(Dk, Dv) >= LANES  # narrow heads meet in one place of a tile
@@ -164,6 +172,7 @@ class View:
       rows_k = rows
     else:
       rows = np.arange(self.stride)[:, None] * self.H
+      # Columns lie side by side in lanes, each with all of its heads: keys have fewer.
       rows_k = rows // self.group
     together_k = SUBLANES if place.sublanes == "heads" else place.keys
     flat = lambda x: np.broadcast_to(x, (len(rows), len(heads))).reshape(-1)
@@ -176,6 +185,7 @@ class View:
   def place_of_one_backward(self) -> Place | None:
     """Where heads lie in a kernel that has all of dq in memory; None if that is too much."""
     padded = -(-self.sweep.num_queries // self.block) * self.block
+    # Fewer heads at a time before a second kernel: each head's dq takes memory.
     for most in (kernels.INTERLEAVED, 2, 1):
       place = self.place(most)
       q_op = self.operand(place, place.Dk)
@@ -185,22 +195,24 @@ class View:
 
   # ----------------------------------------------------------------------------- arrays and back
 
-  def keys(self, x):
+  def keys(self, x: Array) -> Array:
     """Keys or values that the view has: [B, S, Hkv, D], of summaries those."""
     if self.pass_.view != "summaries":
       return x
     width, starts = self.pass_.width, self.pass_.starts
     x = padded(x, 1, -(-x.shape[1] // self.stride) * self.stride)
     x = x.reshape(x.shape[0], -1, self.stride, *x.shape[2:])
+    # Heads take turns among the starts; those that share keys have one (`backend._lowered`).
     joined, *others = (x[:, :, start : start + width] for start in starts)
     which = jnp.arange(x.shape[3])[:, None] % len(starts)  # start of every head
     for n, part in enumerate(others, 1):
       joined = jnp.where(which == n, part, joined)
     return joined.reshape(x.shape[0], -1, *x.shape[3:])
 
-  def array(self, x, place: Place, D: int):
+  def array(self, x: Array, place: Place, D: int) -> Array:
     """[B, T, H, D] as kernels read it: [sequences, rows, lanes], or with sublanes before lanes."""
     B, H = x.shape[0], x.shape[2]
+    # Features that are no whole lanes: zeros change no product.
     x = padded(x, 3, D)
     if self.pass_.view in ("columns", "blocks"):
       x = padded(x, 1, -(-x.shape[1] // self.stride) * self.stride)
@@ -212,7 +224,7 @@ class View:
       x = x.reshape(-1, rows, *((H, D) if place.sublanes else (H * D,)))
     return x
 
-  def result(self, place: Place, like, D: int, count: int):
+  def result(self, place: Place, like: Any, D: int, count: int) -> jax.ShapeDtypeStruct:
     """Of `count` heads for each group of heads, with the sequences and rows of an input."""
     B, rows, heads = *like[0].shape[:2], len(self.heads) // place.count * count
     stride = self.stride if self.pass_.view == "columns" else 1
@@ -220,7 +232,7 @@ class View:
     shape |= {"tokens": (stride, heads * D)}
     return jax.ShapeDtypeStruct((B, rows, *shape[place.sublanes]), self.plan.dtype)
 
-  def from_array(self, x, D: int, size: int, length: int):
+  def from_array(self, x: Array, D: int, size: int, length: int) -> Array:
     """A result of heads of `size` lanes as [B, length, heads, D]."""
     B, rows = x.shape[:2]
     heads = x.size // (B * rows * size)
@@ -231,9 +243,10 @@ class View:
       if self.pass_.view == "blocks":
         whole = -(-self.T // self.stride) * self.stride
       x = x.reshape(-1, whole, heads, size)
+    # What was padded, at the end of the sequence and of the features, goes.
     return x[:, :length, :, :D]
 
-  def from_keys(self, x, D: int, size: int):
+  def from_keys(self, x: Array, D: int, size: int) -> Array:
     """dk or dv as [B, S, heads, D]: zeros where a view has none; those of one key's head added."""
     x = self.from_array(x, D, size, x.shape[1] if self.pass_.view == "summaries" else self.plan.S)
     if self.pass_.view == "summaries":
@@ -242,19 +255,20 @@ class View:
       pad = lambda start: [(0, 0), (0, 0), (start, self.stride - start - width), (0, 0), (0, 0)]
       which = jnp.arange(x.shape[3])[:, None] % len(starts)
       of_start = lambda n: x if len(starts) == 1 else jnp.where(which == n, x, 0)
+      # A head has gradients at its own start alone, zeros where other heads have theirs.
       x = sum(jnp.pad(of_start(n), pad(start)) for n, start in enumerate(starts))
       x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.plan.S]
     if len(self.heads) == self.H:
       x = heads.sum_per_key_head(x, self.plan.Hkv)
     return x
 
-  def rows_shape(self, place: Place, like):
+  def rows_shape(self, place: Place, like: Any) -> jax.ShapeDtypeStruct:
     """Of numbers of queries."""
     num = -(-self.sweep.num_queries // self.block) * self.block
     groups = len(self.groups(place).heads)
     return jax.ShapeDtypeStruct((like[0].shape[0], groups, place.num, num), jnp.float32)
 
-  def rows(self, x, place: Place, fill: float):
+  def rows(self, x: Array, place: Place, fill: float) -> Array:
     """Numbers of queries [B, T, Hg] as [sequences, groups, heads, T]; `fill` where none is."""
     B, heads = x.shape[0], x.shape[2]
     if self.pass_.view in ("columns", "blocks"):
@@ -269,7 +283,7 @@ class View:
     x = x.reshape(B, -1, place.num, x.shape[-1])
     return padded(x, 3, -(-x.shape[3] // self.block) * self.block, fill)
 
-  def from_rows(self, x, place: Place):
+  def from_rows(self, x: Array, place: Place) -> Array:
     """The way back, [B, T, Hg]."""
     x, B, heads = x[..., : self.sweep.num_queries], x.shape[0], len(self.heads)
     if place.sublanes == "tokens":
@@ -325,19 +339,21 @@ def _up(size: int) -> int:
   return -(-size // LANES) * LANES
 
 
-def _block(length: int, sizes) -> int | None:
+def _block(length: int, sizes: Any) -> int | None:
   """Tokens of a block that blocks of `sizes` fill, or that fit into them."""
+  # A short sequence is one block; 16 rows are a tile of bfloat16.
   if not sizes and length <= BLOCK:
     return max(16, -(-length // 16) * 16)
   fits = lambda block: all(
     (block % size == 0 and size % 8 == 0) or size % block == 0 for size in sizes
   )
   most = min(BLOCK, -(-length // LANES) * LANES)
+  # The largest up to the length of the sequence, else the next above it.
   larger, smaller = range(most + LANES, BLOCK + 1, LANES), range(most, 0, -LANES)
   return next((n for n in (*smaller, *larger) if fits(n)), None)
 
 
-def padded(x, axis: int, size: int, fill: float = 0.0):
+def padded(x: Array, axis: int, size: int, fill: float = 0.0) -> Array:
   if x.shape[axis] == size:
     return x
   width = [(0, size - x.shape[axis] if n == axis else 0) for n in range(x.ndim)]

@@ -74,18 +74,18 @@ class Problem(NamedTuple):
     small = T * S <= sizes.WHOLE or self.masks[2] is not None  # blocks of a window always are
     return (T, S) if small else (min(sizes.TILE, T), min(sizes.TILE, S))
 
-  def logits(self, i, j):
+  def logits(self, i: Any, j: Any) -> Any:
     """(products `[..., h, t, s]`) -> logits, of queries i `[..., t]` and keys j `[..., s]`."""
     pairs = i[..., None, :, None], j[..., None, None, :]
     return lambda products: self.scores(products, *pairs, self._heads(), held=self.held)
 
-  def learned_logits(self, i, j, mask):
+  def learned_logits(self, i: Any, j: Any, mask: Any) -> tuple:
     """(products, arrays that `scores.learned` says) -> logits where `mask` says."""
     learned, (i, j) = self.scores.learned, (i[..., None, :, None], j[..., None, None, :])
     if learned:
       i, j = attending(mask, i, j)
 
-    def logits(products, *values):
+    def logits(products: Any, *values: Any) -> Any:
       held = list(self.held)
       for n, x in zip(learned, values, strict=True):
         held[n] = x
@@ -93,10 +93,10 @@ class Problem(NamedTuple):
 
     return logits, tuple(self.held[n] for n in learned)
 
-  def _heads(self):
+  def _heads(self) -> np.ndarray:
     return np.asarray(self.view.heads, np.int32)[:, None, None]
 
-  def mask(self, i, j, q_ids, k_ids, first_key, blocks):
+  def mask(self, i: Any, j: Any, q_ids: Any, k_ids: Any, first_key: Any, blocks: Any) -> Any:
     """Pairs of queries i `[..., t]` and keys j `[..., s]` that attend, `[..., h or 1, t, s]`."""
     i, j = i[..., :, None], j[..., None, :]
     positions = self.view.pass_.query_position(i + self.view.halo), self.view.pass_.key_position(j)
@@ -110,7 +110,7 @@ class Problem(NamedTuple):
       mask = mask & jnp.moveaxis(pairs, 0, -3)
     return mask
 
-  def forward(self, xs):
+  def forward(self, xs: Any) -> tuple:
     """(q, k, v), masks -> out float32 `[h, T, D]` and lse `[h, T]` of one problem."""
     (q, k, v), masks = xs
     tiles = self.tiles(q.shape[1], k.shape[1])
@@ -121,7 +121,7 @@ class Problem(NamedTuple):
       *softmax.attend(q, k, v, self.mask(i, j, *masks), self.logits(i, j), softmax.start(q, v))
     )
 
-  def backward(self, xs):
+  def backward(self, xs: Any) -> tuple:
     """(q, k, v, dout, lse, delta), masks -> dq, dk, dv and those of learned arrays, float32."""
     (q, k, v, dout, lse, delta), masks = xs
     tiles = self.tiles(q.shape[1], k.shape[1])
@@ -132,6 +132,6 @@ class Problem(NamedTuple):
     return softmax.gradients(q, k, v, dout, lse, delta, mask, *self.learned_logits(i, j, mask))
 
 
-def _positions(x):
+def _positions(x: Any) -> np.ndarray:
   """0 ... T - 1 of `[h, T, D]`, in the int32 that tiles count in."""
   return np.arange(x.shape[1], dtype=np.int32)

@@ -1,24 +1,30 @@
 """One tile of logits: what it adds to an online softmax, and to the gradients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 NO_MAXIMUM = -1e30  # where a running maximum starts: finite, so that exp(-inf - it) is 0
 
 
-def _matmul(equation, a, b):
+def _matmul(equation: str, a: Array, b: Array) -> Array:
   """The product in the dtype of the second operand, summed in float32."""
   return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
 
-def start(q, v):
+def start(q: Array, v: Array) -> tuple[Array, Array, Array]:
   """The online softmax before any key: weighted sum, running maximum, sum of weights."""
   rows = q.shape[:-1]
   zeros = jnp.zeros(rows, jnp.float32)
   return jnp.zeros((*rows, v.shape[-1]), jnp.float32), zeros + NO_MAXIMUM, zeros
 
 
-def attend(q, k, v, mask, logits_of, state):
+def attend(
+  q: Array, k: Array, v: Array, mask: Any, logits_of: Callable, state: Any
+) -> tuple[Array, Array, Array]:
   """The online softmax after the keys k `[..., h, s, D]`."""
   total, top, weight = state
   logits = logits_of(_matmul("...td,...sd->...ts", q, k))
@@ -29,13 +35,23 @@ def attend(q, k, v, mask, logits_of, state):
   return total, new_top, weight * keep + weights.sum(axis=-1)
 
 
-def finish(total, top, weight):
+def finish(total: Array, top: Array, weight: Array) -> tuple[Array, Array]:
   """Output and log-sum-exp; zeros and -inf for a row without keys."""
   safe = jnp.where(weight == 0, 1.0, weight)
   return total / safe[..., None], jnp.where(weight == 0, -jnp.inf, top + jnp.log(safe))
 
 
-def gradients(q, k, v, dout, lse, delta, mask, logits_of, learned):
+def gradients(
+  q: Array,
+  k: Array,
+  v: Array,
+  dout: Array,
+  lse: Array,
+  delta: Array,
+  mask: Any,
+  logits_of: Callable,
+  learned: Any,
+) -> tuple:
   """What the pairs of one tile add to dq, dk, dv and to the gradients of learned arrays.
 
   lse and delta are `[..., h, t, 1]`.

@@ -1,8 +1,11 @@
 """A long problem tile by tile: sweeps over the lists of key tiles that may hold pairs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pallas_kernels.lowering import passes
 from pallas_kernels.xla import sizes
@@ -18,7 +21,7 @@ class _Tiles:
     q, k, masks: of one sequence.
   """
 
-  def __init__(self, problem, tiles: tuple[int, int], q, k, masks):
+  def __init__(self, problem: Any, tiles: tuple[int, int], q: Array, k: Array, masks: Any):
     self.problem, (self.block_q, self.block_k) = problem, tiles
     h, self.T, self.S = q.shape[0], q.shape[1], k.shape[1]
     idx, length = passes.tile_lists(problem.view.pass_, self.T, self.S, *tiles)
@@ -31,27 +34,27 @@ class _Tiles:
     if self.q_ids is not None:
       self.q_ids, self.k_ids = self.of_queries(self.q_ids), self.of_keys(self.k_ids)
 
-  def _grouped(self, x):
+  def _grouped(self, x: Any) -> Any:
     return x.reshape(-1, self.group, *x.shape[1:])
 
-  def _cut(self, x, block, num):
+  def _cut(self, x: Any, block: int, num: int) -> Any:
     x = jnp.pad(x, [(0, 0), (0, num * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0], num, block, *x.shape[2:]).swapaxes(0, 1)
 
-  def of_queries(self, x):
+  def of_queries(self, x: Any) -> Any:
     """`[h, T, ...]` -> `[groups, rows of a group, h, block_q, ...]`."""
     return self._grouped(self._cut(x, self.block_q, self.rows))
 
-  def of_keys(self, x):
+  def of_keys(self, x: Any) -> Any:
     """`[h, S, ...]` -> `[tiles, h, block_k, ...]`."""
     return self._cut(x, self.block_k, -(-self.S // self.block_k))
 
-  def joined(self, x, length):
+  def joined(self, x: Any, length: Any) -> Any:
     """`[tiles, h, block, ...]` -> `[h, length, ...]`."""
     x = x.swapaxes(0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
-  def step(self, n, rows, idx, length, q_ids):
+  def step(self, n: Any, rows: Any, idx: Any, length: Any, q_ids: Any) -> tuple:
     """The n-th key tile of each row of tiles: its number, the positions, the mask of the pairs."""
     cols = idx[:, n]
     i = rows[:, None] * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)[None]
@@ -65,15 +68,17 @@ class _Tiles:
     return cols, (i, j), mask
 
 
-def forward(problem, tiles, q, k, v, masks):
+def forward(
+  problem: Any, tiles: tuple[int, int], q: Array, k: Array, v: Array, masks: Any
+) -> tuple[Array, Array]:
   """Output and log-sum-exp of one long problem."""
   cut = _Tiles(problem, tiles, q, k, masks)
   ks, vs = cut.of_keys(k), cut.of_keys(v)
 
-  def sweep(xs):
+  def sweep(xs: Any) -> tuple:
     (rows, idx, length), qs, q_ids = xs
 
-    def step(n, state):
+    def step(n: Any, state: Any) -> tuple:
       cols, pairs, mask = cut.step(n, rows, idx, length, q_ids)
       return softmax.attend(qs, ks[cols], vs[cols], mask, problem.logits(*pairs), state)
 
@@ -84,15 +89,25 @@ def forward(problem, tiles, q, k, v, masks):
   return flat(out), flat(lse)
 
 
-def backward(problem, tiles, q, k, v, dout, lse, delta, masks):
+def backward(
+  problem: Any,
+  tiles: tuple[int, int],
+  q: Array,
+  k: Array,
+  v: Array,
+  dout: Array,
+  lse: Array,
+  delta: Array,
+  masks: Any,
+) -> tuple:
   """Gradients of one long problem: dq row by row, dk and dv summed on the way."""
   cut = _Tiles(problem, tiles, q, k, masks)
   ks, vs = cut.of_keys(k), cut.of_keys(v)
 
-  def sweep(carry, xs):
+  def sweep(carry: Any, xs: Any) -> tuple:
     (rows, idx, length), arrays, q_ids = xs
 
-    def step(n, grads):
+    def step(n: Any, grads: Any) -> tuple:
       dq, dk, dv, of_learned = grads
       cols, pairs, mask = cut.step(n, rows, idx, length, q_ids)
       qs, *rows_of_q = arrays

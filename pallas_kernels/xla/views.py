@@ -65,7 +65,7 @@ class View:
     """Of the view; the last one is padded."""
     return -(-self.T // self.stride)
 
-  def arrays(self, q, k, v):
+  def arrays(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """Queries, keys and values of the problems."""
     return self.queries(q), self.keys(k), self.keys(v)
 
@@ -96,11 +96,13 @@ class View:
     x = x[:, :, :, steps * self.stride - self.halo :]
     return x.reshape(-1, *x.shape[2:])
 
-  def restore(self, out: Float[Array, "N h t D"], lse: Float[Array, "N h t"]):
+  def restore(
+    self, out: Float[Array, "N h t D"], lse: Float[Array, "N h t"]
+  ) -> tuple[Array, Array]:
     """Results in the order of q: `[B, T, h, D]` and `[B, T, h]`."""
     return self._unfold(out), self._unfold(lse[..., None])[..., 0]
 
-  def masks(self, segment_ids, block_mask) -> tuple:
+  def masks(self, segment_ids: Any, block_mask: Any) -> tuple:
     """What masks each of the problems, as `problems.Problem.masks` has it."""
     q_ids = k_ids = first_key = blocks = None
     if segment_ids is not None:
@@ -114,12 +116,12 @@ class View:
       blocks = jnp.broadcast_to(blocks, (self.B, *blocks.shape[1:]))
     return q_ids, k_ids, first_key, blocks
 
-  def _fold(self, x):
+  def _fold(self, x: Any) -> Array:
     """`[B, T, h, D]` -> `[B, rows, stride, h, D]`, padded at the end: in the future of all."""
     x = jnp.pad(x, [(0, 0), (0, self.rows * self.stride - self.T), (0, 0), (0, 0)])
     return x.reshape(self.B, self.rows, self.stride, *x.shape[2:])
 
-  def _unfold(self, x):
+  def _unfold(self, x: Array) -> Array:
     if self.kind in ("natural", "summaries"):
       return x.transpose(0, 2, 1, 3)
     h, D = x.shape[1], x.shape[3]

@@ -54,8 +54,8 @@ class Cifar10Binary(_Builder, skip_registration=True):
   def _shard_iterators_per_split(self, dl_manager):
     files = raw.cifar10_files(dl_manager.manual_dir)
     return {
-      split: [functools.partial(self._examples, split, i, found[i]) for i in range(len(found))]
-      for split, found in files.items()
+      split: [functools.partial(self._examples, split, i, paths[i]) for i in range(len(paths))]
+      for split, paths in files.items()
     }
 
   def _examples(self, split, number, file):

@@ -150,5 +150,5 @@ def _ends(streams: Streams, size: int) -> Iterator[UInt8[np.ndarray, "T"]]:
 
 def split_positions(num_bytes: int) -> dict[str, tuple[int, int]]:
   """Where each split of one long text begins and ends: 90, 5 and 5 per cent."""
-  train, rest = num_bytes * 90 // 100, num_bytes * 95 // 100
-  return {"train": (0, train), "validation": (train, rest), "test": (rest, num_bytes)}
+  train, validation = num_bytes * 90 // 100, num_bytes * 95 // 100
+  return {"train": (0, train), "validation": (train, validation), "test": (validation, num_bytes)}

@@ -39,9 +39,9 @@ def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
           checksum.update(values.tobytes())
   except soundfile.LibsndfileError as error:
     raise ValueError(f"{path} is damaged or cut off ({error.error_string})") from error
-  found = sum(map(len, blocks))
-  if found != length:
-    raise ValueError(f"{path} has {found:,} samples, its header promises {length:,}")
+  decoded = sum(map(len, blocks))
+  if decoded != length:
+    raise ValueError(f"{path} has {decoded:,} samples, its header promises {length:,}")
   if any(stored) and checksum.digest() != stored:
     raise ValueError(f"{path} is damaged: its sound does not have its checksum")
   return np.concatenate(blocks), rate

@@ -35,10 +35,10 @@ def find(data_dir: epath.Path, names: Sequence[str]) -> Prepared | None:
     ValueError: if that one was not written as ArrayRecord, or its description is broken.
   """
   for name in names:
-    found = [v for v in _subfolders(data_dir / name) if (v / "dataset_info.json").exists()]
-    if not found:
+    versions = [v for v in _subfolders(data_dir / name) if (v / "dataset_info.json").exists()]
+    if not versions:
       continue
-    folder = max(found, key=lambda v: [int(part) for part in v.name.split(".")])
+    folder = max(versions, key=lambda v: [int(part) for part in v.name.split(".")])
     try:
       info = json.loads((folder / "dataset_info.json").read_text())
       num_records = {s["name"]: sum(map(int, s["shardLengths"])) for s in info["splits"]}

@@ -39,19 +39,19 @@ class Published:
 
   def find(self, path: epath.Path) -> prepared_lib.Prepared | None:
     """The prepared set in `path`, or None if it holds published files ready to be prepared."""
-    found = prepared_lib.find(path, self.folders)
-    if found is None:
+    prepared = prepared_lib.find(path, self.folders)
+    if prepared is None:
       self.check_files(path)
       prepared_lib.check_writable(path)
-    return found
+    return prepared
 
   def find_or_prepare(self, path: epath.Path) -> prepared_lib.Prepared:
-    found = self.find(path)
-    if found is None:
+    prepared = self.find(path)
+    if prepared is None:
       prepared_lib.prepare(path, self.builder)
-      found = prepared_lib.find(path, self.folders)
-      assert found is not None, "what was just prepared is there"
-    return found
+      prepared = prepared_lib.find(path, self.folders)
+      assert prepared is not None, "what was just prepared is there"
+    return prepared
 
 
 def _open_cifar10(prepared, split, split_seed):

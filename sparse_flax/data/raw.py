@@ -42,7 +42,7 @@ def cifar10_files(folder: epath.Path) -> dict[str, list[epath.Path]]:
         f"{file.name} has {size:,} bytes, not a multiple of {CIFAR_ROW:,} (the published one has "
         "30,730,000): it is cut off or another format; fetch cifar-10-binary.tar.gz again"
       )
-  return {split: found for split, found in files.items() if found}
+  return {split: paths for split, paths in files.items() if paths}
 
 
 def cifar10_images(file: epath.Path) -> tuple[UInt8[np.ndarray, "N 32 32 3"], list[int]]:
@@ -111,12 +111,12 @@ def tar_images(file: epath.Path) -> Iterator[tuple[int, bytes]]:
     ValueError: if an image is damaged or none of 64 x 64, or if the archive does not go on to the
       end of the file.
   """
-  found = False
+  has_images = False
   try:
     with file.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
       for member in tar:
         if member.isfile() and member.name.endswith(".png"):
-          found = True
+          has_images = True
           content = tar.extractfile(member)
           assert content is not None  # as of all files
           png = content.read()
@@ -126,7 +126,7 @@ def tar_images(file: epath.Path) -> Iterator[tuple[int, bytes]]:
       _check_end(file.name, raw, tar.offset)
   except tarfile.TarError as error:
     raise ValueError(f"{file.name} is cut off or not a tar file ({error})") from error
-  if not found:
+  if not has_images:
     raise ValueError(f"{file.name} holds no PNG image")
 
 
@@ -172,8 +172,8 @@ def audio_files(folder: epath.Path) -> dict[str, epath.Path]:
 
 def audio_names(folder: epath.Path) -> list[str]:
   """Relative names of all WAV and FLAC files below a folder, in order."""
-  found = (file for file in _walk(folder) if file.suffix.lower() in AUDIO)
-  return sorted(file.relative_to(folder).as_posix() for file in found)
+  recordings = (file for file in _walk(folder) if file.suffix.lower() in AUDIO)
+  return sorted(file.relative_to(folder).as_posix() for file in recordings)
 
 
 def _walk(folder: epath.Path) -> Iterator[pathlib.PurePath]:

@@ -133,10 +133,10 @@ def _check_no_path(name, path):
 def _existing(path):
   if not os.fspath(path):
     raise ValueError("give the folder of the published files, or of the prepared set")
-  found = epath.Path(path).expanduser()
-  if not found.exists():
+  local = epath.Path(path).expanduser()
+  if not local.exists():
     raise ValueError("no such file or folder")
-  return found
+  return local
 
 
 def _open_path(name, path, split, split_seed):

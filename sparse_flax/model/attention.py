@@ -122,8 +122,8 @@ class SparseSelfAttention(heads.Heads):
   ) -> Float[Array, "B H Q T"]:
     """The float32 probabilities of the query rows `rows` (None: of all rows)."""
     q, k, _ = self._heads(x, positions)
-    how = dict(pattern=self.pattern, scores=scores.Scores(q.shape[-1] ** -0.5, None, score_fn))
-    return reference.attention_weights(q, k, **how, rows=rows)
+    options = dict(pattern=self.pattern, scores=scores.Scores(q.shape[-1] ** -0.5, None, score_fn))
+    return reference.attention_weights(q, k, **options, rows=rows)
 
   def init_cache(
     self, batch_size: int, length: int, *, num_layers: int = 1, sparse: bool = True
@@ -166,8 +166,8 @@ class SparseSelfAttention(heads.Heads):
       options: of `__call__`, for P tokens.
     """
     q, k, v = self._heads(x, options.pop("positions", None))
-    how = dict(num_heads=self.num_heads, length=length, sparse=sparse)
-    return self.attend(q, k, v, **options), cache_lib.fill(self.pattern, k, v, **how)
+    of_cache = dict(num_heads=self.num_heads, length=length, sparse=sparse)
+    return self.attend(q, k, v, **options), cache_lib.fill(self.pattern, k, v, **of_cache)
 
   def decode_step(
     self,
@@ -205,8 +205,8 @@ class SparseSelfAttention(heads.Heads):
       at = jnp.asarray(step if positions is None else positions)
       at = at.reshape(-1) if at.ndim == 0 else at[:, None]  # [T] or [B, T] of T = 1
       q, k, v = (y[:, 0] for y in self._heads(x[:, None], at))
-    how = dict(step=step, layer=layer, score_fn=score_fn, masks=given)
-    out, cache = cache_lib.attend(q, k, v, cache, **how)
+    options = dict(step=step, layer=layer, score_fn=score_fn, masks=given)
+    out, cache = cache_lib.attend(q, k, v, cache, **options)
     return self.back(out), cache
 
   def _heads(self, x: Float[Array, "*B E"], positions=None) -> tuple[Float[Array, "*B H D"], ...]:

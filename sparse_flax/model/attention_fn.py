@@ -19,7 +19,7 @@ class AttentionFn:
   """`nnx.dot_product_attention`, and Linen's, over the pairs of a pattern."""
 
   pattern: patterns.Pattern
-  implementation: str | None = None
+  implementation: api.Implementation | None = None
 
   def __post_init__(self):
     patterns.check(self.pattern, "pattern")
@@ -79,7 +79,9 @@ class AttentionFn:
     return out.reshape(*batch, *out.shape[1:])
 
 
-def attention_fn(pattern: patterns.Pattern, implementation: str | None = None) -> AttentionFn:
+def attention_fn(
+  pattern: patterns.Pattern, implementation: api.Implementation | None = None
+) -> AttentionFn:
   """A function for `nnx.MultiHeadAttention` and `nn.MultiHeadDotProductAttention` to attend with.
 
     layer = nnx.MultiHeadAttention(

@@ -134,5 +134,5 @@ def drop(
   """Zeros a share `rate` of x and scales up the rest; no key means no dropout."""
   if key is None or rate == 0.0:
     return x
-  kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-  return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+  alive = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(alive, x / (1.0 - rate), 0.0).astype(x.dtype)

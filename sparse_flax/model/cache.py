@@ -105,8 +105,8 @@ def fill(
     row = rows.row(np.arange(rows.length), last)
     there = (row >= 0) & (row <= last)
     for x in (k, v):
-      found = x[:, np.where(there, row, 0)][:, :, np.asarray(key_heads)].swapaxes(1, 2)
-      yield jnp.where(there[:, None], found, jnp.zeros((), x.dtype))
+      gathered = x[:, np.where(there, row, 0)][:, :, np.asarray(key_heads)].swapaxes(1, 2)
+      yield jnp.where(there[:, None], gathered, jnp.zeros((), x.dtype))
 
   return _parts(pattern, num_heads, num_heads // k.shape[2], length, sparse, taken)
 
@@ -175,8 +175,8 @@ def _parts(
       queries_per_key,
       length,
     )
-    for one, heads in heads_of.items()
-    for rows, seen in cache_rows.of_pattern(one, length, sparse=sparse)
+    for head_pattern, heads in heads_of.items()
+    for rows, seen in cache_rows.of_pattern(head_pattern, length, sparse=sparse)
   )
 
 

@@ -138,8 +138,8 @@ def of_pattern(
     sparse: False keeps and reads every row, whatever the pattern.
   """
   everything = [(All(S), pattern)]
-  kept = _of_pattern(pattern, S) if sparse else everything
-  return kept if sum(rows.size for rows, _ in kept) < S else everything
+  chosen = _of_pattern(pattern, S) if sparse else everything
+  return chosen if sum(rows.size for rows, _ in chosen) < S else everything
 
 
 def _of_pattern(pattern, S):
@@ -160,9 +160,9 @@ def _of_pattern(pattern, S):
       earlier = Summaries(stride, summary.start, summary.width, blocks(stride) - 1)
       return [*_of_pattern(patterns.Block(stride), S), *([(earlier, summary)] * (earlier.size > 0))]
     case patterns.Union(members):
-      return [kept for member in members for kept in _of_pattern(member, S)]
+      return [part for member in members for part in _of_pattern(member, S)]
     case patterns.Intersection(members):
-      single = [kept[0][0] for kept in (_of_pattern(x, S) for x in members) if len(kept) == 1]
+      single = [part[0][0] for part in (_of_pattern(x, S) for x in members) if len(part) == 1]
       return [(min([*single, All(S)], key=lambda rows: rows.size), pattern)]
     case _:
       return [(All(S), pattern)]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +85,10 @@ class Heads(nnx.Module):
 
   def attend(self, q: Array, k: Array, v: Array, **options) -> Float[Array, "B T E"]:
     """Attention, and the projection back. `options` are those of `sharding.over_devices`."""
-    how = dict(pattern=self.pattern, implementation=self.implementation, **options)
-    return self.back(sharding.over_devices(q, k, v, **how))
+    arguments: dict[str, Any] = dict(
+      pattern=self.pattern, implementation=self.implementation, **options
+    )
+    return self.back(sharding.over_devices(q, k, v, **arguments))
 
   def back(self, out: Float[Array, "*B H Dv"]) -> Float[Array, "*B E"]:
     return product(self.out, out.reshape(*out.shape[:-2], -1))

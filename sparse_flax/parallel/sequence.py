@@ -43,8 +43,8 @@ def problem(pattern: patterns.Pattern, length: int, n: int) -> str | None:
   if length % n:
     return f"divide the {length} tokens of a sequence"
   own = length // n
-  for one in dict.fromkeys(pattern.of_head(h) for h in range(pattern.period)):
-    match one:
+  for member in dict.fromkeys(pattern.of_head(h) for h in range(pattern.period)):
+    match member:
       case patterns.Local(window=window, causal=True):
         if window > own:
           return f"leave every device a window of {window} tokens, not {own}"
@@ -54,11 +54,11 @@ def problem(pattern: patterns.Pattern, length: int, n: int) -> str | None:
       case patterns.Block(stride=stride) | patterns.Summary(stride=stride):
         if own % stride:
           return f"divide the {length / stride:g} rows of {stride} tokens"
-      case patterns.Union() if summary := patterns.summary_of(one):
+      case patterns.Union() if summary := patterns.summary_of(member):
         if own % summary.stride:
           return f"divide the {length / summary.stride:g} rows of {summary.stride} tokens"
       case _:
-        return f"be 1 for {one}, which would gather the whole sequence"
+        return f"be 1 for {member}, which would gather the whole sequence"
   return None
 
 
@@ -130,8 +130,8 @@ def _window_before(q, k, v, *, window, axis, call) -> Part:
   k, v = jnp.split(last, [k.shape[-1]], axis=-1)
   out, lse = call(q[:, :window], k, v, pattern=_WINDOW_BEFORE)
   lse = jnp.where(jax.lax.axis_index(axis) > 0, lse, -jnp.inf)
-  rest = [(0, 0), (0, q.shape[1] - window), (0, 0)]
-  return jnp.pad(out, [*rest, (0, 0)]), jnp.pad(lse, rest, constant_values=-jnp.inf)
+  padding = [(0, 0), (0, q.shape[1] - window), (0, 0)]
+  return jnp.pad(out, [*padding, (0, 0)]), jnp.pad(lse, padding, constant_values=-jnp.inf)
 
 
 def _columns(q, k, v, *, stride, axis, call, skip) -> Part:

@@ -122,8 +122,8 @@ def place(
     where: how rows, and what they hold, are sharded.
     shape: of the whole array.
   """
-  mine = where.addressable_devices_indices_map(shape).values()
-  rows = np.unique([row for index in mine for row in range(*index[0].indices(shape[0]))])
+  indices = where.addressable_devices_indices_map(shape).values()
+  rows = np.unique([row for index in indices for row in range(*index[0].indices(shape[0]))])
   local = read(rows)
 
   def piece(index):
@@ -157,21 +157,22 @@ def over_devices(
     NotImplementedError: the mesh has a sequence axis, and there are masks, a `score_fn`, or keys of
       another length than queries.
   """
-  mesh, how = jax.sharding.get_abstract_mesh(), dict(pattern=pattern, implementation=implementation)
+  mesh = jax.sharding.get_abstract_mesh()
+  options = dict(pattern=pattern, implementation=implementation)
   n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
-  more = dict(segment_ids=segment_ids, block_mask=block_mask, score_fn=score_fn)
-  more = {name: x for name, x in more.items() if x is not None}
+  optional = dict(segment_ids=segment_ids, block_mask=block_mask, score_fn=score_fn)
+  optional = {name: x for name, x in optional.items() if x is not None}
   if block_mask is not None:
-    more["block_size"] = block_size
-  attend = functools.partial(sparse_attention, **how, **more)
+    optional["block_size"] = block_size
+  attend = functools.partial(sparse_attention, **options, **optional)
   ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
   if mesh.manual_axes or (n == 1 and not ours):
     return attend(q, k, v)
   if n > 1:
-    _check_sequence(q, k, pattern, n, more)
+    _check_sequence(q, k, pattern, n, optional)
     # The exchanges between devices move q, k and v of a head together.
     k, v = (x if x.shape[2] == q.shape[2] else _for_each_query(x, q.shape[2]) for x in (k, v))
-    attend = functools.partial(sequence.attend, axis="sequence", **how)
+    attend = functools.partial(sequence.attend, axis="sequence", **options)
   # Axes of one device stand in it too: gradients are summed over those that do not.
   named = lambda *names: tuple(name for name in names if name in mesh.axis_names) or None
   size = lambda *names: math.prod(mesh.shape.get(name, 1) for name in names)
@@ -183,17 +184,17 @@ def over_devices(
   )
   if explicit:
     q, k, v = (jax.sharding.reshard(x, spec) for x in (q, k, v))
-  if more:  # `sparse_attention` itself shards those like q, k and v
+  if optional:  # `sparse_attention` itself shards those like q, k and v
     return attend(*(jax.lax.with_sharding_constraint(x, spec) for x in (q, k, v)))
   return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
-def _check_sequence(q: Array, k: Array, pattern: Pattern, n: int, more: dict) -> None:
+def _check_sequence(q: Array, k: Array, pattern: Pattern, n: int, optional: dict) -> None:
   """Raises for what cannot be shared out over a sequence axis of n devices."""
-  if more:
+  if optional:
     raise NotImplementedError(
-      f"mesh axis sequence={n}: {' and '.join(sorted(more))} not with sequences that devices share "
-      "out; give the mesh sequence=1, or leave them out"
+      f"mesh axis sequence={n}: {' and '.join(sorted(optional))} not with sequences that devices "
+      "share out; give the mesh sequence=1, or leave them out"
     )
   if q.shape[1] != k.shape[1]:
     raise NotImplementedError(

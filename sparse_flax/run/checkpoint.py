@@ -66,8 +66,8 @@ class Checkpoints:
       self._config_digest = workdir_lib.config_digest(config.read_text())
     self._bits_per_byte = {}  # step -> of the validation split
     policies = ocp.checkpoint_managers
-    kept = [policies.LatestN(2), _Best(self._bits_per_byte)]
-    kept += [policies.EveryNSteps(keep_every)] if keep_every else []
+    preserved = [policies.LatestN(2), _Best(self._bits_per_byte)]
+    preserved += [policies.EveryNSteps(keep_every)] if keep_every else []
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
@@ -75,7 +75,7 @@ class Checkpoints:
         create=not read_only,
         cleanup_tmp_directories=not read_only,
         save_root_metadata=not read_only,
-        preservation_policy=policies.AnyPreservationPolicy(kept),
+        preservation_policy=policies.AnyPreservationPolicy(preserved),
       ),
       # The averages lie apart: evaluation and sampling read nothing else.
       item_names=("state", "ema", "about"),
@@ -115,7 +115,7 @@ class Checkpoints:
     step = int(state["step"])
     if bits_per_byte is not None and not math.isfinite(bits_per_byte):
       bits_per_byte = None  # no result that could be the best
-    rest = {name: value for name, value in state.items() if name != "ema"}
+    without_ema = {name: value for name, value in state.items() if name != "ema"}
     about = {
       "step": step,
       "digests": digest.digests(state),
@@ -125,7 +125,7 @@ class Checkpoints:
     about["sha256"] = digest.of_json(about)
     self._bits_per_byte[step] = bits_per_byte
     args = self._ocp.args
-    items = dict(state=args.StandardSave(rest), ema=args.StandardSave(state["ema"]))
+    items = dict(state=args.StandardSave(without_ema), ema=args.StandardSave(state["ema"]))
     try:
       self._manager.save(step, args=args.Composite(**items, about=args.JsonSave(about)), force=True)
     except Exception as error:
@@ -194,9 +194,9 @@ class Checkpoints:
         state, problems = self._read(step, _as_saved(shapes, about["digests"]))
     if not _everywhere(not problems):
       return {}, problems or ["another process cannot read it"]
-    found = digest.digests(state)
+    computed = digest.digests(state)
     saved = {x: y for x, y in about["digests"].items() if x.partition("/")[0] in shapes}
-    names = sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x))
+    names = sorted(x for x in computed.keys() | saved.keys() if computed.get(x) != saved.get(x))
     if names:
       return state, [f"{name}: differs from what was saved" for name in names]
     return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state, shapes), []
@@ -204,16 +204,16 @@ class Checkpoints:
   def _read(self, step: int, shapes: dict) -> tuple[dict, list[str]]:
     """What Orbax makes of a step, and what it does not like."""
     state, problems = {}, []
-    rest = {name: value for name, value in shapes.items() if name != "ema"}
+    without_ema = {name: value for name, value in shapes.items() if name != "ema"}
     # Without the manager, which would wait for all processes after each one.
     handler = self._ocp.StandardCheckpointHandler()
-    for item, wanted in dict(state=rest, ema=shapes["ema"]).items():
+    for item, wanted in dict(state=without_ema, ema=shapes["ema"]).items():
       if not wanted or problems:
         continue
       try:
         args = self._ocp.args.StandardRestore(wanted)
-        found = handler.restore(self._directory / str(step) / item, args=args)
-        state |= {"ema": found} if item == "ema" else found
+        restored = handler.restore(self._directory / str(step) / item, args=args)
+        state |= {"ema": restored} if item == "ema" else restored
       except Exception as error:  # Orbax reports damage in many ways
         _stop_at_outage(error, self._directory)
         problems.append(f"{item}: {_first_line(error)}")
@@ -227,8 +227,8 @@ class Checkpoints:
       args = self._ocp.args.JsonRestore()
       about = dict(handler.restore(self._directory / str(step) / "about", args=args))
       handler.close()
-      rest = {name: value for name, value in about.items() if name != "sha256"}
-      if about["sha256"] == digest.of_json(rest) and about["step"] == step:
+      hashed = {name: value for name, value in about.items() if name != "sha256"}
+      if about["sha256"] == digest.of_json(hashed) and about["step"] == step:
         return about, []
       return {}, ["about: differs from what was saved"]
     except Exception as error:
@@ -328,10 +328,10 @@ def restore_params(
   with Checkpoints(workdir, read_only=True, say=say) as checkpoints:
     if step is not None:
       return config, graphdef, checkpoints.restore(step, shapes)["ema"], step
-    found = checkpoints.restore_newest(shapes)
-  if found is None:
+    newest = checkpoints.restore_newest(shapes)
+  if newest is None:
     raise ValueError(f"{workdir}: holds no checkpoint yet; train first")
-  return config, graphdef, found[0]["ema"], found[1]
+  return config, graphdef, newest[0]["ema"], newest[1]
 
 
 @contextlib.contextmanager
@@ -360,8 +360,8 @@ def _stop_at_outage(error: Exception, path: epath.Path) -> None:
 
 
 def _refusal(path: epath.Path, problems: list[str]) -> str:
-  more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-  return f"DAMAGED {path} is refused: {'; '.join(problems[:3])}{more}"
+  ending = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+  return f"DAMAGED {path} is refused: {'; '.join(problems[:3])}{ending}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import numbers
 import types
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,11 +82,11 @@ def generate(
       run here; the message says why.
   """
   graphdef, params = _graph_and_weights(model, params)
-  model = nnx.merge(graphdef, params)
-  api.load_backend(model.groups[0].attention.implementation)  # of the pass over prompts
-  T = model.seq_len
+  merged = nnx.merge(graphdef, params)
+  api.load_backend(merged.groups[0].attention.implementation)  # of the pass over prompts
+  T = merged.seq_len
   check_options(num=num, temperature=temperature, top_k=top_k, top_p=top_p)
-  implementation = _EARLIER_NAMES.get(implementation, implementation)
+  implementation = _EARLIER_NAMES.get(implementation or "", implementation)
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"{implementation=}: must be None or one of {IMPLEMENTATIONS}")
   prompts = _checked_prompts(prompts, num=num, seq_len=T)
@@ -104,14 +105,14 @@ def generate(
   by_row, of_caches = jax.P(sharding.BATCH), jax.P(None, sharding.BATCH)
   named = functools.partial(jax.NamedSharding, mesh)
   place = lambda x: jax.device_put(x, named(by_row))
-  params = jax.device_put(as_multiplied(model, params), sharding.replicated(mesh))
+  params = jax.device_put(as_multiplied(merged, params), sharding.replicated(mesh))
   start_up = functools.partial(_start, graphdef, sparse=sparse)
   start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
-  how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-  how["implementation"] = implementation or best(model, rows // shares, sparse=sparse)
-  step_kernels(how["implementation"])  # before anything is traced
+  options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+  options["implementation"] = implementation or best(merged, rows // shares, sparse=sparse)
+  step_kernels(options["implementation"])  # before anything is traced
   run = jax.shard_map(  # rows know nothing of each other
-    functools.partial(run_steps, graphdef, **how),
+    functools.partial(run_steps, graphdef, **options),
     mesh=mesh,
     in_specs=(jax.P(), (by_row, of_caches), by_row, jax.P(), by_row, by_row),
     out_specs=((by_row, of_caches), by_row),
@@ -153,13 +154,13 @@ def _checked_prompts(
 ) -> list[UInt8[np.ndarray, "_"]]:
   """The bytes of each row's prompt."""
   prompts = [b""] * num if prompts is None else prompts
-  prompts = [_as_bytes(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
-  lengths = [len(prompt) for prompt in prompts]
-  if len(prompts) != num or max(lengths) >= seq_len:
+  in_bytes = [_as_bytes(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
+  lengths = [len(prompt) for prompt in in_bytes]
+  if len(in_bytes) != num or max(lengths) >= seq_len:
     raise ValueError(
       f"prompts have lengths {lengths}: must be {num=} of them, each shorter than {seq_len=}"
     )
-  return prompts
+  return in_bytes
 
 
 def check_options(
@@ -205,7 +206,9 @@ def best(model: transformer.SparseTransformer, batch_size: int, *, sparse: bool 
   caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
   for name in ("cluster", "triton"):
     reason = _why_not_here(name)
-    reason = reason or step_kernels(name).supported(model.groups, caches, batch_size)
+    kernels = step_kernels(name)
+    assert kernels is not None  # as only "xla" has none
+    reason = reason or kernels.supported(model.groups, caches, batch_size)
     if reason is None:
       return name
     _say_once(f"no decoding step by {name}: {reason}")

@@ -104,11 +104,11 @@ def train(
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, keep_every=config.train.keep_every, say=say)
     )
-    found = checkpoints.restore_newest(program.shapes)
-    first = found[1] if found else 0
-    say(f"RESUMING {workdir} at step {first:,}" if found else f"FRESH RUN in {workdir}")
+    newest = checkpoints.restore_newest(program.shapes)
+    first = newest[1] if newest else 0
+    say(f"RESUMING {workdir} at step {first:,}" if newest else f"FRESH RUN in {workdir}")
     say(_banner(config, workdir, params=program.shapes["params"], splits=splits, mesh=mesh))
-    state = found[0] if found else program.first_state()
+    state = newest[0] if newest else program.first_state()
 
     # ------------------------------------------------------------------- Loop
     writer = stack.enter_context(metrics.Writer(workdir, step=first)) if leads else None
@@ -164,8 +164,8 @@ def train(
             saved = step
         if stop_now and step < steps:
           checkpoints.wait()
-          kept = f"saved is step {saved:,}" if saved else "nothing is saved yet"
-          raise errors.Preempted(f"STOPPED at step {step:,}, {kept}")
+          on_disk = f"saved is step {saved:,}" if saved else "nothing is saved yet"
+          raise errors.Preempted(f"STOPPED at step {step:,}, {on_disk}")
         watched.beat()
     if result is None:  # nothing was left to train
       result = evaluated(steps)

@@ -100,10 +100,10 @@ def _drop_later_lines(path: epath.Path, step: int) -> list[str]:
   if not path.exists():
     return []
   lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
-  kept = [line for line in lines if _step_of(line) <= step]
-  if kept != lines:
-    files.write(path, "".join(kept).encode())
-  return kept
+  earlier = [line for line in lines if _step_of(line) <= step]
+  if earlier != lines:
+    files.write(path, "".join(earlier).encode())
+  return earlier
 
 
 def _step_of(line: str) -> int | float:

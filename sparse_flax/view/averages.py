@@ -177,7 +177,7 @@ def _sums_of_image(
   around = ((0, 0), (0, 0), (layout.rows - 1, 0), (layout.columns - 1,) * 2)
   padded = jnp.pad(maps, around)
   window = (len(maps), layout.rows, 2 * layout.columns - 1)
-  cut = lambda one, y, x: jax.lax.dynamic_slice(one, (jnp.int32(0), y, x), window)
+  cut = lambda array, y, x: jax.lax.dynamic_slice(array, (jnp.int32(0), y, x), window)
   starts = (jnp.asarray(y, jnp.int32), jnp.asarray(x, jnp.int32))
   return dict(
     relative=jax.vmap(cut, in_axes=(1, 0, 0))(padded, *starts).sum(axis=0),
@@ -200,7 +200,7 @@ def _sums_of_sequence(
   share = lambda chosen: jnp.where(chosen[None], weights, 0.0).sum(axis=(1, 2))
   # Slot j holds the token at distance place + 1 - j; from the first distance on, to the left.
   to_left = jnp.pad(weights[..., :0:-1], ((0, 0), (0, 0), (0, layout.seq_len)))
-  cut = lambda one, start: jax.lax.dynamic_slice_in_dim(one, start, layout.seq_len, axis=1)
+  cut = lambda array, start: jax.lax.dynamic_slice_in_dim(array, start, layout.seq_len, axis=1)
   starts = jnp.asarray(layout.seq_len - 1 - places, jnp.int32)
   by_distance = jax.vmap(cut, in_axes=(1, 0))(to_left, starts).sum(axis=0)
   return dict(
@@ -232,7 +232,7 @@ def _per_offset(sums: np.ndarray, places: Integer[np.ndarray, "P"], layout: Layo
   firsts = np.arange(1, min(_EXACT, last) + 1)
   if last > _EXACT:
     octaves = np.log2(last / _EXACT)
-    more = _EXACT * 2 ** np.linspace(0, octaves, round(12 * octaves) + 2)[:-1]
-    firsts = np.unique(np.concatenate([firsts, np.ceil(more).astype(int)]))
+    spaced = _EXACT * 2 ** np.linspace(0, octaves, round(12 * octaves) + 2)[:-1]
+    firsts = np.unique(np.concatenate([firsts, np.ceil(spaced).astype(int)]))
   add = lambda values: np.add.reduceat(values[..., :last], firsts - 1, axis=-1)
   return add(sums) / np.maximum(add(counts), 1), firsts

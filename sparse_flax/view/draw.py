@@ -52,7 +52,7 @@ def draw_image(
   for n, pixel in enumerate(pixels):
     y, x = divmod(pixel, image.shape[1])
     original = image if image.shape[2] == 3 else image.repeat(3, axis=2)
-    panels = [original, *(visible(one) for one in maps[n])]
+    panels = [original, *(visible(head_map) for head_map in maps[n])]
     for axes, panel in zip(grid[n], panels, strict=True):
       axes.imshow(panel, cmap="gray", vmin=0, vmax=None if panel is original else 1)
       frame = matplotlib.patches.Rectangle((x - 0.5, y - 0.5), 1, 1)
@@ -121,8 +121,8 @@ def draw_audio(
   panels[0].plot(np.arange(T) / audio.SAMPLE_RATE, audio.mu_law_decode(tokens), color="0.4", lw=0.5)
   panels[0].set(xlim=(0, seconds), ylabel="sound")
   edges = np.unique(np.linspace(0, T, min(T, _BINS) + 1).astype(int))[:-1]
-  for axes, place, one in zip(panels[1:], places, np.asarray(on_tokens(weights)), strict=True):
-    binned = np.add.reduceat(one, edges, axis=1)
+  for axes, place, head_map in zip(panels[1:], places, np.asarray(on_tokens(weights)), strict=True):
+    binned = np.add.reduceat(head_map, edges, axis=1)
     _heat(axes, visible(binned), heads, extent=(0, seconds, len(heads) - 0.5, -0.5))
     at = place / audio.SAMPLE_RATE
     for marked in (axes, panels[0]):

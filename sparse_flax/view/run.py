@@ -70,7 +70,7 @@ def facts(
   named = [
     entry if isinstance(entry, str) else " / ".join(entry) for entry in model.attention_layers
   ]
-  found = [
+  entries = [
     ("data", f"{config.data.name} ({model.modality})"),
     ("step", f"{step:,}"),
     ("parameters", f"{sum(x.size for x in jax.tree.leaves(params)):,}"),
@@ -86,5 +86,5 @@ def facts(
       line[field] for line in lines if line["step"] == step and charts.is_number(line.get(field))
     ]
     if scores:
-      found.append((f"{split} score", f"{scores[-1]:.3f} {unit}"))
-  return found
+      entries.append((f"{split} score", f"{scores[-1]:.3f} {unit}"))
+  return entries

@@ -58,6 +58,7 @@ def imports_between_rooms(package: str) -> list[tuple[str, str]]:
 
 
 def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
+  """Functions and methods, and what is defined inside of them, with their names."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
       yield f"{path.relative_to(ROOT)}:{node.name}", node
@@ -74,13 +75,6 @@ def is_annotated(node: ast.FunctionDef) -> bool:
   named = [x for x in named if x.arg not in ("self", "cls")]
   returns = node.returns is not None or node.name == "__init__"
   return returns and all(x.annotation for x in named)
-
-
-def top_level_functions(path: Path) -> Iterator[ast.FunctionDef]:
-  """Functions and methods; not what is defined inside of them."""
-  for node in ast.parse(path.read_text()).body:
-    body = node.body if isinstance(node, ast.ClassDef) else [node]
-    yield from (x for x in body if isinstance(x, ast.FunctionDef))
 
 
 def comment_share(paths: list[Path]) -> float:
@@ -143,7 +137,7 @@ def main() -> None:
   print(f"functions above 100 lines: {len(long)}")
   for lines, name in reversed(long):
     print(f"    {lines} {name}")
-  kernels = [node for path in files("pallas_kernels") for node in top_level_functions(path)]
+  kernels = [node for path in files("pallas_kernels") for _, node in functions(path)]
   share = sum(map(is_annotated, kernels)) / len(kernels)
   print(f"fully annotated functions in pallas_kernels: {share:.0%} of {len(kernels)}")
   between = types_between_call_and_kernel()

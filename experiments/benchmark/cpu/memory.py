@@ -68,11 +68,11 @@ def run(out: pathlib.Path) -> None:
   print(__doc__, flush=True)
   published = []
   for what, n, stored, recomputed in PUBLISHED:
-    for how, size, seen in (
+    for kind, size, seen in (
       ("stored", stored_bytes(n), stored),
       ("recomputed", recomputed_bytes(n), recomputed),
     ):
-      cell = dict(input=what, seq_len=n, how=how, formula_bytes=size, published_gb=seen)
+      cell = dict(input=what, seq_len=n, how=kind, formula_bytes=size, published_gb=seen)
       published.append(cell)
   table = [
     (c["input"], f"{c['seq_len']:,}", c["how"], f"{c['formula_bytes']:,}",

@@ -100,8 +100,8 @@ def build(shape: timing.Shape, pattern: str, implementation: str, direction: str
   if implementation in PEERS:
     attend = PEERS[implementation][1](shape)
   else:
-    how = dict(pattern=PATTERNS[pattern](shape), implementation=implementation)
-    attend = functools.partial(sparse_attention, **how)
+    options = dict(pattern=PATTERNS[pattern](shape), implementation=implementation)
+    attend = functools.partial(sparse_attention, **options)
   wrap = {"fwd": timing.forward_alone, "fwdbwd": timing.with_gradients}[direction]
   return wrap(attend), shape.arrays
 
@@ -116,12 +116,12 @@ def cost(pattern: str, implementation: str, direction: str) -> float:
 
 def cases(pattern_names: list[str]) -> list[tuple[str, str, str]]:
   """(pattern, implementation, direction) of one shape, ours beside the peers."""
-  found = []
+  keys = []
   for pattern in dict.fromkeys((*pattern_names, "dense")):  # the roofline needs the dense rate
     names = [peer for peer, (computed, _) in PEERS.items() if computed == pattern]
     names += [OURS] if pattern in pattern_names else []
-    found += [(pattern, name, direction) for direction in DIRECTIONS for name in names]
-  return found
+    keys += [(pattern, name, direction) for direction in DIRECTIONS for name in names]
+  return keys
 
 
 def measure(shapes: dict[str, timing.Shape], pattern_names: list[str]):
@@ -141,14 +141,14 @@ def measure(shapes: dict[str, timing.Shape], pattern_names: list[str]):
       rates[key[1]] = round(2 * COPY_BYTES / copy.ms / 1e6, 1)
     progress = timing.Progress(len(jobs))
     for key in jobs:
-      found = measured(key)
+      result = measured(key)
       row = dict(zip(("shape", "pattern", "implementation", "direction"), key, strict=True))
-      if found.error:
-        row |= dict(ms=None, error=found.error)
+      if result.error:
+        row |= dict(ms=None, error=result.error)
       else:
-        row |= dict(ms=round(found.ms, 5), kernels=list(found.kernels))
+        row |= dict(ms=round(result.ms, 5), kernels=list(result.kernels))
       rows.append(row)
-      progress(*key, found.error or f"{row['ms']} ms")
+      progress(*key, result.error or f"{row['ms']} ms")
   return rates, rows
 
 
@@ -186,10 +186,10 @@ def summarize(rows: list[dict]) -> list[dict]:
     key = row["pattern"], row["implementation"], row["direction"]
     groups.setdefault(key, []).append((row.get("fraction"), row["shape"]))
   result = []
-  for (pattern, implementation, direction), found in groups.items():
+  for (pattern, implementation, direction), pairs in groups.items():
     entry = dict(pattern=pattern, implementation=implementation, direction=direction)
-    known = [pair for pair in found if pair[0]]
-    entry |= dict(shapes=len(known), failed=len(found) - len(known))
+    known = [pair for pair in pairs if pair[0]]
+    entry |= dict(shapes=len(known), failed=len(pairs) - len(known))
     if known:
       mean = math.exp(sum(math.log(fraction) for fraction, _ in known) / len(known))
       least, where = min(known)

@@ -164,8 +164,8 @@ def work_of(shape: Shape, pattern: str, density: float | None) -> Work:
   T, nq = shape.T, shape.T // BLOCK
   half = lambda n: n * (n + 1) // 2
   if pattern in FORMULAS:
-    one = FORMULAS[pattern]
-    visited, pairs = blocks.blocks_of(one, T, T, BLOCK, BLOCK).some.sum(), one.num_pairs(T)
+    formula = FORMULAS[pattern]
+    visited, pairs = blocks.blocks_of(formula, T, T, BLOCK, BLOCK).some.sum(), formula.num_pairs(T)
   elif pattern == "documents":
     ids = documents(T)
     begins = np.searchsorted(ids, ids[::BLOCK])  # of the documents that blocks begin in
@@ -207,11 +207,11 @@ def build(shape: Shape, pattern: str, density: float | None, implementation: str
 
 def cases(shape_names: list[str], kinds: list[str]) -> list[Case]:
   """Of the chosen kinds on the chosen shapes, after cuDNN's dense runs on those that have any."""
-  found = []
+  chosen = []
 
   def add(kind, shape, pattern, density=None, by=OURS, directions=attention.DIRECTIONS):
     if kind in kinds and shape in shape_names:
-      found.extend(Case(shape, pattern, density, by, direction) for direction in directions)
+      chosen.extend(Case(shape, pattern, density, by, direction) for direction in directions)
 
   for shape in RANDOM_SHAPES:
     for density in DENSITIES:
@@ -223,8 +223,8 @@ def cases(shape_names: list[str], kinds: list[str]) -> list[Case]:
   add("documents", "d128_t32768", "documents")
   add("gqa", "d128_t32768_gqa", "random_gqa", 1 / 8)
   add("memory", "d128_t131072", "random", 1 / 16, directions=("fwdbwd",))
-  dense = dict.fromkeys((case.shape, case.direction) for case in found)
-  return [Case(shape, "dense", None, "cudnn", way) for shape, way in dense] + found
+  dense = dict.fromkeys((case.shape, case.direction) for case in chosen)
+  return [Case(shape, "dense", None, "cudnn", way) for shape, way in dense] + chosen
 
 
 def cost(case: Case) -> float:
@@ -259,18 +259,18 @@ def measure(wanted: list[Case]) -> list[dict]:
     progress = timing.Progress(ROUNDS * len(jobs))
     for _ in range(ROUNDS):
       for case, row in zip(wanted, rows, strict=True):
-        found = measured(case)
-        times[case].append(found.ms)
-        if found.error:
-          row |= dict(ms=None, error=found.error)
+        result = measured(case)
+        times[case].append(result.ms)
+        if result.error:
+          row |= dict(ms=None, error=result.error)
         else:
-          row |= dict(**found.bytes, kernels=list(found.kernels))
-        progress(*case, found.error or f"{found.ms:.5f} ms")
+          row |= dict(**result.bytes, kernels=list(result.kernels))
+        progress(*case, result.error or f"{result.ms:.5f} ms")
   for case, row in zip(wanted, rows, strict=True):
     if "error" not in row:
       ms = statistics.median(times[case])
       work = row["pairs"] * attention.FLOPS[case.direction] * row["head_dim"]
-      row |= dict(ms=round(ms, 5), all_ms=[round(one, 5) for one in times[case]])
+      row |= dict(ms=round(ms, 5), all_ms=[round(each, 5) for each in times[case]])
       row |= dict(tflops=round(work / ms / 1e9, 1), tokens_per_s=round(row["seq_len"] / ms * 1e3))
   return rows
 
@@ -350,7 +350,7 @@ def host_cost(pattern: patterns.Pattern, T: int) -> dict:
   def both_ways():
     blocks.blocks_of.cache_clear()
     make = lists.by_queries.__wrapped__, lists.by_keys.__wrapped__
-    return [one(pattern, problem, with_bits=False) for one in make]
+    return [lower(pattern, problem, with_bits=False) for lower in make]
 
   start = time.perf_counter()
   of_queries, _ = both_ways()
@@ -386,7 +386,10 @@ def print_tables(rows: list[dict], host: list[dict], crossover: list[dict]) -> N
     report.print_table((*header, *ratios), table)
   if crossover:
     print("\nthe highest density at which random layouts are faster than cuDNN's dense attention")
-    table = [(one["shape"], one["direction"], show(one["density"], 4)) for one in crossover]
+    table = [
+      (crossing["shape"], crossing["direction"], show(crossing["density"], 4))
+      for crossing in crossover
+    ]
     report.print_table(("shape", "direction", "density"), table)
   if host:
     print("\nlists of blocks, both ways, on the host")

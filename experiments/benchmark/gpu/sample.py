@@ -85,8 +85,8 @@ def measure(name: str, rate: float, *, sparse: bool, implementation: str) -> dic
     caches = nnx.merge(graph, params).init_cache(batch, sparse=sparse)
     return params, (jnp.zeros(batch, jnp.uint8), caches)
 
-  how = dict(temperature=1.0, top_k=None, top_p=1.0, implementation=implementation)
-  run = jax.jit(functools.partial(sample.run_steps, graph, **how), donate_argnums=1)
+  options = dict(temperature=1.0, top_k=None, top_p=1.0, implementation=implementation)
+  run = jax.jit(functools.partial(sample.run_steps, graph, **options), donate_argnums=1)
   params, carry = start(jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), batch)
   known, lengths = jnp.zeros((batch, STEPS), jnp.uint8), jnp.zeros(batch, jnp.int32)

@@ -360,8 +360,8 @@ class Workers:
   def _begin(self, share: int, again: Hashable = None) -> None:
     """A process for what is yet to be measured of a share, and for `again`."""
     done = (self.measured | set(self.errors)) - {again}
-    mine = (key for key in self.jobs if self.share_of[key] == share and key not in done)
-    if jobs := {key: self.jobs[key] for key in mine}:
+    unfinished = (key for key in self.jobs if self.share_of[key] == share and key not in done)
+    if jobs := {key: self.jobs[key] for key in unfinished}:
       self.workers[share] = Worker(jobs)
 
   def _compile(self, share: int, again: Hashable = None) -> None:
@@ -370,8 +370,8 @@ class Workers:
       worker = self.workers[share]
       waiting = lost = list(worker.jobs)  # all are lost if it does not even begin
       try:
-        if (found := worker.answer(START_SECONDS)) != jax.default_backend():
-          raise Died(f"JAX runs on {found!r} there, not on {jax.default_backend()!r}")
+        if (backend := worker.answer(START_SECONDS)) != jax.default_backend():
+          raise Died(f"JAX runs on {backend!r} there, not on {jax.default_backend()!r}")
         while waiting:
           lost = waiting[:1]
           key, error = worker.answer(COMPILE_SECONDS)

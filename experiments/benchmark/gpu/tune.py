@@ -63,13 +63,13 @@ def candidates(
   kind: str, shape: timing.Shape, direction: tuning.Direction
 ) -> list[tuning.BlockSizes]:
   """Sizes worth a try, each different from the default and from the others for the kernel."""
-  found, known = [], [effective(kind, shape, direction, None)]
+  distinct, known = [], [effective(kind, shape, direction, None)]
   for candidate in _wishes(kind, shape, direction):
     cut = effective(kind, shape, direction, candidate)
     if cut not in known:
-      found.append(candidate)
+      distinct.append(candidate)
       known.append(cut)
-  return found[:4] if kind == "dense" else found
+  return distinct[:4] if kind == "dense" else distinct
 
 
 def _wishes(kind: str, shape: timing.Shape, direction: tuning.Direction) -> list[tuning.BlockSizes]:
@@ -101,7 +101,7 @@ def _near_default(kind, shape: timing.Shape, direction) -> list[tuning.BlockSize
   step, stages, warpgroups = default.step, default.stages, default.warpgroups
   other = 192 - step  # of 64 and 128
   in_others = stages * step // other
-  found = [
+  wishes = [
     tuning.BlockSizes(TILE * warpgroups, step, stages + 1, warpgroups),
     tuning.BlockSizes(TILE * warpgroups, other, in_others, warpgroups),
     tuning.BlockSizes(TILE * (warpgroups - 1), step, stages, warpgroups - 1),
@@ -113,7 +113,7 @@ def _near_default(kind, shape: timing.Shape, direction) -> list[tuning.BlockSize
   own = default.held + 1 if direction == "fwd" else 3 * default.held
   shared = lambda s: 2 * shape.D * (own * s.block_q + 2 * s.stages * s.block_k)
   return [
-    s for s in found
+    s for s in wishes
     if s.stages >= 2 and 1 <= s.warpgroups <= 3 and shared(s) <= sizes.SHARED_BYTES
   ]  # fmt: skip
 
@@ -123,11 +123,11 @@ def _near_default(kind, shape: timing.Shape, direction) -> list[tuning.BlockSize
 
 def build(kind: str, shape: timing.Shape, direction: tuning.Direction, candidate):
   """What is timed, with these sizes. Dense returns its log-sum-exp: without it, it is cuDNN's."""
-  how = dict(pattern=attention.PATTERNS[kind](shape), implementation=attention.OURS)
+  options = dict(pattern=attention.PATTERNS[kind](shape), implementation=attention.OURS)
   if kind == "dense":
-    attend = lambda q, k, v: sparse_attention(q, k, v, return_lse=True, **how)[0]
+    attend = lambda q, k, v: sparse_attention(q, k, v, return_lse=True, **options)[0]
   else:
-    attend = functools.partial(sparse_attention, **how)
+    attend = functools.partial(sparse_attention, **options)
   wrap = {"fwd": timing.forward_alone, "bwd": timing.with_gradients}[direction]
 
   def function(*arrays):
@@ -183,12 +183,12 @@ def tune(case: tuple, shape: timing.Shape, tried: list, measured, progress) -> l
   def attempt(candidate) -> tuple[float | None, str | None]:
     """ms or error. The truth is the default's result, or the first one's that works."""
     nonlocal truth
-    found = measured((*case, candidate))
-    error = found.error or _wrong(found.seen, truth or found.seen)
+    result = measured((*case, candidate))
+    error = result.error or _wrong(result.seen, truth or result.seen)
     if error:  # not every size is one that a kernel can have
       return None, error
-    truth = truth or found.seen
-    return round(found.ms, 5), None
+    truth = truth or result.seen
+    return round(result.ms, 5), None
 
   for candidate in tried:
     ms, error = attempt(candidate)
@@ -265,10 +265,10 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   with timing.measuring(jobs) as measured:
     progress = timing.Progress(len(jobs))
     for case in cases:
-      found = tune(case, timing.SHAPES[case[1]], tried[case], measured, progress)
-      rows += found
+      new_rows = tune(case, timing.SHAPES[case[1]], tried[case], measured, progress)
+      rows += new_rows
       # After every case: what was measured is kept, whatever comes.
-      table = update(table, found)
+      table = update(table, new_rows)
       tuning.write(table)
   table = [
     (f"{row['kind']} {row['shape']}", row["direction"], row["ms"], _words(row["sizes"]),

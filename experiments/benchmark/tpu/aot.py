@@ -53,16 +53,16 @@ def compile_jobs(*names: str, timeout: float = 3_600) -> list[dict]:
     steps = all(name.startswith("step") for name in names)
     environment = os.environ | compiler_lib.environment(None if steps else folder)
     command = [sys.executable, "-m", "experiments.benchmark.tpu.jobs", *names]
-    how = dict(capture_output=True, text=True, env=environment, timeout=timeout)
+    options = dict(capture_output=True, text=True, env=environment, timeout=timeout)
     try:
-      done = subprocess.run(command, **how)
+      done = subprocess.run(command, **options)
       output, error = done.stdout, done.stderr.strip()[-2_000:]
     except subprocess.TimeoutExpired as late:
       output, error = (late.stdout or b"").decode(), f"not done after {timeout:.0f} s"
   for line in output.splitlines():
     if line.startswith("{"):
-      found = json.loads(line)
-      rows += [dict(job=found["job"]) | row for row in found["rows"]]
+      answer = json.loads(line)
+      rows += [dict(job=answer["job"]) | row for row in answer["rows"]]
   missing = [name for name in names if name not in {row["job"] for row in rows}]
   return [*rows, *(dict(job=name, error=error) for name in missing[:1])]
 
@@ -76,10 +76,10 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   names = [name for name in jobs() if not only or any(part in name for part in only)]
   rows, workers = [], os.cpu_count() or 2
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    for n, found in enumerate(pool.map(compile_jobs, names), 1):
-      rows += found
-      error = found[-1].get("error", "")[-300:]
-      print(f"  {n} of {len(names)}: {found[0]['job']} {error}", flush=True)
+    for n, compiled in enumerate(pool.map(compile_jobs, names), 1):
+      rows += compiled
+      error = compiled[-1].get("error", "")[-300:]
+      print(f"  {n} of {len(names)}: {compiled[0]['job']} {error}", flush=True)
   kernels = [
     (
       f"{row['chip']} {row.get('case') or 'splash ' + row['mask']} {row.get('direction', '')}",

@@ -61,8 +61,8 @@ def libtpu_path() -> str | None:
 
 def libtpu_version() -> str:
   """Of libtpu, from what is installed beside it."""
-  found = pathlib.Path(libtpu_path() or "").parent.parent.glob("libtpu-*.dist-info")
-  return next((x.name.removesuffix(".dist-info") for x in found), "unknown")
+  folders = pathlib.Path(libtpu_path() or "").parent.parent.glob("libtpu-*.dist-info")
+  return next((x.name.removesuffix(".dist-info") for x in folders), "unknown")
 
 
 def environment(folder: str | None) -> dict[str, str]:
@@ -96,8 +96,8 @@ class Program:
 
   def __init__(self, function: Callable, arguments: tuple, mesh: jax.sharding.Mesh, **options):
     """Compiles `function` of arguments that are ShapeDtypeStructs for the devices of a mesh."""
-    found = re.search(r"--xla_jf_dump_to=(\S+)", os.environ["LIBTPU_INIT_ARGS"])
-    folder = found.group(1) if found else None
+    match = re.search(r"--xla_jf_dump_to=(\S+)", os.environ["LIBTPU_INIT_ARGS"])
+    folder = match.group(1) if match else None
     for old in glob.glob(f"{folder}/*"):
       os.remove(old)
     with jax.set_mesh(mesh):
@@ -126,8 +126,8 @@ class Program:
   def vmem(self, kernel: str) -> int:
     """Bytes of the kernel's own memory, its windows and what is spilled among them."""
     text = self._notes[kernel][1]
-    found = re.findall(r"^ *#allocation\d+ \[.*space=vmem, size = (0x[0-9a-f]+)", text, re.M)
-    return sum(int(size, 16) for size in found)
+    sizes = re.findall(r"^ *#allocation\d+ \[.*space=vmem, size = (0x[0-9a-f]+)", text, re.M)
+    return sum(int(size, 16) for size in sizes)
 
   def bundles(self, kernel: str, num_parts: int) -> tuple[int, list[int]]:
     """Of the whole kernel, and of its last `num_parts` parts that are run on a condition.
@@ -138,8 +138,8 @@ class Program:
     first = next(n for n, line in enumerate(lines) if re.match(r" *0 ", line))
     jumps = []
     for n, line in enumerate(lines[first:]):
-      if found := re.search(r"sbr\.rel \((!?%p\w+)\) target", line):
-        jumps.append((n, found.group(1)))
+      if jump := re.search(r"sbr\.rel \((!?%p\w+)\) target", line):
+        jumps.append((n, jump.group(1)))
     parts = [(b[0] - a[0], a[1]) for a, b in itertools.pairwise(jumps)]
     while parts and parts[-1][1].startswith("!"):
       parts.pop()  # the loop's end, and copies to and from memory
@@ -153,23 +153,23 @@ class Program:
 
     Copies that keep the order (between memories) are none; relayouts inside fusions are.
     """
-    found = []
+    moved = []
     for line in self.hlo.splitlines():
       match = re.match(r"\s*(?:ROOT )?%\S+ = (\S+?)\[([\d,]*)\](\{\S*\})? ([\w-]+)\((.*)", line)
       if not match or match.group(4) not in _MOVES:
         continue
-      dtype, shape, layout, name, rest = match.groups()
-      if (dims := re.search(r"dimensions=\{([\d,]*)\}", rest)) and _is_sorted(dims.group(1)):
+      dtype, shape, layout, name, operands = match.groups()
+      if (dims := re.search(r"dimensions=\{([\d,]*)\}", operands)) and _is_sorted(dims.group(1)):
         continue
       if math.prod(int(n) for n in shape.split(",") if n) < least:
         continue
       order = lambda text: re.sub(r"S\(\d\)", "", text or "")
-      source = re.search(r"%[\w.-]+", rest)
+      source = re.search(r"%[\w.-]+", operands)
       other = source and self._type_of(source.group())
       if name == "copy" and other and order(other) == order(f"{dtype}[{shape}]{layout}"):
         continue
-      found.append(f"{name} {dtype}[{shape}]")
-    return found
+      moved.append(f"{name} {dtype}[{shape}]")
+    return moved
 
   def _type_of(self, value: str) -> str | None:
     match = re.search(rf"{re.escape(value)} = (\S+)", self.hlo)
@@ -212,7 +212,7 @@ class Launch(NamedTuple):
 
 def launches(jaxpr: Any) -> list[Launch]:
   """The kernels of one device's program, whose scalars have to be constants."""
-  found = []
+  calls = []
 
   def run(jaxpr, consts, inputs):
     known = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -222,7 +222,7 @@ def launches(jaxpr: Any) -> list[Launch]:
       values = [value(x) for x in eqn.invars]
       inner = next((eqn.params[x] for x in ("jaxpr", "call_jaxpr") if x in eqn.params), None)
       if eqn.primitive.name == "pallas_call":
-        found.append(_launch(eqn.params, values))
+        calls.append(_launch(eqn.params, values))
         results = [None] * len(eqn.outvars)
       elif inner is not None and hasattr(inner, "consts"):
         results = run(inner.jaxpr, inner.consts, values[: len(inner.jaxpr.invars)])
@@ -237,7 +237,7 @@ def launches(jaxpr: Any) -> list[Launch]:
     return [value(x) for x in jaxpr.outvars]
 
   run(jaxpr.jaxpr, jaxpr.consts, [None] * len(jaxpr.jaxpr.invars))
-  return found
+  return calls
 
 
 def _launch(params: dict, values: list) -> Launch:

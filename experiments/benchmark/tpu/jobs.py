@@ -90,21 +90,21 @@ def kernels(chip: str, name: str) -> list[dict]:
   """Forward, and forward with backward, of a call on one device; a row for every kernel."""
   case = CASES[name]
   mesh = mesh_of(compiler.devices(compiler.CHIPS[chip].topology)[:1])
-  one = lambda *shape, dtype=case.dtype: jax.ShapeDtypeStruct(
+  array = lambda *shape, dtype=case.dtype: jax.ShapeDtypeStruct(
     shape, dtype, sharding=sharding.replicated(mesh)
   )
   Dv = case.Dv or case.D
-  q, k = (one(1, case.T, heads, case.D) for heads in (case.H, case.Hkv))
-  v, dout = (one(1, case.T, heads, Dv) for heads in (case.Hkv, case.H))
+  q, k = (array(1, case.T, heads, case.D) for heads in (case.H, case.Hkv))
+  v, dout = (array(1, case.T, heads, Dv) for heads in (case.Hkv, case.H))
   masks = {}
   if case.segments:
-    masks["segment_ids"] = one(1, case.T, dtype=jnp.int32)
+    masks["segment_ids"] = array(1, case.T, dtype=jnp.int32)
   if case.masks:
-    masks["block_mask"] = one(1, case.H, case.T // 128, case.T // 128, dtype=bool)
+    masks["block_mask"] = array(1, case.H, case.T // 128, case.T // 128, dtype=bool)
 
   def attend(q, k, v, masks):
-    how = dict(pattern=case.pattern, logits_soft_cap=case.soft_cap)
-    return sparse_attention(q, k, v, **how, **masks)
+    options = dict(pattern=case.pattern, logits_soft_cap=case.soft_cap)
+    return sparse_attention(q, k, v, **options, **masks)
 
   def both(q, k, v, dout, masks):
     out, vjp = jax.vjp(lambda *x: attend(*x, masks), q, k, v)
@@ -127,27 +127,29 @@ def kernels(chip: str, name: str) -> list[dict]:
       hbm_need=program.hbm_need(),
       compile_seconds=round(seconds, 1),
     )
-    found = [] if masks else compiler.launches(program.jaxpr)
+    launches = [] if masks else compiler.launches(program.jaxpr)
     arrays = (2 if direction is attend else 6) * case.T * case.H * (case.D + Dv)
-    if found:
-      about["hbm_bytes"] = sum(x.bytes for x in found) + program.other_bytes()
+    if launches:
+      about["hbm_bytes"] = sum(x.bytes for x in launches) + program.other_bytes()
       about["hbm_bytes_of_arrays"] = arrays * jnp.dtype(case.dtype).itemsize
     names = program.kernels("attention_")
-    rows.append(about | dict(kernels=[_kernel(program, x, found) for x in names]))
+    rows.append(about | dict(kernels=[_kernel(program, x, launches) for x in names]))
   return rows
 
 
-def _kernel(program: compiler.Program, name: str, found: list[compiler.Launch]) -> dict:
+def _kernel(program: compiler.Program, name: str, launches: list[compiler.Launch]) -> dict:
   """Bundles and memory of a kernel, and its steps where they are constants and its own."""
   whole, _ = program.bundles(name, 0)
   row = dict(kernel=name.partition(".")[0], bundles=whole, vmem_bytes=program.vmem(name))
-  mine = [x for x in found if x.name == row["kernel"]]
-  if len(mine) != 1:
+  matching = [x for x in launches if x.name == row["kernel"]]
+  if len(matching) != 1:
     return row
-  flags = mine[0].scalars[1]
-  count = lambda flag: int((flags & flag != 0).sum()) * mine[0].grid[0] * mine[0].grid[1]
-  row |= dict(grid=mine[0].grid, visited=count(steps.FULL | steps.PARTIAL), windows=mine[0].bytes)
-  heads, kinds = _heads(mine[0]), [kind for kind in (steps.FULL, steps.PARTIAL) if count(kind)]
+  flags = matching[0].scalars[1]
+  count = lambda flag: int((flags & flag != 0).sum()) * matching[0].grid[0] * matching[0].grid[1]
+  row |= dict(
+    grid=matching[0].grid, visited=count(steps.FULL | steps.PARTIAL), windows=matching[0].bytes
+  )
+  heads, kinds = _heads(matching[0]), [kind for kind in (steps.FULL, steps.PARTIAL) if count(kind)]
   bodies = 1  # neighbours of one condition are one part
   if len(kinds) == 2:
     bodies = 2 * -(-heads // max(INTERLEAVED, heads // 4))  # two of 8 sublanes, at least
@@ -159,8 +161,8 @@ def _kernel(program: compiler.Program, name: str, found: list[compiler.Launch]) 
   of_kind = {kind: sum(bodies[n :: len(kinds)]) for n, kind in enumerate(kinds)}
   full, masked = (of_kind.get(kind, 0) for kind in (steps.FULL, steps.PARTIAL))
   issued = (
-    (whole - once - store - first - last - full - masked) * int(np.prod(mine[0].grid))
-    + once * mine[0].grid[0] * mine[0].grid[1]
+    (whole - once - store - first - last - full - masked) * int(np.prod(matching[0].grid))
+    + once * matching[0].grid[0] * matching[0].grid[1]
     + first * count(steps.FIRST)
     + last * count(steps.LAST)
     + store * count(steps.STORE)
@@ -178,8 +180,8 @@ def _kernel(program: compiler.Program, name: str, found: list[compiler.Launch]) 
 
 def _heads(launch: compiler.Launch) -> int:
   """Heads of a step: rows of the log-sum-exps' block."""
-  found = [shape for shape in launch.blocks if len(shape) == 4 and shape[:2] == (1, 1)]
-  return found[0][2]
+  tiles = [shape for shape in launch.blocks if len(shape) == 4 and shape[:2] == (1, 1)]
+  return tiles[0][2]
 
 
 def splash_attention(chip: str, mask: str, block: str) -> list[dict]:
@@ -210,10 +212,10 @@ def splash_attention(chip: str, mask: str, block: str) -> list[dict]:
   kernels = []
   for name in program.kernels("splash_mha"):
     whole, (first, body, last) = program.bundles(name, 3)
-    found = next(x for x in compiler.launches(program.jaxpr) if x.name == name.partition(".")[0])
-    grid_steps, lines = int(np.prod(found.grid)) // H, T // size
-    rest = whole - first - body - last
-    issued = rest * grid_steps + (first + last) * lines + body * int(some.sum())
+    launch = next(x for x in compiler.launches(program.jaxpr) if x.name == name.partition(".")[0])
+    grid_steps, lines = int(np.prod(launch.grid)) // H, T // size
+    between = whole - first - body - last
+    issued = between * grid_steps + (first + last) * lines + body * int(some.sum())
     kernels.append(
       dict(
         kernel=name.partition(".")[0],
@@ -240,8 +242,8 @@ def step(chip: str, name: str, devices: str) -> list[dict]:
   shape = (BODIES[name] * mesh.size, config.model.seq_len)
   tokens = put(jax.ShapeDtypeStruct(shape, jnp.uint8), sharding.by_batch(mesh))
   start = time.monotonic()
-  how = dict(donate_argnums=0, out_shardings=everywhere)
-  program = compiler.Program(one_step, (state, tokens, put(key)), mesh, **how)
+  options = dict(donate_argnums=0, out_shardings=everywhere)
+  program = compiler.Program(one_step, (state, tokens, put(key)), mesh, **options)
   row = dict(
     chip=chip,
     config=name,

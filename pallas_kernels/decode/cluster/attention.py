@@ -293,7 +293,7 @@ class _Round:
     on, frame, pitch = self.on, self.frame, self.pitch
     Dv, warps = frame.sizes.Dv, range(self.sharing)
 
-    def join_pair(number):
+    def join_pair(number) -> None:
       job, pair = number // (Dv // 2), number % (Dv // 2)
       start = on.base + frame.memory.parts + job * (self.sharing * pitch)
       two = lambda address: [on.as_float(x) for x in on.load(address, 2)]
@@ -320,7 +320,7 @@ class _Round:
     vectors = s.Dv // 8
     total = len(self.jobs) * vectors
 
-    def push(number):
+    def push(number) -> None:
       # Each begins with itself, as in `product.push_to_all`.
       rank, vector = (number // total + on.rank) % s.C, number % total
       job = vector // vectors + self.jobs.start
@@ -342,7 +342,7 @@ def _store_row(
   of_key, of_value = (s.Dk, s.Dk * 2), (s.Dv, s.Dk * 4)  # width, and where it lies in a job's qkv
   for (width, offset), table in zip((of_key, of_value), tables, strict=True):
 
-    def store(number, width=width, offset=offset, table=table):
+    def store(number, width=width, offset=offset, table=table) -> None:
       job, vector = number // (width // 8), number % (width // 8)
       b, h, _ = frame.job(on, job)
       words = on.load(

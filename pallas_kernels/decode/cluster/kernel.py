@@ -177,7 +177,7 @@ class Step(machine.Kernel):
     s = self.sizes
     vectors = s.E // 8
 
-    def read(number):
+    def read(number) -> None:
       r, vector = number // vectors, number % vectors
       words = on.load_global(frames.X, self.frame.sequence(on, r), s.E * 2, vector * 16, 4)
       at = on.base + self.frame.memory.x[0] + r * shared.pitch(s.E) + vector * 16
@@ -191,7 +191,7 @@ class Step(machine.Kernel):
     n = s.E // s.C
     vectors = n // 8
 
-    def write(number):
+    def write(number) -> None:
       r, vector = number // vectors, number % vectors
       offset = on.rank * (n * 2) + vector * 16
       words = on.load(on.base + self.frame.memory.x[0] + r * shared.pitch(s.E) + offset, 4)

@@ -172,7 +172,7 @@ class Product:
     s, memory, n = frame.sizes, frame.memory, matrix.n
     next_header = iter(headers)
 
-    def finish_pair(pair):
+    def finish_pair(pair) -> None:
       header = next(next_header)
       r, f = pair // (n // 2), pair % (n // 2) * 2
       # Always in the order of the warps: a row's result does not depend on what is beside it.
@@ -215,7 +215,7 @@ def push_to_all(
   n = frame.matrices[name].n
   vectors = s.R * n // 8
 
-  def push(number):
+  def push(number) -> None:
     # Each thread block begins with itself: else all would push to the same at the same time.
     rank, vector = (number // vectors + on.rank) % s.C, number % vectors
     r, f = vector // (n // 8), vector % (n // 8) * 8
@@ -231,7 +231,7 @@ def push_to_jobs(frame: Frame, on: Machine) -> None:
   s = frame.sizes
   n = frame.matrices["qkv"].n
 
-  def push(vector):
+  def push(vector) -> None:
     r, f = vector // (n // 8), vector % (n // 8) * 8 + on.rank * n
     job = f // s.head_width * s.R + r
     words = on.load(on.base + frame.memory.staged + vector * machine.PUSH_BYTES, 4)

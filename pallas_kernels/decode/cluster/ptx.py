@@ -359,7 +359,7 @@ def launch(
     The outputs, then the inouts.
   """
 
-  def body(ctx, *args):
+  def body(ctx, *args) -> None:
     del ctx
     # Inputs, inouts, outputs, then scratch memory.
     *tables, shared = args

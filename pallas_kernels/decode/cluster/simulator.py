@@ -279,7 +279,7 @@ def simulate(
   for number in range(clusters):
     memory = Memory(tables, blocks=cluster, num_bytes=kernel.smem)
 
-    def run(rank, computes, memory=memory, number=number):
+    def run(rank, computes, memory=memory, number=number) -> None:
       try:
         fetching = range(kernel.threads, kernel.threads + 1)
         threads = range(kernel.threads) if computes else fetching

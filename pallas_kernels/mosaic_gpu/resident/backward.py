@@ -19,6 +19,10 @@ block that owns all of a very short sequence keeps dS^T of every pair in shared 
 step 4 is in two halves with a barrier ("ds_full") between them: 5 products.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,8 +33,10 @@ from jaxtyping import Int
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
+from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.resident import tiles
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
@@ -50,7 +56,7 @@ def backward(
   dout: Float[Array, "B T Hg Dv"],
   dlse: Float[Array, "B Hg R Mp"] | None,
   delta: Float[Array, "B Hg R Mp"] | None,
-  prev: tuple[Array, Array, Array] | None,
+  prev: Sequence[Array] | None,
   *,
   scale: float,
   heads: range | tuple[int, ...],
@@ -103,7 +109,7 @@ def backward(
   return dq, dk, dv, new_delta if delta is None else delta
 
 
-def _scratch(sizes: tiles.Sizes, dtype, adds: bool) -> dict:
+def _scratch(sizes: tiles.Sizes, dtype: jax.typing.DTypeLike, adds: bool) -> dict:
   nt, W, Dk, Dv = sizes.num_tiles, sizes.warpgroups, sizes.Dk, sizes.Dv
   scratch = dict(
     qk_s=gpu.smem(sizes.num_slots, TILE, Dk, dtype=dtype),
@@ -131,7 +137,7 @@ def _scratch(sizes: tiles.Sizes, dtype, adds: bool) -> dict:
 class Gradients(tiles.Tiles):
   """What the warpgroups make of the own tiles."""
 
-  def run(self):
+  def run(self) -> None:
     refs, nt = self.refs, self.sizes.num_tiles
     gpu.when(self.wg == 0)(self.load)
     # All waits come here, a tile at a time: sweeps meet a tile several times, and barriers complete
@@ -158,7 +164,7 @@ class Gradients(tiles.Tiles):
       self.each_own_tile(self.store_gradients)
     gpu.wait_to_gmem(0)
 
-  def each_own_tile(self, body):
+  def each_own_tile(self, body: Callable) -> None:
     """Calls body(tile) for every W-th own tile: those of this warpgroup."""
     W = self.sizes.warpgroups
     if self.sizes.keeps_ds:
@@ -171,7 +177,7 @@ class Gradients(tiles.Tiles):
 
   # ------------------------------------------------------------------------------ gradients
 
-  def mask(self, q_tile, k_tile, query_axis: int, masked: bool):
+  def mask(self, q_tile: Traced, k_tile: Traced, query_axis: int, masked: bool) -> Traced | None:
     """Which pairs of two tiles attend, or None for all; the queries along an axis."""
     mask = None
     if masked:
@@ -183,12 +189,12 @@ class Gradients(tiles.Tiles):
       mask = pairs.both(mask, pairs.tiles_share_segment(self.refs, self.b, self.r, *axes))
     return mask
 
-  def key_gradients(self, own):
+  def key_gradients(self, own: Traced) -> tuple[Traced, Traced]:
     """dk / scale and dv of an own key tile, over the queries from its own tile on."""
     sizes = self.sizes
     k, v = self.slot(self.k_slot(own))
 
-    def step(t, state, masked):
+    def step(t: Traced, state: Any, masked: bool) -> Any:
       dk, dv = state
       q, dout = self.slot(self.q_slot(t))
       ds_s = self.ds(t, own) if sizes.keeps_ds else None
@@ -206,21 +212,22 @@ class Gradients(tiles.Tiles):
     start = gpu.zeros((TILE, sizes.Dk)), gpu.zeros((TILE, sizes.Dv))
     return sweep(own, sizes.num_tiles - own, 1, sizes.num_tiles, sizes.band, step, start)
 
-  def query_gradient(self, own):
+  def query_gradient(self, own: Traced) -> Traced:
     """dq / scale of an own query tile, over the keys up to its own tile."""
     sizes = self.sizes
     start = lambda: gpu.zeros((TILE, sizes.Dk))
     if sizes.keeps_ds:
 
-      def add(t, dq):
+      def add(t: Traced, dq: Traced) -> Traced:
         ds, (k, _) = pairs.transposed(self.ds(own, t)), self.slot(self.k_slot(t))
         return dq + gpu.matmul((ds, k))[0]
 
+      # Without masks: dS^T is 0 where a pair does not attend.
       return lax.fori_loop(0, own + 1 - sizes.band.first(), add, start())
     # By row, outside of the loop: they are this query tile's own, and cost 2 registers each.
     (q, dout), (lse, delta) = self.slot(self.q_slot(own)), self.lse_and_delta(own, ROW)
 
-    def step(t, dq, masked):
+    def step(t: Traced, dq: Traced, masked: bool) -> Any:
       k, v = self.slot(self.k_slot(t))
       mask = self.mask(own, t, 0, masked)
       x, dp = products((q, pairs.transposed(k)), (dout, pairs.transposed(v)))
@@ -233,21 +240,21 @@ class Gradients(tiles.Tiles):
 
   # --------------------------------------------------------------------------------- results
 
-  def store_gradients(self, own):
+  def store_gradients(self, own: Traced) -> None:
     self.store_key_gradients(own)
     self.store_query_gradient(own)
 
-  def store_key_gradients(self, own):
+  def store_key_gradients(self, own: Traced) -> None:
     dk, dv = self.key_gradients(own)
     self.store(dv, self.stage_v, "dv", own)
     self.store(dk * self.sizes.scale, self.stage_k, "dk", own)
     if self.makes_delta:  # every query tile is the own one of one thread block, which says it
       gpu.to_gmem(self.refs["delta_s"].at[self.q_slot(own)], self.rows("new_delta", own))
 
-  def store_query_gradient(self, own):
+  def store_query_gradient(self, own: Traced) -> None:
     self.store(self.query_gradient(own) * self.sizes.scale, self.stage_k, "dq", own)
 
-  def store(self, value, stage, name, t):
+  def store(self, value: Traced, stage: Ref, name: str, t: Traced) -> None:
     """Sends a tile of a gradient on its way, with what `prev` has of it added."""
     refs = self.refs
     gpu.wait_to_gmem(0, wait_read_only=True)  # what was staged here before has left
@@ -262,7 +269,7 @@ class Gradients(tiles.Tiles):
     gpu.to_gmem(stage, self.box(name, self.h, t))
 
 
-def products(*factors):
+def products(*factors: tuple[Ref, Ref]) -> tuple[Traced, ...]:
   """S and dP of a pair of tiles: both in flight together where that leaves enough registers."""
   # S and dP are 32 registers each, beside accumulators of (Dk + Dv) / 2: at 64 + 64 features both
   # fit, at 128 one at a time.
@@ -271,7 +278,9 @@ def products(*factors):
   return tuple(gpu.matmul(pair)[0] for pair in factors)
 
 
-def sweep(own, room, direction: int, num_tiles: int, band: Band, step, state):
+def sweep(
+  own: Traced, room: Traced, direction: int, num_tiles: int, band: Band, step: Callable, state: Any
+) -> Any:
   """Steps over the `room` tiles from `own` on, in a direction; step(tile, state, masked) -> state.
 
   The masked tiles last. That is one tile without a loop where possible: after a second loop ptxas

@@ -13,6 +13,8 @@ its result is staged on its way out.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,10 @@ from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu import softmax
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
+from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
@@ -123,7 +127,7 @@ class Sizes:
     return self.num_tiles * (TILE - self.rows)
 
 
-def _scratch(sizes: Sizes, Dk: int, dtype) -> dict:
+def _scratch(sizes: Sizes, Dk: int, dtype: jax.typing.DTypeLike) -> dict:
   nt, rows, Dv, W = sizes.num_tiles, sizes.rows, sizes.Dv, sizes.warpgroups
   loads = ["q", "k", "v"] + ["prev"] * (sizes.stage == "prev")
   scratch = {f"{name}_full": gpu.Barrier(num_barriers=nt) for name in loads}
@@ -134,9 +138,11 @@ def _scratch(sizes: Sizes, Dk: int, dtype) -> dict:
     v_s=gpu.smem(nt, rows, Dv, dtype=dtype, beside=rows & -rows),
     lse_s=gpu.vector(W, TILE),
   )
+  # The result leaves from where q was, unless sizes differ or `prev` has a place in any case.
   if sizes.stage != "q":
     scratch[f"{sizes.stage}_s"] = gpu.smem(nt, TILE, Dv, dtype=dtype)
   if sizes.padding:
+    # Zeros, for rows of lse that no tile covers.
     scratch |= dict(tail_s=gpu.vector(TILE))
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, rows, dtype=dtype))
@@ -154,7 +160,7 @@ class Sequence:
     self.p_s = refs["p_s"].at[self.wg] if gpu.simulated() else None
     self.valid = gpu.ds(0, sizes.rows)  # the rows of a tile of 64 that exist
 
-  def run(self):
+  def run(self) -> None:
     sizes, W = self.sizes, self.sizes.warpgroups
     # No warpgroup of its own for loads: all copies are started at once, after which it would idle.
     gpu.when(self.wg == 0)(self.load)
@@ -164,16 +170,16 @@ class Sequence:
     gpu.loop(0, sizes.num_tiles // W)(self.attend)
     gpu.wait_to_gmem(0)  # shared memory is another's when the thread block ends
 
-  def box(self, name, head, t):
+  def box(self, name: str, head: Traced, t: Traced) -> Ref:
     rows = self.sizes.rows
     return self.sizes.view.box(self.refs[name], self.b, self.r, head, t * rows, rows)
 
-  def load(self):
+  def load(self) -> None:
     """Starts the copies of all tiles, those of early queries and keys first."""
     refs = self.refs
 
     @gpu.loop(0, self.sizes.num_tiles)
-    def _(t):
+    def _(t: Traced) -> None:
       # k and v of a tile are waited for by all warpgroups, its q and `prev` by one alone.
       full = lambda name: refs[f"{name}_full"].at[t]
       gpu.to_smem(self.box("q", self.head, t), refs["q_s"].at[t, self.valid], full("q"))
@@ -182,10 +188,10 @@ class Sequence:
       if "prev" in refs:
         gpu.to_smem(self.box("prev", self.h, t), refs["prev_s"].at[t, self.valid], full("prev"))
 
-  def fill_tail(self):
+  def fill_tail(self) -> None:
     self.refs["tail_s"][...] = gpu.full((TILE,), 0.0)
 
-  def attend(self, turn):
+  def attend(self, turn: Traced) -> None:
     """Attends with this warpgroup's query tile of a turn, and stores the result."""
     sizes, refs = self.sizes, self.refs
     own = turn * sizes.warpgroups + self.wg
@@ -205,9 +211,9 @@ class Sequence:
       gpu.barrier_wait(refs["prev_full"].at[own])
       state = softmax.resume(refs["prev_s"].at[own], lse, sizes.scale)
 
-    def step(t, state, masked):
+    def step(t: Traced, state: softmax.State, masked: bool) -> softmax.State:
       @gpu.when(t >= waited)
-      def _():
+      def _() -> None:
         gpu.barrier_wait(refs["k_full"].at[t])
         gpu.barrier_wait(refs["v_full"].at[t])
 
@@ -217,10 +223,10 @@ class Sequence:
 
     self.store(own, sweep(own, sizes.num_tiles, sizes.band, sizes.rows, step, state))
 
-  def ids(self, t, size, layout):
+  def ids(self, t: Traced, size: int, layout: Any) -> Traced:
     return pairs.segments(self.refs["ids"], self.b, self.r, t * self.sizes.rows, size, layout)
 
-  def mask(self, own, t, masked: bool, query_ids):
+  def mask(self, own: Traced, t: Traced, masked: bool, query_ids: Traced | None) -> Traced | None:
     """Which pairs of query tile `own` and key tile t attend, or None for all."""
     size, mask = self.sizes.rows, None
     if masked:
@@ -233,7 +239,7 @@ class Sequence:
       mask = pairs.both(mask, pairs.share_segment(query_ids, self.ids(t, size, COLUMN)))
     return mask
 
-  def store(self, own, state):
+  def store(self, own: Traced, state: softmax.State) -> None:
     """Sends out and lse of a query tile on their way."""
     refs, size, nt = self.refs, self.sizes.rows, self.sizes.num_tiles
     stage, lse_s = refs[f"{self.sizes.stage}_s"].at[own], refs["lse_s"].at[self.wg]
@@ -249,7 +255,9 @@ class Sequence:
       gpu.when(own == nt - 1)(lambda: gpu.to_gmem(tail, lse_rows(nt * size, padding)))
 
 
-def sweep(own, num_tiles: int, band: Band, size: int, step, state):
+def sweep(
+  own: Traced, num_tiles: int, band: Band, size: int, step: Callable, state: softmax.State
+) -> softmax.State:
   """All key tiles of query tile `own` of a causal band; masks only where they are needed.
 
   step(t, state, masked) gives the state after key tile t.
@@ -266,7 +274,15 @@ def sweep(own, num_tiles: int, band: Band, size: int, step, state):
   return lax.fori_loop(full, end, functools.partial(step, masked=True), state)
 
 
-def add_keys(state: softmax.State, q, k, v, mask, scale: float, scratch) -> softmax.State:
+def add_keys(
+  state: softmax.State,
+  q: Ref,
+  k: Ref,
+  v: Ref,
+  mask: Traced | None,
+  scale: float,
+  scratch: Ref | None,
+) -> softmax.State:
   """The state after the keys and values of a tile."""
   (x,) = gpu.matmul((q, pairs.transposed(k)))
   # After the products: what a mask compares would else be kept in registers meanwhile.

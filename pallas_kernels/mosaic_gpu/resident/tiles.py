@@ -6,14 +6,17 @@ lies in slot t - begin; the keys come after the queries.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import pairs
+from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.softmax import safe_lse
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
@@ -83,36 +86,37 @@ class Tiles:
 
   # ----------------------------------------------------------------------- where tiles lie
 
-  def box(self, name, head, t):
+  def box(self, name: str, head: Traced, t: Traced) -> Ref:
     return self.sizes.view.box(self.refs[name], self.b, self.r, head, t * TILE)
 
-  def rows(self, name, t):
+  def rows(self, name: str, t: Traced) -> Ref:
     return self.refs[name].at[self.b, self.h, self.r, gpu.ds(t * TILE, TILE)]
 
-  def q_slot(self, t):
+  def q_slot(self, t: Traced) -> Traced:
     return t - self.begin
 
-  def k_slot(self, t):
+  def k_slot(self, t: Traced) -> Traced:
+    # Keys lie behind the queries in the pool.
     return t + self.num_q
 
-  def slot(self, n):
+  def slot(self, n: Traced) -> tuple[Ref, Ref]:
     """q and dout of a slot of queries, k and v of one of keys."""
     return self.refs["qk_s"].at[n], self.refs["dout_v_s"].at[n]
 
-  def ds(self, q_tile, k_tile):
+  def ds(self, q_tile: Traced, k_tile: Traced) -> Ref:
     """The room of dS^T, where it is kept."""
     causal_pairs = lax.div(q_tile * (q_tile + 1), jnp.int32(2))  # of the query tiles before
     return self.refs["ds_s"].at[causal_pairs + k_tile]
 
   # ----------------------------------------------------------------------- loads and delta
 
-  def load(self):
+  def load(self) -> None:
     """Starts the copies of all tiles; out through a room a warpgroup, as `make_delta` goes on."""
     refs = self.refs
 
     # Queries before keys: delta, which is made first, needs no key.
     @gpu.loop(self.begin, self.sizes.num_tiles)
-    def _(t):
+    def _(t: Traced) -> None:
       n = self.q_slot(t)
       full = refs["q_full"].at[n]
       gpu.to_smem(self.box("dout", self.h, t), refs["dout_v_s"].at[n], full)
@@ -125,18 +129,18 @@ class Tiles:
         gpu.to_smem(self.rows("delta", t), refs["delta_s"].at[n], refs["out_full"].at[n])
 
     @gpu.loop(0, self.end)
-    def _(t):
+    def _(t: Traced) -> None:
       n = self.k_slot(t)
       full = refs["k_full"].at[n]
       gpu.to_smem(self.box("k", self.kv_head, t), refs["qk_s"].at[n], full)
       gpu.to_smem(self.box("v", self.kv_head, t), refs["dout_v_s"].at[n], full)
 
-  def load_out(self, t):
+  def load_out(self, t: Traced) -> None:
     n, refs = self.q_slot(t), self.refs
     room = refs["out_s"].at[lax.rem(n, jnp.int32(self.sizes.warpgroups))]
     gpu.to_smem(self.box("out", self.h, t), room, refs["out_full"].at[n])
 
-  def make_delta(self, t):
+  def make_delta(self, t: Traced) -> None:
     """delta of a query tile, and its lse as weights need it, both in shared memory."""
     n, refs, W = self.q_slot(t), self.refs, self.sizes.warpgroups
     gpu.barrier_wait(refs["out_full"].at[n])
@@ -151,7 +155,7 @@ class Tiles:
     refs["delta_s"].at[n][...] = jnp.where(lse > -jnp.inf, delta, 0.0)
     refs["lse_s"].at[n][...] = safe_lse(lse)
 
-  def lse_and_delta(self, t, layout):
+  def lse_and_delta(self, t: Traced, layout: Any) -> tuple[Traced, Traced]:
     lse, delta = (
       gpu.load(self.refs[name].at[self.q_slot(t)], layout=layout, optimized=False)
       for name in ("lse_s", "delta_s")

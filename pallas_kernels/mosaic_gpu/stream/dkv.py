@@ -115,7 +115,7 @@ def _thread_block(launch: Launch, refs: Refs, wanted: str, shares: int) -> None:
   launch = launch.of(refs)
   wg = lax.axis_index("wg")
 
-  def consume():
+  def consume() -> None:
     launch.each_item(functools.partial(Dkv, wanted, shares), wg)
     gpu.wait_to_gmem(0)
 

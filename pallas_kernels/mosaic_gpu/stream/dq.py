@@ -1,6 +1,7 @@
 """Streaming attention backward, gradients of queries: a sweep of keys, as forward."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def _thread_block(launch: Launch, refs: Refs) -> None:
   launch = launch.of(open_boxes(refs, launch.frame, launch.blocks))
   wg = lax.axis_index("wg")
 
-  def consume():
+  def consume() -> None:
     launch.each_item(Dq, wg)
     gpu.wait_to_gmem(0)
 
@@ -147,7 +148,7 @@ class Dq(Queries):
     minus_delta = jnp.where(self.lse == jnp.inf, 0.0, minus_delta)  # no keys
 
     @self.when_inside()
-    def _():
+    def _() -> None:
       self.refs["minus_delta"].at[self.rows][...] = minus_delta
 
     return minus_delta
@@ -190,7 +191,7 @@ class Dq(Queries):
     dq, ds = carry
     k_before, tile = self.k(i - 1), (TILE, self.blocks.step)
 
-    def body(logits, dp, dq):
+    def body(logits: Any, dp: Any, dq: Any) -> tuple:
       add = lambda: dq.add_from_registers(ds, k_before["k"])
       return self._dlogits(i, part, logits, dp, add), dq.get()
 

@@ -60,6 +60,7 @@ def trace(function: Callable, *args: jax.ShapeDtypeStruct) -> Traced | None:
     return None
   if not _is_known(closed.jaxpr, closed.consts):
     return None
+  # What is not used is cut away with all that it was made of.
   jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
   return Traced(jaxpr, tuple(closed.consts), tuple(used))
 
@@ -82,6 +83,7 @@ def _has_instruction(eqn: Any) -> bool:
   if name == "rem":
     return bool(jnp.issubdtype(first.aval.dtype, jnp.integer))
   if name == "pow":
+    # Of a constant base it is exp2 of a multiple; the sign of others is not known.
     return isinstance(first, core.Literal) and bool(first.val > 0)
   return name in _KNOWN
 
@@ -100,6 +102,7 @@ def _evaluate(jaxpr: Any, consts: Sequence, args: Sequence, shape: tuple[int, ..
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
   number = lambda literal: _number(functions.value_of(literal))
   read = lambda atom: number(atom) if isinstance(atom, core.Literal) else values[atom]
+  # Operations with no instruction of their own are made of those that have one.
   for eqn in jaxpr.eqns:
     operands, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
     inner = _inner(eqn)
@@ -123,6 +126,7 @@ def _evaluate(jaxpr: Any, consts: Sequence, args: Sequence, shape: tuple[int, ..
           x if jnp.shape(x) == shape else _wide(x, _kernel_dtype(atom.aval.dtype), shape)
           for x, atom in zip(operands, eqn.invars, strict=True)
         ]
+      # A traced scalar has no layout, which an operation with a tile has to have.
       scalar = lambda x: isinstance(x, jax.core.Tracer) and jnp.shape(x) != shape
       operands = [_wide(x, x.dtype, shape) if scalar(x) else x for x in operands]
       params = dict(eqn.params)

@@ -38,6 +38,7 @@ def of_pattern(pattern: patterns.Pattern) -> Callable | None:
     if None in parts:
       return None
     return lambda *args: functools.reduce(jnp.logical_and, (part(*args) for part in parts))
+  # Once, of scalars; each kernel then makes it for tiles of its own shape.
   traced = trace(pattern.allowed, _POSITION, _POSITION)
   return None if traced is None else lambda *args: traced(*args)[0]
 
@@ -99,6 +100,7 @@ def _logit(scores: Scores, product: Any, i: Any, j: Any, values: Sequence) -> An
   logit = scores.capped(product)
   if scores.score_fn is None:
     return logit
+  # Memory has float32 and int32; the function meets the dtypes that it was traced with.
   typed = lambda x, dtype: x != 0 if jnp.issubdtype(dtype, jnp.bool_) else x.astype(dtype)
   pairs = zip(values, _values_for_one(scores), strict=True)
   values = [typed(x, known.dtype) for x, known in pairs]
@@ -116,7 +118,8 @@ def _with_derivative(scores: Scores) -> Traced | None:
   if any(x.shape for x in _values_for_one(scores)):
     return None  # an array that is looked up by position
 
-  def both(product, i, j, *values):
+  def both(product: Any, i: Any, j: Any, *values: Any) -> tuple:
+    # Elementwise, so that one tangent of 1 gives the derivative.
     logit = lambda x: _logit(scores, x, i, j, values).astype(jnp.float32)
     return jax.jvp(logit, (product,), (jnp.ones_like(product),))
 
@@ -127,8 +130,8 @@ def _with_derivative(scores: Scores) -> Traced | None:
 def _with_value_derivatives(scores: Scores) -> Traced | None:
   """As `_with_derivative`, by values."""
 
-  def all_of(product, i, j, *values):
-    def logit(*learned_values):
+  def all_of(product: Any, i: Any, j: Any, *values: Any) -> tuple:
+    def logit(*learned_values: Any) -> Any:
       every = list(values)
       for n, x in zip(learned(scores), learned_values, strict=True):
         every[n] = x
@@ -136,6 +139,7 @@ def _with_value_derivatives(scores: Scores) -> Traced | None:
 
     primals = tuple(values[n] for n in learned(scores))
     derivatives = []
+    # One forward derivative for each of the few values.
     for n in range(len(primals)):
       tangents = tuple(jnp.full_like(x, float(m == n)) for m, x in enumerate(primals))
       value, derivative = jax.jvp(logit, primals, tangents)

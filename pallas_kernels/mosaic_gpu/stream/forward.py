@@ -1,5 +1,7 @@
 """Streaming attention forward: an online softmax in base 2 over the key tiles of a sweep."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -87,7 +89,7 @@ def _thread_block(launch: Launch, refs: Refs, scratch: dict) -> None:
   refs, wg, core = launch.of_team(refs, scratch, wg, core)
   launch = launch.of(refs, core)
 
-  def consume():
+  def consume() -> None:
     launch.each_item(Forward, wg)
     gpu.wait_to_gmem(0)  # shared memory must not go before it is copied
 
@@ -160,7 +162,7 @@ class Forward(Queries):
     k, v_before = self.k(i), self.v(i - 1)
     k.wait_full()
 
-    def body(logits, acc):
+    def body(logits: Any, acc: Any) -> tuple:
       # Products end in the order in which they start: logits are there with one under way.
       logits.add(self.q_s, k["k"].transpose((1, 0)))
       acc.add_from_registers(p, v_before["v"])

@@ -82,8 +82,10 @@ class Frame:
     self.group = num_heads // num_kv_heads
     self.sequences, self.length = self.shape(T, stride)
     self.padded = -(-self.length // ROWS) * ROWS
+    # Rows that lie past the end are zeros in memory: the copy engine takes whole groups.
     self.spare = -self.length % COPY_ROWS
     self.num_keys = self.length
+    # A segment may end in any tile.
     self.has_full = not segments
 
   # ------------------------------------------------------------------------------------ arrays
@@ -242,6 +244,7 @@ class Frame:
     full = jnp.clip(div(last + distance + step - 1, step), first, end)
     full_end = end
     if window is not None:
+      # The first key leaves the window first: from there on not all see all keys.
       full_end = jnp.maximum(div(k0 + window, step), full)
       end = jnp.minimum(end, div(last + window - 1, step) + 1)
       full_end = jnp.minimum(full_end, end)
@@ -264,6 +267,7 @@ class Frame:
   def query_bounds(self, q0: Scalar, rows: int, layout: Any) -> tuple[Array, Array | None]:
     """Per query, what `key_places` may at most and must at least be; None: no lower bound."""
     i = q0 + gpu.iota((rows,), layout=layout)
+    # Compared by row against `key_places`, so that a mask is one or two comparisons.
     low = None if self.window is None else i - (self.window - 1)
     return i - self.distance, low
 

@@ -87,12 +87,12 @@ class Launch:
     to_load, to_compute = self.blocks.registers
 
     @gpu.when(wg == producer)
-    def _():
+    def _() -> None:
       gpu.set_max_registers(to_load, action="decrease")
       produce()
 
     @gpu.when(wg < producer)
-    def _():
+    def _() -> None:
       gpu.set_max_registers(to_compute, action="increase")
       consume()
 

@@ -142,11 +142,11 @@ class ListedWork(Work):
     refs, last = self.refs, self.refs["items"].shape[0] - 1
     first = refs["cores"][self.core, 0]
 
-    def read(n):
+    def read(n: Any) -> tuple:
       place = jnp.minimum(first + div(n, self.per_block), last)
       return tuple(refs["items"][place, m] for m in range(len(lists.FIELDS)))
 
-    def step(n, carry):
+    def step(n: Any, carry: Any) -> tuple:
       fields, carry = carry
       item = dict(zip(lists.FIELDS, fields, strict=True), r=jnp.int32(0), numbers=refs["numbers"])
       if self.per_block > 1:

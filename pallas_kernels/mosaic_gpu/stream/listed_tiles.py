@@ -85,7 +85,7 @@ class ListedTiles:
     number = self.number(masked)
     carry = lax.fori_loop(start, masked, functools.partial(step, part=None), carry)
 
-    def masked_step(i, number_and_carry):
+    def masked_step(i: Any, number_and_carry: tuple) -> tuple:
       number, carry = number_and_carry
       following = self.number(i + 1)  # read by its own step, it would be waited for: 500 cycles
       use = functools.partial(step, i, part=number)
@@ -150,7 +150,7 @@ class ListedTiles:
     # Functions: what nothing needs must not be made, it would have no layout.
     rows = lambda: gpu.over_columns(self.base + gpu.iota((TILE,), layout=gpu.ROW), self.step)
 
-    def columns():
+    def columns() -> Any:
       first = self.tile(i, number) * self.step
       return gpu.over_rows(first + gpu.iota((self.step,), layout=gpu.COLUMN), TILE)
 

@@ -1,5 +1,7 @@
 """Gradients of the learned values of a score function, by query: their sums are the values'."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -92,7 +94,7 @@ class Dvalues(Dq):
     totals = self.run_steps(self._step, tuple(zeros), first=0)
 
     @self.when_inside()
-    def _():
+    def _() -> None:
       for n, total in enumerate(totals):
         refs[f"of_value{n}"].at[self.rows][...] = total
 
@@ -103,7 +105,7 @@ class Dvalues(Dq):
   def _step(self, i: Scalar, totals: tuple, part: Scalar | str | None) -> tuple:
     k, v = self.k_and_v(i)
 
-    def body(logits, dp):
+    def body(logits: Any, dp: Any) -> tuple:
       logits.add(self.q_s, k["k"].transpose((1, 0)))
       dp.add(self.dout_s, v["v"].transpose((1, 0)))
       mask = self.tiles.mask(i, k, part)

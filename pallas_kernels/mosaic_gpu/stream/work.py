@@ -51,7 +51,7 @@ class Work:
     An item is a dict of b, r, h and tile.
     """
 
-    def step(n, carry):
+    def step(n: Any, carry: Any) -> Any:
       # From the last name, which varies fastest, to the first.
       number, item = n * self.num_blocks + self._place(n), {}
       for name, size in reversed(self.sizes.items()):

@@ -33,6 +33,7 @@ from jaxtyping import Int
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import ring
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import dkv
@@ -101,6 +102,7 @@ def backward(
       inputs={name: x for name, x in inputs.items() if x is not None},
       outputs=dict(dq=like(q, Dk), dk=like(k, Dk), dv=like(v, Dv), delta=delta),
       scratch=_scratch(sizes, q.dtype),
+      # Heads, which are neighbours in memory, are the fastest axis.
       grid=(B, -(-view.num_tiles // sizes.tiles), Hg),
       grid_names=("b", "share", "h"),
       num_threads=warpgroups + 2,
@@ -109,9 +111,9 @@ def backward(
   )
 
 
-def _scratch(sizes: share.Sizes, dtype) -> dict:
+def _scratch(sizes: share.Sizes, dtype: jax.typing.DTypeLike) -> dict:
   W, Dk, Dv, rings = sizes.warpgroups, sizes.Dk, sizes.Dv, sizes.rings()
-  tiles = lambda *shape, **how: gpu.smem(*shape, dtype=dtype, **how)
+  tiles = lambda *shape, **options: gpu.smem(*shape, dtype=dtype, **options)
   scratch = rings["q"].scratch(
     q=tiles(sizes.query_stages, TILE, Dk),
     dout=tiles(sizes.query_stages, TILE, Dv),
@@ -133,7 +135,7 @@ def _scratch(sizes: share.Sizes, dtype) -> dict:
   return dict(sorted(scratch.items()))  # a place in memory does not depend on the order above
 
 
-def _kernel(sizes: share.Sizes, refs: dict):
+def _kernel(sizes: share.Sizes, refs: dict) -> None:
   """A thread block: W warpgroups for dk and dv, then one for dq, then the producer."""
   wg, W = lax.axis_index("wg"), sizes.warpgroups
   part = share.Share(sizes, refs)
@@ -142,13 +144,14 @@ def _kernel(sizes: share.Sizes, refs: dict):
   gpu.when(wg < W)(lambda: dkv.KeyGradients(part, wg).run())
 
 
-def _produce(part: share.Share):
+def _produce(part: share.Share) -> None:
   """Loads key and query tiles side by side, as far ahead as the rings go."""
+  # It only starts copies: the registers that it gives back are for the others to compute with.
   gpu.set_max_registers(share.PRODUCER_REGISTERS, action="decrease")
   kv_head = lambda: part.head // part.sizes.group
 
   @gpu.loop(0, part.total)
-  def _(n):
+  def _(n: Traced) -> None:
     part.keys.wait_until_free(n)
     # Key and query tiles of the same number are needed at the same turn.
     t = part.inside(part.first - part.sizes.reach + n)

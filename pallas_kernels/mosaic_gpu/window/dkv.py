@@ -14,6 +14,8 @@ every warpgroup of this role, so each also waits for the tiles of the others' tu
 their keys, unused.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,17 +24,18 @@ from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.window import share
 
 
 class KeyGradients:
   """A warpgroup that makes dk and dv of every W-th key tile."""
 
-  def __init__(self, part: share.Share, wg):
+  def __init__(self, part: share.Share, wg: Traced):
     self.share, self.sizes, self.refs, self.wg = part, part.sizes, part.refs, wg
     self.c = part.sizes.scale * gpu.LOG2E
 
-  def run(self):
+  def run(self) -> None:
     part, (reach, W) = self.share, (self.sizes.reach, self.sizes.warpgroups)
     _, registers = self.sizes.registers
     gpu.set_max_registers(registers, action="increase")
@@ -47,7 +50,7 @@ class KeyGradients:
 
   # ------------------------------------------------------------- waiting, and giving tiles back
 
-  def see(self, n):
+  def see(self, n: Traced) -> None:
     """Waits until key tile n, and query tile n with its delta, are there: what turn n adds."""
     # All at once: to wait for the newest queries only when they are needed had 20 more spills in
     # the loop of wide heads, and took 30 % more time.
@@ -56,12 +59,12 @@ class KeyGradients:
     query.wait_full("delta")
     self.share.keys.slot(n).wait_full()
 
-  def see_turn(self, n):
+  def see_turn(self, n: Traced) -> None:
     """Waits for all that key tile n meets; the tiles since this warpgroup's last are others'."""
     for turn in range(self.sizes.warpgroups - 1, 0, -1):
 
       @gpu.when(n - turn >= 0)
-      def _(turn=turn):
+      def _(turn: Traced = turn) -> None:
         self.see(n - turn)
         self.share.keys.slot(n - turn).release()
 
@@ -69,25 +72,25 @@ class KeyGradients:
     # Each warpgroup has one slot of dS^T: the warpgroup of dq has done with its tile before this.
     self.share.ds.wait_until_free(n)
 
-  def release_queries(self, begin, end):
+  def release_queries(self, begin: Traced, end: Traced) -> None:
     @gpu.loop(begin, jnp.minimum(end, self.share.count))
-    def _(m):
+    def _(m: Traced) -> None:
       self.share.queries.slot(m).release()
 
-  def leave_ds(self, n):
+  def leave_ds(self, n: Traced) -> None:
     """Hands dS^T of key tile n to the warpgroup of dq."""
     gpu.commit_smem()  # what threads wrote, before matrix units read it
     self.share.ds.slot(n).arrive_full()
     self.share.keys.slot(n).release()
 
-  def finish(self):
+  def finish(self) -> None:
     """Sees, and releases, what comes after this warpgroup's last tile."""
     part, W = self.share, self.sizes.warpgroups
     turns = lax.div(jnp.maximum(part.total - self.start + W - 1, 0), jnp.int32(W))
     last = self.start + (turns - 1) * W  # where it has none, a key tile before the first query
 
     @gpu.loop(last + 1, part.total)
-    def _(n):
+    def _(n: Traced) -> None:
       self.see(n)
       part.keys.slot(n).release()
 
@@ -98,7 +101,7 @@ class KeyGradients:
 
   # -------------------------------------------------------------------------------- key tiles
 
-  def make_ds(self, n: int):
+  def make_ds(self, n: int) -> None:
     """dS^T of key tile n, one before the share."""
     part = self.share
     self.see_turn(n)
@@ -108,7 +111,7 @@ class KeyGradients:
       self.weights(n, distance, before)
     self.leave_ds(n)
 
-  def make_gradients(self, n):
+  def make_gradients(self, n: Traced) -> None:
     """dk, dv and dS^T of key tile n."""
     self.see_turn(n)
     dk, dv = self.accumulate(n)
@@ -116,7 +119,7 @@ class KeyGradients:
     self.leave_ds(n)
     self.store(n, dk, dv)
 
-  def accumulate(self, n):
+  def accumulate(self, n: Traced) -> tuple[Traced, Traced]:
     """dk / scale and dv of key tile n."""
     part, sizes = self.share, self.sizes
     dk, dv = gpu.zeros((TILE, sizes.Dk)), gpu.zeros((TILE, sizes.Dv))
@@ -133,7 +136,7 @@ class KeyGradients:
         self.release_queries(begin, m + 1)
     return dk, dv
 
-  def weights(self, n, distance: int, before=None):
+  def weights(self, n: Traced, distance: int, before: Any = None) -> tuple[Any, Any]:
     """P^T and dS^T of key tile n and the queries at a distance, as operands; dS^T also in its room.
 
     Args:
@@ -161,7 +164,7 @@ class KeyGradients:
     part.ds_tile(part.ds.slot(n), distance)[...] = ds
     return operand, ds
 
-  def mask(self, n, distance: int):
+  def mask(self, n: Traced, distance: int) -> Traced | None:
     """Which pairs of key tile n and the queries at a distance attend, or None for all."""
     part, band, mask = self.share, self.sizes.band, None
     if not band.covers(distance):
@@ -178,7 +181,7 @@ class KeyGradients:
       mask = pairs.both(mask, same)
     return mask
 
-  def store(self, n, dk, dv):
+  def store(self, n: Traced, dk: Traced, dv: Traced) -> None:
     """Sends dk, given without the scale, and dv of key tile n on their way."""
     part, sizes = self.share, self.sizes
     t = part.first + n - sizes.reach

@@ -11,14 +11,18 @@ for it ("delta_full") before they make dS of a query tile.
 """
 
 import functools
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import pairs
+from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.softmax import safe_lse
 from pallas_kernels.mosaic_gpu.window import share
 
@@ -29,7 +33,7 @@ class QueryGradients:
   def __init__(self, part: share.Share):
     self.share, self.sizes, self.refs = part, part.sizes, part.refs
 
-  def run(self):
+  def run(self) -> None:
     part, reach, ahead = self.share, self.sizes.reach, self.sizes.warpgroups
     for_dq, _ = self.sizes.registers
     # "increase" to less than a warpgroup has is an illegal instruction, as only the card notices.
@@ -48,7 +52,7 @@ class QueryGradients:
     lax.fori_loop(reach, part.total, self.step, tuple(dqs[:reach]))
     gpu.wait_to_gmem(0)
 
-  def step(self, n, dqs):
+  def step(self, n: Traced, dqs: Sequence[Traced]) -> tuple[Traced, ...]:
     """Key tile n, after which dq of query tile n - reach is done."""
     part, sizes = self.share, self.sizes
     ahead = n + sizes.warpgroups
@@ -66,13 +70,13 @@ class QueryGradients:
     return tuple(dqs)
 
   @property
-  def own_stage(self):
+  def own_stage(self) -> Ref:
     return self.refs["dk_s"].at[self.sizes.warpgroups]  # the last: the others stage dk
 
-  def zeros(self):
+  def zeros(self) -> Traced:
     return gpu.zeros((TILE, self.sizes.Dk))
 
-  def make_delta(self, n):
+  def make_delta(self, n: Traced) -> None:
     """delta of query tile n, and its lse as weights need it, for the warpgroups of dk and dv.
 
     Rows that weigh nothing get an infinite lse: rows without keys, and tiles past the end.
@@ -96,16 +100,22 @@ class QueryGradients:
     gpu.commit_smem()  # before the copy engine may write again where lse was changed
 
     @gpu.when(n < part.count)  # those after the share are never released
-    def _():
+    def _() -> None:
       query.release()
       part.rows("delta", t)[...] = delta
 
-  def release_out(self, n):
+  def release_out(self, n: Traced) -> None:
     """Gives back the memory that delta n was made of, and that dq has left from since."""
     gpu.wait_to_gmem(0, wait_read_only=True)
     self.share.outs.slot(n).release()
 
-  def add(self, n, dqs, distances, add_matmul=gpu.add_matmul):
+  def add(
+    self,
+    n: Traced,
+    dqs: Sequence[Traced],
+    distances: Sequence[int],
+    add_matmul: Callable = gpu.add_matmul,
+  ) -> list[Traced]:
     """`dqs`, of the queries n - reach ..., with what key tile n adds at these distances."""
     part = self.share
     key = part.keys.slot(n)
@@ -121,7 +131,7 @@ class QueryGradients:
     return [added.get(distance, dq) for distance, dq in enumerate(dqs)]
 
 
-def add_products(*terms):
+def add_products(*terms: tuple) -> list[Traced]:
   """`gpu.add_matmul` where the place of a tile is a constant: accumulators cannot start there."""
   products = gpu.matmul(*(factors for _, factors in terms))
   return [acc + x for (acc, _), x in zip(terms, products, strict=True)]

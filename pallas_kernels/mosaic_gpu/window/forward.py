@@ -19,6 +19,8 @@ left it, as usual. The first step of a walk finds nothing: what it should find i
 ("lead").
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -33,6 +35,7 @@ from pallas_kernels.mosaic_gpu import softmax
 from pallas_kernels.mosaic_gpu.gpu import COLUMN
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
@@ -110,7 +113,7 @@ def _rings(sizes: schedule.Sizes) -> tuple[ring.Ring, ring.Ring]:
   return queries, ring.Ring(name="k", num_slots=sizes.stages, full=dict(k=loads), readers=W)
 
 
-def _scratch(sizes: schedule.Sizes, Dk: int, dtype, resumes: bool) -> dict:
+def _scratch(sizes: schedule.Sizes, Dk: int, dtype: jax.typing.DTypeLike, resumes: bool) -> dict:
   W, Dv, (queries, keys) = sizes.warpgroups, sizes.Dv, _rings(sizes)
   scratch = queries.scratch(q=gpu.smem(queries.num_slots * W, TILE, Dk, dtype=dtype))
   scratch |= keys.scratch(
@@ -127,19 +130,19 @@ def _scratch(sizes: schedule.Sizes, Dk: int, dtype, resumes: bool) -> dict:
   return dict(sorted(scratch.items()))  # a place in memory does not depend on the order above
 
 
-def _kernel(sizes: schedule.Sizes, refs: dict):
+def _kernel(sizes: schedule.Sizes, refs: dict) -> None:
   """A thread block: the last warpgroup loads, the others compute."""
   wg, W = lax.axis_index("wg"), sizes.warpgroups
   steps = schedule.Walk(sizes) if sizes.walks else schedule.Dealt(sizes)
 
   @gpu.when(wg == W)
-  def _():
+  def _() -> None:
     if W > 1:
       gpu.set_max_registers(share.PRODUCER_REGISTERS, action="decrease")
     _Producer(sizes, refs, steps).run()
 
   @gpu.when(wg < W)
-  def _():
+  def _() -> None:
     if W > 1:
       gpu.set_max_registers(CONSUMER_REGISTERS[W], action="increase")
     _Consumer(sizes, refs, steps, wg).run()
@@ -148,11 +151,11 @@ def _kernel(sizes: schedule.Sizes, refs: dict):
 class _Producer:
   """Loads the tiles of every step, as far ahead as the rings go."""
 
-  def __init__(self, sizes: schedule.Sizes, refs: dict, steps):
+  def __init__(self, sizes: schedule.Sizes, refs: dict, steps: schedule.Walk | schedule.Dealt):
     self.sizes, self.refs, self.steps = sizes, refs, steps
     self.queries, self.keys = (x.of(refs) for x in _rings(sizes))
 
-  def run(self):
+  def run(self) -> None:
     # What the first step would find in memory, had there been one before it. It has a barrier of
     # its own: at that of step 0 as many tiles arrive as at every step's.
     for m in range(self.sizes.num_overlap):
@@ -162,7 +165,7 @@ class _Producer:
     ring.drain(self.steps.count, self.keys)
     ring.drain(self.steps.count, self.queries)
 
-  def load(self, n):
+  def load(self, n: Traced) -> None:
     """The new keys of step n, then its queries."""
     sizes, W = self.sizes, self.sizes.warpgroups
     # One barrier for all keys of a step, and one that frees them: a barrier for every tile and
@@ -180,7 +183,7 @@ class _Producer:
       box = sizes.view.box(self.refs["q"], b, 0, head_of(sizes.heads, h), row)
       gpu.to_smem(box, self.refs["q_s"].at[slot.index * W + w], slot.full())
 
-  def load_keys(self, n, m, full):
+  def load_keys(self, n: Traced, m: Traced, full: Any) -> None:
     """The m-th key tile of step n, and its values."""
     sizes, refs = self.sizes, self.refs
     b, h = self.steps.sequence(n)
@@ -194,7 +197,9 @@ class _Producer:
 class _Consumer:
   """A warpgroup that takes one query tile of each step."""
 
-  def __init__(self, sizes: schedule.Sizes, refs: dict, steps, wg):
+  def __init__(
+    self, sizes: schedule.Sizes, refs: dict, steps: schedule.Walk | schedule.Dealt, wg: Traced
+  ):
     self.sizes, self.refs, self.steps, self.wg = sizes, refs, steps, wg
     self.queries, self.keys = (x.of(refs) for x in _rings(sizes))
     self.stage = refs["out_s"].at[wg]
@@ -203,13 +208,14 @@ class _Consumer:
     folds = sizes.band.folds(sizes.reach + 1) and "ids" not in refs
     self.near = tile.lower_triangle() if folds else None
 
-  def run(self):
+  def run(self) -> None:
     if self.sizes.num_overlap:
       gpu.barrier_wait(self.refs["lead_full"])
     gpu.loop(0, self.steps.count)(self.attend)
+    # Shared memory is another's when the thread block ends.
     gpu.wait_to_gmem(0)
 
-  def attend(self, n):
+  def attend(self, n: Traced) -> None:
     """The window of this warpgroup's query tile of step n."""
     sizes, refs = self.sizes, self.refs
     b, h = self.steps.sequence(n)
@@ -231,7 +237,7 @@ class _Consumer:
     key_slot.release()
     self.store(b, h, t, state)
 
-  def resume(self, b, h, t) -> softmax.State:
+  def resume(self, b: Traced, h: Traced, t: Traced) -> softmax.State:
     """The state in which the softmax over other keys ended."""
     sizes, refs, row = self.sizes, self.refs, schedule.first_row(self.sizes, t)
     gpu.wait_to_gmem(0, wait_read_only=True)  # the result of the step before has left
@@ -242,7 +248,7 @@ class _Consumer:
     gpu.barrier_wait(full)
     return softmax.resume(self.stage, lse, sizes.scale)
 
-  def segments(self, b, t) -> list:
+  def segments(self, b: Traced, t: Traced) -> list:
     """By distance, which pairs of query tile t and a key tile share a segment."""
     sizes = self.sizes
     ids = lambda row, layout: pairs.segments(self.refs["ids"], b, 0, row, TILE, layout)
@@ -253,14 +259,15 @@ class _Consumer:
     query_ids = ids(jnp.minimum(t, sizes.num_tiles - 1) * TILE, ROW)
     return [pairs.share_segment(query_ids, ids(start, COLUMN)) for start in starts]
 
-  def store(self, b, h, t, state: softmax.State):
+  def store(self, b: Traced, h: Traced, t: Traced, state: softmax.State) -> None:
     """Sends out and lse of query tile t on their way; the last group may have tiles too many."""
     sizes, refs = self.sizes, self.refs
     gpu.wait_to_gmem(0, wait_read_only=True)  # the result of the step before has left
     lse = softmax.store(state, self.stage, sizes.scale)
+    # What threads wrote, before the copy engine reads it.
     gpu.commit_smem()
 
-    def send():
+    def send() -> None:
       gpu.to_gmem(self.stage, sizes.view.box(refs["out"], b, 0, h, t * TILE))
       # Last: the fence above would wait for it.
       refs["lse"].at[b, h, 0, gpu.ds(t * TILE, TILE)][...] = lse

@@ -19,6 +19,7 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import share
@@ -128,26 +129,26 @@ class Walk:
     # The first and the last query tile. The last group may lie past the end of the sequence.
     self.start, self.end = begin * W, (begin + self.count) * W - 1
 
-  def sequence(self, n):
+  def sequence(self, n: Traced) -> tuple[Traced, Traced]:
     """Batch row and head of step n."""
     del n
     return lax.axis_index("b"), lax.axis_index("h")
 
-  def query_tile(self, n, w):
+  def query_tile(self, n: Traced, w: Traced) -> Traced:
     """The query tile of consumer w."""
     first = n * self.sizes.warpgroups
     return jnp.where(self.backward, self.end - first - w, self.start + first + w)
 
-  def key_tile(self, n, m):
+  def key_tile(self, n: Traced, m: Traced) -> Traced:
     """The m-th key tile that step n meets."""
     first, reach = n * self.sizes.warpgroups, self.sizes.reach
     return jnp.where(self.backward, self.end - first - m, self.start - reach + first + m)
 
-  def number(self, w, distance):
+  def number(self, w: Traced, distance: Traced) -> Traced:
     """m of the key tile at a distance before the query tile of consumer w."""
     return w + jnp.where(self.backward, distance, self.sizes.reach - distance)
 
-  def place(self, n, m):
+  def place(self, n: Traced, m: Traced) -> Traced:
     """Where the m-th key tile of step n lies: step by step W places further."""
     # The m-th tile of step n is the (m - W)-th of step n + 1: the same place by the same sum.
     return _rem(n * self.sizes.warpgroups + m, self.sizes.num_key_tiles)
@@ -166,43 +167,44 @@ class Dealt:
     # Steps cta, cta + num_blocks, ...: at any time all multiprocessors are close together.
     self.count = _div(sizes.num_steps - 1 - self.cta, self.num_blocks) + 1
 
-  def group(self, n):
+  def group(self, n: Traced) -> Traced:
     """The group of query tiles of step n, among those of all batch rows."""
     return _div(n * self.num_blocks + self.cta, len(self.sizes.heads))
 
-  def sequence(self, n):
+  def sequence(self, n: Traced) -> tuple[Traced, Traced]:
     """Batch row and head of step n."""
     # Heads are the fastest axis, then groups of query tiles, then batch rows.
     row = _div(self.group(n), self.sizes.num_groups)
     return row, _rem(n * self.num_blocks + self.cta, len(self.sizes.heads))
 
-  def query_tile(self, n, w):
+  def query_tile(self, n: Traced, w: Traced) -> Traced:
     """The query tile of consumer w."""
     return _rem(self.group(n), self.sizes.num_groups) * self.sizes.warpgroups + w
 
-  def key_tile(self, n, m):
+  def key_tile(self, n: Traced, m: Traced) -> Traced:
     """The m-th key tile that step n meets."""
+    # Before the first tile too, where there is none: `first_row` puts that inside.
     return self.query_tile(n, m - self.sizes.reach)
 
-  def number(self, w, distance):
+  def number(self, w: Traced, distance: Traced) -> Traced:
     """m of the key tile at a distance before the query tile of consumer w."""
     return w + self.sizes.reach - distance
 
-  def place(self, n, m):
+  def place(self, n: Traced, m: Traced) -> Traced:
     """Where the m-th key tile of step n lies: in the places of its stage."""
     return _rem(n, self.sizes.stages) * self.sizes.num_new + m
 
 
-def first_row(sizes: Sizes, t):
+def first_row(sizes: Sizes, t: Traced) -> Traced:
   """Of tile t. Tiles that do not exist are masked, but must hold numbers: others' will do."""
   # A copy that is not made would have to be left out of what a barrier counts, which is fixed; and
   # what memory holds by chance may be NaN, which no weight of 0 undoes.
   return jnp.clip(t, 0, sizes.num_tiles - 1) * TILE
 
 
-def _rem(n, size: int):
+def _rem(n: Traced, size: int) -> Traced:
   return lax.rem(n, jnp.int32(size))
 
 
-def _div(n, size: int):
+def _div(n: Traced, size: int) -> Traced:
   return lax.div(n, jnp.int32(size))

@@ -20,7 +20,9 @@ from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import ring
+from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
@@ -83,7 +85,7 @@ class Sizes:
   Dv: int
   scale: float
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     # Else a warpgroup would wait for tiles that are loaded only once it has gone on.
     assert self.reach + 1 >= self.warpgroups and self.key_stages > self.warpgroups
     assert self.query_stages >= self.reach + self.warpgroups
@@ -147,16 +149,16 @@ class Share:
     rings = {name: x.of(refs) for name, x in sizes.rings().items()}
     self.queries, self.keys, self.outs, self.ds = (rings[name] for name in ("q", "k", "out", "ds"))
 
-  def inside(self, t):
+  def inside(self, t: Traced) -> Traced:
     """A tile that exists: what does not is masked, but must hold numbers all the same."""
     return jnp.clip(t, 0, self.sizes.num_tiles - 1)
 
-  def box(self, name, head, t):
+  def box(self, name: str, head: Traced, t: Traced) -> Ref:
     return self.sizes.view.box(self.refs[name], self.b, 0, head, t * TILE)
 
-  def rows(self, name, t):
+  def rows(self, name: str, t: Traced) -> Ref:
     return self.refs[name].at[self.b, self.h, 0, gpu.ds(t * TILE, TILE)]
 
-  def ds_tile(self, slot: ring.Slot, distance: int):
+  def ds_tile(self, slot: ring.Slot, distance: int) -> Ref:
     """dS^T of a key tile and the queries at a distance from it."""
     return self.refs["ds_s"].at[slot.index * (self.sizes.reach + 1) + distance]

@@ -9,6 +9,7 @@ the exponentials of two, and taken apart again before the products with the valu
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu import softmax
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.views import Band
 
 # Tiles of logits in registers, 32 each: one maximum and one rescaling for both. All of a window at
@@ -25,7 +27,7 @@ from pallas_kernels.mosaic_gpu.views import Band
 AT_ONCE = 2
 
 
-def lower_triangle():
+def lower_triangle() -> Traced:
   """int16 that takes two folded tiles apart: -1 where the key is no later than the query, or 0."""
   near = gpu.iota((TILE, TILE), 0) >= gpu.iota((TILE, TILE), 1)
   # Opaque, or it would be computed again in each step; packed, it is 16 registers.
@@ -83,7 +85,7 @@ class Window:
       state = state._replace(total=total)
     return state
 
-  def logits(self, distances: tuple[int, ...], difference):
+  def logits(self, distances: tuple[int, ...], difference: Traced) -> Traced:
     """Of one tile, or of two that are folded: -inf where a pair does not attend.
 
     Args:
@@ -97,6 +99,7 @@ class Window:
       xs = lax.cond(self.own >= farthest, lambda *xs: xs, beyond, *xs)
     mask = None
     if len(distances) > 1:
+      # Of the nearest tile the causal half, of the farthest the one that is in the window.
       x = jnp.where(difference >= 0, *xs)
       # No pair of places is in the window in both tiles (`Band.folds`): "or" tells whether in one.
       if self.band.far < self.last * TILE:  # the window ends inside a tile
@@ -109,12 +112,14 @@ class Window:
         mask = pairs.both(mask, self.band.mask(difference + n * TILE))
     return x if mask is None else jnp.where(mask, x, -jnp.inf)
 
-  def without_tiles_before(self, xs, distances):
+  def without_tiles_before(
+    self, xs: Sequence[Traced], distances: Sequence[int]
+  ) -> tuple[Traced, ...]:
     """Logits without the tiles before the sequence, which do not exist."""
     exists = lambda n: jnp.where(self.own >= n, jnp.float32(0), -jnp.inf)
     return tuple(x if n == 0 else x + exists(n) for x, n in zip(xs, distances, strict=True))
 
-  def parts(self, p, distances):
+  def parts(self, p: Traced, distances: Sequence[int]) -> list[Traced]:
     """Of the weights of a tile, the operands for each of the tiles that it is made of."""
     p = p.astype(self.q.dtype)
     if len(distances) == 1:

@@ -88,8 +88,8 @@ def to_html(samples: Sequence[Sample]) -> tuple[str, list[str]]:
       said = "Samples"
       lines = [[cell for _, cells in sorted(rows.items()) for cell in cells]]
     shown = "".join(map(_line, lines))
-    how = re.sub(r"_([a-z_]+)", r", \1 ", options)
-    parts.append(f"<div><h3>{said}, seed {seed}{how}</h3>{shown}</div>")
+    described = re.sub(r"_([a-z_]+)", r", \1 ", options)
+    parts.append(f"<div><h3>{said}, seed {seed}{described}</h3>{shown}</div>")
   return f'<div class="groups">{"".join(parts)}</div>' if parts else "", left_out
 
 
@@ -113,8 +113,8 @@ def _show(sample: Sample) -> str:
   suffix = _suffix(sample.name)
   if suffix == ".txt":
     cut = len(sample.content) - TEXT_BYTES
-    more = f"<em>and {cut:,} more bytes</em>" if cut > 0 else ""
-    return f"<pre>{escape(sample.content[:TEXT_BYTES].decode(errors='replace'))}</pre>{more}"
+    remark = f"<em>and {cut:,} more bytes</em>" if cut > 0 else ""
+    return f"<pre>{escape(sample.content[:TEXT_BYTES].decode(errors='replace'))}</pre>{remark}"
   data = base64.b64encode(sample.content).decode()
   source = f'src="data:{_KINDS[suffix][1]};base64,{data}"'
   if suffix == ".wav":
