@@ -6,7 +6,6 @@ A layout of small blocks, its union with a window, a predicate that looks someth
 import functools
 from types import ModuleType
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +19,22 @@ MOST = 1 << 15  # different masks: 2 KB each
 _AT_ONCE = 256  # blocks that are looked at together
 
 
-class Bits(NamedTuple):
-  """Masks [N] of blocks of size x size pairs; the first one has all pairs.
-
-  Attributes:
-    by_queries: bit k of [n, m, i] is pair (i, 32 m + k) of mask n: query, key.
-    by_keys: the same of pair (key, query).
-    which: for every pattern the mask of each block, [nq, nk].
-  """
-
-  by_queries: Int[np.ndarray, "N words size"]
-  by_keys: Int[np.ndarray, "N words size"]
-  which: dict[patterns.Pattern, Int[Any, "nq nk"]]
+Words = Int[np.ndarray, "N words size"]
+Which = dict[patterns.Pattern, Int[Any, "nq nk"]]
 
 
 @functools.lru_cache(maxsize=16)
-def bits_of(each: tuple[patterns.Pattern, ...], T: int, S: int, size: int) -> Bits | None:
+def bits_of(
+  each: tuple[patterns.Pattern, ...], T: int, S: int, size: int
+) -> tuple[Words, Words, Which] | None:
   """The masks of blocks that a pattern of `each` has some pairs of, not all; None: too many.
 
-  Pairs past the ends are in no mask's promise.
+  Pairs past the ends are in no mask's promise. The first mask has all pairs.
+
+  Returns:
+    by_queries: bit k of [n, m, i] is pair (i, 32 m + k) of mask n: query, key.
+    by_keys: the same of pair (key, query).
+    which: for every pattern the mask of each block.
   """
   names = {(np.ones((size, size // 8), np.uint8) * 255).tobytes(): 0}
   which = {}
@@ -56,7 +52,7 @@ def bits_of(each: tuple[patterns.Pattern, ...], T: int, S: int, size: int) -> Bi
     which[pattern] = table
   packed = np.frombuffer(b"".join(names), np.uint8).reshape(-1, size, size // 8)
   masks = np.unpackbits(packed, axis=2, bitorder="little")
-  return Bits(_words(masks), _words(masks.swapaxes(1, 2)), which)
+  return _words(masks), _words(masks.swapaxes(1, 2)), which
 
 
 def _words(masks):

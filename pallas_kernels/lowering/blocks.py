@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from jaxtyping import Bool
 
 from pallas_kernels import functions
@@ -23,15 +24,15 @@ _BY_NUMPY = 1 << 22  # pairs up to which a sweep is not worth compiling
 
 
 class Blocks(NamedTuple):
-  """Tables of blocks of queries and keys.
+  """Tables of blocks of queries and keys; of several heads [B or 1, heads or 1, nq, nk].
 
   Attributes:
     some: where a block may hold pairs; outside there are none.
     every: where all pairs of a block attend.
   """
 
-  some: Bool[np.ndarray, "nq nk"]
-  every: Bool[np.ndarray, "nq nk"]
+  some: Bool[np.ndarray | Array, "*heads nq nk"]
+  every: Bool[np.ndarray | Array, "*heads nq nk"]
 
 
 @functools.lru_cache(maxsize=256)

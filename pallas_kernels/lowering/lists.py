@@ -8,7 +8,6 @@ and kept; those of block masks and segment ids, which may be traced, where the p
 import dataclasses
 import functools
 import heapq
-from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
@@ -38,13 +37,16 @@ class Lists(NamedTuple):
       team to share a thread block with, has none.
     numbers: int32: blocks of keys; where keys are the rows, blocks of queries, those of query head
       g of a group numbered from g times the number of blocks on.
-    masks: int32: the mask of each of these blocks (`lowering.bits`), where there are any.
+    masks: int32: the mask of each of these blocks among `words`, where there are any.
+    words: the masks, bit by bit, rows of lists first (`lowering.bits`); None where pairs of a block
+      are a formula.
   """
 
   items: Int[Any, "N 8"]
   cores: Int[Any, "cores+1 2"]
   numbers: Int[Any, "L"]
   masks: Int[Any, "M"]
+  words: bits.Words | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def by_queries(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> 
   """The key blocks of every block of queries; `with_bits`: and their masks."""
   rows = [(pattern.of_head(h),) for h in problem.heads]
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
-  return _static(rows, heads, problem, which_of(pattern, problem, with_bits), transposed=False)
+  return _static(rows, heads, problem, _bits(pattern, problem, with_bits), transposed=False)
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,28 +118,31 @@ def by_keys(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Lis
   """The query blocks of every block of keys, of all heads of a group."""
   rows = [tuple(pattern.of_head(problem.heads[h]) for h in owner) for owner in problem.owners]
   heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(problem.owners)]
-  return _static(rows, heads, problem, which_of(pattern, problem, with_bits), transposed=True)
+  return _static(rows, heads, problem, _bits(pattern, problem, with_bits), transposed=True)
 
 
-def bits_of(pattern: patterns.Pattern, heads: tuple[int, ...], T: int, S: int) -> bits.Bits | None:
-  """The masks of the blocks of some heads' patterns; None: too many."""
+def bits_of(
+  pattern: patterns.Pattern, heads: tuple[int, ...], T: int, S: int
+) -> tuple[bits.Words, bits.Words, bits.Which] | None:
+  """`bits.bits_of` for some heads' patterns; None: too many masks."""
   each = dict.fromkeys(pattern.of_head(h) for h in heads)
   return bits.bits_of(tuple(each), T, S, BLOCK)
 
 
-def which_of(
+def _bits(
   pattern: patterns.Pattern, problem: Problem, with_bits: bool
-) -> Mapping[patterns.Pattern, np.ndarray] | None:
-  """For the heads' patterns the mask of each block; None without bits."""
+) -> tuple[bits.Words, bits.Words, bits.Which] | tuple[None, None, None]:
+  """`bits_of` for a launch; no masks without bits."""
   if not with_bits:
-    return None
+    return None, None, None
   masks = bits_of(pattern, problem.heads, problem.T, problem.S)
   assert masks is not None  # a plan asks for bits only where there are not too many
-  return masks.which
+  return masks
 
 
-def _static(rows, heads, problem: Problem, which, transposed: bool) -> Lists:
+def _static(rows, heads, problem: Problem, masks_of, transposed: bool) -> Lists:
   """Lists for `heads` (result, key head); `rows` are the patterns that each one's lists join."""
+  *words, which = masks_of
   numbers, masks, place, size = [], [], {}, 0  # equal heads share their lists
   for key in rows:
     if key in place:
@@ -180,7 +185,7 @@ def _static(rows, heads, problem: Problem, which, transposed: bool) -> Lists:
   whole = whole[np.lexsort((-num, heads_of))]
   order, cores = _deal(whole[:, FIELDS.index("num")], problem.num_cores)
   joined = lambda parts: np.concatenate([*parts, np.zeros(1, np.int32)])  # none is empty
-  return Lists(whole[order], cores, joined(numbers), joined(masks))
+  return Lists(whole[order], cores, joined(numbers), joined(masks), words[transposed])
 
 
 def _compressed(full, partial):
@@ -209,44 +214,30 @@ def _deal(num, num_cores: int):
 # -------------------------------------------------------------------------------- of traced masks
 
 
-class Tables(NamedTuple):
-  """Blocks of queries and keys, [B or 1, heads or 1, nq, nk], numpy or traced.
-
-  Attributes:
-    some, every: as in `Blocks`.
-    which: the mask of each block, or None.
-  """
-
-  some: Any
-  every: Any
-  which: Any = None
-
-
-def of_pattern(pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Tables:
+def of_pattern(pattern: patterns.Pattern, problem: Problem) -> blocks.Blocks:
   """The tables of a launch's heads, once if they agree."""
+  each = zip(*(tables(shared, problem) for shared in _distinct(pattern, problem)), strict=True)
+  return blocks.Blocks(*(np.stack(table)[None] for table in each))
+
+
+def _distinct(pattern: patterns.Pattern, problem: Problem) -> list[patterns.Pattern]:
+  """The patterns of a launch's heads, once if they agree."""
   each = [pattern.of_head(h) for h in problem.heads]
-  if len(set(each)) == 1:
-    each = each[:1]
-  some, every = (
-    np.stack(x)[None] for x in zip(*(tables(shared, problem) for shared in each), strict=True)
-  )
-  if (which := which_of(pattern, problem, with_bits)) is None:
-    return Tables(some, every)
-  return Tables(some, every, np.stack([which[shared] for shared in each])[None])
+  return each[:1] if len(set(each)) == 1 else each
 
 
 def masked(
-  visits: Tables,
+  visits: blocks.Blocks,
   block_mask: Bool[Array, "Bm Hm nq nk"] | None,
   block_size: int,
   segment_ids: Int[Array, "B T"] | None,
   heads: tuple[int, ...],
-) -> Tables:
+) -> blocks.Blocks:
   """`visits` without blocks that a block mask of whole blocks excludes, or segments that differ.
 
   Segments are compared by the least and the largest id of a block.
   """
-  some, every, which = visits
+  some, every = visits
   if block_mask is not None:
     ratio, (nq, nk) = block_size // BLOCK, some.shape[2:]
     mask = block_mask[:, list(heads)] if block_mask.shape[1] > 1 else block_mask
@@ -260,23 +251,28 @@ def masked(
     some = some & (queries(low) <= keys(high)) & (keys(low) <= queries(high))
     one_id = queries(low == high) & keys(low == high) & (queries(low) == keys(low))
     every = every & some & one_id
-  return Tables(some, every, which)
+  return blocks.Blocks(some, every)
 
 
-def traced_by_queries(visits: Tables, problem: Problem) -> Lists:
-  """As `by_queries`, of tables."""
+def traced_by_queries(
+  visits: blocks.Blocks, pattern: patterns.Pattern, problem: Problem, with_bits: bool
+) -> Lists:
+  """As `by_queries`, of the blocks to visit."""
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
-  some, every, which = visits
+  some, every = visits
+  which, words = _traced_bits(pattern, problem, with_bits, transposed=False)
   nobody = ~some.any(axis=-1, keepdims=True)  # a column behind the last key
   wider = lambda x, column: jnp.concatenate([x, jnp.broadcast_to(column, nobody.shape)], axis=-1)
   some, every = wider(some, nobody), wider(every, False)
   if which is not None:
     which = np.pad(which, [(0, 0)] * 3 + [(0, 1)])
-  return _traced(Tables(some, every, which), heads, problem)
+  return _traced(some, every, which, words, heads, problem)
 
 
-def traced_by_keys(visits: Tables, problem: Problem) -> Lists:
-  """As `by_keys`, of tables."""
+def traced_by_keys(
+  visits: blocks.Blocks, pattern: patterns.Pattern, problem: Problem, with_bits: bool
+) -> Lists:
+  """As `by_keys`, of the blocks to visit."""
   owners = problem.owners
   heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(owners)]
 
@@ -290,11 +286,28 @@ def traced_by_keys(visits: Tables, problem: Problem) -> Lists:
     table = jnp.moveaxis(table, 2, 3)
     return table.reshape(*table.shape[:3], -1)
 
-  return _traced(Tables(*map(transposed, visits)), heads, problem)
+  which, words = _traced_bits(pattern, problem, with_bits, transposed=True)
+  return _traced(*map(transposed, (*visits, which)), words, heads, problem)
 
 
-def _traced(visits: Tables, heads, problem: Problem) -> Lists:
-  some, every, which = visits
+def _traced_bits(
+  pattern: patterns.Pattern, problem: Problem, with_bits: bool, *, transposed: bool
+) -> tuple[Int[np.ndarray, "1 heads nq nk"] | None, bits.Words | None]:
+  """The mask of each block, [1, heads or 1, nq, nk], and the masks; None without bits."""
+  *words, which = _bits(pattern, problem, with_bits)
+  if which is not None:
+    which = np.stack([which[shared] for shared in _distinct(pattern, problem)])[None]
+  return which, words[transposed]
+
+
+def _traced(
+  some: Array,
+  every: Array,
+  which: Array | None,
+  words: bits.Words | None,
+  heads: list[tuple[int, int]],
+  problem: Problem,
+) -> Lists:
   kinds = jnp.where(some, jnp.where(every, 0, 1), 2).astype(jnp.int8)
   numbers = jnp.argsort(kinds, axis=-1, stable=True).astype(jnp.int32)
   masks = jnp.zeros(1, jnp.int32)
@@ -327,4 +340,4 @@ def _traced(visits: Tables, heads, problem: Problem) -> Lists:
   items = items[np.minimum(order, len(items) - 1).reshape(-1)]
   dealt = np.stack([cores * rounds, counts], axis=1).astype(np.int32)
   dealt = np.pad(dealt, [(0, 1), (0, 0)])
-  return Lists(items, dealt, numbers.reshape(-1), masks.reshape(-1))
+  return Lists(items, dealt, numbers.reshape(-1), masks.reshape(-1), words)

@@ -138,7 +138,7 @@ def _runner(group: Group) -> ModuleType:
 
 def _view(plan: Plan, group: Group) -> View:
   """In whose rows the log-sum-exp of a group is."""
-  return group.kernels[-1].view if group.passes else View("natural", plan.T)
+  return group.kernels[-1].view
 
 
 def _join(plan: Plan, parts) -> Array:

@@ -6,7 +6,6 @@ kernels do not know, are one group of lists of blocks.
 
 import dataclasses
 import functools
-from typing import Literal
 
 from pallas_kernels import tuning
 from pallas_kernels.lowering import passes
@@ -15,54 +14,23 @@ from pallas_kernels.lowering.plan import Group
 from pallas_kernels.lowering.plan import Plan
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import sizes
-from pallas_kernels.mosaic_gpu import stream
-from pallas_kernels.mosaic_gpu.views import Band
-from pallas_kernels.mosaic_gpu.views import View
-
-# A kernel that has its keys in shared memory, and its keyword arguments.
-Kernel = tuple[Literal["resident", "window"], tuple[tuple[str, int], ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-  """One pass over the heads of a group.
-
-  Attributes:
-    view: its sequences, in whose rows lse and delta are.
-    band: the pairs of a sequence.
-    schedule: the same for the streaming kernels.
-    streamed: their sizes.
-    forward, backward: the kernels that sweep it; None where it streams.
-  """
-
-  view: View
-  band: Band
-  schedule: stream.Schedule
-  streamed: sizes.Streamed
-  forward: Kernel | None
-  backward: Kernel | None
-
-  @property
-  def turn_backward(self) -> int:
-    """Smaller for those that come earlier.
-
-    A window is the first, and computes delta; what adds to gradients of others is the last.
-    """
-    turns = {None: 1, "window": 0, "resident": 2}
-    return turns[self.backward and self.backward[0]]
+from pallas_kernels.mosaic_gpu.sizes import Kernel
+from pallas_kernels.mosaic_gpu.sizes import Sweep
 
 
 def groups_of(plan: Plan) -> tuple[Group, ...]:
-  """All heads, with what sweeps them: sweeps in the order they run forward, or sizes of lists."""
+  """All heads, with what sweeps them: sweeps in the order they run forward, one of lists."""
   return _groups_of(plan, tuning.context())
 
 
 @functools.lru_cache(maxsize=256)
 def _groups_of(plan: Plan, context: tuple) -> tuple[Group, ...]:
   del context  # by which, besides the plan, the result is kept
-  of_lists = sizes.listed(plan.Dk, plan.Dv, plan.segment_ids)
+  natural = Sweep(Pass(view="natural"), plan.T, plan.Dk, plan.Dv, plan.dtype)
+  blocks = sizes.listed(plan.Dk, plan.Dv, plan.segment_ids)
+  of_lists = dataclasses.replace(natural, **blocks)
   return tuple(
-    dataclasses.replace(group, kernels=_sweeps(plan, group) if group.passes else of_lists)
+    dataclasses.replace(group, kernels=_sweeps(plan, group) if group.passes else (of_lists,))
     for group in lowered(plan)
   )
 
@@ -148,35 +116,20 @@ def _sweeps(plan: Plan, group: Group) -> tuple[Sweep, ...]:
 
 def _sweep(plan: Plan, pass_: Pass, T: int, stride: int, merged: bool) -> Sweep:
   """T and stride are padded."""
-  summaries = pass_.view == "summaries"
-  stride = 1 if pass_.view == "natural" else stride
   # A window that no query reaches the end of is plain causal attention.
   window = pass_.window if pass_.window is not None and pass_.window < T else None
-  view = View("natural" if summaries else pass_.view, T, 1 if summaries else stride)
-  band = Band(-(-(pass_.distance or 0) // stride), window)
-  schedule = stream.Schedule(
-    view=pass_.view,
-    stride=stride,
-    distance=band.near,
-    window=window,
-    width=pass_.width,
-    starts=pass_.starts or (0,),
-    finished=pass_.finished and merged,
-  )
-  of_view = dict(columns="column", blocks="block", summaries="summary")
-  kind = of_view.get(pass_.view, "dense" if window is None else "local")
-  problem = sizes.Problem(kind, view, band, plan.Dk, plan.Dv, plan.dtype)
+  stride = 1 if pass_.view == "natural" else stride
+  fitted = dataclasses.replace(pass_, stride=stride, window=window)
+  sweep = Sweep(fitted, T, plan.Dk, plan.Dv, plan.dtype)
   forward = backward = None
-  if not summaries:
-    forward = _kernel(resident=sizes.resident(problem, merged), window=sizes.window(problem))
-    backward = _kernel(
-      window=sizes.window_backward(problem), resident=sizes.resident_backward(problem)
-    )
-  return Sweep(view, band, schedule, sizes.streamed(problem), forward, backward)
+  if pass_.view != "summaries":
+    forward = _kernel(resident=sizes.resident(sweep, merged), window=sizes.window(sweep))
+    backward = _kernel(window=sizes.window_backward(sweep), resident=sizes.resident_backward(sweep))
+  return dataclasses.replace(sweep, forward=forward, backward=backward, **sizes.streamed(sweep))
 
 
 def _kernel(**choices: dict[str, int] | None) -> Kernel | None:
-  """The first of the kernels that take a problem."""
+  """The first of the kernels that take a sweep."""
   return next(((family, tuple(x.items())) for family, x in choices.items() if x), None)
 
 

@@ -11,12 +11,11 @@ from pallas_kernels.lowering.plan import Plan
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.stream import formula
-from pallas_kernels.mosaic_gpu.views import View
 
 
 def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""
-  blocks = group.kernels.forward
+  blocks = group.kernels[0].forward_blocks
   frame = _frame(plan, group, arrays, teams=blocks.teams)
   q = heads.take(arrays.q, group.heads)
   own = q, arrays.k, arrays.v, arrays.segment_ids
@@ -36,22 +35,23 @@ def backward(
 
   out, dout and dlse are of these heads.
   """
-  frame, options = _frame(plan, group, arrays, backward=True), dict(scale=_factor(plan))
+  (sweep,), options = group.kernels, dict(scale=_factor(plan))
+  frame = _frame(plan, group, arrays, backward=True)
   if dlse is not None:
-    dlse = View("natural", plan.T).rows(dlse)
+    dlse = sweep.view.rows(dlse)
     # lse may come from a streaming kernel, whose tiles are larger than those of a view.
     missing = lse.shape[-1] - dlse.shape[-1]
     dlse = jnp.pad(dlse, [(0, 0)] * 3 + [(0, missing)]) if missing else dlse
-  q, sizes = heads.take(arrays.q, group.heads), group.kernels
+  q = heads.take(arrays.q, group.heads)
   own = frame, q, arrays.k, arrays.v, arrays.segment_ids, lse
-  of_dq = dict(out=out, dlse=dlse, blocks=sizes.dq)
+  of_dq = dict(out=out, dlse=dlse, blocks=sweep.dq_blocks)
   # dq first: it makes delta of out, which all that follows reads.
   dq, delta = stream.dq_kernel(*own, None, dout, **of_dq, **options)
-  of_keys = stream.dkv_kernel(*own, delta, dout, **options, blocks=sizes.dkv)
+  of_keys = stream.dkv_kernel(*own, delta, dout, **options, blocks=sweep.dkv_blocks)
   if not plan.scores.learned:
     return dq, *of_keys
   # A sweep of its own: few calls learn, and the others should not pay for it.
-  rows = stream.dvalues_kernel(*own, delta, dout, **options, blocks=sizes.dq)
+  rows = stream.dvalues_kernel(*own, delta, dout, **options, blocks=sweep.dq_blocks)
   return dq, *of_keys, *(x[:, :, 0, : plan.T].sum(axis=(0, 2)) for x in rows)
 
 
@@ -62,7 +62,7 @@ def _factor(plan: Plan) -> float:
 
 def _frame(
   plan: Plan, group: Group, arrays: Arrays, *, teams: int = 1, backward: bool = False
-) -> stream.Listed:
+) -> stream.Frame:
   """The lists, dealt to so many teams per core."""
   own_scores, of_group = "logits" in plan.extras, group.heads
   values = formula.values(plan.scores, plan.H, arrays.held)
@@ -77,29 +77,25 @@ def _frame(
     own_scores=own_scores,
   )
   # Bits, a mask in memory for every block, only where no formula gives the pairs.
-  formulas, of_head = stream.formulas(plan.pattern, of_group)
-  with_bits, by_keys = not formulas, None
+  with_bits, by_keys = not stream.formulas(plan.pattern, of_group)[0], None
+  own = plan.pattern, problem, with_bits
   # Lists of patterns alone are made once, by numpy; with masks they are made where the call runs.
   if arrays.segment_ids is None and arrays.block_mask is None:
-    by_queries = lists.by_queries(plan.pattern, problem, with_bits)
+    by_queries = lists.by_queries(*own)
     if backward:
-      by_keys = lists.by_keys(plan.pattern, problem, with_bits)
+      by_keys = lists.by_keys(*own)
   else:
-    tables = lists.of_pattern(plan.pattern, problem, with_bits)
     masks = arrays.block_mask, plan.block_size, arrays.segment_ids
-    tables = lists.masked(tables, *masks, of_group)
-    by_queries = lists.traced_by_queries(tables, problem)
+    visits = lists.masked(lists.of_pattern(plan.pattern, problem), *masks, of_group)
+    by_queries = lists.traced_by_queries(visits, *own)
     if backward:
-      by_keys = lists.traced_by_keys(tables, problem)
-  return stream.Listed(
+      by_keys = lists.traced_by_keys(visits, *own)
+  return stream.frame_of_lists(
+    plan.pattern,
     problem,
-    plan.pattern.causal,
     by_queries,
     by_keys,
-    formulas,
-    of_head,
-    lists.bits_of(plan.pattern, of_group, plan.T, plan.S) if with_bits else None,
-    plan.segment_ids,
-    plan.scores if own_scores else None,
-    values,
+    segments=plan.segment_ids,
+    scores=plan.scores if own_scores else None,
+    values=values,
   )

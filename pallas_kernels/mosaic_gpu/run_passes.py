@@ -3,7 +3,6 @@
 Arrays are padded to what the kernels want, lse and delta go from the rows of one view to another's.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +13,15 @@ from jaxtyping import Array
 from jaxtyping import Float
 
 from pallas_kernels.lowering import heads as heads_lib
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.lowering.plan import Arrays
 from pallas_kernels.lowering.plan import Group
 from pallas_kernels.lowering.plan import Plan
 from pallas_kernels.mosaic_gpu import groups
 from pallas_kernels.mosaic_gpu import stream
-from pallas_kernels.mosaic_gpu.groups import Sweep
 from pallas_kernels.mosaic_gpu.resident import backward as resident_backward
 from pallas_kernels.mosaic_gpu.resident import forward as resident_forward
+from pallas_kernels.mosaic_gpu.sizes import Sweep
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import backward as window_backward
 from pallas_kernels.mosaic_gpu.window import forward as window_forward
@@ -134,8 +134,8 @@ def _backward_one(
   lse, dlse, delta = (_streamed_rows(sweep, x) for x in (lse, dlse, delta))
   dq, delta = _query_gradients(sweep, own, out, lse, delta, dout, dlse, options)
   dk, dv = _key_gradients(sweep, own, lse, delta, dout, options)
-  if sweep.schedule.view == "summaries":
-    dk, dv = (_unfolded(x, sweep.schedule, q.shape[1]) for x in (dk, dv))
+  if sweep.pass_.view == "summaries":
+    dk, dv = (_unfolded(x, sweep.pass_, q.shape[1]) for x in (dk, dv))
   grads = dq, dk, dv
   if before is not None:
     # In float32, so that the sum is rounded once.
@@ -153,8 +153,8 @@ def _key_gradients(
   options: dict[str, Any],
 ) -> tuple:
   """dk and dv by streaming; of summaries [B, rows, width, Hg, D]."""
-  frame, sizes = _frame(sweep, own, options["heads"]), sweep.streamed.dkv
-  return stream.dkv_kernel(frame, *own, lse, delta, dout, scale=options["scale"], blocks=sizes)
+  frame, blocks = _frame(sweep, own, options["heads"]), sweep.dkv_blocks
+  return stream.dkv_kernel(frame, *own, lse, delta, dout, scale=options["scale"], blocks=blocks)
 
 
 def _frame(
@@ -162,16 +162,16 @@ def _frame(
 ) -> stream.Frame:
   """Of the streaming kernels; `own_rows`: with the keys of the queries' own rows."""
   q, k, _, ids = own
-  schedule = dataclasses.replace(sweep.schedule, own=own_rows)
-  return stream.frame_of(schedule, q.shape[1], q.shape[2], k.shape[2], heads, ids is not None)
+  sizes = q.shape[1], q.shape[2], k.shape[2]
+  return stream.frame_of(sweep.pass_, *sizes, heads, ids is not None, own=own_rows)
 
 
 def _stream_forward(
   sweep: Sweep, own: tuple, options: dict[str, Any], own_rows: bool = False
 ) -> tuple:
   frame = _frame(sweep, own, options["heads"], own_rows)
-  sizes = sweep.streamed.forward
-  return stream.forward_kernel(frame, *own, scale=options["scale"], blocks=sizes)
+  blocks = sweep.forward_blocks
+  return stream.forward_kernel(frame, *own, scale=options["scale"], blocks=blocks)
 
 
 def _query_gradients(
@@ -187,7 +187,7 @@ def _query_gradients(
 ) -> tuple:
   """dq by streaming, and delta."""
   frame = _frame(sweep, own, options["heads"], own_rows)
-  of_dq = dict(out=out, dlse=dlse, scale=options["scale"], blocks=sweep.streamed.dq)
+  of_dq = dict(out=out, dlse=dlse, scale=options["scale"], blocks=sweep.dq_blocks)
   return stream.dq_kernel(frame, *own, lse, delta, dout, **of_dq)
 
 
@@ -219,7 +219,7 @@ def _backward_fixed(
   in_blocks = (_streamed_rows(block, _rows(block, x, summary.view)) for x in (lse, delta))
   of_blocks = _key_gradients(block, own, *in_blocks, dout, options)
   dk, dv = (
-    _add_summaries(x, y, summary.schedule) for x, y in zip(of_blocks, of_summaries, strict=True)
+    _add_summaries(x, y, summary.pass_) for x, y in zip(of_blocks, of_summaries, strict=True)
   )
   return dq, dk, dv
 
@@ -250,26 +250,26 @@ def _merge(view: View, a: tuple, b: tuple) -> tuple:
   return out.astype(out_a.dtype), view.rows(lse)
 
 
-def _unfolded(x: Array, schedule: stream.Schedule, T: int) -> Array:
+def _unfolded(x: Array, pass_: Pass, T: int) -> Array:
   """Gradients of summaries `[B, rows, width, Hg, D]` among zeros: `[B, T, Hg, D]`."""
-  (start,) = schedule.starts  # a pass of its own has one
+  (start,) = pass_.starts  # one by itself has one
   # Tokens that are in no summary have no gradient from them.
-  after = schedule.stride - start - schedule.width
+  after = pass_.stride - start - pass_.width
   x = jnp.pad(x, [(0, 0), (0, 0), (start, after), (0, 0), (0, 0)])
   return x.reshape(x.shape[0], T, *x.shape[3:])
 
 
 def _add_summaries(
-  x: Float[Array, "B T Hg D"], summaries: Array, schedule: stream.Schedule
+  x: Float[Array, "B T Hg D"], summaries: Array, pass_: Pass
 ) -> Float[Array, "B T Hg D"]:
   """x with the gradients of summaries `[B, rows, width, Hg, D]` added where their keys are."""
-  (B, T, H, D), starts = x.shape, schedule.starts
+  (B, T, H, D), starts = x.shape, pass_.starts
   # Head h has starts[h % n]: heads [.., n] lie beside each other, one write for each start.
   starts = starts if H % len(starts) == 0 else tuple(starts[h % len(starts)] for h in range(H))
   split = lambda x: x.reshape(*x.shape[:-2], H // len(starts), len(starts), D)
-  x, summaries = split(x.reshape(B, -1, schedule.stride, H, D)), split(summaries)
+  x, summaries = split(x.reshape(B, -1, pass_.stride, H, D)), split(summaries)
   for n, start in enumerate(starts):
-    old = x[:, :, start : start + schedule.width, :, n : n + 1]
+    old = x[:, :, start : start + pass_.width, :, n : n + 1]
     new = old.astype(jnp.float32) + summaries[..., n : n + 1, :].astype(jnp.float32)
     x = _written(x, new.astype(x.dtype), (0, 0, start, 0, n, 0))
   return x.reshape(B, T, H, D)

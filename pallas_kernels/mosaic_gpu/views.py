@@ -32,7 +32,9 @@ class View:
 
   @classmethod
   def of(cls, pass_: Pass, T: int) -> "View":
-    return cls(pass_.view, T, 1 if pass_.view == "natural" else pass_.stride)
+    """Where the queries of a pass lie."""
+    natural = pass_.view in ("natural", "summaries")
+    return cls("natural", T) if natural else cls(pass_.view, T, pass_.stride)
 
   @property
   def R(self) -> int:
@@ -96,6 +98,10 @@ class Band:
 
   near: int = 0
   far: int | None = None
+
+  @classmethod
+  def of(cls, pass_: Pass) -> "Band":
+    return cls(-(-(pass_.distance or 0) // pass_.stride), pass_.window)
 
   def first(self, size: int = TILE) -> int:
     """The nearest tile of `size` rows that may hold pairs, counted before the query's own."""

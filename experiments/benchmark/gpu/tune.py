@@ -23,8 +23,6 @@ from pallas_kernels import tuning
 from pallas_kernels.lowering import passes
 from pallas_kernels.mosaic_gpu import sizes
 from pallas_kernels.mosaic_gpu.gpu import TILE
-from pallas_kernels.mosaic_gpu.views import Band
-from pallas_kernels.mosaic_gpu.views import View
 
 # Kernels, and the sequence that each sees. The merged patterns run the same ones.
 ROWS = {
@@ -44,11 +42,10 @@ PROJECTIONS = 32  # by the bits of one word
 # ------------------------------------------------------------------------------------- candidates
 
 
-def problem(kind: str, shape: timing.Shape) -> sizes.Problem:
+def problem(kind: str, shape: timing.Shape) -> sizes.Sweep:
   """What a kernel's sizes depend on."""
   (pass_,) = passes.passes_of(attention.PATTERNS[kind](shape))
-  view = View("natural", shape.T) if pass_.view == "summaries" else View.of(pass_, shape.T)
-  return sizes.Problem(kind, view, Band(0, pass_.window), shape.D, shape.D, jnp.bfloat16)
+  return sizes.Sweep(pass_, shape.T, shape.D, shape.D, jnp.dtype(jnp.bfloat16))
 
 
 def effective(kind: str, shape: timing.Shape, direction: tuning.Direction, candidate):
@@ -56,8 +53,9 @@ def effective(kind: str, shape: timing.Shape, direction: tuning.Direction, candi
   of = problem(kind, shape)
   with tuning.override(kind, direction, candidate):
     if direction == "fwd":
-      return sizes.resident(of, merged=False) or sizes.window(of) or sizes.streamed(of).forward
-    streamed = lambda: sizes.streamed(of)._replace(forward=None)
+      own = sizes.resident(of, merged=False) or sizes.window(of)
+      return own or sizes.streamed(of)["forward_blocks"]
+    streamed = lambda: sizes.streamed(of) | dict(forward_blocks=None)
     return sizes.window_backward(of) or sizes.resident_backward(of) or streamed()
 
 
@@ -99,7 +97,7 @@ def _near_default(kind, shape: timing.Shape, direction) -> list[tuning.BlockSize
   """One thing or two of a streaming kernel's default changed."""
   default = effective(kind, shape, direction, None)
   if direction == "bwd":
-    default = default.dq
+    default = default["dq_blocks"]
   step, stages, warpgroups = default.step, default.stages, default.warpgroups
   other = 192 - step  # of 64 and 128
   in_others = stages * step // other

@@ -1,11 +1,16 @@
 """Streaming attention kernels: a producer fills rings of tiles, consumers sweep them.
 
-Schedule --frame_of--> Frame, or Listed          which pairs, and where they lie
+Pass --frame_of--> Frame                         which pairs, and where they lie
+Lists --frame_of_lists--> Frame
 Frame --sweep_keys, sweep_queries--> tiles       of an item, step by step, with masks
 Frame --work--> Work                             items, dealt to thread blocks
 forward_kernel, dq_kernel, dkv_kernel, dvalues_kernel(frame, q, k, v, ...)
 """
 
+from jaxtyping import Array
+
+from pallas_kernels.lowering import lists
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.block_sizes import dkv_blocks
 from pallas_kernels.mosaic_gpu.stream.block_sizes import dq_blocks
@@ -17,12 +22,13 @@ from pallas_kernels.mosaic_gpu.stream.frame import Frame
 from pallas_kernels.mosaic_gpu.stream.frame import ROWS
 from pallas_kernels.mosaic_gpu.stream.listed import formulas
 from pallas_kernels.mosaic_gpu.stream.listed import Listed
-from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
 from pallas_kernels.mosaic_gpu.stream.summaries import Summaries
 from pallas_kernels.mosaic_gpu.stream.values import dvalues_kernel
 from pallas_kernels.mosaic_gpu.stream.views import Blocks
 from pallas_kernels.mosaic_gpu.stream.views import Columns
 from pallas_kernels.mosaic_gpu.stream.views import Natural
+from pallas_kernels.patterns import Pattern
+from pallas_kernels.scores import Scores
 
 FRAMES = dict(natural=Natural, columns=Columns, blocks=Blocks, summaries=Summaries)
 
@@ -30,8 +36,6 @@ __all__ = [
   "ROWS",
   "BlockSizes",
   "Frame",
-  "Listed",
-  "Schedule",
   "dkv_blocks",
   "dkv_kernel",
   "dq_blocks",
@@ -41,16 +45,34 @@ __all__ = [
   "forward_blocks",
   "forward_kernel",
   "frame_of",
+  "frame_of_lists",
 ]
 
 
 def frame_of(
-  schedule: Schedule,
+  pass_: Pass,
   T: int,
   num_heads: int,
   num_kv_heads: int,
   heads: range | tuple[int, ...],
   segments: bool = False,
+  own: bool = False,
 ) -> Frame:
-  """A schedule at one size; see `Frame`."""
-  return FRAMES[schedule.view](schedule, T, num_heads, num_kv_heads, heads, segments)
+  """A pass at one size; see `Frame`."""
+  return FRAMES[pass_.view](pass_, T, num_heads, num_kv_heads, heads, segments, own)
+
+
+def frame_of_lists(
+  pattern: Pattern,
+  problem: lists.Problem,
+  by_queries: lists.Lists,
+  by_keys: lists.Lists | None,
+  *,
+  segments: bool,
+  scores: Scores | None,
+  values: tuple[Array, ...],
+) -> Frame:
+  """Lists of the blocks of a pattern; see `Listed`."""
+  of_pairs = formulas(pattern, problem.heads)
+  given = segments, scores, values
+  return Listed(problem, pattern.causal, by_queries, by_keys, *of_pairs, *given)

@@ -59,7 +59,7 @@ def dkv_kernel(
 ) -> tuple[jax.Array, jax.Array]:
   """dk, dv over the pairs of a frame; all else as for `dq_kernel`.
 
-  Keys of the queries' own rows do not count (`Schedule.own`): they are another schedule's.
+  Keys of the queries' own rows do not count (`Frame.own`): they are another pass's.
 
   Returns:
     dk and dv per query head, [B, T, Hg, D], of summaries [B, T/l, width, Hg, D]; of lists per head

@@ -1,6 +1,6 @@
 """Which pairs a streaming kernel computes by formula, and where their rows lie in memory.
 
-A `Frame` is a schedule at one size. Each view of the sequence has a class of its own (views.py,
+A `Frame` is a pass at one size. Each view of the sequence has a class of its own (views.py,
 summaries.py); lists of blocks are one more (listed.py):
 
     natural     [B, T, H, D]: one sequence
@@ -17,6 +17,7 @@ from jaxtyping import Array
 from jaxtyping import Int
 from jaxtyping import Num
 
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
@@ -24,17 +25,17 @@ from pallas_kernels.mosaic_gpu.stream.scalars import div
 from pallas_kernels.mosaic_gpu.stream.scalars import Item
 from pallas_kernels.mosaic_gpu.stream.scalars import pick
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
-from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
 from pallas_kernels.mosaic_gpu.stream.tiles import KeyTiles
 from pallas_kernels.mosaic_gpu.stream.tiles import QueryTiles
 from pallas_kernels.mosaic_gpu.stream.work import Work
+from pallas_kernels.mosaic_gpu.views import Band
 
 ROWS = 128  # what the rows of lse and delta are padded to
 COPY_ROWS = 8  # the copy engine's tiles have 8 rows: a sequence has whole ones of them
 
 
 class Frame:
-  """A schedule at one size: shapes, places in memory, tiles and masks; of a view, by its class.
+  """A pass at one size: shapes, places in memory, tiles and masks; of a view, by its class.
 
   Attributes:
     sequences, length: R sequences of M rows each, of queries.
@@ -42,15 +43,19 @@ class Frame:
     spare: rows that a sequence lacks to whole tiles of the copy engine.
     num_keys: of a sequence, with those that only fill tiles.
     has_full: whether there are tiles that need no mask.
+    distance, window: a query attends to keys at least `distance` and less than `window` rows of its
+      sequence before it; None: no end.
     scores: how logits are made; None where they are products times a factor.
 
   Args:
-    schedule: what is swept.
-    T: tokens.
+    pass_: what is swept.
+    T: tokens; a multiple of the pass's stride, except for "natural".
     num_heads: query heads of q.
     num_kv_heads: heads of k and v.
     heads: the query heads of this launch.
     segments: whether segment ids mask as well.
+    own: whether the keys j <= i of the query's own row are swept too, under the same softmax
+      (forward and dq of finished summaries: a merged head in one sweep).
   """
 
   takes_segments = True
@@ -58,19 +63,22 @@ class Frame:
 
   def __init__(
     self,
-    schedule: Schedule,
+    pass_: Pass,
     T: int,
     num_heads: int,
     num_kv_heads: int,
     heads: range | tuple[int, ...],
     segments: bool = False,
+    own: bool = False,
   ):
-    view, stride = schedule.view, schedule.stride
+    view, stride = pass_.view, pass_.stride
     if view != "natural" and T % stride:
       raise ValueError(f"{T=} must be a multiple of {stride=} in {view=}")
     if segments and not self.takes_segments:
       raise NotImplementedError(f"segment ids in {view=}")
-    self.schedule, self.T, self.heads, self.segments = schedule, T, tuple(heads), segments
+    self.pass_, self.T, self.heads, self.segments, self.own = pass_, T, tuple(heads), segments, own
+    band = Band.of(pass_)
+    self.distance, self.window = band.near, band.far
     self.group = num_heads // num_kv_heads
     self.sequences, self.length = self.shape(T, stride)
     self.padded = -(-self.length // ROWS) * ROWS
@@ -119,7 +127,7 @@ class Frame:
   ) -> dict[str, Array]:
     """What a launch reads besides q, k, v and what belongs to queries."""
     inputs = self.lists(transposed)
-    if self.schedule.own and not transposed:
+    if self.own and not transposed:
       inputs |= dict(own_k=self.folded(k), own_v=self.folded(v))
     if segment_ids is not None:
       inputs |= dict(ids=self.ids(segment_ids))
@@ -212,7 +220,7 @@ class Frame:
     Returns:
       first, full_first, full_end, end; the first two are one object where they are always equal.
     """
-    distance, window = self.schedule.distance, self.schedule.window
+    distance, window = self.distance, self.window
     last = jnp.minimum(q0 + rows, self.length) - 1
     # The last query decides which tiles there are, the first one which of them all see in full; of
     # a window's other end it is the other way round.
@@ -228,7 +236,7 @@ class Frame:
 
   def query_tiles(self, k0: Scalar, keys: int, step: int) -> tuple[Scalar, ...]:
     """The tiles of queries that see any of the keys k0 ... k0 + keys - 1, as `key_tiles`."""
-    distance, window = self.schedule.distance, self.schedule.window
+    distance, window = self.distance, self.window
     # Queries see keys before them: without a window, all from the first one on that sees key k0.
     end = jnp.int32(-(-self.length // step))
     last = self.last_key(k0, keys)
@@ -252,7 +260,7 @@ class Frame:
 
   def first_query(self, key: Scalar) -> Scalar:
     """The first query that can see a key or a later one, or a little before it."""
-    return key + self.schedule.distance
+    return key + self.distance
 
   # -------------------------------------------------------------------------------------- masks
 
@@ -260,8 +268,8 @@ class Frame:
     """Per query, what `key_places` may at most and must at least be; None: no lower bound."""
     i = q0 + gpu.iota((rows,), layout=layout)
     # Compared by row against `key_places`, so that a mask is one or two comparisons.
-    low = None if self.schedule.window is None else i - (self.schedule.window - 1)
-    return i - self.schedule.distance, low
+    low = None if self.window is None else i - (self.window - 1)
+    return i - self.distance, low
 
   def key_places(self, k0: Scalar, keys: int, h: Scalar, layout: Any) -> Array:
     """Per key, where it stands among the queries: which row sees it first."""

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.lowering import lists
-from pallas_kernels.lowering.bits import Bits
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.stream import formula
 from pallas_kernels.mosaic_gpu.stream.arrays import padded
@@ -25,7 +25,6 @@ from pallas_kernels.mosaic_gpu.stream.scalars import Item
 from pallas_kernels.mosaic_gpu.stream.scalars import Refs
 from pallas_kernels.mosaic_gpu.stream.scalars import rem
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
-from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
 from pallas_kernels.mosaic_gpu.stream.views import Natural
 from pallas_kernels.mosaic_gpu.stream.work import Work
 from pallas_kernels.patterns import Pattern
@@ -39,6 +38,7 @@ from pallas_kernels.scores import Scores
 #      |                         |
 #   numbers   .. | full blocks, then masked blocks | ..        `num` of them from `start` on
 #   masks     .. |  -              place in words  | ..        beside them, where masks are bits
+#   words     [words, 128] of each mask
 
 
 class Listed(Natural):
@@ -51,7 +51,6 @@ class Listed(Natural):
     formulas: which pairs of a block attend that is not full (`formula.of_pattern`); `formula_of`
       says which one is a head's. Empty where masks are bits.
     formula_of: for each head of the launch.
-    bits: the masks of blocks, where pairs are no formula.
     segments: whether segment ids mask as well.
     scores: how logits are made, where that is more than a factor.
     values: what they need, for every query head.
@@ -68,17 +67,16 @@ class Listed(Natural):
     by_keys: lists.Lists | None,
     formulas: tuple[Callable, ...],
     formula_of: tuple[int, ...],
-    bits: Bits | None,
     segments: bool,
     scores: Scores | None,
     values: tuple[Array, ...] = (),
   ):
     heads = range(len(problem.heads))
-    natural = Schedule(view="natural")
+    natural = Pass(view="natural")
     super().__init__(natural, problem.T, len(heads), len(heads), heads, segments)
     self.problem, self.causal = problem, causal
     self.by_queries, self.by_keys = by_queries, by_keys
-    self.formulas, self.formula_of, self.bits = formulas, formula_of, bits
+    self.formulas, self.formula_of = formulas, formula_of
     self.scores, self.values = scores, values
     self.num_keys = problem.S
     self.has_full = True  # also with segment ids: the lists say which blocks they leave whole
@@ -88,10 +86,8 @@ class Listed(Natural):
 
   def lists(self, transposed: bool) -> dict[str, Array]:
     arrays = (self.by_keys if transposed else self.by_queries)._asdict()
-    if self.bits is not None:
-      arrays.update(words=self.bits.by_keys if transposed else self.bits.by_queries)
     arrays.update({f"value{n}": x for n, x in enumerate(self.values)})
-    return {name: jnp.asarray(x) for name, x in arrays.items()}
+    return {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
 
   def keys(self, x: Array) -> Array:
     return padded(x, 1, -self.num_keys % COPY_ROWS)

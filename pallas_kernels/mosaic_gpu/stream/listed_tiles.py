@@ -123,7 +123,7 @@ class ListedTiles:
       return None
     frame, shape = self.frame, (TILE, self.step)
     queries, keys = self._positions(i, number)
-    if frame.bits is not None:
+    if not frame.formulas:
       mask = self._bits(i)
     elif len(frame.formulas) == 1:
       mask = frame.formulas[0](shape, queries, keys)

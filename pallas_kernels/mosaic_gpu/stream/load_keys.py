@@ -137,7 +137,7 @@ def _load_step(launch: Launch, item: Item, tiles: Any, i: Scalar, done: Scalar) 
   for slot in (k, dataclasses.replace(k, ring=launch.rings["v"])):
     slot.wait_until_free()
     load = functools.partial(_load_view, launch, item, tiles, i, slot)
-    if not launch.frame.schedule.own:
+    if not launch.frame.own:
       load()
       continue
     gpu.when(i < tiles.num_view)(load)

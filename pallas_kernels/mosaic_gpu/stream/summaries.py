@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.stream.arrays import in_rows
 from pallas_kernels.mosaic_gpu.stream.arrays import padded
@@ -16,7 +17,6 @@ from pallas_kernels.mosaic_gpu.stream.scalars import Item
 from pallas_kernels.mosaic_gpu.stream.scalars import pick
 from pallas_kernels.mosaic_gpu.stream.scalars import rem
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
-from pallas_kernels.mosaic_gpu.stream.schedule import Schedule
 from pallas_kernels.mosaic_gpu.stream.views import Natural
 
 # Keys are numbered as if every row had `slot` of them, so that a tile holds whole rows or lies
@@ -48,25 +48,26 @@ class Summaries(Natural):
 
   def __init__(
     self,
-    schedule: Schedule,
+    pass_: Pass,
     T: int,
     num_heads: int,
     num_kv_heads: int,
     heads: range | tuple[int, ...],
     segments: bool = False,
+    own: bool = False,
   ):
-    super().__init__(schedule, T, num_heads, num_kv_heads, heads, segments)
-    reach = schedule.width + max(start % COPY_ROWS for start in schedule.starts)
+    super().__init__(pass_, T, num_heads, num_kv_heads, heads, segments, own)
+    reach = pass_.width + max(start % COPY_ROWS for start in pass_.starts)
     self.slot = next((n for n in SLOTS if n >= reach), -(-reach // SLOTS[-1]) * SLOTS[-1])
     self.room = -(-reach // COPY_ROWS) * COPY_ROWS
-    self.num_rows = T // schedule.stride
+    self.num_rows = T // pass_.stride
     self.num_keys = self.slot * self.num_rows
-    self.whole = self.slot == schedule.width
+    self.whole = self.slot == pass_.width
 
   # ------------------------------------------------------------------------------------ arrays
 
   def keys(self, x: Array) -> Array:
-    stride = self.schedule.stride
+    stride = self.pass_.stride
     return padded(in_rows(x, stride), 2, -stride % COPY_ROWS)
 
   def key_shape(self, batch: int, D: int) -> tuple[int, ...]:
@@ -74,7 +75,7 @@ class Summaries(Natural):
 
   def key_grads(self, x: Array) -> Array:
     """[B, T/l, width, Hg, D] of the slots that the kernel stored."""
-    width, starts = self.schedule.width, self.schedule.starts
+    width, starts = self.pass_.width, self.pass_.starts
     first = [starts[head % len(starts)] % COPY_ROWS for head in self.heads]
     if not any(first):
       return x if width == self.room else lax.slice_in_dim(x, 0, width, axis=2)
@@ -131,7 +132,7 @@ class Summaries(Natural):
 
   def _of_start(self, h: Scalar, value: Callable[[int], int]) -> Scalar:
     """value(first summary column) of head h of the launch."""
-    starts = self.schedule.starts
+    starts = self.pass_.starts
     return pick(rem(self.head(h), len(starts)), tuple(map(value, starts)))
 
   # -------------------------------------------------------------------------------------- tiles
@@ -145,10 +146,10 @@ class Summaries(Natural):
     return min(MAX_SHARES, -(-ITEMS_PER_CORE * num_cores // num_items))
 
   def key_tiles(self, q0: Scalar, rows: int, step: int) -> tuple[Scalar, ...]:
-    stride = self.schedule.stride
+    stride = self.pass_.stride
     last = jnp.minimum(q0 + rows, self.length) - 1
     row, last_row = div(q0, stride), div(last, stride)
-    num_rows = last_row + (0 if self.schedule.finished else 1)
+    num_rows = last_row + (0 if self.pass_.finished else 1)
     end = div(num_rows * self.slot + step - 1, step)
     full = div(row * self.slot, step) if self.whole else 0 * row
     first = 0 * row
@@ -158,13 +159,13 @@ class Summaries(Natural):
     end = jnp.int32(-(-self.length // step))
     last = self.last_key(k0, keys)
     first = self.first_query(k0)
-    full = (div(last, self.slot) + 1) * self.schedule.stride
+    full = (div(last, self.slot) + 1) * self.pass_.stride
     first = jnp.minimum(div(first, step), end)
     full = jnp.minimum(div(full + step - 1, step), end)
     return first, full if self.whole else end, end, end
 
   def first_query(self, key: Scalar) -> Scalar:
-    return (div(key, self.slot) + int(self.schedule.finished)) * self.schedule.stride
+    return (div(key, self.slot) + int(self.pass_.finished)) * self.pass_.stride
 
   def own_tiles(self, q0: Scalar, rows: int, step: int) -> tuple[Scalar, Scalar]:
     """First key and number of tiles of the rows that the queries lie in."""
@@ -174,14 +175,14 @@ class Summaries(Natural):
 
   def row_of(self, query: Scalar) -> Scalar:
     """The first token of a query's own row."""
-    return div(query, self.schedule.stride) * self.schedule.stride
+    return div(query, self.pass_.stride) * self.pass_.stride
 
   # -------------------------------------------------------------------------------------- masks
 
   def row_starts(self, q0: Scalar, rows: int, layout: Any) -> Array:
     """Per query, the first token of its own row."""
     i = q0 + gpu.iota((rows,), layout=layout)
-    return lax.div(i, jnp.full_like(i, self.schedule.stride)) * self.schedule.stride
+    return lax.div(i, jnp.full_like(i, self.pass_.stride)) * self.pass_.stride
 
   def key_places(self, k0: Scalar, keys: int, h: Scalar, layout: Any) -> Array:
     slot, n = self.slot, gpu.iota((keys,), layout=layout)
@@ -191,12 +192,12 @@ class Summaries(Natural):
       column = n & (slot - 1)
     else:
       row, column = div(k0, slot), rem(k0, slot) + n
-    if self.schedule.finished:
-      place = (row + 1) * self.schedule.stride + 0 * column
+    if self.pass_.finished:
+      place = (row + 1) * self.pass_.stride + 0 * column
     else:
-      place = row * self.schedule.stride + self._slot_start(h) + column
+      place = row * self.pass_.stride + self._slot_start(h) + column
     if self.whole:
       return place
     column = column - self._of_start(h, lambda start: start % COPY_ROWS)
-    is_summary = (column >= 0) & (column < self.schedule.width)
+    is_summary = (column >= 0) & (column < self.pass_.width)
     return jnp.where(is_summary, place, jnp.full_like(place, NEVER))

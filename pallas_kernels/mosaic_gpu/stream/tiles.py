@@ -75,7 +75,7 @@ class KeyTiles(Tiles):
     super().__init__(frame, item, step, frame.key_tiles(q0, rows, step))
     self.q0 = q0
     self.num_view = self.num = self.num_tiles
-    if frame.schedule.own:
+    if frame.own:
       self.own_first, count = frame.own_tiles(q0, rows, step)
       self.num = self.num_view + count
     else:
@@ -89,7 +89,7 @@ class KeyTiles(Tiles):
 
   def first_part(self) -> str:
     """The part of the first step, where masks are made without a condition."""
-    return EITHER if self.frame.schedule.own else VIEW
+    return EITHER if self.frame.own else VIEW
 
   def prepare(self, refs: Refs, base: Scalar) -> None:
     """For the masks of a warpgroup, whose queries are base ... base + 63."""
@@ -114,7 +114,7 @@ class KeyTiles(Tiles):
     )
     if self.frame.has_full:
       carry = loop(first, full, None, carry)
-    if not self.frame.schedule.own:
+    if not self.frame.own:
       return loop(jnp.maximum(full, first), self.num, VIEW, carry)
     carry = loop(jnp.maximum(full, first), view, VIEW, carry)
     return loop(jnp.maximum(view, first), self.num, OWN, carry)
@@ -133,7 +133,7 @@ class KeyTiles(Tiles):
     if part == OWN:
       key, row = self.own_key(i), self.frame.row_of(self.base)
       return (key > last) | (key + self.step <= row)
-    key, window = self.tile(i) * self.step, self.frame.schedule.window
+    key, window = self.tile(i) * self.step, self.frame.window
     masked = self.frame.first_query(key) > last
     return masked if window is None else masked | (key + self.step + window - 1 <= self.base)
 
@@ -214,7 +214,7 @@ class QueryTiles(Tiles):
   def _own_bounds(self) -> tuple[Scalar, Scalar]:
     """The first steps that the warpgroup's own keys need a mask in, and that see none of them."""
     inside = lambda i: jnp.clip(i, self.first_step, self.end_step)
-    if self.frame.schedule.window is not None:
+    if self.frame.window is not None:
       return inside(self.num_full), self.end_step
     # Other warpgroups may need masks longer, and begin earlier.
     first, full_first, *_ = self.frame.query_tiles(self.base, TILE, self.step)

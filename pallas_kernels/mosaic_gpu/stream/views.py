@@ -44,7 +44,7 @@ class Columns(Frame):
     return stride, T // stride
 
   def folded(self, x: Array) -> Array:
-    return padded(in_rows(x, self.schedule.stride), 1, self.spare)
+    return padded(in_rows(x, self.pass_.stride), 1, self.spare)
 
   def unfolded(self, x: Array) -> Array:
     return cut(x, 1, self.length).reshape(x.shape[0], self.T, *x.shape[-2:])
@@ -64,7 +64,7 @@ class Blocks(Frame):
     return T // stride, stride
 
   def folded(self, x: Array) -> Array:
-    return padded(in_rows(x, self.schedule.stride), 2, self.spare)
+    return padded(in_rows(x, self.pass_.stride), 2, self.spare)
 
   def unfolded(self, x: Array) -> Array:
     return cut(x, 2, self.length).reshape(x.shape[0], self.T, *x.shape[-2:])

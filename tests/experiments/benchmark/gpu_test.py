@@ -270,9 +270,9 @@ def test_effective_sizes_are_what_the_backend_uses(kind, name):
     assert not group.passes and name not in tune.DENSE_SHAPES
     return
   (sweep,) = group.kernels
-  used = sweep.streamed.forward if sweep.forward is None else dict(sweep.forward[1])
+  used = sweep.forward_blocks if sweep.forward is None else dict(sweep.forward[1])
   assert tune.effective(kind, shape, "fwd", None) == used
-  streamed = sweep.streamed._replace(forward=None)
+  streamed = dict(forward_blocks=None, dq_blocks=sweep.dq_blocks, dkv_blocks=sweep.dkv_blocks)
   used = streamed if sweep.backward is None else dict(sweep.backward[1])
   assert tune.effective(kind, shape, "bwd", None) == used
   assert tune.ROWS[kind](shape) == tune.problem(kind, shape).view.M

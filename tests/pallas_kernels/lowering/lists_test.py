@@ -84,8 +84,8 @@ def truth(pattern, one):
 
 
 def words_of(pattern, one, transposed):
-  found = lists.bits_of(pattern, one.heads, one.T, one.S)
-  return found.by_keys if transposed else found.by_queries
+  by_queries, by_keys, _ = lists.bits_of(pattern, one.heads, one.T, one.S)
+  return by_keys if transposed else by_queries
 
 
 @pytest.mark.smoke(daily=12)
@@ -105,17 +105,19 @@ def test_lists_and_bits_hold_exactly_the_pairs(name, transposed):
 @pytest.mark.parametrize("name", ["local", "odd_blocks", "per_head", "whole_blocks"])
 def test_traced_lists_hold_the_same(name, transposed):
   pattern, one = PATTERNS[name], problem()
-  tables = lists.of_pattern(pattern, one, with_bits=True)
+  tables = lists.of_pattern(pattern, one)
   blocks = jnp.asarray(np.random.default_rng(0).random((2, H, one.nq, one.nk)) < 0.6)
   ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, one.T)), axis=1))
 
   @jax.jit
   def make(blocks, ids):
     masked = lists.masked(tables, blocks, BLOCK, ids, one.heads)
-    return (lists.traced_by_keys if transposed else lists.traced_by_queries)(masked, one)
+    traced = lists.traced_by_keys if transposed else lists.traced_by_queries
+    return traced(masked, pattern, one, with_bits=True)
 
   found = lists.Lists(*map(np.asarray, make(blocks, ids)))
   words = words_of(pattern, one, transposed)
+  np.testing.assert_array_equal(found.words, words)
   got = put_together(pattern, one, found, transposed, words)
   # Kernels compare the ids of the pairs of every block that is not full.
   segments = np.asarray(ids)[:, None, :, None] == np.asarray(ids)[:, None, None, :]
@@ -128,8 +130,8 @@ def test_traced_lists_hold_the_same(name, transposed):
 def test_full_blocks_of_segments_have_one_id():
   one = problem(T=128, S=128, B=1)
   ids = jnp.asarray([[0] * 32 + [1] * 80 + [2] * 16])
-  tables = lists.of_pattern(patterns.Dense(causal=False), one, with_bits=False)
-  some, every, _ = lists.masked(tables, None, BLOCK, ids, one.heads)
+  tables = lists.of_pattern(patterns.Dense(causal=False), one)
+  some, every = lists.masked(tables, None, BLOCK, ids, one.heads)
   expected = np.array([[1, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]], bool)
   np.testing.assert_array_equal(some[0, 0], expected)
   expected[:, 3] = expected[3] = False  # two ids

@@ -9,10 +9,11 @@ import pytest
 
 from pallas_kernels import patterns
 from pallas_kernels import reference
+from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.scores import Scores
 
-BlockSizes, Schedule = stream.BlockSizes, stream.Schedule
+BlockSizes = stream.BlockSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +28,18 @@ class Earlier(patterns.Pattern):
 
 
 def summaries(stride, width, *starts, **how):
-  return Schedule(view="summaries", stride=stride, width=width, starts=starts, **how)
+  return Pass(view="summaries", stride=stride, width=width, starts=starts, **how)
 
 
-fixed = lambda stride, width, *starts: summaries(stride, width, *starts, finished=True, own=True)
-natural = Schedule(view="natural")
+finished = lambda stride, width, *starts: summaries(stride, width, *starts, finished=True)
+natural = Pass(view="natural")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Schedule and pattern of the same pairs, and a shape."""
+  """Pass and pattern of the same pairs, and a shape."""
 
-  schedule: Schedule
+  pass_: Pass
   pattern: patterns.Pattern
   T: int
   H: int = 1
@@ -47,6 +48,7 @@ class Case:
   Dv: int = 64
   heads: tuple[int, ...] = (0,)
   segments: bool = False
+  own: bool = False
   dtype: str = "bfloat16"
   forward: BlockSizes | None = None
   dq: BlockSizes | None = None
@@ -56,35 +58,44 @@ class Case:
 CASES = {
   "dense": Case(natural, patterns.Dense(), T=257, H=4, Hkv=2, Dk=32, Dv=96, heads=(1, 3)),
   "one token": Case(natural, patterns.Dense(), T=1),
-  "window": Case(Schedule(view="natural", window=100), patterns.Local(100), T=400),
+  "window": Case(Pass(view="natural", window=100), patterns.Local(100), T=400),
   "window with segments": Case(
-    Schedule(view="natural", window=100), patterns.Local(100), T=300, segments=True
+    Pass(view="natural", window=100), patterns.Local(100), T=300, segments=True
   ),
   "column": Case(
-    Schedule(view="columns", stride=2),
+    Pass(view="columns", stride=2),
     patterns.Column(2),
     T=402,
     forward=BlockSizes(ahead=True, stages=3, held=2),
   ),
   "earlier rows of a column": Case(
-    Schedule(view="columns", stride=2, distance=1), Earlier(2, 1), T=300, dq=BlockSizes()
+    Pass(view="columns", stride=2, distance=2), Earlier(2, 1), T=300, dq=BlockSizes()
   ),
-  "block": Case(Schedule(view="blocks", stride=150), patterns.Block(150), T=300, segments=True),
+  "block": Case(Pass(view="blocks", stride=150), patterns.Block(150), T=300, segments=True),
   "summary": Case(summaries(64, 32, 32), patterns.Summary(64, 32), T=512),
   "summary of 5": Case(
     summaries(40, 5, 30), patterns.Summary(40, 5, offset=5), T=400, dq=BlockSizes(step=64)
   ),
-  "fixed": Case(fixed(64, 16, 48, 32), patterns.Fixed(64, 16, 2), T=384, H=2, Hkv=2, heads=(0, 1)),
+  "fixed": Case(
+    finished(64, 16, 48, 32),
+    patterns.Fixed(64, 16, 2),
+    T=384,
+    H=2,
+    Hkv=2,
+    heads=(0, 1),
+    own=True,
+  ),
   "fixed, odd": Case(
-    fixed(50, 24, 26, 2),
+    finished(50, 24, 26, 2),
     patterns.Fixed(50, 24, 2),
     T=300,
     H=2,
     heads=(1, 0),
+    own=True,
     forward=BlockSizes(ahead=True),
     dkv=BlockSizes(step=128),
   ),
-  "wide fixed": Case(fixed(150, 130, 20), patterns.Fixed(150, 130), T=450),
+  "wide fixed": Case(finished(150, 130, 20), patterns.Fixed(150, 130), T=450, own=True),
   "D = 256": Case(natural, patterns.Dense(), T=130, Dk=256, Dv=256),
   "float16": Case(natural, patterns.Dense(), T=130, Dk=128, Dv=96, dtype="float16"),
 }
@@ -92,11 +103,11 @@ CASES = {
 
 def frame_of(case):
   sizes = case.T, case.H, case.Hkv
-  return stream.frame_of(case.schedule, *sizes, case.heads, case.segments)
+  return stream.frame_of(case.pass_, *sizes, case.heads, case.segments, case.own)
 
 
 def backward(case, q, k, v, ids, out, lse, dout, dlse=None):
-  """Gradients of the heads over the pairs of the schedule, and delta, by the two kernels."""
+  """Gradients of the heads over the pairs of the pass, and delta, by the two kernels."""
   arrays, frame = (q, k, v, ids, lse), frame_of(case)
   how = dict(out=out, dlse=dlse, scale=0.2, blocks=case.dq)
   dq, delta = stream.dq_kernel(frame, *arrays, None, dout, **how)
@@ -126,10 +137,10 @@ def error(got, want):
 def in_rows(case, x):
   """[B, T, Hg] in the layout of lse."""
   B, T, H = x.shape
-  x, stride = np.asarray(x, np.float32), case.schedule.stride
-  if case.schedule.view == "columns":
+  x, stride = np.asarray(x, np.float32), case.pass_.stride
+  if case.pass_.view == "columns":
     x = x.reshape(B, T // stride, stride, H).transpose(0, 3, 2, 1)
-  elif case.schedule.view == "blocks":
+  elif case.pass_.view == "blocks":
     x = x.reshape(B, T // stride, stride, H).transpose(0, 3, 1, 2)
   else:
     x = x.transpose(0, 2, 1)[:, :, None]
@@ -176,10 +187,11 @@ def test_gradients_equal_the_reference(case):
   rows = [in_rows(case, x) for x in (lse * np.float32(np.log2(np.e)), dlse)]
   of_out = out.astype(q.dtype), rows[0], dout, rows[1]
   dq, dk, dv, delta = backward(case, q, k, v, ids, *of_out)
-  if case.schedule.view == "summaries":
+  if case.pass_.view == "summaries":
     dk, dv = (in_place(case, x) for x in (dk, dv))
-  if case.schedule.own:  # the keys of the queries' own rows are left to the schedule of blocks
-    own = dataclasses.replace(case, schedule=Schedule(view="blocks", stride=case.schedule.stride))
+  if case.own:  # the keys of the queries' own rows are left to the pass over blocks
+    blocks = Pass(view="blocks", stride=case.pass_.stride)
+    own = dataclasses.replace(case, pass_=blocks, own=False)
     per_row = [in_rows(own, x[:, :, 0, : case.T].swapaxes(1, 2)) for x in (rows[0], delta)]
     how = dict(scale=0.2, blocks=case.dkv)
     own_dk, own_dv = stream.dkv_kernel(frame_of(own), q, k, v, ids, *per_row, dout, **how)
@@ -191,7 +203,7 @@ def test_gradients_equal_the_reference(case):
 
 def in_place(case, x):
   """[B, T/l, width, Hg, D] -> [B, T, Hg, D]."""
-  one = case.schedule
+  one = case.pass_
   whole = np.zeros((1, case.T // one.stride, one.stride, *x.shape[3:]), np.float32)
   for n, head in enumerate(case.heads):
     start = one.starts[head % len(one.starts)]
@@ -230,12 +242,12 @@ SHAPES = {  # B, T, H, D, stride, width
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_lower_for_an_h100_without_copies(shape, view):
   B, T, H, D, stride, width = SHAPES[shape]
-  schedule = {
+  pass_ = {
     "summary": summaries(stride, width, stride - width),
-    "fixed": fixed(stride, width, stride - width, stride - 2 * width),
-    "columns": Schedule(view="columns", stride=stride),
+    "fixed": finished(stride, width, stride - width, stride - 2 * width),
+    "columns": Pass(view="columns", stride=stride),
   }[view]
-  frame, how = stream.frame_of(schedule, T, H, H, range(H)), dict(scale=D**-0.5)
+  frame, how = stream.frame_of(pass_, T, H, H, range(H), own=view == "fixed"), dict(scale=D**-0.5)
 
   def both(q, k, v, dout, delta):
     _, lse = stream.forward_kernel(frame, q, k, v, **how)
