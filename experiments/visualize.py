@@ -107,7 +107,7 @@ def run(
   if not 1 <= examples <= _MOST_EXAMPLES:
     raise ValueError(f"--examples={examples}: must be a whole number from 1 to {_MOST_EXAMPLES}")
   config, graphdef, params, step = checkpoint.restore_params(workdir, step, data_path=data_path)
-  model = config.model
+  model, unit = config.model, metrics.UNIT[config.model.modality]
   layers = _check_layers(layers, model.num_layers)
   layout = maps_lib.Layout.of(model)
   places = _pick_places(layout, num=num, seed=seed)
@@ -136,9 +136,11 @@ def run(
   evaluations = run_lib.read_lines(epath.Path(workdir) / "evaluations.jsonl")
   page = report.build(
     title=f"{epath.Path(workdir).absolute().name}, step {step:,}",
-    facts=run_lib.facts(config, params, step=step, records=records, evaluations=evaluations),
+    facts=run_lib.facts(
+      config, params, step=step, records=records, evaluations=evaluations, unit=unit
+    ),
     records=records,
-    unit=metrics.UNIT[model.modality],
+    unit=unit,
     reference=_reference(config),
     samples=run_lib.read_samples(folder),
     sample_command=f"python -m experiments.sample --workdir={workdir} --step={step} --keep=0.5",

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from pallas_kernels import api
 from pallas_kernels import hardware
 from sparse_flax import data
-from sparse_flax.model import transformer
+from sparse_flax import model as model_lib
 from sparse_flax.parallel import sharding
 
 
@@ -74,7 +74,7 @@ class Evaluator:
     batch_size: sequences at a time; None is a micro-batch of training. The result is the same.
     mesh: None is one device.
     """
-    graphdef, _ = transformer.graph_and_shapes(**config.model)
+    graphdef, _ = model_lib.graph_and_shapes(**config.model)
     mesh = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = batch_size or config.data.batch_size // config.train.accumulation

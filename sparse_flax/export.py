@@ -27,11 +27,8 @@ import safetensors.flax
 from etils import epath
 from flax import nnx
 
-from sparse_flax.model import transformer
-from sparse_flax.run import digest
-from sparse_flax.run import errors
-from sparse_flax.run import files
-from sparse_flax.run import workdir
+from sparse_flax import model as model_lib
+from sparse_flax import run
 
 MODEL, CONFIG = "model.safetensors", "config.json"
 
@@ -55,12 +52,12 @@ def save(
     if (folder / name).exists():
       raise ValueError(f"{folder}: holds a {name} already; choose another folder")
   arrays = flatten(params, cycle=len(config.model.attention_layers))
-  text = workdir.to_json(config.to_dict())
+  text = run.to_json(config.to_dict())
   metadata = dict(
     format="flax",
     step=str(step),
-    config=workdir.config_digest(text),
-    digests=json.dumps(digest.digests(arrays)),
+    config=run.config_digest(text),
+    digests=json.dumps(run.digest.digests(arrays)),
   )
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +65,7 @@ def save(
       (CONFIG, text.encode()),
       (MODEL, safetensors.flax.save(arrays, metadata=metadata)),
     ):
-      files.write(folder / name, content)
+      run.files.write(folder / name, content)
   except OSError as error:
     raise ValueError(f"{folder}: cannot be written: {error.strerror or error}") from error
   return [folder / MODEL, folder / CONFIG]
@@ -79,9 +76,9 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
 
   Raises:
     ValueError: a file is missing, or is not that of an exported model.
-    errors.DamagedError: a weight is not what was exported; the message names it.
+    run.DamagedError: a weight is not what was exported; the message names it.
   """
-  config = workdir.load_config(folder)
+  config = run.load_config(folder)
   path = epath.Path(folder) / MODEL
   if not path.exists():
     raise ValueError(f"{path}: is missing")
@@ -92,13 +89,13 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     saved, config_digest = json.loads(metadata["digests"]), metadata["config"]
   except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-    raise errors.DamagedError(f"{path}: is not an exported model: {error}") from error
-  if config_digest != workdir.config_digest((epath.Path(folder) / CONFIG).read_text()):
-    raise errors.DamagedError(f"{epath.Path(folder) / CONFIG}: not what was exported")
-  found = digest.digests(arrays)
+    raise run.DamagedError(f"{path}: is not an exported model: {error}") from error
+  if config_digest != run.config_digest((epath.Path(folder) / CONFIG).read_text()):
+    raise run.DamagedError(f"{epath.Path(folder) / CONFIG}: not what was exported")
+  found = run.digest.digests(arrays)
   if bad := sorted(x for x in found.keys() | saved.keys() if found.get(x) != saved.get(x)):
-    raise errors.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
-  graphdef, shapes = transformer.graph_and_shapes(**config.model)
+    raise run.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
+  graphdef, shapes = model_lib.graph_and_shapes(**config.model)
   return config, graphdef, unflatten(arrays, shapes, cycle=len(config.model.attention_layers))
 
 
@@ -114,7 +111,7 @@ def flatten(params: dict, *, cycle: int) -> dict[str, jax.Array]:
   """{canonical name: array} of weights whose layers are stacked in groups of one cycle."""
   arrays = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    name = digest.name_of(path).replace("/", ".")
+    name = run.digest.name_of(path).replace("/", ".")
     if found := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
       first, rest = int(found.group(1)), found.group(2)
       for n, one in enumerate(leaf):
@@ -140,7 +137,7 @@ def unflatten(arrays: dict[str, jax.Array], shapes: dict, *, cycle: int) -> dict
     )
 
   def of(path, leaf):
-    name = digest.name_of(path).replace("/", ".")
+    name = run.digest.name_of(path).replace("/", ".")
     if found := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
       first, rest = int(found.group(1)), found.group(2)
       layers = range(first, leaf.shape[0] * cycle, cycle)

@@ -22,9 +22,7 @@ from flax import nnx
 from flax import traverse_util
 
 from pallas_kernels import api
-from sparse_flax.model import attention
-from sparse_flax.model import cross_attention
-from sparse_flax.model import transformer
+from sparse_flax import model as model_lib
 
 
 class _Twin(nn.Module):
@@ -93,6 +91,6 @@ def _twin(original: type[nnx.Module]) -> type[nn.Module]:
   return type(original.__name__, (_Twin,), namespace | defaults)
 
 
-SparseSelfAttention = _twin(attention.SparseSelfAttention)
-SparseCrossAttention = _twin(cross_attention.SparseCrossAttention)
-SparseTransformer = _twin(transformer.SparseTransformer)
+SparseSelfAttention = _twin(model_lib.SparseSelfAttention)
+SparseCrossAttention = _twin(model_lib.SparseCrossAttention)
+SparseTransformer = _twin(model_lib.SparseTransformer)

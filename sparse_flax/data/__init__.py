@@ -3,10 +3,12 @@
 from sparse_flax.data.audio import mu_law_decode
 from sparse_flax.data.audio import mu_law_encode
 from sparse_flax.data.audio import read_wav
+from sparse_flax.data.audio import SAMPLE_RATE
 from sparse_flax.data.audio import write_wav
 from sparse_flax.data.batches import eval_batches
 from sparse_flax.data.batches import make_batches
 from sparse_flax.data.dataset import Dataset
+from sparse_flax.data.recordings import load_codes
 from sparse_flax.data.sources import check
 from sparse_flax.data.sources import name_for
 from sparse_flax.data.sources import NAMES
@@ -17,10 +19,12 @@ from sparse_flax.data.sources import SPLITS
 __all__ = [
   "NAMES",
   "SAMPLES",
+  "SAMPLE_RATE",
   "SPLITS",
   "Dataset",
   "check",
   "eval_batches",
+  "load_codes",
   "make_batches",
   "mu_law_decode",
   "mu_law_encode",

@@ -1,1 +1,39 @@
 """The model: embeddings, residual blocks, attention layers, and the caches to decode with."""
+
+from sparse_flax.model import cache
+from sparse_flax.model.attention import SparseSelfAttention
+from sparse_flax.model.block import activation
+from sparse_flax.model.block import Block
+from sparse_flax.model.block import GELU_SLOPE
+from sparse_flax.model.cross_attention import SparseCrossAttention
+from sparse_flax.model.embedding import check_bytes
+from sparse_flax.model.embedding import VOCABULARY
+from sparse_flax.model.initialization import INIT_SCHEMES
+from sparse_flax.model.layer_patterns import PATTERN_NAMES
+from sparse_flax.model.layer_patterns import patterns_of
+from sparse_flax.model.transformer import COMPUTE_DTYPES
+from sparse_flax.model.transformer import graph_and_shapes
+from sparse_flax.model.transformer import MODALITIES
+from sparse_flax.model.transformer import PARAM_DTYPES
+from sparse_flax.model.transformer import REMATS
+from sparse_flax.model.transformer import SparseTransformer
+
+__all__ = [
+  "COMPUTE_DTYPES",
+  "GELU_SLOPE",
+  "INIT_SCHEMES",
+  "MODALITIES",
+  "PARAM_DTYPES",
+  "PATTERN_NAMES",
+  "REMATS",
+  "VOCABULARY",
+  "Block",
+  "SparseCrossAttention",
+  "SparseSelfAttention",
+  "SparseTransformer",
+  "activation",
+  "cache",
+  "check_bytes",
+  "graph_and_shapes",
+  "patterns_of",
+]

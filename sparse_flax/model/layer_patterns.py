@@ -1,6 +1,7 @@
 """From the names in a config's `attention_layers` to patterns."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from pallas_kernels import patterns
 
@@ -66,3 +67,19 @@ def make_pattern(
       return patterns.Fixed(stride, summary_width, sub_blocks)
   summaries = patterns.Fixed(stride, summary_width, sub_blocks).summaries
   return summaries[0] if sub_blocks == 1 else patterns.PerHead(summaries)
+
+
+def patterns_of(
+  *,
+  attention_layers: Sequence[Entry],
+  num_heads: int,
+  stride: int,
+  summary_width: int = 0,
+  sub_blocks: int = 1,
+  **others: Any,
+) -> tuple[patterns.Pattern, ...]:
+  """The cycle of patterns of a SparseTransformer; its other arguments do not matter."""
+  del others
+  sizes = dict(num_heads=num_heads, stride=stride)
+  sizes |= dict(summary_width=summary_width, sub_blocks=sub_blocks)
+  return tuple(make_pattern(entry, **sizes) for entry in attention_layers)

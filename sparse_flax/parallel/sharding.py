@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,38 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, sequence: int) -> jax.shardi
   """
   shape = mesh_shape(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
   return jax.sharding.Mesh(_arranged(shape), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def uneven_layers(
+  patterns: Sequence[Pattern],
+  *,
+  num_heads: int,
+  hidden: int,
+  seq_len: int,
+  tensor: int,
+  devices: int,
+) -> list[str]:
+  """What the axes tensor and sequence of `config.mesh` cannot share out of a model's layers.
+
+  Args:
+    patterns: of the layers.
+    num_heads: of each.
+    hidden: features between up and down, ff_mult * width.
+    seq_len: tokens.
+    tensor: devices of that axis.
+    devices: those of the axis sequence.
+  """
+  problems = []
+  period = math.lcm(*(pattern.period for pattern in patterns))
+  if num_heads % (tensor * period):
+    heads = f"{num_heads=}" + (f" / {period} patterns" if period > 1 else "")
+    problems.append(f"config.mesh.tensor={tensor}: must divide {heads}")
+  if hidden % tensor:
+    problems.append(f"config.mesh.tensor={tensor}: must divide ff_mult * width = {hidden}")
+  for pattern in dict.fromkeys(patterns):
+    if text := sequence.problem(pattern, seq_len, devices):
+      problems.append(f"config.mesh.sequence={devices}: must {text}")
+  return problems
 
 
 def _arranged(shape: tuple[int, ...]) -> np.ndarray:

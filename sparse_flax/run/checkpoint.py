@@ -24,7 +24,7 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from sparse_flax.model import transformer
+from sparse_flax import model as model_lib
 from sparse_flax.run import digest
 from sparse_flax.run import errors
 from sparse_flax.run import workdir as workdir_lib
@@ -322,7 +322,7 @@ def restore_params(
     errors.DamagedError: the checkpoint is not what was saved.
   """
   config = workdir_lib.load_config(workdir, data_path=data_path)
-  graphdef, shapes = transformer.graph_and_shapes(**config.model)
+  graphdef, shapes = model_lib.graph_and_shapes(**config.model)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
   shapes = {"ema": laid_out(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
   with Checkpoints(workdir, read_only=True, say=say) as checkpoints:

@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all."""
+"""Files of a run, on a disk or in an object store: there whole or not at all."""
 
+import os
 import uuid
 
 from etils import epath
@@ -13,3 +14,8 @@ def write(path: epath.Path, content: bytes) -> None:
   temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
   temporary.write_bytes(content)
   temporary.replace(path)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether a path is that of an object store, such as gs://..., which cannot append."""
+  return "://" in os.fspath(path)

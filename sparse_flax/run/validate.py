@@ -13,10 +13,7 @@ import ml_collections
 
 from pallas_kernels import api
 from sparse_flax import data
-from sparse_flax.model import initialization
-from sparse_flax.model import layer_patterns
-from sparse_flax.model import transformer
-from sparse_flax.parallel import sequence
+from sparse_flax import model as model_lib
 from sparse_flax.parallel import sharding
 
 
@@ -50,7 +47,7 @@ _TEXT = Rule((str,), lambda x: True, "text")
 def _is_cycle(layers: Any) -> bool:
   entries = [(x,) if isinstance(x, str) else x for x in layers]
   return bool(entries) and all(
-    isinstance(x, tuple | list) and x and all(name in layer_patterns.PATTERN_NAMES for name in x)
+    isinstance(x, tuple | list) and x and all(name in model_lib.PATTERN_NAMES for name in x)
     for x in entries
   )
 
@@ -61,7 +58,7 @@ def _are_rows(shape: Any) -> bool:
 
 _RULES = {
   "seed": Rule((int,), lambda x: 0 <= x < 2**32, "a whole number in [0, 2**32)"),
-  "model.modality": _one_of(*transformer.MODALITIES),
+  "model.modality": _one_of(*model_lib.MODALITIES),
   "model.seq_len": _whole(1),
   "model.width": _whole(1),
   "model.num_layers": _whole(1),
@@ -71,7 +68,7 @@ _RULES = {
   "model.attention_layers": Rule(
     (tuple, list),
     _is_cycle,
-    "a tuple of names, or of tuples of names, from " + ", ".join(layer_patterns.PATTERN_NAMES),
+    "a tuple of names, or of tuples of names, from " + ", ".join(model_lib.PATTERN_NAMES),
   ),
   "model.stride": _whole(1),
   "model.summary_width": _whole(0),
@@ -79,10 +76,10 @@ _RULES = {
   "model.position_shape": Rule((tuple, list), _are_rows, "a tuple of whole numbers >= 1"),
   "model.dropout": _RATE,
   "model.embed_dropout": _RATE,
-  "model.init_scheme": _one_of(*initialization.INIT_SCHEMES),
-  "model.remat": _one_of(*transformer.REMATS),
-  "model.compute_dtype": _one_of(*transformer.COMPUTE_DTYPES),
-  "model.param_dtype": _one_of(*transformer.PARAM_DTYPES),
+  "model.init_scheme": _one_of(*model_lib.INIT_SCHEMES),
+  "model.remat": _one_of(*model_lib.REMATS),
+  "model.compute_dtype": _one_of(*model_lib.COMPUTE_DTYPES),
+  "model.param_dtype": _one_of(*model_lib.PARAM_DTYPES),
   "model.implementation": _one_of(None, *api.IMPLEMENTATIONS),
   "data.name": _TEXT,
   "data.path": _TEXT,
@@ -130,6 +127,18 @@ def completed(values: dict) -> dict:
     if field not in there and isinstance(inside, dict):
       inside[name] = value
   return values
+
+
+def checked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config to train with: completed, and locked.
+
+  Raises:
+    ValueError: a line for each problem that `validate` finds.
+  """
+  config = ml_collections.ConfigDict(completed(config.to_dict())).lock()
+  if problems := validate(config):
+    raise ValueError("\n".join(problems))
+  return config
 
 
 def validate(config: ml_collections.ConfigDict) -> list[str]:
@@ -210,7 +219,7 @@ def _check_model(config: ml_collections.ConfigDict) -> list[str]:
   if problems:
     return problems
   try:
-    transformer.graph_and_shapes(**model)
+    model_lib.graph_and_shapes(**model)
   except ValueError as error:
     text = str(error)
     problems.append("config.model." + text if re.match(r"\w+=", text) else f"config.model: {text}")
@@ -233,23 +242,19 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
       f"config.data.batch_size={config.data.batch_size}: must be a multiple of {parts * rows} = "
       f"train.accumulation {parts} x {rows} devices on the axes data and fsdp"
     )
-  layers = [layer_patterns.make_pattern(x, **_pattern_sizes(model)) for x in model.attention_layers]
-  period = math.lcm(*(pattern.period for pattern in layers))
-  if model.num_heads % (mesh.tensor * period):
-    heads = f"num_heads={model.num_heads}" + (f" / {period} patterns" if period > 1 else "")
-    problems.append(f"config.mesh.tensor={mesh.tensor}: must divide {heads}")
-  if round(model.ff_mult * model.width) % mesh.tensor:
-    width = round(model.ff_mult * model.width)
-    problems.append(f"config.mesh.tensor={mesh.tensor}: must divide ff_mult * width = {width}")
-  for pattern in dict.fromkeys(layers):
-    if text := sequence.problem(pattern, model.seq_len, mesh.sequence):
-      problems.append(f"config.mesh.sequence={mesh.sequence}: must {text}")
-  return problems
+  return problems + sharding.uneven_layers(
+    model_lib.patterns_of(**model),
+    num_heads=model.num_heads,
+    hidden=round(model.ff_mult * model.width),
+    seq_len=model.seq_len,
+    tensor=mesh.tensor,
+    devices=mesh.sequence,
+  )
 
 
 def _check_memory(config: ml_collections.ConfigDict) -> list[str]:
   """The state has to fit; what a step needs beside it is known only when it is compiled."""
-  shapes = jax.tree.leaves(transformer.graph_and_shapes(**config.model)[1])
+  shapes = jax.tree.leaves(model_lib.graph_and_shapes(**config.model)[1])
   # Weights, and in float32 averages, two moments and gradients.
   state = sum(math.prod(x.shape) * (x.dtype.itemsize + 4 * 4) for x in shapes)
   need = state // (config.mesh.fsdp * config.mesh.tensor)
@@ -269,10 +274,6 @@ def _device_memory() -> int | None:
   if device.platform == "cpu":
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def _pattern_sizes(model: ml_collections.ConfigDict) -> dict:
-  return {x: model[x] for x in ("num_heads", "stride", "summary_width", "sub_blocks")}
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

@@ -14,8 +14,7 @@ from jaxtyping import Integer
 
 from pallas_kernels import api
 from pallas_kernels.decode import cluster as kernels
-from sparse_flax.model import block
-from sparse_flax.model import cache as cache_lib
+from sparse_flax import model as model_lib
 
 
 @functools.partial(
@@ -49,7 +48,7 @@ class Weights:
 
 
 def supported(
-  groups: Sequence[block.Block], caches: Sequence[cache_lib.Cache], batch_size: int
+  groups: Sequence[model_lib.Block], caches: Sequence[model_lib.cache.Cache], batch_size: int
 ) -> str | None:
   """Why the kernel cannot compute the steps of a model; None where it can.
 
@@ -65,7 +64,7 @@ def supported(
   return _unsupported(caches) or kernels.supported(sizes, up.dtype)
 
 
-def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
+def run_blocks_of(groups: Sequence[model_lib.Block], batch_size: int) -> Callable:
   """`run_blocks` of `SparseTransformer.decode_step`; weights are made ready here, once.
 
   Args:
@@ -84,7 +83,7 @@ def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
   return run_blocks
 
 
-def weights_of(groups: Sequence[block.Block], *, C: int) -> Weights:
+def weights_of(groups: Sequence[model_lib.Block], *, C: int) -> Weights:
   """The weights of all layers, of which each entry has those at one place of the groups, stacked.
 
   Args:
@@ -101,11 +100,11 @@ def weights_of(groups: Sequence[block.Block], *, C: int) -> Weights:
   return Weights(jax.tree.map(in_order, *each), C=C, epsilon=_epsilon(groups), **widths)
 
 
-def _epsilon(groups: Sequence[block.Block]) -> float:
+def _epsilon(groups: Sequence[model_lib.Block]) -> float:
   return groups[0].attention_norm.epsilon  # all norms of a model's blocks have the same
 
 
-def _widths(layers: block.Block) -> dict[str, int]:
+def _widths(layers: model_lib.Block) -> dict[str, int]:
   attention, feed = layers.attention, layers.feed_forward
   H = attention.num_heads
   E, F = feed.up.kernel.shape[1:]
@@ -113,7 +112,7 @@ def _widths(layers: block.Block) -> dict[str, int]:
   return dict(E=E, H=H, Dk=Dk, Dv=Dv, F=F)
 
 
-def _matrices(layers: block.Block, C: int) -> tuple[Array, ...]:
+def _matrices(layers: model_lib.Block, C: int) -> tuple[Array, ...]:
   attention, feed = layers.attention, layers.feed_forward
   narrow = lambda x: x[...].astype(feed.up.dtype)
   norm = lambda layer: (layer.scale[...], layer.bias[...])
@@ -136,11 +135,11 @@ def decode_steps(
   x: Float[Array, "B E"],
   weights: Weights,
   step: Integer[Array, ""],
-  caches: Sequence[cache_lib.Cache],
+  caches: Sequence[model_lib.cache.Cache],
   *,
   rows: int | None = None,
   run: Callable = kernels.launch,
-) -> tuple[Float[Array, "B E"], tuple[cache_lib.Cache, ...]]:
+) -> tuple[Float[Array, "B E"], tuple[model_lib.cache.Cache, ...]]:
   """`Block.decode_step` of all layers.
 
   Args:
@@ -173,19 +172,19 @@ def decode_steps(
   return x, tuple(tuple(refill(part) for part in cache) for cache in caches)
 
 
-def _unsupported(caches: Sequence[cache_lib.Cache]) -> str | None:
-  differ = any(len(cache_lib.by_heads(cache)) != 1 for cache in caches)
+def _unsupported(caches: Sequence[model_lib.cache.Cache]) -> str | None:
+  differ = any(len(model_lib.cache.by_heads(cache)) != 1 for cache in caches)
   return "heads that differ in their pattern" if differ else None
 
 
-def _sizes(caches: Sequence[cache_lib.Cache], **sizes: Any) -> kernels.Sizes:
+def _sizes(caches: Sequence[model_lib.cache.Cache], **sizes: Any) -> kernels.Sizes:
   piece = lambda part: kernels.Piece(size=part.rows.size, length=part.rows.length)
   pieces = tuple(tuple(map(piece, cache)) for cache in caches)
-  return kernels.Sizes(pieces=pieces, slope=block.GELU_SLOPE, **sizes)
+  return kernels.Sizes(pieces=pieces, slope=model_lib.GELU_SLOPE, **sizes)
 
 
 def _places_and_biases(
-  cache: cache_lib.Cache, step: Integer[Array, ""]
+  cache: model_lib.cache.Cache, step: Integer[Array, ""]
 ) -> tuple[Integer[Array, "P"], Float[Array, "S"]]:
   """Whether the step's row is seen, then the first row and the slot of each part; and what is
   added to the scores of all parts: the step's own row is not taken from memory."""
@@ -195,7 +194,7 @@ def _places_and_biases(
     slot = jnp.minimum(part.rows.slot(step), part.rows.length - 1)
     first = part.rows.first(step)
     at = first + jnp.arange(part.rows.size)
-    seen = cache_lib.seen(list(cache), n, at, step)
+    seen = model_lib.cache.seen(list(cache), n, at, step)
     shown |= jnp.any(seen & (at == slot))
     places += [first, slot]
     biases.append(jnp.where(seen & (at != slot), 0.0, -jnp.inf))

@@ -12,9 +12,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from sparse_flax import data
-from sparse_flax.data import audio
-from sparse_flax.data import recordings
-from sparse_flax.train import metrics
+from sparse_flax import run
 from sparse_flax.view import grids
 from sparse_flax.view.report import samples as samples_lib
 
@@ -33,7 +31,7 @@ def read_prompt(path: str | os.PathLike, model: ml_collections.ConfigDict) -> np
   if model.modality == "text":
     example = np.frombuffer(epath.Path(path).read_bytes(), np.uint8)
   elif model.modality == "audio":
-    example = recordings.load_codes(path)
+    example = data.load_codes(path)
   else:
     rows, columns, channels = model.position_shape
     content = io.BytesIO(epath.Path(path).read_bytes())
@@ -62,7 +60,7 @@ def claim_stem(folder: epath.Path, modality: str, *, kind: str, **named) -> epat
   while True:
     taken = [path.name for path in folder.iterdir()]
     stem = folder / samples_lib.free_stem(taken, kind=kind, **named)
-    if metrics.is_remote(folder):  # which cannot refuse to make a file
+    if run.files.is_remote(folder):  # which cannot refuse to make a file
       return stem
     with contextlib.suppress(FileExistsError), open(f"{stem}{first}", "x"):
       return stem
@@ -124,7 +122,7 @@ def write_sequences(
       paths.append(stem.with_name(f"{stem.name}-{name}.txt"))
       paths[-1].write_bytes(tokens.tobytes())
   if modality == "audio" and len(samples) > 1:
-    silence = np.zeros(round(_SILENCE * audio.SAMPLE_RATE), np.float32)
+    silence = np.zeros(round(_SILENCE * data.SAMPLE_RATE), np.float32)
     sounds = [x for tokens in samples for x in (silence, data.mu_law_decode(tokens))]
     paths.append(stem.with_name(f"{stem.name}-all.wav"))
     data.write_wav(paths[-1], np.concatenate(sounds[1:]))

@@ -19,8 +19,7 @@ from jaxtyping import UInt8
 
 from pallas_kernels import api
 from pallas_kernels import hardware
-from sparse_flax.model import embedding
-from sparse_flax.model import transformer
+from sparse_flax import model as model_lib
 from sparse_flax.parallel import sharding
 
 IMPLEMENTATIONS = ("xla", "triton", "cluster")
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def generate(
-  model: transformer.SparseTransformer | nnx.GraphDef,
+  model: model_lib.SparseTransformer | nnx.GraphDef,
   params: dict | None = None,
   *,
   key: Key[Array, ""],
@@ -136,7 +135,7 @@ def generate(
 
 
 def _graph_and_weights(
-  model: transformer.SparseTransformer | nnx.GraphDef, params: dict | None
+  model: model_lib.SparseTransformer | nnx.GraphDef, params: dict | None
 ) -> tuple[nnx.GraphDef, dict]:
   if isinstance(model, nnx.Module):
     if params is not None:
@@ -171,8 +170,8 @@ def check_options(
     raise ValueError(f"{prefix}{num=}: must be a whole number >= 1")
   if temperature != 0 and not _COLDEST <= temperature < float("inf"):
     raise ValueError(f"{prefix}{temperature=}: must be 0, or a number >= {_COLDEST}")
-  if top_k is not None and not whole(top_k, 1, embedding.VOCABULARY):
-    raise ValueError(f"{prefix}{top_k=}: must be a whole number from 1 to {embedding.VOCABULARY}")
+  if top_k is not None and not whole(top_k, 1, model_lib.VOCABULARY):
+    raise ValueError(f"{prefix}{top_k=}: must be a whole number from 1 to {model_lib.VOCABULARY}")
   if not 0.0 < top_p <= 1.0:
     raise ValueError(f"{prefix}{top_p=}: must be in (0, 1]")
 
@@ -188,11 +187,11 @@ def _as_bytes(prompt: Prompt, name: str) -> UInt8[np.ndarray, "P"]:
     raise ValueError(f"{name} has shape {values.shape}: must be bytes or numbers in one dimension")
   if not values.size:
     return np.zeros(0, np.uint8)
-  embedding.check_bytes(values, name)
+  model_lib.check_bytes(values, name)
   return values.astype(np.uint8)
 
 
-def best(model: transformer.SparseTransformer, batch_size: int, *, sparse: bool = True) -> str:
+def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = True) -> str:
   """The implementation of a step of the model for the devices here.
 
   Args:

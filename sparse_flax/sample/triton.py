@@ -17,8 +17,7 @@ from jaxtyping import Integer
 
 from pallas_kernels import api
 from pallas_kernels.decode import triton as kernels
-from sparse_flax.model import block
-from sparse_flax.model import cache as cache_lib
+from sparse_flax import model as model_lib
 
 
 @functools.partial(
@@ -45,7 +44,7 @@ class Weights:
 
 
 def supported(
-  groups: Sequence[block.Block], caches: Sequence[cache_lib.Cache], batch_size: int
+  groups: Sequence[model_lib.Block], caches: Sequence[model_lib.cache.Cache], batch_size: int
 ) -> str | None:
   """Why the kernels cannot compute the steps of a model; None where they can.
 
@@ -58,7 +57,7 @@ def supported(
   return kernels.unsupported_norm(groups[0].feed_forward.up.kernel.shape[1])
 
 
-def weights_of(layers: block.Block) -> Weights:
+def weights_of(layers: model_lib.Block) -> Weights:
   """The weights of the layers that are stacked in a block."""
   attention, feed = layers.attention, layers.feed_forward
   qkv = attention.query, attention.key, attention.value
@@ -78,7 +77,7 @@ def weights_of(layers: block.Block) -> Weights:
   )
 
 
-def run_blocks_of(groups: Sequence[block.Block], batch_size: int) -> Callable:
+def run_blocks_of(groups: Sequence[model_lib.Block], batch_size: int) -> Callable:
   """`run_blocks` of `SparseTransformer.decode_step`; weights are made ready here, once.
 
   Args:
@@ -108,37 +107,39 @@ def decode_step(
   x: Float[Array, "B E"],
   weights: Weights,
   step: Integer[Array, ""],
-  cache: cache_lib.Cache,
+  cache: model_lib.cache.Cache,
   *,
   layer: Integer[Array, ""],
-) -> tuple[Float[Array, "B E"], cache_lib.Cache]:
+) -> tuple[Float[Array, "B E"], model_lib.cache.Cache]:
   """`Block.decode_step` of one of the layers."""
   linear = functools.partial(kernels.linear, layer=layer)
   norm = functools.partial(kernels.Norm, epsilon=weights.epsilon)
   qkv = linear(x, *weights.qkv, norm=norm(*weights.attention_norm))
   a, cache = attend(qkv, cache, step=step, layer=layer, num_heads=weights.num_heads)
   x = linear(a.reshape(len(a), -1), *weights.out, residual=x)
-  up = linear(x, *weights.up, norm=norm(*weights.feed_forward_norm), activation=block.activation)
+  up = linear(
+    x, *weights.up, norm=norm(*weights.feed_forward_norm), activation=model_lib.activation
+  )
   return linear(up, *weights.down, residual=x), cache
 
 
 def attend(
   qkv: Float[Array, "B F"],
-  cache: cache_lib.Cache,
+  cache: model_lib.cache.Cache,
   *,
   step: Integer[Array, ""],
   layer: Integer[Array, ""],
   num_heads: int,
-) -> tuple[Float[Array, "B H Dv"], cache_lib.Cache]:
+) -> tuple[Float[Array, "B H Dv"], model_lib.cache.Cache]:
   """`cache.attend`, a kernel for each group of heads that have the same pattern.
 
   qkv has the queries of all heads, then their keys, then their values.
   """
   outs, after = [], []
-  for parts in cache_lib.by_heads(cache):
+  for parts in model_lib.cache.by_heads(cache):
     caches, places = [], []
     for n, part in enumerate(parts):
-      seen = functools.partial(cache_lib.seen, parts, n)
+      seen = functools.partial(model_lib.cache.seen, parts, n)
       caches.append(kernels.Cached(part.key, part.value, part.rows.size, seen))
       slot = jnp.minimum(part.rows.slot(step), part.rows.length - 1)
       places.append((slot, part.rows.first(step)))
@@ -149,4 +150,4 @@ def attend(
       dataclasses.replace(part, key=key, value=value)
       for part, (key, value) in zip(parts, tables, strict=True)
     ]
-  return cache_lib.in_order(outs, cache), tuple(after)
+  return model_lib.cache.in_order(outs, cache), tuple(after)

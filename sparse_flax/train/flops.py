@@ -5,7 +5,7 @@ XLA's own count is of no use here: it takes the body of a scan once and kernels 
 
 import ml_collections
 
-from sparse_flax.model import layer_patterns
+from sparse_flax import model as model_lib
 
 # Dense bfloat16 peak of one device, operations per second, by the start of its `device_kind`; from
 # the makers' data sheets, without structured sparsity. The longest start that fits counts.
@@ -38,16 +38,7 @@ def forward_flops(model: ml_collections.ConfigDict) -> float:
   """
   n, d, num_layers = model["seq_len"], model["width"], model["num_layers"]
   q, f = round(model["qk_ratio"] * d), round(model["ff_mult"] * d)
-  cycle = [
-    layer_patterns.make_pattern(
-      entry,
-      num_heads=model["num_heads"],
-      stride=model["stride"],
-      summary_width=model["summary_width"],
-      sub_blocks=model["sub_blocks"],
-    )
-    for entry in model["attention_layers"]
-  ]
+  cycle = model_lib.patterns_of(**dict(model.items()))
   pairs = sum(pattern.num_pairs(n) for pattern in cycle) / len(cycle)
   weights = num_layers * (2 * d * q + 2 * d * d + 2 * d * f) + 256 * d
   return 2 * n * weights + 2 * num_layers * pairs * (q + d)

@@ -20,11 +20,8 @@ from jaxtyping import Key
 from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import evaluate
+from sparse_flax import run
 from sparse_flax.parallel import sharding
-from sparse_flax.run import checkpoint
-from sparse_flax.run import errors
-from sparse_flax.run import validate
-from sparse_flax.run import workdir as workdir_lib
 from sparse_flax.train import flops
 from sparse_flax.train import metrics
 from sparse_flax.train import step as step_lib
@@ -62,25 +59,22 @@ def train(
   Raises:
     ValueError: a mistake in the config, other data, or the folder of another run; nothing has
       been written then.
-    errors.Preempted: the run was stopped and saved.
-    errors.NonFiniteError: the loss or a weight is not finite; such weights are never saved.
-    errors.StorageError: a disk or a file failed; what had been saved is intact.
-    errors.DamagedError: there are checkpoints, but none is sound.
+    run.Preempted: the run was stopped and saved.
+    run.NonFiniteError: the loss or a weight is not finite; such weights are never saved.
+    run.StorageError: a disk or a file failed; what had been saved is intact.
+    run.DamagedError: there are checkpoints, but none is sound.
   """
-  config = ml_collections.ConfigDict(validate.completed(config.to_dict())).lock()
-  problems = validate.validate(config)
-  if problems:
-    raise ValueError("\n".join(problems))
+  config = run.checked(config)
   chex.clear_trace_counter()  # of an earlier run in this process
   leads, several = jax.process_index() == 0, jax.process_count() > 1
   say = say if leads else lambda line: None
   watched = watched or watchdog.Watchdog()
 
   # --------------------------------------------------------------------- Data
-  workdir_lib.check(workdir, config)  # before data are prepared for it
+  run.check(workdir, config)  # before data are prepared for it
   splits = {split: evaluate.open_dataset(config, split) for split in ("train", "validation")}
   identity = {split: dataset.identity for split, dataset in splits.items()}
-  workdir_lib.check(workdir, config, data=identity)
+  run.check(workdir, config, data=identity)
   seq_len, batch_size = config.model.seq_len, config.data.batch_size
   batch_at = data.make_batches(
     splits["train"], seq_len=seq_len, batch_size=batch_size, seed=config.seed
@@ -91,10 +85,10 @@ def train(
   mesh = sharding.make_mesh(**config.mesh)
   program = _trace(config, workdir, mesh)  # before anything is written
   if leads:
-    workdir_lib.start(workdir, config, data=identity)
+    run.start(workdir, config, data=identity)
   if several:  # no process may look for what the first one has not written
     multihost_utils.sync_global_devices("the folder is there")
-    workdir_lib.check(workdir, config, data=identity)  # what the first one has written
+    run.check(workdir, config, data=identity)  # what the first one has written
   with contextlib.ExitStack() as stack:
     stack.enter_context(around_loop or contextlib.nullcontext())
     stack.enter_context(_no_mistake_of_the_caller(workdir))
@@ -102,7 +96,7 @@ def train(
     stack.enter_context(watched)
     watched.beat(patience=_PATIENCE)
     checkpoints = stack.enter_context(
-      checkpoint.Checkpoints(workdir, keep_every=config.train.keep_every, say=say)
+      run.Checkpoints(workdir, keep_every=config.train.keep_every, say=say)
     )
     found = checkpoints.restore_newest(program.shapes)
     first = found[1] if found else 0
@@ -165,7 +159,7 @@ def train(
         if stop_now and step < steps:
           checkpoints.wait()
           kept = f"saved is step {saved:,}" if saved else "nothing is saved yet"
-          raise errors.Preempted(f"STOPPED at step {step:,}, {kept}")
+          raise run.Preempted(f"STOPPED at step {step:,}, {kept}")
         watched.beat()
     if result is None:  # nothing was left to train
       result = evaluated(steps)
@@ -208,7 +202,7 @@ class _Records:
     """Fetches metrics until those of `leave` steps are waiting.
 
     Raises:
-      errors.NonFiniteError: too many updates in a row were skipped; `saved` is the newest
+      run.NonFiniteError: too many updates in a row were skipped; `saved` is the newest
         checkpoint.
     """
     while len(self.waiting) > leave:
@@ -243,7 +237,7 @@ def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.M
   init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
   shapes = jax.eval_shape(init, init_key)
   layout = sharding.by_rules(shapes, mesh)
-  shapes = checkpoint.laid_out(shapes, layout)
+  shapes = run.laid_out(shapes, layout)
   step = chex.assert_max_traces(one_step, n=1)
   step = jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
   size = (config.data.batch_size, config.model.seq_len)
@@ -264,10 +258,10 @@ def _no_mistake_of_the_caller(workdir: str) -> Iterator[None]:
   """From here on what fails is a disk, or a bug."""
   try:
     yield
-  except errors.StorageError:
+  except run.StorageError:
     raise
   except OSError as error:
-    raise errors.StorageError(
+    raise run.StorageError(
       f"{error.filename or workdir}: {error.strerror or error}; the same command goes on from the "
       "last checkpoint when that is mended"
     ) from error
@@ -277,8 +271,8 @@ def _no_mistake_of_the_caller(workdir: str) -> Iterator[None]:
 
 def _hopeless(
   step: int, record: dict[str, float], *, skipped: int, saved: int
-) -> errors.NonFiniteError:
-  return errors.NonFiniteError(
+) -> run.NonFiniteError:
+  return run.NonFiniteError(
     f"step {step:,}: loss {record['loss']}, norm of the gradient {record['grad_norm']}, learning "
     f"rate {record['learning_rate']:.3g}; {skipped} updates in a row were skipped. Nothing of this "
     f"has been saved. {_way_on(saved).capitalize()}. If it ends here again, another --workdir with "
@@ -300,7 +294,7 @@ def _all_finite(state: dict) -> Bool[Array, ""]:
 def stop_if_not_finite(state: dict, *, saved: int) -> None:
   """Raises NonFiniteError if a weight or moment is no number; `saved` is the newest checkpoint."""
   if not _all_finite(state):
-    raise errors.NonFiniteError(
+    raise run.NonFiniteError(
       f"step {int(state['step']):,}: a weight or a moment is not finite; not saved. "
       f"{_way_on(saved).capitalize()}."
     )

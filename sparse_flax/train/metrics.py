@@ -12,9 +12,11 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from sparse_flax.run import files
+from sparse_flax import run
 
 _REMOTE_SECONDS = 30.0
+
+is_remote = run.files.is_remote
 
 UNIT = {"image": "bits/dim", "text": "bits/byte", "audio": "bits/byte"}
 
@@ -79,11 +81,6 @@ class Writer:
       path.copy(self._folder / path.name, overwrite=True)
 
 
-def is_remote(path: epath.PathLike) -> bool:
-  """Whether a path is that of an object store, such as gs://..., which cannot append."""
-  return "://" in os.fspath(path)
-
-
 def append_line(path: epath.Path, record: dict) -> None:
   """Adds a JSON line to a file anywhere."""
   finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
@@ -102,7 +99,7 @@ def _drop_later_lines(path: epath.Path, step: int) -> list[str]:
   lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
   kept = [line for line in lines if _step_of(line) <= step]
   if kept != lines:
-    files.write(path, "".join(kept).encode())
+    run.files.write(path, "".join(kept).encode())
   return kept
 
 

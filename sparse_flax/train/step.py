@@ -12,7 +12,7 @@ from jaxtyping import Key
 from jaxtyping import UInt8
 
 from sparse_flax import evaluate
-from sparse_flax.model import transformer
+from sparse_flax import model as model_lib
 from sparse_flax.train import optim
 
 
@@ -123,8 +123,8 @@ def optimizer_of(
 
 def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
   """What a config trains: init(key) -> state, and step(state, tokens, key) -> (state, record)."""
-  build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
-  graphdef, _ = transformer.graph_and_shapes(**config.model)
+  build = lambda rngs: model_lib.SparseTransformer(**config.model, rngs=rngs)
+  graphdef, _ = model_lib.graph_and_shapes(**config.model)
   tx, schedule = optimizer_of(config)
 
   def init(key):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from jaxtyping import UInt8
 
-from sparse_flax.data import audio
+from sparse_flax.view import sound
 from sparse_flax.view.maps import on_pixels
 from sparse_flax.view.maps import on_tokens
 
@@ -117,14 +117,14 @@ def draw_audio(
   """
   figure, panels = _panels(len(places) + 1, len(heads), title)
   T = len(tokens)
-  seconds = T / audio.SAMPLE_RATE
-  panels[0].plot(np.arange(T) / audio.SAMPLE_RATE, audio.mu_law_decode(tokens), color="0.4", lw=0.5)
+  seconds = sound.seconds(T)
+  panels[0].plot(*sound.waveform(tokens), color="0.4", lw=0.5)
   panels[0].set(xlim=(0, seconds), ylabel="sound")
   edges = np.unique(np.linspace(0, T, min(T, _BINS) + 1).astype(int))[:-1]
   for axes, place, one in zip(panels[1:], places, np.asarray(on_tokens(weights)), strict=True):
     binned = np.add.reduceat(one, edges, axis=1)
     _heat(axes, visible(binned), heads, extent=(0, seconds, len(heads) - 0.5, -0.5))
-    at = place / audio.SAMPLE_RATE
+    at = sound.seconds(place)
     for marked in (axes, panels[0]):
       marked.axvline(at, color=FRAME)
     axes.set_title(f"predicts the sample at {at:.4g} s", size=10)

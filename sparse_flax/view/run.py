@@ -7,7 +7,6 @@ import jax
 import ml_collections
 from etils import epath
 
-from sparse_flax.train import metrics
 from sparse_flax.view.report import charts
 from sparse_flax.view.report import SAMPLE_BYTES
 from sparse_flax.view.report.samples import Sample
@@ -56,6 +55,7 @@ def facts(
   step: int,
   records: Sequence[dict],
   evaluations: Sequence[dict],
+  unit: str,
 ) -> list[tuple[str, str]]:
   """What a run is, as names and values.
 
@@ -65,8 +65,9 @@ def facts(
     step: of the checkpoint.
     records: of metrics.jsonl.
     evaluations: of evaluations.jsonl.
+    unit: of the scores.
   """
-  model, unit = config.model, metrics.UNIT[config.model.modality]
+  model = config.model
   named = [
     entry if isinstance(entry, str) else " / ".join(entry) for entry in model.attention_layers
   ]

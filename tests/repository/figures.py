@@ -96,6 +96,8 @@ def main() -> None:
   print(f"modules at the top of sparse_flax: {len(top)}")
   between = imports_between_rooms("sparse_flax")
   print(f"imports between the rooms of sparse_flax: {len(set(between))}")
+  rooms = {(room(name), room(other)) for name, other in between}
+  print(f"rooms of sparse_flax that import another: {len(rooms)} pairs")
   for name, other in sorted(set(between), key=lambda pair: (room(pair[0]), pair)):
     print(f"    {name} <- {other}")
   sizes = sorted(((num_lines(node), name) for path in every for name, node in functions(path)))

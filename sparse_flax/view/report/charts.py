@@ -9,8 +9,8 @@ from jaxtyping import Integer
 from jaxtyping import UInt8
 from plotly.subplots import make_subplots
 
-from sparse_flax.data import audio
 from sparse_flax.view import averages as averages_lib
+from sparse_flax.view import sound
 from sparse_flax.view.averages import Averages
 from sparse_flax.view.maps import Layout
 
@@ -81,8 +81,8 @@ def audio_explorer(
   tokens: UInt8[np.ndarray, "T"], places: Integer[np.ndarray, "P"], layout: Layout
 ) -> go.Figure:
   """The waveform with the places to choose from, and below it the weight of a head over time."""
-  seconds = np.arange(layout.num_cells) * layout.cell_size / audio.SAMPLE_RATE
-  pressure = audio.mu_law_decode(tokens)
+  seconds = sound.seconds(np.arange(layout.num_cells) * layout.cell_size)
+  _, pressure = sound.waveform(tokens)
   padded = np.pad(pressure, (0, layout.num_cells * layout.cell_size - len(tokens)), mode="edge")
   cells = padded.reshape(layout.num_cells, -1)
   envelope = np.stack([cells.min(axis=1), cells.max(axis=1)], axis=1).reshape(-1)
@@ -91,7 +91,7 @@ def audio_explorer(
   figure.add_trace(wave.update(line=dict(color="#666", width=1), name="sound"), 1, 1)
   bars = go.Bar(x=seconds.tolist(), y=[0.0] * layout.num_cells, name="weight")
   figure.add_trace(bars.update(marker=dict(color=BLUE, line_width=0), offset=0), 2, 1)
-  at = (places / audio.SAMPLE_RATE).tolist()
+  at = sound.seconds(places).tolist()
   dots = go.Scatter(x=at, y=[0.0] * len(at), mode="markers", name="places to choose")
   dots.update(marker=dict(size=9, color="#fff", line=dict(color=ORANGE, width=2)))
   figure.add_trace(dots, 1, 1)

@@ -15,7 +15,7 @@ import plotly.offline
 from jaxtyping import Num
 from jaxtyping import UInt8
 
-from sparse_flax.data import audio
+from sparse_flax.view import sound
 from sparse_flax.view.averages import Averages
 from sparse_flax.view.maps import Layout
 from sparse_flax.view.maps import Maps
@@ -110,7 +110,7 @@ def attention_values(attention: Attention) -> tuple[dict, dict[str, go.Figure], 
   image = layout.modality == "image"
   values = dict(
     modality=layout.modality,
-    rate=audio.SAMPLE_RATE,
+    rate=sound.RATE,
     layout=dict(dataclasses.asdict(layout), cell_size=layout.cell_size),
     layers=layers,
     heads=[list(attention.names[layer]) for layer in layers],
