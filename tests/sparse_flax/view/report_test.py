@@ -24,6 +24,7 @@ from sparse_flax.view import maps as maps_lib
 from sparse_flax.view import report
 from sparse_flax.view import run as run_lib
 from sparse_flax.view.report import charts
+from sparse_flax.view.report import page as page_lib
 from sparse_flax.view.report import samples as samples_lib
 from tests.helpers import tiny
 from tests.helpers.models import small_model
@@ -316,13 +317,13 @@ def test_the_page_is_bounded_and_says_what_is_missing(monkeypatch):
   attention = dataclasses.replace(attention, maps=maps)
   whole = len(make_page(attention))
   size = sum(map(len, report.pack(noise)))
-  monkeypatch.setattr(report, "MAP_BYTES", size // 3)
+  monkeypatch.setattr(page_lib, "MAP_BYTES", size // 3)
   page = make_page(attention)
   data = part_of(page, "data")
   assert len(page) < whole - size // 2
   assert data["places"] == maps.places[::4].tolist() and "4 of 16 places" in page
   np.testing.assert_array_equal(unpacked(data["maps"], 2), noise[2][:, ::4].reshape(-1))
-  monkeypatch.setattr(report, "AVERAGE_BYTES", 100)
+  monkeypatch.setattr(page_lib, "AVERAGE_BYTES", 100)
   page = make_page(attention)
   assert part_of(page, "data")["layers"] == [0] and "1 of 3 layers" in page
   bounds = report.MAP_BYTES + report.AVERAGE_BYTES + report.SAMPLE_BYTES * 4 / 3
