@@ -303,7 +303,7 @@ def _traced_bits(
 def _traced(
   some: Array,
   every: Array,
-  which: Array | None,
+  which: Array | np.ndarray | None,
   words: bits.Words | None,
   heads: list[tuple[int, int]],
   problem: Problem,
