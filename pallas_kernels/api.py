@@ -26,6 +26,7 @@ from pallas_kernels import hardware
 from pallas_kernels import offset
 from pallas_kernels import partitioning
 from pallas_kernels import protocol
+from pallas_kernels import reference
 from pallas_kernels import xla
 from pallas_kernels.lowering import plan as plans
 from pallas_kernels.patterns import check as check_pattern
@@ -110,8 +111,7 @@ def sparse_attention(
     NotImplementedError: for what no implementation, or not the one named, can do.
   """
   _check_arrays(q, k, v, segment_ids)
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"{implementation=}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
+  _check_name(implementation)
   check_pattern(pattern, "pattern")
   pattern, score_fn = offset.shifted(pattern, score_fn, query_offset, q.shape[1])
   _check_blocks(q, k, block_mask, block_size)
@@ -152,6 +152,7 @@ def choose(implementation: Implementation | None) -> Implementation:
   Of kernels it says what device and version allow; `xla` serves what those do not support. What
   a program contains in the end, `implementations_in` says.
   """
+  _check_name(implementation)
   best: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
   name = implementation or best.get(hardware.platform(), "xla")
   if name == "mosaic_gpu" and (reason := hardware.why_not_hopper()):
@@ -166,6 +167,7 @@ def load_backend(implementation: Implementation | None) -> None:
   traced again after it. Call this before any of them is traced; a second call does nothing.
 
   Raises:
+    ValueError: there is no implementation of this name.
     NotImplementedError: the implementation is named and does not run here; the message says why.
   """
   _module(choose(implementation))
@@ -215,17 +217,27 @@ def _backend(plan: plans.Plan) -> protocol.Backend:
   return partitioning.PerDevice(module) if plan.sharded else module
 
 
+def _check_name(implementation: Any) -> None:
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"{implementation=}: must be None or one of {', '.join(IMPLEMENTATIONS)}")
+
+
 def _module(name: str) -> Any:
   """A module that is a `protocol.Backend`; kernels are imported only where they are used."""
-  if name == "mosaic_gpu":
-    from pallas_kernels import mosaic_gpu
+  match name:
+    case "mosaic_gpu":
+      from pallas_kernels import mosaic_gpu
 
-    return mosaic_gpu
-  if name == "mosaic_tpu":
-    from pallas_kernels import mosaic_tpu
+      return mosaic_gpu
+    case "mosaic_tpu":
+      from pallas_kernels import mosaic_tpu
 
-    return mosaic_tpu
-  return xla
+      return mosaic_tpu
+    case "xla":
+      return xla
+    case "reference":  # no backend: JAX differentiates it
+      return reference
+  raise AssertionError(f"{name}: an implementation without a module")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -570,6 +570,7 @@ def window_and_stride(pattern: Pattern) -> tuple[int, int] | None:
 def check(pattern: Any, name: str) -> None:
   """Raises ValueError for what is no pattern, and says what would be one."""
   if isinstance(pattern, Pattern):
+    _check_content(pattern, name)
     return
   if isinstance(pattern, type) and issubclass(pattern, Pattern):
     hint = f"the class: make one, as {pattern.__name__}() or with its numbers"
@@ -581,6 +582,30 @@ def check(pattern: Any, name: str) -> None:
   else:
     hint = f"{pattern!r}"
   raise ValueError(f"{name}={hint}; must be a pattern, such as patterns.Strided(128)")
+
+
+def _check_content(pattern: Pattern, name: str) -> None:
+  """Raises ValueError for patterns of other classes than ours that are not compared by content.
+
+  What is made of a pattern is kept, and found again by what it is equal to.
+  """
+  if isinstance(pattern, PerHead | _Combined):
+    for part in pattern.patterns:
+      _check_content(part, name)
+    return
+  kind = type(pattern)
+  if kind.__module__ == __name__:
+    return
+  try:
+    hash(pattern)
+    by_identity = kind.__hash__ is object.__hash__ and bool(getattr(pattern, "__dict__", True))
+  except TypeError:
+    by_identity = True
+  if by_identity:
+    raise ValueError(
+      f"{name}={kind.__name__}(...): must be equal to, and hash as, what has the same content: a "
+      "dataclass with frozen=True of numbers and tuples; arrays go into the predicate of Where"
+    )
 
 
 def check_pairs(predicate: str, dtype: Any) -> None:

@@ -19,7 +19,8 @@ from pallas_kernels.lowering.plan import Plan
 class Backend(Protocol):
   """How a backend computes attention, and its gradients.
 
-  A residual is the log-sum-exp in whatever form the backward pass wants it.
+  A residual is the log-sum-exp in whatever form the backward pass wants it. Queries without keys
+  have results of zeros and a natural log-sum-exp of -inf, and no gradient.
   """
 
   def unsupported(self, plan: Plan) -> str | None:
@@ -46,7 +47,7 @@ class Backend(Protocol):
     dout: Float[Array, "B T H Dv"],
     dlse: Float[Array, "B T H"] | None,
   ) -> Arrays:
-    """Gradients of q, k, v and of what `plan.scores.learned` says of `held`.
+    """Gradients of q, of k and v per key head, and of what `plan.scores.learned` says of `held`.
 
     Args:
       plan: as `forward` had it.

@@ -1,5 +1,8 @@
 """Sparse Transformers in Flax: the model, its attention layer, and the patterns they attend by."""
 
+import importlib as _importlib
+import types as _types
+
 from pallas_kernels import moved as _finder
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
@@ -20,4 +23,10 @@ __all__ = [
   "sparse_attention",
 ]
 
-__getattr__ = _finder.alias("sparse_flax", _moved.NEW_PATHS)
+_module_at_old_path = _finder.alias("sparse_flax", _moved.NEW_PATHS)
+
+
+def __getattr__(name: str) -> _types.ModuleType:
+  if name == "linen":  # loaded for those who use it
+    return _importlib.import_module("sparse_flax.linen")
+  return _module_at_old_path(name)

@@ -276,7 +276,7 @@ def traced_by_keys(
   owners = problem.owners
   heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(owners)]
 
-  def transposed(table):  # [.., heads, nq, nk] -> [.., owners, nk, group * nq]
+  def transposed(table) -> Any:  # [.., heads, nq, nk] -> [.., owners, nk, group * nq]
     if table is None:
       return None
     size, table = len(owners[0]), jnp.swapaxes(table, 2, 3)
@@ -287,7 +287,8 @@ def traced_by_keys(
     return table.reshape(*table.shape[:3], -1)
 
   which, words = _traced_bits(pattern, problem, with_bits, transposed=True)
-  return _traced(*map(transposed, (*visits, which)), words, heads, problem)
+  some, every, which = transposed(visits.some), transposed(visits.every), transposed(which)
+  return _traced(some, every, which, words, heads, problem)
 
 
 def _traced_bits(

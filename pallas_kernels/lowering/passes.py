@@ -138,6 +138,7 @@ def tile_lists(
   else:
     last_q = pass_.query_position(np.arange(1, nq + 1) * block_q - 1)[:, None]
     visit = pass_.key_position(np.arange(nk) * block_k)[None, :] <= last_q
+  visit = np.asarray(visit)
   length = visit.sum(axis=1).astype(np.int32)
   # A stable sort of "not visited" moves the visited tiles to the front, in ascending order.
   idx = np.argsort(~visit, axis=1, kind="stable")[:, : max(1, length.max(initial=0))]

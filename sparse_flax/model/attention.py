@@ -139,8 +139,7 @@ class SparseSelfAttention(heads.Heads):
     Raises:
       ValueError: the pattern lets a query attend to later keys.
     """
-    if not self.pattern.causal:
-      raise ValueError(f"pattern={self.pattern}: decoding needs one with causal=True")
+    self._check_decodes()
     return cache_lib.init_cache(
       self.pattern,
       num_layers=num_layers,
@@ -155,7 +154,16 @@ class SparseSelfAttention(heads.Heads):
     )
 
   def prefill(
-    self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True, **options
+    self,
+    x: Float[Array, "B P E"],
+    length: int,
+    *,
+    sparse: bool = True,
+    segment_ids: Integer[Array | np.ndarray, "B P"] | None = None,
+    block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
+    block_size: int = 128,
+    score_fn: Callable | None = None,
+    positions: Positions | None = None,
   ) -> tuple[Float[Array, "B P E"], cache_lib.Cache]:
     """`__call__`, and the cache, without an axis for layers, as P steps of `length` leave it.
 
@@ -163,11 +171,19 @@ class SparseSelfAttention(heads.Heads):
       x: the layer's input of the first P steps.
       length: steps that the cache has room for.
       sparse: as in `init_cache`.
-      options: of `__call__`, for P tokens.
+      segment_ids, block_mask, block_size, score_fn, positions: as in `__call__`, of P tokens.
+
+    Raises:
+      ValueError: the pattern lets a query attend to later keys, or P > length.
     """
-    q, k, v = self._heads(x, options.pop("positions", None))
+    self._check_decodes()
+    if x.shape[1] > length:
+      raise ValueError(f"{length=}: must be at least {x.shape[1]}, the steps that are read")
+    q, k, v = self._heads(x, positions)
+    masks = dict(segment_ids=segment_ids, block_mask=block_mask, block_size=block_size)
     of_cache = dict(num_heads=self.num_heads, length=length, sparse=sparse)
-    return self.attend(q, k, v, **options), cache_lib.fill(self.pattern, k, v, **of_cache)
+    cache = cache_lib.fill(self.pattern, k, v, **of_cache)
+    return self.attend(q, k, v, **masks, score_fn=score_fn), cache
 
   def decode_step(
     self,
@@ -208,6 +224,10 @@ class SparseSelfAttention(heads.Heads):
     options = dict(step=step, layer=layer, score_fn=score_fn, masks=given)
     out, cache = cache_lib.attend(q, k, v, cache, **options)
     return self.back(out), cache
+
+  def _check_decodes(self) -> None:
+    if not self.pattern.causal:
+      raise ValueError(f"pattern={self.pattern}: decoding needs one with causal=True")
 
   def _heads(self, x: Float[Array, "*B E"], positions=None) -> tuple[Float[Array, "*B H D"], ...]:
     positions = self.checked_positions(positions, x)

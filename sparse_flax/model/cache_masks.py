@@ -22,20 +22,26 @@ class Masks:
 
   def check(self, B: int, H: int, T: int | None) -> None:
     """Raises ValueError for masks that are not those of T steps."""
+    size = self.block_size
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+      raise ValueError(f"block_size={size!r}: must be a whole number >= 1")
     if self.segment_ids is not None:
-      shape = np.shape(self.segment_ids)
+      shape, dtype = np.shape(self.segment_ids), jnp.result_type(self.segment_ids)
+      if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"segment_ids {dtype}{list(shape)}: must be integers")
       if len(shape) != 2 or shape[0] != B or (T is not None and shape[1] != T):
         raise ValueError(
           f"segment_ids {list(shape)}: must be of all steps, [B, T] = {[B, T]}, not of this one"
         )
     if self.block_mask is not None:
-      shape, size = np.shape(self.block_mask), self.block_size
+      shape, dtype = np.shape(self.block_mask), jnp.result_type(self.block_mask)
       fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, H)
+      fits = fits and jnp.issubdtype(dtype, jnp.bool_)
       blocks = None if T is None else (-(-T // size),) * 2
       if not fits or (blocks is not None and shape[2:] != blocks):
         raise ValueError(
-          f"block_mask {list(shape)}: must be [{B} or 1, {H} or 1, nq, nk] of all steps, {T=} in "
-          f"blocks of block_size={size}"
+          f"block_mask {dtype}{list(shape)}: must be bool, [{B} or 1, {H} or 1, nq, nk] of all "
+          f"steps, {T=} in blocks of block_size={size}"
         )
 
   def allowed(self, heads: tuple[int, ...], step: Step, row: Integer[Array, "K"]):

@@ -53,6 +53,7 @@ class Heads(nnx.Module):
       raise ValueError(f"{qk_ratio=}: qk_ratio * {width=} must be a multiple of {num_heads=}")
     num_kv_heads = _checked_kv_heads(num_kv_heads, num_heads)
     _check_rope(rope)
+    patterns.check(pattern, "pattern")
     api.load_backend(implementation)
     kernel_init = kernel_init or nnx.initializers.variance_scaling(0.125, "fan_in", "normal")
     dtypes = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -195,9 +195,7 @@ def over_devices(
   n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
   optional = dict(segment_ids=segment_ids, block_mask=block_mask, score_fn=score_fn)
   optional = {name: x for name, x in optional.items() if x is not None}
-  if block_mask is not None:
-    optional["block_size"] = block_size
-  attend = functools.partial(sparse_attention, **options, **optional)
+  attend = functools.partial(sparse_attention, **options, **optional, block_size=block_size)
   ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
   if mesh.manual_axes or (n == 1 and not ours):
     return attend(q, k, v)

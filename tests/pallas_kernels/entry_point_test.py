@@ -1,5 +1,6 @@
 """All arguments of `sparse_attention`: caps, functions of scores, masks of blocks, T != S."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -229,3 +230,28 @@ def test_transformations(wrap):
   got, truth = (jax.grad(loss(name), (0, 1, 2))(q, k, v) for name in ("xla", "reference"))
   for a, b in zip(got, truth, strict=True):
     assert_close(a, b, tolerance=1e-5, what="gradient")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OfTable(patterns.Pattern):
+  """A pattern of another class than ours, equal to itself alone."""
+
+  table: np.ndarray
+
+  def allowed(self, i, j, h=0):
+    return (j <= i) & self.table[j]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unhashable(OfTable):
+  pass
+
+
+@pytest.mark.parametrize("kind", [OfTable, Unhashable])
+def test_patterns_that_are_not_compared_by_content_are_refused(kind):
+  x, pattern = jnp.ones((1, 8, 2, 4)), kind(np.ones(8, bool))
+  message = rf"={kind.__name__}\(\.\.\.\): must be equal to, and hash as"
+  with pytest.raises(ValueError, match="pattern" + message):
+    sparse_attention(x, x, x, pattern=pattern)
+  with pytest.raises(ValueError, match=message):
+    _ = patterns.Local(3) | pattern

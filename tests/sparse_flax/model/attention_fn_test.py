@@ -77,10 +77,7 @@ def test_gradients_batch_axes_and_other_lengths(x):
 @pytest.mark.promotes
 def test_is_causal_makes_a_pattern_causal(x):
   layer = nnx_layer(sparse_flax.attention_fn(patterns.Dense(causal=False), "xla"))
-  try:
-    got, expected = layer(x, is_causal=True), nnx_layer()(x, is_causal=True)
-  except TypeError:
-    pytest.skip("flax of before is_causal")
+  got, expected = layer(x, is_causal=True), nnx_layer()(x, is_causal=True)
   assert_close(got, expected, tolerance=1e-5, what="out")
 
 

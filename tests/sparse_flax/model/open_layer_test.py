@@ -168,8 +168,6 @@ def test_rope_turns_pairs_of_halves(positions):
 
 @pytest.mark.promotes
 def test_rope_is_that_of_flax(as_a_user):
-  if not hasattr(nnx, "RoPE"):
-    pytest.skip("flax of before 0.12.11")
   x = inputs().reshape(2, T, H, 8)
   theirs = jax.vmap(nnx.RoPE(theta=500.0), in_axes=-2, out_axes=-2)(x)
   np.testing.assert_allclose(sparse_flax.rope(500.0)(x, jnp.arange(T)), theirs, atol=1e-5)
@@ -289,6 +287,7 @@ def test_a_sequence_axis_refuses_another_sequence():
       "rope=sparse_flax.rope: makes the function that is wanted here: call it",
     ),
     (dict(rope=10_000.0), "rope=10000.0: must be a function of"),
+    (dict(implementation="foo"), "implementation='foo': must be None or one of"),
   ],
   ids=lambda x: next(iter(x)) if isinstance(x, dict) else x[:20],
 )
@@ -299,6 +298,19 @@ def test_what_a_layer_cannot_be_made_of_is_refused(overrides, message, as_a_user
   ):
     with pytest.raises(ValueError, match=re.escape(message)):
       make_layer(kind, pattern=pattern, **overrides)
+
+
+def test_what_is_no_pattern_is_refused(as_a_user):
+  with pytest.raises(ValueError, match="pattern=None; must be a pattern"):
+    make_layer(pattern=None)
+
+
+def test_prefill_checks_what_init_cache_checks(as_a_user):
+  both_ways = make_layer(pattern=patterns.Dense(causal=False))
+  with pytest.raises(ValueError, match="decoding needs one with causal=True"):
+    both_ways.prefill(inputs(), T)
+  with pytest.raises(ValueError, match=f"length=5: must be at least {T}"):
+    make_layer().prefill(inputs(), 5)
 
 
 @pytest.mark.parametrize(
