@@ -15,6 +15,7 @@ from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 from pallas_kernels.lowering.plan import of_call
 from pallas_kernels.scores import Scores
+from pallas_kernels.xla import sizes
 from tests.helpers.arrays import Case
 
 hypothesis = pytest.importorskip("hypothesis")  # the GPU's machine may lack it
