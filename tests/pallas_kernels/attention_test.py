@@ -88,6 +88,8 @@ KERNEL_CASES = [
   _narrow(patterns.Fixed(64, 8), T=50),
   _narrow(patterns.Dense(), T=65, segments=2),
   _narrow(patterns.Dense(), T=1, dtype="float16"),
+  _kernel(patterns.Dense(), T=200, Dk=64, Dv=64, H=1),  # by streaming, and by lists
+  _kernel(patterns.Dense(), T=200, Dk=128, Dv=128, H=1),
   _narrow(
     patterns.PerHead((patterns.Local(20), patterns.Column(7), patterns.Fixed(32, 4, 2))),
     T=50, H=3, Hkv=3,
