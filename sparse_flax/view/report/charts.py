@@ -1,4 +1,4 @@
-"""The charts of the report, as plotly figures; those of a head are filled in by `report.js`."""
+"""The charts of the report, as plotly figures; those of a head are filled in by `page.js`."""
 
 import math
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def image_explorer(
   dots.update(hovertemplate="predict row %{y}, column %{x}<extra></extra>")
   dots.update(marker=dict(size=7, color="rgba(255,255,255,0.25)", line=dict(color="#fff", width=1)))
   figure.add_trace(dots, 1, 1)
-  for n in (1, 2):  # the predicted pixel's frame; report.js moves it
+  for n in (1, 2):  # the predicted pixel's frame; page.js moves it
     frame = dict(line=dict(color=ORANGE, width=3), x0=-0.5, x1=0.5, y0=-0.5, y1=0.5)
     figure.add_shape(type="rect", row=1, col=n, **frame)
     figure.update_xaxes(range=[-0.5, columns - 0.5], constrain="domain", row=1, col=n)
