@@ -156,7 +156,7 @@ def of_pattern(pattern: patterns.Pattern, T: int, S: int, held: list) -> pattern
     patterns.check_pairs(name, predicate.result(f"Where(predicate={name})").dtype)
     return patterns.Where(predicate, where.causal)
 
-  return patterns.replaced(pattern, traced)
+  return patterns.replaced(patterns.by_content(pattern), traced)
 
 
 def bound(pattern: patterns.Pattern, held: tuple) -> patterns.Pattern:

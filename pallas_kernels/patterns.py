@@ -570,7 +570,6 @@ def window_and_stride(pattern: Pattern) -> tuple[int, int] | None:
 def check(pattern: Any, name: str) -> None:
   """Raises ValueError for what is no pattern, and says what would be one."""
   if isinstance(pattern, Pattern):
-    _check_content(pattern, name)
     return
   if isinstance(pattern, type) and issubclass(pattern, Pattern):
     hint = f"the class: make one, as {pattern.__name__}() or with its numbers"
@@ -584,30 +583,6 @@ def check(pattern: Any, name: str) -> None:
   raise ValueError(f"{name}={hint}; must be a pattern, such as patterns.Strided(128)")
 
 
-def _check_content(pattern: Pattern, name: str) -> None:
-  """Raises ValueError for patterns of other classes than ours that are not compared by content.
-
-  What is made of a pattern is kept, and found again by what it is equal to.
-  """
-  if isinstance(pattern, PerHead | _Combined):
-    for part in pattern.patterns:
-      _check_content(part, name)
-    return
-  kind = type(pattern)
-  if kind.__module__ == __name__:
-    return
-  try:
-    hash(pattern)
-    by_identity = kind.__hash__ is object.__hash__ and bool(getattr(pattern, "__dict__", True))
-  except TypeError:
-    by_identity = True
-  if by_identity:
-    raise ValueError(
-      f"{name}={kind.__name__}(...): must be equal to, and hash as, what has the same content: a "
-      "dataclass with frozen=True of numbers and tuples; arrays go into the predicate of Where"
-    )
-
-
 def check_pairs(predicate: str, dtype: Any) -> None:
   """Raises ValueError where a predicate gives what is neither boolean nor integer."""
   if np.dtype(dtype).kind not in "biu":
@@ -615,6 +590,35 @@ def check_pairs(predicate: str, dtype: Any) -> None:
       f"Where(predicate={predicate}): gives {dtype}, must give booleans, or integers that are not "
       "0 where a pair attends"
     )
+
+
+def by_content(pattern: Pattern) -> Pattern:
+  """The pattern, with those of other classes than ours that are not equal by content as predicates.
+
+  What is made of a pattern is kept, and found again by equality: what is equal only to itself, or
+  cannot be hashed, may have changed meanwhile.
+  """
+  if isinstance(pattern, PerHead | _Combined):
+    parts = tuple(by_content(part) for part in pattern.patterns)
+    same = all(new is old for new, old in zip(parts, pattern.patterns, strict=True))
+    return pattern if same else type(pattern)(parts)
+  kind = type(pattern)
+  if kind.__module__ == __name__:
+    return pattern
+  try:
+    hash(pattern)
+    if kind.__hash__ is not object.__hash__:
+      return pattern
+  except TypeError:
+    pass
+
+  def of_head(h: int) -> Where:
+    predicate = lambda i, j: pattern.allowed(i, j, h)
+    predicate.__qualname__ = kind.__name__  # its name in messages
+    return Where(predicate, causal=pattern.causal)
+
+  heads = tuple(of_head(h) for h in range(pattern.period))
+  return heads[0] if len(heads) == 1 else PerHead(heads)
 
 
 def replaced(pattern: Pattern, change: Callable[["Where"], Pattern]) -> Pattern:
