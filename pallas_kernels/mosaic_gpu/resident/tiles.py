@@ -137,8 +137,9 @@ class Tiles:
 
   def load_out(self, t: Traced) -> None:
     n, refs = self.q_slot(t), self.refs
+    box = self.box("out", self.h, t)
     room = refs["out_s"].at[lax.rem(n, jnp.int32(self.sizes.warpgroups))]
-    gpu.to_smem(self.box("out", self.h, t), room, refs["out_full"].at[n])
+    gpu.to_smem(box, room, refs["out_full"].at[n])
 
   def make_delta(self, t: Traced) -> None:
     """delta of a query tile, and its lse as weights need it, both in shared memory."""

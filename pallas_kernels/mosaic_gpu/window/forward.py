@@ -239,8 +239,9 @@ class _Consumer:
 
   def resume(self, b: Traced, h: Traced, t: Traced) -> softmax.State:
     """The state in which the softmax over other keys ended."""
-    sizes, refs, row = self.sizes, self.refs, schedule.first_row(self.sizes, t)
+    sizes, refs = self.sizes, self.refs
     gpu.wait_to_gmem(0, wait_read_only=True)  # the result of the step before has left
+    row = schedule.first_row(sizes, t)
     full = refs["prev_full"].at[self.wg]
     gpu.to_smem(sizes.view.box(refs["prev"], b, 0, h, row), self.stage, full)
     lse = refs["prev_lse"].at[b, h, 0, gpu.ds(row, TILE)]
