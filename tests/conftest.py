@@ -27,6 +27,7 @@ if not ON_GPU:  # nearly all the time of the tests is compilation, often of what
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
   collect_ignore = ["pallas_kernels/mosaic_tpu/aot_test.py"]  # there is no libtpu
+DAYS = {"one_day_in_three": 3, "one_day_in_six": 6}
 TIMEOUT = 600  # seconds of one test: a kernel whose barriers do not match waits forever
 
 
@@ -70,14 +71,13 @@ def _choose(cases: list[pytest.Function]) -> None:
     for n, case in enumerate(others):
       if (n - first) % len(others) >= daily:
         case.add_marker(pytest.mark.slow)
-  if mark := cases[0].get_closest_marker("one_day_in_three"):
-    for case in cases if (today - mark.args[0]) % 3 else ():
-      case.add_marker(pytest.mark.slow)
+  for name, days in DAYS.items():
+    if mark := cases[0].get_closest_marker(name):
+      for case in cases if (today - mark.args[0]) % days else ():
+        case.add_marker(pytest.mark.slow)
   # Whole functions, and files, may be slow or a GPU's: their own marks say so.
   own = {mark.name for mark in (*cases[0].parent.iter_markers(), *_marks_of(cases[0].obj))}
-  if not own & {"slow", "gpu", "one_day_in_three"} and all(
-    case.get_closest_marker("slow") for case in cases
-  ):
+  if not own & {"slow", "gpu", *DAYS} and all(case.get_closest_marker("slow") for case in cases):
     raise pytest.Collector.CollectError(
       f"{function}: no case is left for make test; mark the function slow"
     )

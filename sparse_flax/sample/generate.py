@@ -205,9 +205,10 @@ def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = 
   caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
   for name in ("cluster", "triton"):
     reason = _why_not_here(name)
-    kernels = step_kernels(name)
-    assert kernels is not None  # as only "xla" has none
-    reason = reason or kernels.supported(model.groups, caches, batch_size)
+    if reason is None:
+      kernels = step_kernels(name)
+      assert kernels is not None  # as only "xla" has none
+      reason = kernels.supported(model.groups, caches, batch_size)
     if reason is None:
       return name
     _say_once(f"no decoding step by {name}: {reason}")

@@ -111,7 +111,7 @@ def by_hand(q, k, v, mask, scale, soft_cap, score_fn):
   return out, lse
 
 
-@pytest.mark.smoke(daily=8)
+@pytest.mark.smoke(daily=5)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("score_fn", FUNCTIONS)
 @pytest.mark.parametrize("name", ["fixed", "per_head", "layout_both", "union_both"])

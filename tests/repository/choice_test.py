@@ -22,6 +22,9 @@ def test_slow_as_a_whole(n): pass
 
 @pytest.mark.one_day_in_three(0)
 def test_of_the_day(): pass
+
+@pytest.mark.one_day_in_six(5)
+def test_of_the_week(): pass
 """,
   "unknown": """
 @pytest.mark.smoke("10")
@@ -54,7 +57,7 @@ platform.machine = lambda: os.environ["TEST_MACHINE"].split()[1]
 def run(folder: pathlib.Path, machine: str, **environment) -> str:
   """What pytest says of FILES, run as `make test` runs on a machine of that kind."""
   command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow"]
-  markers = "markers=smoke\none_day_in_three\nslow\ngpu\npromotes"
+  markers = "markers=smoke\none_day_in_three\none_day_in_six\nslow\ngpu\npromotes"
   command += ["-o", markers, "--continue-on-collection-errors", "-p", "machine", folder]
   variables = {key: value for key, value in os.environ.items() if key != "CI"} | environment
   variables |= {"PYTHONPATH": str(folder), "TEST_MACHINE": machine}
@@ -86,3 +89,4 @@ def test_cases_are_chosen_and_neither_lost_nor_skipped(tmp_path):
 
   days = [said, other_day, run(tmp_path, "Linux x86_64", TEST_DATE="2026-12-01")]
   assert ["test_of_the_day PASSED" in day for day in days].count(True) == 1
+  assert ["test_of_the_week PASSED" in day for day in days].count(True) <= 1

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 from flax import nnx
 
@@ -40,6 +41,7 @@ def test_the_layer_is_its_nnx_twin(nnx_mode):  # noqa: F811
   np.testing.assert_allclose(layer.apply(variables, x), twin(x), atol=1e-6)
 
 
+@pytest.mark.one_day_in_three(1)
 def test_the_transformer_is_its_nnx_twin_and_learns():
   tokens = random_tokens()
   model = linen.SparseTransformer(**SMALL, dropout=0.5)

@@ -101,7 +101,7 @@ def test_segments(name, D, T):
     assert lowered(attend, x, x, x, x).count("mosaic_gpu") >= 2
 
 
-@pytest.mark.smoke("fwd-64-32-2", "fwd-512-64-3", "bwd-64-64-2")
+@pytest.mark.smoke("fwd-512-64-3", "bwd-64-64-2", daily=0)
 @pytest.mark.parametrize("warpgroups", [1, 2, 3])
 @pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("block_k", [64, 512])

@@ -126,7 +126,7 @@ def test_a_cache_holds_the_key_heads_that_each_pattern_reads(name, kept):
     (dict(segment_ids=np.zeros((B, 1), int)), "[2, 1]: must be of all steps, [B, T] = [2, 23]"),
     (
       dict(block_mask=BLOCKS),
-      "must be [2 or 1, 6 or 1, nq, nk] of all steps, T=23",
+      "must be bool, [2 or 1, 6 or 1, nq, nk] of all steps, T=23",
     ),
     (dict(score_fn=3), "score_fn=3: must be a function of (logit, i, j, h), or None"),
   ],

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_flax import sample
 from sparse_flax.model import transformer
+from sparse_flax.sample.generate import _start
+from sparse_flax.sample.generate import run_steps
 from tests.helpers.models import random_tokens
 from tests.helpers.models import SMALL
 from tests.helpers.models import small_model
@@ -79,11 +80,11 @@ class Loop:
     graph, params = transformer.graph_and_shapes(
       **SMALL | sizes | dict(attention_layers=cycle, num_layers=2 * len(cycle))
     )
-    start = functools.partial(sample._start, graph, sparse=sparse)
+    start = functools.partial(_start, graph, sparse=sparse)
     carry = jax.eval_shape(start, params, jax.ShapeDtypeStruct((batch, 0), jnp.uint8))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     how = dict(temperature=1.0, top_k=None, top_p=1.0, implementation="xla")
-    run = functools.partial(sample.run_steps, graph, **how)
+    run = functools.partial(run_steps, graph, **how)
     known, lengths = jnp.zeros((batch, 64), jnp.uint8), jnp.zeros(batch, jnp.int32)
     lowered = jax.jit(run, donate_argnums=1).lower(params, carry, keys, 0, known, lengths)
     parts = [part for cache in carry[1] for part in cache]
