@@ -35,7 +35,8 @@ NEWEST_TESTS = $(addprefix $(KERNEL_TESTS)/,mosaic_gpu/programs_test.py \
 PART ?= attention decode commands
 GPU_PYTHON = $(or $(PYTHON),python3)
 GPU_WORKERS ?= auto
-GPU_TESTS_attention = $(addprefix $(KERNEL_TESTS)/,attention_test.py random_calls_test.py \
+# The longest tests first, so that no process ends long after the others.
+GPU_TESTS_attention = $(addprefix $(KERNEL_TESTS)/,random_calls_test.py attention_test.py \
   mosaic_gpu/lists_test.py mosaic_gpu/stream_test.py)
 GPU_TESTS_decode = $(KERNEL_TESTS)/decode
 GPU_TESTS_commands = tests/experiments/commands_gpu_test.py
