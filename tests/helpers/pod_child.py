@@ -17,9 +17,9 @@ from jax._src.lib import _jax  # gloo listens on the host's address, and no publ
 
 from experiments import train as launcher
 from sparse_flax import evaluate
-from sparse_flax import train
 from sparse_flax.parallel import sharding
 from sparse_flax.train import metrics
+from sparse_flax.train import step as step_lib
 from tests.helpers import pod
 
 _make_gloo = _jax.make_gloo_tcp_collectives
@@ -27,7 +27,7 @@ _jax.make_gloo_tcp_collectives = lambda **how: _make_gloo(**how, hostname=pod.LO
 
 
 def poison(steps: tuple[int, ...], every: int) -> None:
-  honest, nats_of = train.train_step, evaluate.token_nats
+  honest, nats_of = step_lib.train_step, evaluate.token_nats
 
   def train_step(state, tokens, key, **how):
     bad = jnp.isin((state["step"] + 1) % every, jnp.asarray(steps, jnp.int32))
@@ -38,7 +38,7 @@ def poison(steps: tuple[int, ...], every: int) -> None:
     finally:
       evaluate.token_nats = nats_of
 
-  train.train_step = train_step
+  step_lib.train_step = train_step
 
 
 def after_step(number: int, act) -> None:
