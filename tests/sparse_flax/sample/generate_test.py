@@ -18,6 +18,7 @@ from sparse_flax import SparseTransformer
 from sparse_flax.parallel import sharding
 from sparse_flax.run import checkpoint
 from sparse_flax.run import workdir
+from sparse_flax.sample import files
 from sparse_flax.view import grids
 from tests.helpers import tiny
 from tests.helpers.models import SMALL
@@ -304,7 +305,7 @@ def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
   assert (drawn[16:] != other[16:]).mean() > 0.9
 
   PIL.Image.fromarray(original).save(tmp_path / "prompt.png")
-  read = launcher.read_prompt(tmp_path / "prompt.png", small(cifar10.get_config("quick")).model)
+  read = files.read_prompt(tmp_path / "prompt.png", small(cifar10.get_config("quick")).model)
   np.testing.assert_array_equal(read, original.reshape(-1))
   PIL.Image.fromarray(original[:20]).save(tmp_path / "prompt.png")
   with pytest.raises(ValueError, match="is 32 x 20 pixels; the model draws 32 x 32"):
@@ -330,5 +331,5 @@ def test_sounds_become_wav_files(tmp_path):
   assert first[:64] == second[:64] == given and first[64:] != second[64:]
   again = launcher.run(tmp_path / "run", num=1, prompt=[paths[2]])
   np.testing.assert_array_equal(
-    launcher.read_prompt(again[0], config.model)[:32], launcher.read_prompt(paths[2], config.model)
+    files.read_prompt(again[0], config.model)[:32], files.read_prompt(paths[2], config.model)
   )
