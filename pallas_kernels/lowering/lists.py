@@ -330,7 +330,7 @@ def _traced(
   wide = lambda x: jnp.broadcast_to(x, (problem.B, len(heads), rows)).reshape(-1)
   items = jnp.stack([wide(fields[name]) for name in FIELDS], axis=1)
   items = jnp.pad(items, [(0, 0), (0, 8 - len(FIELDS))])
-  # The longest first, dealt to and fro.
+  # The longest first, assigned to the cores forwards, then backwards.
   items = items[jnp.argsort(-items[:, FIELDS.index("num")], stable=True)]
   cores = np.arange(min(problem.num_cores, len(items)))
   rounds = -(-len(items) // len(cores))

@@ -62,7 +62,7 @@ class Ring:
 
   def slot(self, n: Traced, lane: Traced | None = None) -> "Slot":
     """Where step n (an int, or traced) lies; `lane`, where the ring has lanes."""
-    # Steps that are unrolled have numbers: no instruction computes where they lie.
+    # In an unrolled loop n is a Python number: the slot is known, and no instruction computes it.
     if isinstance(n, int):
       return Slot(self, n, n % self.num_slots, lane)
     return Slot(self, n, lax.rem(n, jnp.int32(self.num_slots)), lane)

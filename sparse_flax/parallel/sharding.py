@@ -186,7 +186,7 @@ def over_devices(
   out even, or would give a head another number in the pattern, are not sharded in either case.
 
   Raises:
-    ValueError: the mesh has a sequence axis over which the pattern cannot be shared out.
+    ValueError: the mesh has a sequence axis over which the pattern cannot be sharded.
     NotImplementedError: the mesh has a sequence axis, and there are masks, a `score_fn`, or keys of
       another length than queries.
   """
@@ -221,7 +221,7 @@ def over_devices(
 
 
 def _check_sequence(q: Array, k: Array, pattern: Pattern, n: int, optional: dict) -> None:
-  """Raises for what cannot be shared out over a sequence axis of n devices."""
+  """Raises for what cannot be sharded over a sequence axis of n devices."""
   if optional:
     raise NotImplementedError(
       f"mesh axis sequence={n}: {' and '.join(sorted(optional))} not with sequences that devices "

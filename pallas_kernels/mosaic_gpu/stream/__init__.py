@@ -1,6 +1,6 @@
 """Streaming attention kernels: a producer fills rings of tiles, consumers sweep them.
 
-Pass --frame_of--> Frame                         which pairs, and where they lie
+Pass --frame_of--> Frame                         which pairs, and their addresses
 Lists --frame_of_lists--> Frame
 Frame --sweep_keys, sweep_queries--> tiles       of an item, step by step, with masks
 Frame --work--> Work                             items, dealt to thread blocks

@@ -58,7 +58,7 @@ class ListedTiles:
     return number if self.per_block == 1 else number * self.per_block + rem(i, self.per_block)
 
   def number(self, i: Scalar) -> Scalar:
-    """Of the block of step i; of no one's, one step after the last."""
+    """Of the block of step i; step num_steps has no block, and its number is not used."""
     # The list behind this one, or its own end where it is the last of all: nobody uses it.
     numbers = self.item["numbers"]
     return numbers[jnp.minimum(self._place(i), numbers.shape[0] - 1)]

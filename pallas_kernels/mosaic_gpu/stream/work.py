@@ -18,8 +18,8 @@ class Work:
   """The items of a launch, a tile of rows of one sequence and head each, dealt to thread blocks.
 
   The kernels are persistent, one thread block per core, so that the loads of an item run while the
-  one before ends. Items come in order of falling length and are dealt to and fro: every block gets
-  about the same work.
+  one before ends. Items are assigned longest first, forwards and then backwards over the thread
+  blocks, so that every block gets about the same work.
 
   Args:
     sizes: batch rows b, sequences r, heads h.
@@ -63,7 +63,7 @@ class Work:
 
   def _place(self, n: Scalar) -> Scalar:
     """This thread block's item of round n."""
-    # To and fro, here of four blocks:   0 1 2 3 | 3 2 1 0 | 0 1 ..
+    # Forwards, then backwards, of four blocks:   0 1 2 3 | 3 2 1 0 | 0 1 ..
     # The block that has the longest item of a round has the shortest of the next.
     core = lax.axis_index("core")
     return jnp.where(rem(n, 2) == 0, core, self.num_blocks - 1 - core)

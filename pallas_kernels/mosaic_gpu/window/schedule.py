@@ -1,4 +1,4 @@
-"""Which tiles a step of the forward kernel meets, and where they lie in shared memory.
+"""Which tiles a step of the forward kernel meets, and which slots of shared memory hold them.
 
 A step takes W query tiles that lie side by side, one for each consumer, and meets the key tiles
 m = 0 ... W + reach - 1 around them. Here W = 2, reach = 3:
