@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 from jaxtyping import BFloat16
 from jaxtyping import Float32
@@ -136,7 +137,7 @@ def leave(
     for j in strip.slices:
       x = strip.take("x", j)
       y = epilogues.drop_add(strip.part(j), strip.column("bias", j), x, strip.keep(j), rate)
-      y = y.astype(jnp.bfloat16)
+      y = _rounded(y)
       pair = _add(pair, epilogues.row_sums(y.astype(jnp.float32)))
       strip.put(j, out=y)
     if strip.plan.has_words:
@@ -222,7 +223,7 @@ def narrow_back(
     pair = _no_sums()
     for j in strip.slices:
       u = strip.take("u", j)
-      du = epilogues.gelu_back(strip.part(j), u, rstd).astype(jnp.bfloat16)
+      du = _rounded(epilogues.gelu_back(strip.part(j), u, rstd))
       exact = du.astype(jnp.float32)
       s, b = (epilogues.over_rows(strip.column(x, j), exact.shape[0]) for x in ("sums", "bias"))
       pair = _add(pair, ((exact * s).sum(axis=1), (exact * (u - b)).sum(axis=1)))
@@ -355,11 +356,16 @@ def enter_back(
     for j in strip.slices:
       normal = xhat(j)
       strip.done("x", j)
-      dx = epilogues.norm_back(scaled(j), normal, *means) + strip.take("dh", j)
-      values = dict(dx=dx, xhat=normal)
-      if words is not None:
-        values |= dict(dm=epilogues.drop(dx, strip.keep(j), rate))
-      strip.put(j, **values)
+      values = {}
+
+      def dx(j: int = j, normal: Traced = normal, values: dict = values) -> Traced:
+        values["dx"] = epilogues.norm_back(scaled(j), normal, *means) + strip.take("dh", j)
+        return values["dx"]
+
+      def dm(j: int = j, values: dict = values) -> Traced:
+        return epilogues.drop(values["dx"], strip.keep(j), rate)
+
+      strip.put(j, xhat=normal, dx=dx, **(dict(dm=dm) if words is not None else {}))
       sums = strip.add_columns(sums, names[-1], j)
     strip.rows_done()
     return sums
@@ -401,6 +407,11 @@ def _moments(strip: Strip, norm: Norm) -> tuple[Traced, Traced]:
 def _affine(strip: Strip, j: int, mean: Traced, rstd: Traced) -> Traced:
   columns = strip.column("sums", j), strip.column("bias", j)
   return epilogues.affine_rows(strip.part(j), mean, rstd, *columns)
+
+
+def _rounded(x: Traced) -> Traced:
+  """In bfloat16, two at a time: what is also read again in float32 would be converted by one."""
+  return lax.optimization_barrier(x.astype(jnp.bfloat16))
 
 
 def _no_sums() -> tuple[Traced, Traced]:

@@ -488,12 +488,16 @@ class Strip:
   def stage(self, name: str, j: int) -> Ref:
     return self.refs[f"{name}_s"].at[j % self.block.sizes.behind, self.wg]
 
-  def put(self, j: int, **values: Traced) -> None:
-    """Stores slice j of results, all of which there are."""
+  def put(self, j: int, **values: Traced | Callable) -> None:
+    """Stores slice j of results, all of which there are; functions are called one by one.
+
+    What a function makes has its registers back before the next one is called.
+    """
     # Those that may be under way are of the slices since this place was last used.
     under_way = (self.block.sizes.behind - 1) * len(values)
     gpu.wait_to_gmem(under_way, wait_read_only=True)
     for name, value in values.items():
+      value = value() if callable(value) else value
       self.stage(name, j)[...] = value.astype(jnp.bfloat16)
     gpu.commit_smem()
     rows = self.rows_of(self.i)
