@@ -23,12 +23,14 @@ from jaxtyping import Float32
 from jaxtyping import UInt32
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.residual import epilogues
 from pallas_kernels.residual import product
-from pallas_kernels.residual.product import Epilogue
-from pallas_kernels.residual.product import Sizes
-from pallas_kernels.residual.product import Strip
-from pallas_kernels.residual.product import Traced
+from pallas_kernels.residual.plan import Epilogue
+from pallas_kernels.residual.plan import PAD_ROWS
+from pallas_kernels.residual.plan import Sizes
+from pallas_kernels.residual.plan import SLICE
+from pallas_kernels.residual.strip import Strip
 
 EPS = 1e-6
 
@@ -86,7 +88,7 @@ def in_rows(stats: Float32[Array, "tiles 2 Rp"]) -> Float32[Array, "tiles*2 Rp"]
 def stats_of(x: BFloat16[Array, "R E"]) -> Float32[Array, "1 2 Rp"]:
   """Sums of the rows of an array that no kernel here has made."""
   pair = jnp.stack(epilogues.row_sums(x.astype(jnp.float32)))
-  return jnp.pad(pair, [(0, 0), (0, -x.shape[0] % product.PAD_ROWS)])[None]
+  return jnp.pad(pair, [(0, 0), (0, -x.shape[0] % PAD_ROWS)])[None]
 
 
 # --------------------------------------------------------------------------------------- forward
@@ -345,7 +347,7 @@ def enter_back(
   def run(strip: Strip, sums: tuple) -> tuple:
     strip.wait_rows()
     mean, rstd = epilogues.moments(*strip.row_pairs("stats"), E, eps)
-    scaled = lambda j: strip.part(j) * epilogues.over_columns(rstd, product.SLICE)
+    scaled = lambda j: strip.part(j) * epilogues.over_columns(rstd, SLICE)
     xhat = lambda j: epilogues.normalised(strip.read("x", j), mean, rstd)
     pair = _no_sums()
     for j in strip.slices:

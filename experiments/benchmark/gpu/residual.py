@@ -21,7 +21,7 @@ from experiments.benchmark import report
 from experiments.benchmark.gpu import attention
 from experiments.benchmark.gpu import timing
 from pallas_kernels.residual import kernels
-from pallas_kernels.residual.product import Sizes
+from pallas_kernels.residual.plan import Sizes
 
 RATE = 0.25
 BOUND = 5e-3

@@ -8,7 +8,7 @@ from experiments.benchmark.gpu import attention
 from experiments.benchmark.gpu import residual
 from experiments.benchmark.gpu import timing
 from pallas_kernels.residual import kernels
-from pallas_kernels.residual.product import Sizes
+from pallas_kernels.residual.plan import Sizes
 
 TINY = residual.Shape(R=136, E=128, F=128, widths=(64, 64, 128))
 

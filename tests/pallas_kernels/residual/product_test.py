@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.residual import kernels
-from pallas_kernels.residual.product import Sizes
+from pallas_kernels.residual.plan import Sizes
 
 EPS = 1e-6
 RATE = 0.25
