@@ -19,6 +19,7 @@ SLICE = 64  # columns of an epilogue's step: a span of the widest swizzle
 PAD_ROWS = 128  # what numbers of rows are padded to
 SHARED_BYTES = 227 * 1024
 BARRIER_BYTES = 8
+CLUSTER = "together"  # the axis of thread blocks in a cluster
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Sizes:
       a tile may then span rows of 512 columns.
     ahead: slices of each second input that are in shared memory.
     behind: slices of each result that may be on their way.
+    together: thread blocks of a cluster, which work on neighbouring rows at the same pace: weights
+      that stream are copied once for all of them. Not simulated.
   """
 
   columns: int = 256
@@ -43,6 +46,7 @@ class Sizes:
   across: bool = False
   ahead: int = 1
   behind: int = 1
+  together: int = 1
 
   @property
   def rows(self) -> int:
@@ -137,6 +141,12 @@ class Plan:
     else:
       shape = (sizes.stages, sizes.rows, sizes.depth)
       scratch = self.steps.scratch(a=gpu.smem(*shape, dtype=bf16), b=b(sizes.stages, *step))
+    if sizes.together > 1:
+      # A copy fills the slot of every thread block: it waits for the readers in all of them.
+      free = scratch["a_free"]
+      scratch["a_free"] = gpu.ClusterBarrier(
+        collective_axes=(CLUSTER,), num_barriers=free.num_barriers, num_arrivals=free.num_arrivals
+      )
     tile = lambda num: gpu.smem(num, CONSUMERS, TILE, SLICE, dtype=bf16)
     for name, num in self.ahead.items():
       scratch[f"{name}_s"] = tile(num)
@@ -166,7 +176,7 @@ class Plan:
     """Of a thread block, at most."""
     total = 0
     for kind in self.scratch().values():
-      if isinstance(kind, gpu.Barrier):
+      if isinstance(kind, gpu.Barrier | gpu.ClusterBarrier):
         total += BARRIER_BYTES * int(np.prod(kind.num_barriers))
       else:
         aval = kind.inner_aval
@@ -191,6 +201,8 @@ class Plan:
 def check(plan: Plan) -> None:
   """Raises what is wrong with the sizes of a product."""
   sizes = plan.sizes
+  if sizes.stays and sizes.together > 1:
+    raise ValueError(f"{sizes}: weights that stay are not copied again")
   for K in plan.depths:
     if K % sizes.depth:
       raise ValueError(f"{K=} must be a multiple of {sizes.depth=}")

@@ -42,6 +42,7 @@ from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.residual.plan import check
+from pallas_kernels.residual.plan import CLUSTER
 from pallas_kernels.residual.plan import CONSUMERS
 from pallas_kernels.residual.plan import Epilogue
 from pallas_kernels.residual.plan import Plan
@@ -64,7 +65,11 @@ class Block:
     # Neighbours work on the same rows at the same time: A comes from memory once.
     self.column_tile, self.walker = lax.rem(core, tiles), lax.div(core, tiles)
     self.n0 = self.column_tile * self.sizes.columns
-    left = plan.row_tiles - self.walker
+    # All of a cluster have as many tiles as its first: some past the end.
+    together = self.sizes.together
+    left = plan.row_tiles - self.walker * together
+    if together > 1:
+      self.walker = self.walker * together + lax.axis_index(CLUSTER)
     self.num = lax.div(left + (plan.walkers - 1), jnp.int32(plan.walkers))
 
   def row_of(self, i: Traced) -> Traced:
@@ -111,7 +116,8 @@ class Block:
             slot = self.ring.slot(n, lane)
             gpu.to_smem(a.at[rows, gpu.ds(c * depth, depth)], slot["a"], slot.full())
             if not self.sizes.stays:
-              gpu.to_smem(self.weights(offset + c), slot["b"], slot.full())
+              together = dict(collective_axes=CLUSTER) if self.sizes.together > 1 else {}
+              gpu.to_smem(self.weights(offset + c), slot["b"], slot.full(), **together)
 
           before += K // depth
 
@@ -224,7 +230,9 @@ def launch(
   whole = lambda x: jnp.pad(x, [(0, padded - R), (0, 0)]) if padded > R else x
   column_tiles = N // sizes.columns
   most = -(-padded // sizes.rows)
-  walkers = max(1, min(gpu.num_multiprocessors() // column_tiles, most))
+  together = sizes.together
+  walkers = min(gpu.num_multiprocessors() // column_tiles, most + most % together)
+  walkers = max(together, walkers - walkers % together)
   slices = sizes.width // SLICE
   plan = Plan(
     sizes=sizes,
@@ -245,14 +253,16 @@ def launch(
   if words is not None:
     arrays |= dict(words=jnp.pad(words, [(0, 0), (0, padded - R)]) if padded > R else words)
   outputs = plan.out_types()
+  cluster = dict(cluster=(together,), cluster_names=(CLUSTER,)) if together > 1 else {}
   results = gpu.launch(
     name,
     lambda refs: Block(plan, refs).run(),
     inputs=arrays,
     outputs=outputs,
     scratch=plan.scratch(),
-    grid=(plan.blocks,),
+    grid=(plan.blocks // together,),
     grid_names=("core",),
+    **cluster,
     num_threads=CONSUMERS + 1,
     thread_name="wg",
   )

@@ -257,22 +257,42 @@ NAMES = tuple(kernels_of(SHAPES["cifar10"]))
 PARTS = (*SHAPES, *NAMES, SIZES)
 
 # Other ways to cut a product, by kernel; those that do not fit a shape say so in their rows.
-_STREAMS = (Sizes(), Sizes(columns=128), Sizes(columns=128, stages=4, ahead=2, behind=2))
+_STREAMS = (
+  Sizes(),
+  Sizes(columns=128, stages=4, ahead=2, behind=2),
+  Sizes(together=2),
+)
 _STAYS = (
   Sizes(stays=True, stages=2),
   Sizes(columns=128, stays=True, ahead=2, behind=2, stages=2),
   Sizes(columns=128, stays=True, stages=4),
 )
-_BACK = (Sizes(depth=32, stages=4), Sizes(), Sizes(columns=128, stages=4), Sizes(stages=2))
+_BACK = (
+  Sizes(depth=32, stages=4),
+  Sizes(depth=32, stages=5, together=2),
+  Sizes(together=2),
+  Sizes(stages=2),
+  Sizes(columns=128, stages=4),
+)
 CANDIDATES: dict[str, tuple[Sizes, ...]] = {
   "enter": _STREAMS + _STAYS,
   "leave_attention": _STREAMS + _STAYS,
   "widen": _STREAMS + _STAYS,
-  "leave": (*_STREAMS, Sizes(stages=4, depth=32, ahead=2, behind=2), Sizes(depth=32, stages=6)),
+  "leave": (
+    *_STREAMS,
+    Sizes(depth=32, stages=6),
+    Sizes(depth=32, stages=6, together=2),
+    Sizes(ahead=2, behind=2, together=2),
+  ),
   "narrow_back": _STREAMS + _STAYS,
   "widen_back": _BACK,
   "multiply": _STREAMS + _STAYS,
-  "enter_back": (),
+  "enter_back": (
+    Sizes(depth=32, stages=3, together=2),
+    Sizes(depth=64, stages=1),
+    Sizes(columns=512, across=True, depth=32, stages=2, together=2),
+    Sizes(columns=512, across=True, depth=32, stages=2, together=4),
+  ),
 }
 
 # ------------------------------------------------------------------------------------------ jobs
