@@ -162,10 +162,10 @@ def kernels_of(shape: Shape) -> dict[str, Kernel]:
     y = exact(normalised(x)[0], wide(w)) + bias[None]
     return tuple(jnp.split(y, np.cumsum(shape.widths)[:-1].tolist(), axis=1))
 
-  def leave(sizes, a, w, bias, x, words):
-    return kernels.leave(a, w, bias, x, words, RATE, sizes)
+  def drop_add(sizes, a, w, bias, x, words):
+    return kernels.drop_add(a, w, bias, x, words, RATE, sizes)
 
-  def leave_plain(a, w, bias, x, words):
+  def drop_add_plain(a, w, bias, x, words):
     y = wide(x) + dropped(dot(a, w) + bias[None], words)
     return y, jnp.stack([y.sum(1), (y * y).sum(1)])
 
@@ -219,14 +219,14 @@ def kernels_of(shape: Shape) -> dict[str, Kernel]:
       (E, N),
       "enter",
     ),
-    "leave_attention": Kernel(
-      leave, leave_plain, arrays("o", "w_out", "b_out", "x", "words"), (E, E), "leave"
+    "drop_add_attention": Kernel(
+      drop_add, drop_add_plain, arrays("o", "w_out", "b_out", "x", "words"), (E, E), "drop_add"
     ),
     "widen": Kernel(
       widen, widen_plain, with_stats("h", "w_up", of="h", w="w_up", b="b_up"), (E, F), "widen"
     ),
-    "leave": Kernel(
-      leave, leave_plain, arrays("g", "w_down", "b_out", "h", "words"), (F, E), "leave"
+    "drop_add": Kernel(
+      drop_add, drop_add_plain, arrays("g", "w_down", "b_out", "h", "words"), (F, E), "drop_add"
     ),
     "narrow_back": Kernel(
       narrow_back,
@@ -276,9 +276,9 @@ _BACK = (
 )
 CANDIDATES: dict[str, tuple[Sizes, ...]] = {
   "enter": _STREAMS + _STAYS,
-  "leave_attention": _STREAMS + _STAYS,
+  "drop_add_attention": _STREAMS + _STAYS,
   "widen": _STREAMS + _STAYS,
-  "leave": (
+  "drop_add": (
     *_STREAMS,
     Sizes(depth=32, stages=6),
     Sizes(depth=32, stages=6, together=2),
