@@ -37,16 +37,22 @@ EPS = 1e-5  # of the models' norms
 # What is measured, by kernel and by what K is at most. Weights stay where a range of columns of
 # them fits beside the rings: 128 KB either way.
 SIZES = {
-  "enter": {256: Sizes(stays=True, behind=2), 512: Sizes(columns=128, stays=True, behind=2)},
+  "enter": {
+    256: Sizes(stays=True, stages=6, behind=2),
+    512: Sizes(columns=128, stays=True, stages=6, behind=2),
+  },
   "drop_add": {
-    256: Sizes(stays=True),
-    512: Sizes(columns=128, stays=True),
+    256: Sizes(stays=True, stages=6),
+    512: Sizes(columns=128, stays=True, stages=6),
     4096: Sizes(ahead=2, behind=2),
   },
-  "widen": {256: Sizes(stays=True), 512: Sizes(columns=128, stays=True)},
-  "narrow_back": {256: Sizes(stays=True), 512: Sizes(columns=128, stays=True)},
+  "widen": {256: Sizes(stays=True, stages=6), 512: Sizes(columns=128, stays=True, stages=6)},
+  "narrow_back": {256: Sizes(stays=True, stages=6), 512: Sizes(columns=128, stays=True, stages=6)},
   "widen_back": {4096: Sizes(depth=32, stages=5)},
-  "multiply": {256: Sizes(stays=True, behind=2), 512: Sizes(columns=128, stays=True, behind=2)},
+  "multiply": {
+    256: Sizes(stays=True, stages=6, behind=2),
+    512: Sizes(columns=128, stays=True, stages=6, behind=2),
+  },
   "enter_back": {4096: Sizes(depth=32, stages=3)},
 }
 

@@ -29,7 +29,7 @@ class Sizes:
   Attributes:
     columns: of a tile.
     depth: columns of A, rows of B, of a step of the ring.
-    stages: steps that the ring holds; with `stays`, in each of its lanes.
+    stages: steps that the ring holds.
     stays: whether the weights of a thread block stay in shared memory.
     across: whether the consumers share 64 rows and halve the columns, rather than halve 128 rows:
       a tile may then span rows of 512 columns.
@@ -124,10 +124,8 @@ class Plan:
   @property
   def steps(self) -> ring.Ring:
     """The ring of A, or of A and B."""
-    lanes = dict(lanes=CONSUMERS, readers=1) if self.sizes.stays else dict(readers=CONSUMERS)
-    return ring.Ring(
-      name="a", num_slots=self.sizes.stages, full=dict(a=1 if self.sizes.stays else 2), **lanes
-    )
+    readers, full = (1, {}) if self.sizes.stays else (CONSUMERS, dict(a=2))
+    return ring.Ring(name="a", num_slots=self.sizes.stages, full=full, readers=readers)
 
   def scratch(self) -> dict[str, Any]:
     """Shared memory and barriers, by ref."""
@@ -135,8 +133,9 @@ class Plan:
     step = (sizes.columns, sizes.depth) if self.transposed else (sizes.depth, sizes.columns)
     b = functools.partial(gpu.smem, dtype=bf16, beside=sizes.depth)
     if sizes.stays:
-      shape = (sizes.stages, CONSUMERS, TILE, sizes.depth)
-      scratch = self.steps.scratch(a=gpu.smem(*shape, dtype=bf16))
+      scratch = self.steps.scratch(a=gpu.smem(sizes.stages, TILE, sizes.depth, dtype=bf16))
+      # Of each consumer: who waits for a barrier has to see all of its completions.
+      scratch["a_full"] = gpu.Barrier(num_barriers=sizes.stages * CONSUMERS)
       scratch |= dict(b_s=b(self.chunks, *step), b_full=gpu.Barrier(num_arrivals=self.chunks))
     else:
       shape = (sizes.stages, sizes.rows, sizes.depth)

@@ -11,9 +11,9 @@ accumulator, in slices of 64 columns:
                      v     v     v
         consumers   (A B)(A B)(A B) | epilogue | (A B) ..  both at the same step
 
-    weights stay: B is loaded once; each consumer has a lane of the ring, and its own pace
+    weights stay: B is loaded once; a slot holds a step of A for one of the consumers, in turns
 
-        producer    A0 A0 A0 | A1 A1 A1 | A0 A0 A0 |       tile by tile, lane after lane
+        producer    A0 A0 A0 | A1 A1 A1 | A0 A0 A0 |       in order; frees: whose step it is
                      v          v
         consumer 0  A0 B ..  | epilogue | A0 B ..          one multiplies while the other one is
         consumer 1             A1 B ..  | epilogue | ..    in its epilogue
@@ -111,17 +111,30 @@ class Block:
 
           @gpu.loop(0, K // depth)
           def _(c: Traced, a: Ref = a, offset: int = offset, lane: int | None = lane) -> None:
-            n = i * plan.chunks + offset + c
-            self.ring.wait_until_free(n, lane)
-            slot = self.ring.slot(n, lane)
-            gpu.to_smem(a.at[rows, gpu.ds(c * depth, depth)], slot["a"], slot.full())
+            n = self.step(i, offset + c, lane)
+            self.ring.wait_until_free(n)
+            slot = self.ring.slot(n)
+            full = self.full(slot, lane)
+            gpu.to_smem(a.at[rows, gpu.ds(c * depth, depth)], slot["a"], full)
             if not self.sizes.stays:
               together = dict(collective_axes=CLUSTER) if self.sizes.together > 1 else {}
-              gpu.to_smem(self.weights(offset + c), slot["b"], slot.full(), **together)
+              gpu.to_smem(self.weights(offset + c), slot["b"], full, **together)
 
           before += K // depth
 
-    ring.drain(self.num * plan.chunks, self.ring)
+    ring.drain(self.step(self.num, 0, 0), self.ring)
+
+  def step(self, i: Traced, c: Traced, lane: Traced | None) -> Traced:
+    """Number of a step of the ring: chunk c of tile i, of one consumer where weights stay."""
+    if self.sizes.stays:
+      i = i * CONSUMERS + lane
+    return i * self.plan.chunks + c
+
+  def full(self, slot: ring.Slot, lane: Traced | None) -> Ref:
+    """The barrier for copies into a slot."""
+    if self.sizes.stays:
+      return self.refs["a_full"].at[slot.index * CONSUMERS + lane]
+    return slot.full()
 
   def weights(self, c: Traced) -> Ref:
     """Rows of B for chunk c of A, of this block's columns."""
@@ -163,24 +176,24 @@ class Block:
     def run(acc: Ref) -> Traced:
       @gpu.loop(0, chunks)
       def _(c: Traced) -> None:
-        slot = self.ring.slot(i * chunks + c, lane)
+        slot = self.ring.slot(self.step(i, c, lane))
         b = self.refs["b_s"].at[c] if stays else slot["b"]
         b = b.at[columns].transpose((1, 0)) if self.plan.transposed else b.at[:, columns]
-        slot.wait_full()
+        gpu.barrier_wait(self.full(slot, lane))
         gpu.wgmma(acc, slot["a"].at[rows], b)
         # One product stays under way while the next step is waited for.
         gpu.wgmma_wait(1)
-        gpu.when(c > 0)(lambda: self.release(i * chunks + c - 1, lane))
+        gpu.when(c > 0)(lambda: self.release(self.step(i, c - 1, lane)))
 
       value = acc[...]
-      self.release((i + 1) * chunks - 1, lane)
+      self.release(self.step(i, chunks - 1, lane))
       return value
 
     return pl.run_scoped(run, gpu.ACC((TILE, sizes.width), jnp.float32))
 
-  def release(self, n: Traced, lane: Traced | None) -> None:
+  def release(self, n: Traced) -> None:
     gpu.commit_reads()
-    self.ring.slot(n, lane).release()
+    self.ring.slot(n).release()
 
   def store_column_sums(self, sums: Sequence[Traced]) -> None:
     """The sums of this warpgroup's rows; what is left to do is a sum over `Plan.parts`."""

@@ -263,9 +263,9 @@ _STREAMS = (
   Sizes(together=2),
 )
 _STAYS = (
-  Sizes(stays=True, stages=2),
-  Sizes(columns=128, stays=True, ahead=2, behind=2, stages=2),
-  Sizes(columns=128, stays=True, stages=4),
+  Sizes(stays=True, stages=4),
+  Sizes(columns=128, stays=True, ahead=2, behind=2, stages=4),
+  Sizes(columns=128, stays=True, stages=8),
 )
 _BACK = (
   Sizes(depth=32, stages=4),

@@ -17,7 +17,7 @@ ROWS = (712, 333)
 BODIES = {
   "streams": Sizes(columns=128),
   "streams, two ahead": Sizes(columns=128, ahead=2, behind=2, depth=32, stages=4),
-  "stays": Sizes(columns=128, stays=True, stages=2),
+  "stays": Sizes(columns=128, depth=32, stays=True, stages=3),
   "two columns of tiles": Sizes(columns=64, stays=True),
   "across": Sizes(columns=128, across=True),
 }
