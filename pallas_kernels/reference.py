@@ -26,6 +26,7 @@ def reference_attention(
   pattern: Pattern,
   scores: Scores | None = None,
   segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+  kv_segment_ids: Integer[Array | np.ndarray, "B S"] | None = None,
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
   block_size: int = 128,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
@@ -40,6 +41,7 @@ def reference_attention(
     pattern=pattern,
     scores=scores or Scores(q.shape[-1] ** -0.5),
     segment_ids=segment_ids,
+    kv_segment_ids=kv_segment_ids,
     block_mask=block_mask,
     block_size=block_size,
   )
@@ -48,10 +50,10 @@ def reference_attention(
 
 def forward(plan: plans.Plan, arrays: plans.Arrays) -> tuple[Array, Array]:
   """`reference_attention` of a call that was planned; its derivatives are JAX's own."""
-  segment_ids, block_mask = arrays.segment_ids, arrays.block_mask
+  ids, kv_ids, block_mask = arrays.segment_ids, arrays.kv_segment_ids, arrays.block_mask
   only = None
-  if segment_ids is not None:
-    only = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+  if ids is not None:
+    only = ids[:, None, :, None] == (ids if kv_ids is None else kv_ids)[:, None, None, :]
   if block_mask is not None:
     blocks = jnp.repeat(jnp.repeat(block_mask, plan.block_size, axis=2), plan.block_size, axis=3)
     blocks = blocks[:, :, : plan.T, : plan.S]

@@ -174,6 +174,7 @@ def over_devices(
   pattern: Pattern,
   implementation: str | None = None,
   segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+  kv_segment_ids: Integer[Array | np.ndarray, "B S"] | None = None,
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
   block_size: int = 128,
   score_fn: Callable | None = None,
@@ -193,7 +194,8 @@ def over_devices(
   mesh = jax.sharding.get_abstract_mesh()
   options = dict(pattern=pattern, implementation=implementation)
   n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
-  optional = dict(segment_ids=segment_ids, block_mask=block_mask, score_fn=score_fn)
+  optional = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+  optional |= dict(block_mask=block_mask, score_fn=score_fn)
   optional = {name: x for name, x in optional.items() if x is not None}
   attend = functools.partial(sparse_attention, **options, **optional, block_size=block_size)
   ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
