@@ -72,7 +72,7 @@ def uneven_layers(
   tensor: int,
   devices: int,
 ) -> list[str]:
-  """What the axes tensor and sequence of `config.mesh` cannot share out of a model's layers.
+  """What the axes tensor and sequence of `config.mesh` cannot shard of a model's layers.
 
   Args:
     patterns: of the layers.
@@ -182,9 +182,9 @@ def over_devices(
   """`sparse_attention`, where every device has its share of the sequences, heads and tokens.
 
   In a mesh like those of `make_mesh` our rules say how batch and heads are sharded; elsewhere they
-  stay as they are. Where the mesh of `jax.set_mesh` has an axis "sequence", devices share out the
-  tokens of a sequence; each query head then has a copy of its keys. Batch or heads that do not come
-  out even, or would give a head another number in the pattern, are not sharded in either case.
+  stay as they are. Where the mesh of `jax.set_mesh` has an axis "sequence", it shards the tokens of
+  a sequence; each query head then has a copy of its keys. Batch or heads that do not come out even,
+  or would give a head another number in the pattern, are not sharded in either case.
 
   Raises:
     ValueError: the mesh has a sequence axis over which the pattern cannot be sharded.
@@ -226,8 +226,8 @@ def _check_sequence(q: Array, k: Array, pattern: Pattern, n: int, optional: dict
   """Raises for what cannot be sharded over a sequence axis of n devices."""
   if optional:
     raise NotImplementedError(
-      f"mesh axis sequence={n}: {' and '.join(sorted(optional))} not with sequences that devices "
-      "share out; give the mesh sequence=1, or leave them out"
+      f"mesh axis sequence={n}: {' and '.join(sorted(optional))} cannot be used where "
+      "sequences are sharded; give the mesh sequence=1, or leave them out"
     )
   if q.shape[1] != k.shape[1]:
     raise NotImplementedError(
