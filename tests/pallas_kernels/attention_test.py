@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import IMPLEMENTATIONS
 from pallas_kernels import patterns
+from pallas_kernels import reference
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
 from pallas_kernels import xla
@@ -402,8 +403,10 @@ def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
     assert_close(a, b, tolerance=TOLERANCE["float32"], what=what)
 
 
+@pytest.mark.parametrize("largest_constant", [0, 1 << 20])  # masks computed, and held
 @pytest.mark.parametrize("name", EVERY_PATTERN)
-def test_reference_matches_plain_numpy(name):
+def test_reference_matches_plain_numpy(name, largest_constant, monkeypatch):
+  monkeypatch.setattr(reference, "LARGEST_CONSTANT", largest_constant)
   case = Case(EVERY_PATTERN[name], T=17, Hkv=2, Dv=6, segments=2)
   q, k, v, ids, *_ = case.arrays()
   out, lse = attend(case, "reference", ids)(q, k, v)
