@@ -407,14 +407,25 @@ def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_reference_matches_plain_numpy(name, largest_constant, monkeypatch):
   monkeypatch.setattr(reference, "LARGEST_CONSTANT", largest_constant)
-  case = Case(EVERY_PATTERN[name], T=17, Hkv=2, Dv=6, segments=2)
+  check_reference(Case(EVERY_PATTERN[name], T=17, Hkv=2, Dv=6, segments=2))
+
+
+@pytest.mark.parametrize("S", [17, 29])
+@pytest.mark.parametrize("name", ["strided", "union_of_any"])
+def test_reference_with_ids_of_keys_matches_plain_numpy(name, S):
+  check_reference(Case(EVERY_PATTERN[name], T=17, S=S, Hkv=2, Dv=6, segments=3, kv_segments=3))
+
+
+def check_reference(case):
   q, k, v, ids, *_ = case.arrays()
   out, lse = attend(case, "reference", ids)(q, k, v)
   expected_out, expected_lse = np.zeros(out.shape), np.full(lse.shape, -np.inf)
-  mask = np.broadcast_to(case.pattern.mask(17), (case.pattern.period, 17, 17))
-  q, k, v, ids = (np.asarray(x, np.float64) for x in (q, k, v, ids))
-  for b, t, h in np.ndindex(2, 17, 4):
-    keys = np.flatnonzero(mask[h % len(mask), t] & (ids[b] == ids[b, t]))
+  T, S = case.T, case.num_keys
+  mask = np.broadcast_to(case.pattern.mask(T, S), (case.pattern.period, T, S))
+  kv_ids = case.kv_ids() if case.kv_segments else ids
+  q, k, v, ids, kv_ids = (np.asarray(x, np.float64) for x in (q, k, v, ids, kv_ids))
+  for b, t, h in np.ndindex(2, T, 4):
+    keys = np.flatnonzero(mask[h % len(mask), t] & (kv_ids[b] == ids[b, t]))
     if keys.size:
       logits = k[b, keys, h // 2] @ q[b, t, h] / np.sqrt(8)
       weights = np.exp(logits - logits.max())

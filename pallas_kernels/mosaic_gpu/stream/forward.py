@@ -53,6 +53,7 @@ def forward_kernel(
     frame: the pairs, and the heads of the launch.
     q, k, v: bfloat16 or float16, all heads; of lists, q has the heads of the launch.
     segment_ids: int32; queries see keys of equal ids ("natural" and "blocks" views).
+    kv_segment_ids: those of keys; None: keys have those of the queries.
     scale: factor of the logits, positive.
     blocks: tile sizes; by default what suits the head dimensions.
 
