@@ -370,7 +370,7 @@ TWICE = {
 }
 
 
-@pytest.mark.smoke(daily=14)
+@pytest.mark.smoke(daily=8)
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 @pytest.mark.parametrize("twice", TWICE)
 def test_second_derivatives_are_refused_by_name(name, twice):

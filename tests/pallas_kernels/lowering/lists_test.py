@@ -88,7 +88,7 @@ def words_of(pattern, one, transposed):
   return by_keys if transposed else by_queries
 
 
-@pytest.mark.smoke(daily=12)
+@pytest.mark.smoke(daily=8)
 @pytest.mark.parametrize("transposed", [False, True], ids=["by_queries", "by_keys"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_lists_and_bits_hold_exactly_the_pairs(name, transposed):

@@ -176,7 +176,7 @@ def test_head_sizes_on_a_gpu(size):
   check(*call(PATTERNS["window_and_sinks"](8), T=1_100, D=D, Dv=Dv), dtype="float16", runs=3)
 
 
-@pytest.mark.smoke("layout-64", "per_head-128")
+@pytest.mark.smoke("per_head-128")
 # The simulator knows no layouts of registers: only these tests see what does not compile.
 @pytest.mark.parametrize("D", [32, 64, 128, 256])
 @pytest.mark.parametrize("name", PATTERNS)
@@ -217,7 +217,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.smoke("of_logits", "power")
+@pytest.mark.smoke("of_logits")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_lowering_of_functions(name, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")

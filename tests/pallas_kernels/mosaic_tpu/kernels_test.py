@@ -83,7 +83,7 @@ def check(case, **how):
   "dense-T61-float32-Hkv1-D16-S530-segments-kv_segments",
   "shared_lanes-T150-bfloat16-D64-Dv128",
   "columns-T203-bfloat16-D128",
-  daily=4,
+  daily=2,
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_out_lse_and_gradients_match_the_reference(case):
@@ -129,7 +129,7 @@ def test_keys_that_nobody_sees_get_zeros():
   assert np.all(np.asarray(dq[:, :96]) == 0)
 
 
-@pytest.mark.smoke(daily=10)
+@pytest.mark.smoke(daily=6)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", [*EVERY_PATTERN])
 def test_steps_visit_what_holds_pairs_and_mask_what_is_not_full(name, transposed):
