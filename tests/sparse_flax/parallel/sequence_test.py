@@ -1,4 +1,4 @@
-"""Sequences shared out over devices: results and gradients are those of one device."""
+"""Sequences sharded over devices: results and gradients are those of one device."""
 
 import functools
 
