@@ -329,7 +329,7 @@ def test_plain_jax_has_the_loss_and_gradients_of_our_body(tiny_body, remat):
 
 @pytest.mark.promotes
 def test_plain_jax_makes_our_update(tiny_body):
-  """Of weights, moments and averages, from the same gradients."""
+  """Clipping, moments, decay and rate: the second update, from the same gradients."""
   case = step.Case("tiny", "jax_cudnn", None)
   weights = plain_jax.init(jax.random.key(0), case.job()["model"])
   grads = jax.tree.map(jnp.cos, weights)
