@@ -12,6 +12,7 @@ tiles of 128 rows, as F2 and F4 leave it; `stats_of` makes it of any array.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,24 +35,26 @@ from pallas_kernels.residual.strip import Strip
 
 EPS = 1e-5  # of the models' norms
 
-# What is measured, by kernel and by what K is at most. Weights stay where a range of columns of
-# them fits beside the rings: 128 KB either way.
+# By kernel, and by what K is at most. Weights stay where a range of columns of them fits beside the
+# rings. An epilogue waits least where both slices of 128 columns are loaded while its product runs,
+# and may be on their way while the next one does (`ahead`, `behind` = 2).
+_cut = functools.partial(Sizes, columns=128, stays=True)
 SIZES = {
   "enter": {
     256: Sizes(stays=True, stages=6, behind=2),
-    512: Sizes(columns=128, stays=True, stages=6, behind=2),
+    512: _cut(stages=5, behind=2, consumers=3),
   },
   "drop_add": {
-    256: Sizes(stays=True, stages=6),
-    512: Sizes(columns=128, stays=True, stages=6),
+    256: _cut(stages=8, ahead=2, behind=2),
+    512: _cut(stages=5, ahead=2),
     4096: Sizes(ahead=2, behind=2),
   },
-  "widen": {256: Sizes(stays=True, stages=6), 512: Sizes(columns=128, stays=True, stages=6)},
-  "narrow_back": {256: Sizes(stays=True, stages=6), 512: Sizes(columns=128, stays=True, stages=6)},
-  "widen_back": {4096: Sizes(depth=32, stages=5)},
+  "widen": {256: _cut(stages=6, behind=2, consumers=3), 512: _cut(stages=5, consumers=3)},
+  "narrow_back": {256: _cut(stages=8, ahead=2, behind=2), 512: _cut(stages=5, ahead=2)},
+  "widen_back": {4096: Sizes(depth=32, stages=4, ahead=2)},
   "multiply": {
-    256: Sizes(stays=True, stages=6, behind=2),
-    512: Sizes(columns=128, stays=True, stages=6, behind=2),
+    256: _cut(stages=8, behind=2, consumers=3),
+    512: _cut(stages=5, behind=2, consumers=3),
   },
   "enter_back": {4096: Sizes(depth=32, stages=3)},
 }

@@ -14,7 +14,6 @@ from pallas_kernels.mosaic_gpu import ring
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.residual import epilogues
 
-CONSUMERS = 2
 SLICE = 64  # columns of an epilogue's step: a span of the widest swizzle
 PAD_ROWS = 128  # what numbers of rows are padded to
 SHARED_BYTES = 227 * 1024
@@ -35,6 +34,7 @@ class Sizes:
       a tile may then span rows of 512 columns.
     ahead: slices of each second input that are in shared memory.
     behind: slices of each result that may be on their way.
+    consumers: warpgroups that compute.
     together: thread blocks of a cluster, which work on neighbouring rows at the same pace: weights
       that stream are copied once for all of them. Not simulated.
   """
@@ -46,17 +46,18 @@ class Sizes:
   across: bool = False
   ahead: int = 1
   behind: int = 1
+  consumers: int = 2
   together: int = 1
 
   @property
   def rows(self) -> int:
     """Of a tile."""
-    return TILE if self.across else TILE * CONSUMERS
+    return TILE if self.across else TILE * self.consumers
 
   @property
   def width(self) -> int:
     """Columns of a consumer's part of a tile."""
-    return self.columns // CONSUMERS if self.across else self.columns
+    return self.columns // self.consumers if self.across else self.columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,23 +120,23 @@ class Plan:
   @property
   def parts(self) -> int:
     """Sums over rows of one column that are stored apart."""
-    return self.walkers * (1 if self.sizes.across else CONSUMERS)
+    return self.walkers * (1 if self.sizes.across else self.sizes.consumers)
 
   @property
   def steps(self) -> ring.Ring:
     """The ring of A, or of A and B."""
-    readers, full = (1, {}) if self.sizes.stays else (CONSUMERS, dict(a=2))
+    readers, full = (1, {}) if self.sizes.stays else (self.sizes.consumers, dict(a=2))
     return ring.Ring(name="a", num_slots=self.sizes.stages, full=full, readers=readers)
 
   def scratch(self) -> dict[str, Any]:
     """Shared memory and barriers, by ref."""
-    sizes, bf16 = self.sizes, jnp.bfloat16
+    sizes, bf16, consumers = self.sizes, jnp.bfloat16, self.sizes.consumers
     step = (sizes.columns, sizes.depth) if self.transposed else (sizes.depth, sizes.columns)
     b = functools.partial(gpu.smem, dtype=bf16, beside=sizes.depth)
     if sizes.stays:
       scratch = self.steps.scratch(a=gpu.smem(sizes.stages, TILE, sizes.depth, dtype=bf16))
       # Of each consumer: who waits for a barrier has to see all of its completions.
-      scratch["a_full"] = gpu.Barrier(num_barriers=sizes.stages * CONSUMERS)
+      scratch["a_full"] = gpu.Barrier(num_barriers=sizes.stages * consumers)
       scratch |= dict(b_s=b(self.chunks, *step), b_full=gpu.Barrier(num_arrivals=self.chunks))
     else:
       shape = (sizes.stages, sizes.rows, sizes.depth)
@@ -146,29 +147,29 @@ class Plan:
       scratch["a_free"] = gpu.ClusterBarrier(
         collective_axes=(CLUSTER,), num_barriers=free.num_barriers, num_arrivals=free.num_arrivals
       )
-    tile = lambda num: gpu.smem(num, CONSUMERS, TILE, SLICE, dtype=bf16)
+    tile = lambda num: gpu.smem(num, consumers, TILE, SLICE, dtype=bf16)
     for name, num in self.ahead.items():
       scratch[f"{name}_s"] = tile(num)
-      scratch[f"{name}_full"] = gpu.Barrier(num_barriers=num * CONSUMERS)
+      scratch[f"{name}_full"] = gpu.Barrier(num_barriers=num * consumers)
     scratch |= {f"{name}_s": tile(sizes.behind) for name in self.epilogue.outputs}
-    scratch |= {f"{name}_s": gpu.vector(CONSUMERS, n, TILE) for name, n in self.rows.items()}
+    scratch |= {f"{name}_s": gpu.vector(consumers, n, TILE) for name, n in self.rows.items()}
     scratch |= {f"{name}_s": gpu.vector(sizes.columns) for name in self.columns}
     if self.has_words:
       num = sizes.width // epilogues.WORD
-      scratch["words_s"] = gpu.vector(CONSUMERS, num, TILE, dtype=jnp.uint32)
+      scratch["words_s"] = gpu.vector(consumers, num, TILE, dtype=jnp.uint32)
     if num := len(self.rows) + self.has_words:
-      scratch["rows_full"] = gpu.Barrier(num_barriers=CONSUMERS, num_arrivals=num)
+      scratch["rows_full"] = gpu.Barrier(num_barriers=consumers, num_arrivals=num)
     if self.columns:
       scratch["columns_full"] = gpu.Barrier(num_arrivals=len(self.columns))
     if self.epilogue.row_sums:
-      scratch["row_sums_s"] = gpu.vector(CONSUMERS, 2, TILE)
+      scratch["row_sums_s"] = gpu.vector(consumers, 2, TILE)
     if num := self.epilogue.column_sums:
-      scratch["column_sums_s"] = gpu.vector(CONSUMERS, num, sizes.width)
-      scratch["weights_s"] = gpu.vector(CONSUMERS, num, TILE)
+      scratch["column_sums_s"] = gpu.vector(consumers, num, sizes.width)
+      scratch["weights_s"] = gpu.vector(consumers, num, TILE)
     if sizes.across:
       # Two places: who is a tile ahead must not write over what the other one still reads.
-      scratch["met_s"] = gpu.vector(2, CONSUMERS, 2, TILE)
-      scratch["met_full"] = gpu.Barrier(num_arrivals=CONSUMERS)
+      scratch["met_s"] = gpu.vector(2, consumers, 2, TILE)
+      scratch["met_full"] = gpu.Barrier(num_arrivals=consumers)
     return scratch
 
   def shared_bytes(self) -> int:
@@ -200,6 +201,8 @@ class Plan:
 def check(plan: Plan) -> None:
   """Raises what is wrong with the sizes of a product."""
   sizes = plan.sizes
+  if sizes.across and sizes.consumers != 2:
+    raise ValueError(f"{sizes}: two consumers share rows")
   if sizes.stays and sizes.together > 1:
     raise ValueError(f"{sizes}: weights that stay are not copied again")
   for K in plan.depths:

@@ -43,14 +43,15 @@ from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.residual.plan import check
 from pallas_kernels.residual.plan import CLUSTER
-from pallas_kernels.residual.plan import CONSUMERS
 from pallas_kernels.residual.plan import Epilogue
 from pallas_kernels.residual.plan import Plan
 from pallas_kernels.residual.plan import Sizes
 from pallas_kernels.residual.plan import SLICE
 from pallas_kernels.residual.strip import Strip
 
-REGISTERS = 40, 232  # of a thread that loads, of one that computes; 168 each at launch
+# Registers of a thread that loads and of one that computes, by consumers: in sum no more than all
+# warpgroups have at launch, 168 each of three, 128 of four.
+REGISTERS = {2: (40, 232), 3: (24, 160)}
 COPY_ROWS = 8  # the copy engine's tiles have 8 rows: an array has whole ones of them
 
 
@@ -77,14 +78,17 @@ class Block:
     return (self.walker + i * self.plan.walkers) * self.sizes.rows
 
   def run(self) -> None:
-    @gpu.when(self.wg == CONSUMERS)
+    consumers = self.sizes.consumers
+    to_load, to_compute = REGISTERS[consumers]
+
+    @gpu.when(self.wg == consumers)
     def _() -> None:
-      gpu.set_max_registers(REGISTERS[0], action="decrease")
+      gpu.set_max_registers(to_load, action="decrease")
       self.produce()
 
-    @gpu.when(self.wg < CONSUMERS)
+    @gpu.when(self.wg < consumers)
     def _() -> None:
-      gpu.set_max_registers(REGISTERS[1], action="increase")
+      gpu.set_max_registers(to_compute, action="increase")
       self.consume()
 
   # ------------------------------------------------------------------------------- the producer
@@ -102,7 +106,7 @@ class Block:
 
     @gpu.loop(0, self.num)
     def _(i: Traced) -> None:
-      for lane in range(CONSUMERS) if self.sizes.stays else [None]:
+      for lane in range(self.sizes.consumers) if self.sizes.stays else [None]:
         first = self.row_of(i) + (0 if lane is None else lane * TILE)
         rows = gpu.ds(first, self.sizes.rows if lane is None else TILE)
         before = 0
@@ -129,13 +133,13 @@ class Block:
   def step(self, i: Traced, c: Traced, lane: Traced | None) -> Traced:
     """Number of a step of the ring: chunk c of tile i, of one consumer where weights stay."""
     if self.sizes.stays:
-      i = i * CONSUMERS + lane
+      i = i * self.sizes.consumers + lane
     return i * self.plan.chunks + c
 
   def full(self, slot: ring.Slot, lane: Traced | None) -> Ref:
     """The barrier for copies into a slot."""
     if self.sizes.stays:
-      return self.refs["a_full"].at[slot.index * CONSUMERS + lane]
+      return self.refs["a_full"].at[slot.index * self.sizes.consumers + lane]
     return slot.full()
 
   def weights(self, c: Traced) -> Ref:
@@ -208,7 +212,7 @@ class Block:
     if self.sizes.across:
       n0 = n0 + self.wg * self.sizes.width
     else:
-      part = part * CONSUMERS + self.wg
+      part = part * self.sizes.consumers + self.wg
     columns = gpu.ds(n0, self.sizes.width)
     gpu.to_gmem(stage, self.refs["column_sums"].at[part, :, columns])
 
@@ -278,7 +282,7 @@ def launch(
     grid=(plan.blocks // together,),
     grid_names=("core",),
     **cluster,
-    num_threads=CONSUMERS + 1,
+    num_threads=sizes.consumers + 1,
     thread_name="wg",
   )
   results = dict(zip(outputs, results, strict=True))

@@ -14,7 +14,6 @@ from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.residual import epilogues
-from pallas_kernels.residual.plan import CONSUMERS
 from pallas_kernels.residual.plan import SLICE
 
 if TYPE_CHECKING:
@@ -28,10 +27,12 @@ class Strip:
     self.block, self.i = block, i
     self.plan, self.refs, self.wg = block.plan, block.refs, block.wg
     self.slices = range(block.plan.slices)
-    across = block.sizes.across
+    across, self.consumers = block.sizes.across, block.sizes.consumers
     self.acc: Any = None
     self.n0 = block.n0 + (self.wg * block.sizes.width if across else 0)
-    self.tile_of_sums = block.column_tile * CONSUMERS + self.wg if across else block.column_tile
+    self.tile_of_sums = (
+      block.column_tile * self.consumers + self.wg if across else block.column_tile
+    )
 
   def rows_of(self, i: Traced) -> Any:
     first = self.block.row_of(i)
@@ -67,7 +68,7 @@ class Strip:
     """Starts to load slice j of a second input, of tile i."""
     slot = j % self.plan.ahead[name]
     source = self.refs[name].at[self.rows_of(i), self.place(j)]
-    full = self.refs[f"{name}_full"].at[slot * CONSUMERS + self.wg]
+    full = self.refs[f"{name}_full"].at[slot * self.consumers + self.wg]
     gpu.to_smem(source, self.refs[f"{name}_s"].at[slot, self.wg], full)
 
   def wait_rows(self) -> None:
@@ -108,7 +109,7 @@ class Strip:
   def wait(self, name: str, j: int) -> None:
     """Before slice j of a second input is read; once."""
     slot = j % self.plan.ahead[name]
-    gpu.barrier_wait(self.refs[f"{name}_full"].at[slot * CONSUMERS + self.wg])
+    gpu.barrier_wait(self.refs[f"{name}_full"].at[slot * self.consumers + self.wg])
 
   def read(self, name: str, j: int) -> Traced:
     """Slice j of a second input, in float32."""

@@ -48,8 +48,8 @@ class Shape:
 
 SHAPES = {
   "cifar10": Shape(49_152, 256, 512, (128, 128, 256)),
-  "enwik8": Shape(49_152, 512, 2_048, (512, 512, 512)),
-  "imagenet64": Shape(98_304, 512, 2_048, (512, 512, 512)),
+  "enwik8": Shape(98_304, 512, 2_048, (512, 512, 512)),
+  "imagenet64": Shape(49_152, 512, 2_048, (512, 512, 512)),
 }
 
 # ------------------------------------------------------------------------------------ references
@@ -257,22 +257,28 @@ NAMES = tuple(kernels_of(SHAPES["cifar10"]))
 PARTS = (*SHAPES, *NAMES, SIZES)
 
 # Other ways to cut a product, by kernel; those that do not fit a shape say so in their rows.
-_STREAMS = (
-  Sizes(),
-  Sizes(columns=128, stages=4, ahead=2, behind=2),
-  Sizes(together=2),
-)
+_STREAMS = (Sizes(), Sizes(behind=2), Sizes(together=2))
+_stays = functools.partial(Sizes, columns=128, stays=True)
 _STAYS = (
-  Sizes(stays=True, stages=4),
-  Sizes(columns=128, stays=True, ahead=2, behind=2, stages=4),
-  Sizes(columns=128, stays=True, stages=8),
+  Sizes(stays=True, stages=6),
+  Sizes(stays=True, stages=6, behind=2),
+  Sizes(stays=True, stages=3, ahead=2, behind=2),
+  _stays(stages=6),
+  _stays(stages=8, ahead=2, behind=2),
+  _stays(stages=4, ahead=2, behind=2),
+  _stays(stages=3, ahead=2, behind=2),
+  _stays(stages=5, ahead=2),
+  _stays(stages=8, ahead=2, behind=2, consumers=3),
+  _stays(stages=5, behind=2, consumers=3),
+  _stays(stages=4, consumers=3),
 )
 _BACK = (
-  Sizes(depth=32, stages=4),
+  Sizes(depth=32, stages=5),
+  Sizes(depth=32, stages=4, ahead=2, together=2),
   Sizes(depth=32, stages=5, together=2),
   Sizes(together=2),
-  Sizes(stages=2),
   Sizes(columns=128, stages=4),
+  _stays(stages=3),
 )
 CANDIDATES: dict[str, tuple[Sizes, ...]] = {
   "enter": _STREAMS + _STAYS,
@@ -288,6 +294,7 @@ CANDIDATES: dict[str, tuple[Sizes, ...]] = {
   "widen_back": _BACK,
   "multiply": _STREAMS + _STAYS,
   "enter_back": (
+    Sizes(depth=32, stages=2, ahead=2),
     Sizes(depth=32, stages=3, together=2),
     Sizes(depth=64, stages=1),
     Sizes(columns=512, across=True, depth=32, stages=2, together=2),
