@@ -31,6 +31,7 @@ ClusterBarrier = plgpu.ClusterBarrier
 ds = pl.ds
 loop = pl.loop
 when = pl.when
+async_store_smem = plgpu.async_store_smem
 barrier_arrive = plgpu.barrier_arrive
 barrier_wait = plgpu.barrier_wait
 commit_smem = plgpu.commit_smem

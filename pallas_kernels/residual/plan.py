@@ -37,6 +37,8 @@ class Sizes:
     consumers: warpgroups that compute.
     together: thread blocks of a cluster, which work on neighbouring rows at the same pace: weights
       that stream are copied once for all of them. Not simulated.
+    beside: thread blocks of a cluster that have all columns of the same rows: A is copied once for
+      them, and they add their sums over columns. Not simulated.
   """
 
   columns: int = 256
@@ -48,6 +50,7 @@ class Sizes:
   behind: int = 1
   consumers: int = 2
   together: int = 1
+  beside: int = 1
 
   @property
   def rows(self) -> int:
@@ -141,7 +144,7 @@ class Plan:
     else:
       shape = (sizes.stages, sizes.rows, sizes.depth)
       scratch = self.steps.scratch(a=gpu.smem(*shape, dtype=bf16), b=b(sizes.stages, *step))
-    if sizes.together > 1:
+    if sizes.together > 1 or sizes.beside > 1:
       # A copy fills the slot of every thread block: it waits for the readers in all of them.
       free = scratch["a_free"]
       scratch["a_free"] = gpu.ClusterBarrier(
@@ -170,6 +173,10 @@ class Plan:
       # Two places: who is a tile ahead must not write over what the other one still reads.
       scratch["met_s"] = gpu.vector(2, consumers, 2, TILE)
       scratch["met_full"] = gpu.Barrier(num_arrivals=consumers)
+    elif sizes.beside > 1:
+      # As tiles of 8 columns, which stores into another thread block want.
+      scratch["met_s"] = gpu.smem(2, consumers, TILE, 8, dtype=jnp.float32)
+      scratch["met_full"] = gpu.Barrier(num_barriers=2 * consumers)
     return scratch
 
   def shared_bytes(self) -> int:
@@ -203,8 +210,12 @@ def check(plan: Plan) -> None:
   sizes = plan.sizes
   if sizes.across and sizes.consumers != 2:
     raise ValueError(f"{sizes}: two consumers share rows")
-  if sizes.stays and sizes.together > 1:
-    raise ValueError(f"{sizes}: weights that stay are not copied again")
+  if sizes.beside > 1 and (sizes.beside != 2 or sizes.together > 1 or sizes.across):
+    raise ValueError(f"{sizes}: two thread blocks beside each other, and no other clusters")
+  if sizes.beside > 1 and plan.column_tiles != sizes.beside:
+    raise ValueError(f"{sizes}: not all of {plan.N} columns")
+  if sizes.stays and max(sizes.together, sizes.beside) > 1:
+    raise ValueError(f"{sizes}: clusters are for weights that stream")
   for K in plan.depths:
     if K % sizes.depth:
       raise ValueError(f"{K=} must be a multiple of {sizes.depth=}")

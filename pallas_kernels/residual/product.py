@@ -62,6 +62,8 @@ class Block:
     self.plan, self.refs, self.sizes = plan, refs, plan.sizes
     self.ring = plan.steps.of(refs)
     core, self.wg = lax.axis_index("core"), lax.axis_index("wg")
+    if self.sizes.beside > 1:
+      core = core * self.sizes.beside + lax.axis_index(CLUSTER)
     tiles = jnp.int32(plan.column_tiles)
     # Neighbours work on the same rows at the same time: A comes from memory once.
     self.column_tile, self.walker = lax.rem(core, tiles), lax.div(core, tiles)
@@ -110,8 +112,8 @@ class Block:
         first = self.row_of(i) + (0 if lane is None else lane * TILE)
         rows = gpu.ds(first, self.sizes.rows if lane is None else TILE)
         before = 0
-        for part, K in enumerate(plan.depths):
-          a, offset = refs[f"a{part}"], before
+        for n, K in enumerate(plan.depths):
+          a, offset = refs[f"a{n}"], before
 
           # A bound that the compiler does not know: unrolled, this loop has no registers for its
           # addresses.
@@ -121,10 +123,12 @@ class Block:
             self.ring.wait_until_free(n)
             slot = self.ring.slot(n)
             full = self.full(slot, lane)
-            gpu.to_smem(a.at[rows, gpu.ds(c * depth, depth)], slot["a"], full)
+            copied = lambda blocks: dict(collective_axes=CLUSTER) if blocks > 1 else {}
+            part = a.at[rows, gpu.ds(c * depth, depth)]
+            gpu.to_smem(part, slot["a"], full, **copied(self.sizes.beside))
             if not self.sizes.stays:
-              together = dict(collective_axes=CLUSTER) if self.sizes.together > 1 else {}
-              gpu.to_smem(self.weights(offset + c), slot["b"], full, **together)
+              b = self.weights(offset + c)
+              gpu.to_smem(b, slot["b"], full, **copied(self.sizes.together))
 
           before += K // depth
 
@@ -272,14 +276,15 @@ def launch(
   if words is not None:
     arrays |= dict(words=jnp.pad(words, [(0, 0), (0, padded - R)]) if padded > R else words)
   outputs = plan.out_types()
-  cluster = dict(cluster=(together,), cluster_names=(CLUSTER,)) if together > 1 else {}
+  blocks = together * sizes.beside
+  cluster = dict(cluster=(blocks,), cluster_names=(CLUSTER,)) if blocks > 1 else {}
   results = gpu.launch(
     name,
     lambda refs: Block(plan, refs).run(),
     inputs=arrays,
     outputs=outputs,
     scratch=plan.scratch(),
-    grid=(plan.blocks // together,),
+    grid=(plan.blocks // blocks,),
     grid_names=("core",),
     **cluster,
     num_threads=sizes.consumers + 1,

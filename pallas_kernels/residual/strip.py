@@ -14,6 +14,7 @@ from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.residual import epilogues
+from pallas_kernels.residual.plan import CLUSTER
 from pallas_kernels.residual.plan import SLICE
 
 if TYPE_CHECKING:
@@ -207,10 +208,13 @@ class Strip:
     return tuple(sums)
 
   def meet(self, first: Traced, second: Traced) -> tuple[Traced, Traced]:
-    """Sums over this strip's columns -> over those of both consumers, where they share rows."""
+    """Sums over this strip's columns -> over those of all who share its rows."""
+    turn = lax.rem(self.i, jnp.int32(2))
+    if self.block.sizes.beside > 1:
+      return self._meet_beside(turn, first, second)
     if not self.block.sizes.across:
       return first, second
-    place = self.refs["met_s"].at[lax.rem(self.i, jnp.int32(2))]
+    place = self.refs["met_s"].at[turn]
     for n, value in enumerate((first, second)):
       place.at[self.wg, n][...] = value
     gpu.barrier_arrive(self.refs["met_full"])
@@ -218,3 +222,19 @@ class Strip:
     other = place.at[1 - self.wg]
     load = lambda n: gpu.load(other.at[n], layout=gpu.ROW, optimized=False)
     return first + load(0), second + load(1)
+
+  def _meet_beside(self, turn: Traced, first: Traced, second: Traced) -> tuple[Traced, Traced]:
+    """`meet` with the same consumer of the other thread block."""
+    # A barrier for each of two turns: the other one may be a tile ahead, not two.
+    full = self.refs["met_full"].at[turn * self.consumers + self.wg]
+    place = self.refs["met_s"].at[turn, self.wg]
+    num = place.shape[-1]
+    column = gpu.iota((TILE, num), 1)
+    wide = lambda value: gpu.over_columns(value, num)
+    both = jnp.where(column < num // 2, wide(first), wide(second))
+    other = 1 - lax.axis_index(CLUSTER)
+    gpu.async_store_smem(both, place, full, cluster_idx=other, cluster_dim=CLUSTER, optimized=False)
+    gpu.barrier_wait(full)
+    tile = gpu.load(place, layout=gpu.WGMMA, optimized=False) * (2 / num)
+    of = lambda keep: jnp.where(keep, tile, 0.0).sum(axis=1)
+    return first + of(column < num // 2), second + of(column >= num // 2)

@@ -306,22 +306,60 @@ def test_lowers_for_an_h100_without_copies(name, shape):
     assert copy not in program
 
 
-@pytest.mark.parametrize("together", [2, 4])
-def test_clusters_lower(together):
-  """The simulator has none. On a card any number of rows: the last tiles may not exist."""
+CLUSTERS = {
+  "2 together": dict(together=2),
+  "4 together": dict(together=4),
+  "beside": dict(beside=2),
+  "across": dict(columns=512, across=True, stages=2, together=2),
+}
+
+
+def spanning(R, clusters):
+  """`enter_back` of rows of 512 columns by clusters, and what it shall give."""
+  grads = [normal(0, R, 192)]
+  w, x, dh = weights(1, 512, 192), normal(2, R, 512) + 2, normal(3, R, 512)
+  words, keep = masks(4, R, 512)
+  sizes = Sizes(**dict(depth=32, stages=3) | CLUSTERS[clusters])
+  run = lambda: kernels.enter_back(grads, w, x, kernels.stats_of(x), dh, words, RATE, sizes=sizes)
+  xhat, _, rstd = normalised(x)
+  grad = wide(grads[0]) @ wide(w).T
+  mean = lambda z: z.mean(-1, keepdims=True)
+  dx = rstd * (grad - mean(grad) - xhat * mean(grad * xhat)) + wide(dh)
+  return run, dx, np.where(keep, dx / (1 - RATE), 0), xhat
+
+
+@pytest.mark.parametrize("clusters", ["beside", "across"])
+def test_clusters_that_span_rows_lower(clusters):
+  """The simulator has no clusters."""
+  run, *_ = spanning(200, clusters)
+  assert lowered(run).count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize("clusters", ["2 together", "4 together"])
+def test_clusters_lower(clusters):
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-  arrays = array(1_000, 1_024), array(512, 1_024)
-  assert lowered(lambda a, w: kernels.multiply(a, w, Sizes(together=together)), *arrays) != lowered(
-    lambda a, w: kernels.multiply(a, w, Sizes()), *arrays
-  )
+  call = lambda a, w: kernels.multiply(a, w, Sizes(**CLUSTERS[clusters]))
+  assert lowered(call, array(1_000, 1_024), array(512, 1_024)).count("mosaic_gpu_v2") == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("R", [1_000, 20_000, 333])
-@pytest.mark.parametrize("together", [2, 4])
-def test_clusters(together, R):
+@pytest.mark.parametrize("clusters", ["2 together", "4 together"])
+def test_clusters(clusters, R):
+  """The last tiles of a cluster may not exist."""
   a, w = normal(0, R, 1_024), weights(1, 512, 1_024)
-  close(kernels.multiply(a, w, Sizes(together=together)), wide(a) @ wide(w).T)
+  close(kernels.multiply(a, w, Sizes(**CLUSTERS[clusters])), wide(a) @ wide(w).T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [1_000, 20_000, 333])
+@pytest.mark.parametrize("clusters", ["beside", "across"])
+def test_clusters_that_span_rows(clusters, R):
+  run, *wants = spanning(R, clusters)
+  *gots, sums = run()
+  for got, want in zip(gots, wants, strict=True):
+    close(got, want)
+  close(wide(sums).sum((0, 1)), wide(gots[1]).sum(0), 1e-4)
 
 
 @pytest.mark.gpu
