@@ -8,10 +8,13 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Integer
 from jaxtyping import Key
+from jaxtyping import UInt32
 
 from pallas_kernels import patterns
+from pallas_kernels.residual import dropout
 from sparse_flax.model import attention
 from sparse_flax.model import cache as cache_lib
+from sparse_flax.parallel import sharding
 
 # Kernels that compute a block themselves are handed these.
 NORM_EPSILON = 1e-5
@@ -21,6 +24,14 @@ GELU_SLOPE = 1.702  # with which u sigmoid(slope u) is close to the GELU
 def activation(u: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
   """f(u) = u sigmoid(1.702 u)."""
   return u * jax.nn.sigmoid(GELU_SLOPE * u)
+
+
+Bits = tuple[UInt32[Array, "B T W"], UInt32[Array, "B T W"]]  # of the two branches
+
+
+def seeds_of(key: Key[Array, "*B"]) -> UInt32[Array, "*B 2 2"]:
+  """For the two branches of blocks with these keys."""
+  return dropout.seed_of(jnp.vectorize(jax.random.split, signature="()->(n)")(key))
 
 
 class FeedForward(nnx.Module):
@@ -88,11 +99,28 @@ class Block(nnx.Module):
     self.feed_forward = FeedForward(width=width, hidden=round(ff_mult * width), **linear)
 
   def __call__(
-    self, x: Float[Array, "B T E"], *, dropout_key: Key[Array, ""] | None = None
+    self,
+    x: Float[Array, "B T E"],
+    *,
+    dropout_key: Key[Array, ""] | None = None,
+    bits: Bits | None = None,
   ) -> Float[Array, "B T E"]:
-    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    x = x + drop(self.attention(self._normed(x)), self.dropout, key=keys[0])
-    return x + drop(self._feed(x), self.dropout, key=keys[1])
+    """Args:
+    x: the residual stream.
+    dropout_key: None turns dropout off.
+    bits: of `keep_bits` in place of a key, for who computes the block twice.
+    """
+    if dropout_key is not None:
+      bits = self.keep_bits(x, seeds_of(dropout_key))
+    of_attention, of_feed_forward = (None, None) if bits is None else bits
+    x = x + masked(self.attention(self._normed(x)), of_attention, self.dropout)
+    return x + masked(self._feed(x), of_feed_forward, self.dropout)
+
+  def keep_bits(self, x: Float[Array, "B T E"], seeds: UInt32[Array, "2 2"] | None) -> Bits | None:
+    """What dropout keeps at the ends of the two branches; None where it keeps everything."""
+    if seeds is None or self.dropout == 0.0:
+      return None
+    return tuple(bits_like(x, self.dropout, seed) for seed in seeds)
 
   def with_weights(
     self, x: Float[Array, "B T E"], rows: Integer[np.ndarray, "Q"]
@@ -129,10 +157,26 @@ class Block(nnx.Module):
 
 
 def drop(
-  x: Float[Array, "*B"], rate: int | float, *, key: Key[Array, ""] | None
-) -> Float[Array, "*B"]:
-  """Zeros a share `rate` of x and scales up the rest; no key means no dropout."""
+  x: Float[Array, "*B E"], rate: int | float, *, key: Key[Array, ""] | None
+) -> Float[Array, "*B E"]:
+  """Zeros a share `rate` of x and scales up what is left; no key means no dropout."""
   if key is None or rate == 0.0:
     return x
-  alive = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-  return jnp.where(alive, x / (1.0 - rate), 0.0).astype(x.dtype)
+  return masked(x, bits_like(x, rate, dropout.seed_of(key)), rate)
+
+
+def bits_like(
+  x: Float[Array, "*B E"], rate: int | float, seed: UInt32[Array, "2"]
+) -> UInt32[Array, "*B W"]:
+  """Which elements of arrays like x are kept."""
+  return dropout.keep_bits(seed, rate, x.shape, sharding=sharding.of_rows(x))
+
+
+def masked(
+  x: Float[Array, "*B E"], bits: UInt32[Array, "*B W"] | None, rate: int | float
+) -> Float[Array, "*B E"]:
+  """x where a bit is 1, scaled up, and zeros elsewhere; without bits x itself."""
+  if bits is None:
+    return x
+  kept = dropout.unpack(bits, x.shape[-1])
+  return jnp.where(kept, x / dropout.keep_probability(rate), 0.0).astype(x.dtype)

@@ -193,17 +193,21 @@ class SparseTransformer(nnx.Module):
     embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
     cycle = len(self.patterns)
-    keys = None if layers_key is None else jax.random.split(layers_key, (self.num_groups, cycle))
-    run_block = lambda layer, x, key: layer(x, dropout_key=key)
+    seeds = None
+    if layers_key is not None:
+      seeds = block.seeds_of(jax.random.split(layers_key, (self.num_groups, cycle)))
+    run_block = lambda layer, x, bits: layer(x, bits=bits)
     run_block = _rematerialised(run_block, self.remat, one_by_one=cycle > 1)
 
-    def run_group(x, group_and_keys):
-      group, keys = group_and_keys
+    def run_group(x, group_and_seeds):
+      group, seeds = group_and_seeds
       for n, layer in enumerate(group):
-        x = run_block(layer, x, None if keys is None else keys[n])
+        # Outside of what is computed again: bits take little room, and hashes time.
+        bits = layer.keep_bits(x, None if seeds is None else seeds[n])
+        x = run_block(layer, x, bits)
       return x, None
 
-    x, _ = jax.lax.scan(run_group, x, (self.groups, keys))
+    x, _ = jax.lax.scan(run_group, x, (self.groups, seeds))
     return self.logits(self.final_norm(x))
 
   def attention_weights(
@@ -320,7 +324,7 @@ def _rematerialised(run_block, remat: str, *, one_by_one: bool):
   """`run_block`, with the backward pass told what to compute again.
 
   Args:
-    run_block: (layer, x, key) -> x.
+    run_block: (layer, x, bits) -> x.
     remat: what the forward pass keeps.
     one_by_one: whether there are several blocks in the body of a scan, of which a compiler would
       compute all again at once, and need memory for all.

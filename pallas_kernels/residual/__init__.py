@@ -1,0 +1,1 @@
+"""The residual block around attention: norms, products, dropout and additions."""
