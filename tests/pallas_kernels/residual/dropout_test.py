@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend import core as extend
 
 from pallas_kernels.residual import dropout
 from sparse_flax.model import block
 from sparse_flax.parallel import sharding
+from tests.helpers import jaxprs
 from tests.helpers.models import random_tokens
 from tests.helpers.models import small_model
 
@@ -132,22 +132,6 @@ def test_a_step_hashes_once_for_each_layer_and_branch(remat):
   params = nnx.to_pure_dict(params)
   tokens, key = random_tokens(), jax.random.key(0)
   loss = lambda params: (nnx.merge(graphdef, params)(tokens, dropout_key=key) ** 2).mean()
-  scans = scans_of(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
-  assert [count_of(scan, "threefry2x32") for scan in scans] == [2 * 5, 0]  # 9 digits, 2 a hash
-
-
-def scans_of(jaxpr) -> list:
-  """The scans over layers of a program, in its order."""
-  found = [e for e in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == 4]
-  return [e.params["jaxpr"].jaxpr for e in found]
-
-
-def count_of(jaxpr, primitive: str) -> int:
-  return sum(e.primitive.name == primitive for e in equations(jaxpr))
-
-
-def equations(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in extend.jaxprs_in_params(equation.params):
-      yield from equations(inner)
+  scans = jaxprs.scans_of(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, 4)
+  hashes = [jaxprs.count_of(scan, "threefry2x32") for scan in scans]
+  assert hashes == [2 * 5, 0]  # two branches of 9 digits, two digits a hash
