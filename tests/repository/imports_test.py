@@ -25,7 +25,7 @@ ORDER = {
   "pallas_kernels": (
     "moved", "hardware", "patterns", "functions", "scores", "tuning", "lowering", "protocol",
     "offset", "segments", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu",
-    "decode", "api",
+    "decode", "residual", "api",
   ),
   "sparse_flax": (
     "moved", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample", "export",

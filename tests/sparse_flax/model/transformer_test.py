@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from sparse_flax import SparseTransformer
+from tests.helpers import jaxprs
 from tests.helpers.models import initial_model
 from tests.helpers.models import nnx_mode  # noqa: F401
 from tests.helpers.models import random_tokens
@@ -222,17 +223,42 @@ def kept_loss_and_gradient(remat, implementation):
 @pytest.mark.smoke("xla", daily=0)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_remat_changes_memory_and_nothing_else(implementation):
-  results = {
-    name: kept_loss_and_gradient(name, implementation) for name in ("full", "dots", "none")
-  }
-  assert results["full"][0] < results["dots"][0] < results["none"][0]
-  for name in ("full", "dots"):
+  levels = ("full", "attention", "block", "hidden", "none")
+  results = {name: kept_loss_and_gradient(name, implementation) for name in (*levels, "dots")}
+  sizes = [results[name][0] for name in levels]
+  assert sorted(set(sizes)) == sizes and sizes[1] < results["dots"][0] < sizes[-1]
+  for name in results:
     np.testing.assert_allclose(results[name][1], results["none"][1], rtol=1e-6)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
       results[name][2],
       results["none"][2],
     )
+
+
+# What the backward pass computes again, and how many products it then has with local attention,
+# whose own gradient has 5: two for each of 6 weights, and those of the forward pass but the last.
+AGAIN = {
+  "full": ("q k v attention_out attention_lse h stats u", 24),
+  "attention": ("q k v h stats u", 22),
+  "block": ("u", 19),
+  "hidden": ("", 17),
+  "none": ("", 17),
+}
+
+
+@pytest.mark.parametrize("remat", AGAIN)
+def test_a_level_computes_again_what_it_does_not_keep(remat):
+  model = small_model(
+    remat=remat, attention_layers=("local",), implementation="xla", num_layers=3, dropout=0.2
+  )
+  graphdef, params = plain(model)
+  run = lambda params: losses_of(nnx.merge(graphdef, params), random_tokens(), QUICK_KEY).mean()
+  backward = jaxprs.scans_of(jax.make_jaxpr(jax.grad(run))(params).jaxpr, 3)[1]
+  names = [x.params["name"] for x in backward if x.primitive.name == "name"]
+  again, products = AGAIN[remat]
+  assert [name.removeprefix("residual_") for name in names] == again.split()
+  assert jaxprs.count_of(backward, "dot_general") == products
 
 
 @functools.cache
