@@ -14,6 +14,7 @@ BENCHMARKS = {
   "checkpoints": "a save and a restore of a state of 2.4 GB, with digests",
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
+  "residual": "the products around attention on a GPU, each alone, beside cuBLAS and the roofline",
   "sample": "sampling: on a GPU from the paper's image models, on a CPU from the quickstart's",
   "step": "training steps of the paper's models on a GPU, beside PyTorch's and plain JAX's",
   "tables": "renders the tables of README.md and docs from the results; only when named",
@@ -23,15 +24,16 @@ BENCHMARKS = {
 }
 MODULES = {
   **{
-    name: f"gpu.{name}" for name in ("attention", "block_sparse", "mesh", "sample", "step", "tune")
+    name: f"gpu.{name}"
+    for name in ("attention", "block_sparse", "mesh", "residual", "sample", "step", "tune")
   },
   **{name: f"cpu.{name}" for name in ("checkpoints", "memory", "xla")},
   "tables": "tables",
   "tpu_aot": "tpu.aot",
 }
 ONLY_NAMED = ("mesh", "tables", "tpu_aot", "tune")
-ON_GPU = ("attention", "block_sparse", "step", "tune")
-IN_WORKERS = {"attention", "block_sparse", "step", "tune"}
+ON_GPU = ("attention", "block_sparse", "residual", "step", "tune")
+IN_WORKERS = {"attention", "block_sparse", "residual", "step", "tune"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,6 +39,7 @@ to_gmem = plgpu.copy_smem_to_gmem
 to_smem = plgpu.copy_gmem_to_smem
 wait_to_gmem = plgpu.wait_smem_to_gmem
 wgmma = plgpu.wgmma
+wgmma_wait = plgpu.wgmma_wait
 
 
 def simulated() -> bool:

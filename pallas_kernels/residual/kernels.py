@@ -1,0 +1,424 @@
+"""The products of a block, forward and backward, each with all that follows it as its epilogue.
+
+    forward                                         backward
+    F1 enter    q, k, v = norm(x) W + b             B4 enter_back   dx, dm, xhat
+    F2 leave    h = x + drop(o W + b)               B3 multiply     do = da W^T
+    F3 widen    u = norm(h) W + b, g = f(u)         B2 widen_back   dh, da
+    F4 leave    y = h + drop(g W + b)               B1 narrow_back  du
+
+W and b of F1 and F3 have the norm's gain and bias in them (epilogues.py). What a norm needs of its
+rows is `stats` [tiles, 2, Rp]: sums of x and of x^2 over parts of the columns, padded to whole
+tiles of 128 rows, as F2 and F4 leave it; `stats_of` makes it of any array.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+from jaxtyping import BFloat16
+from jaxtyping import Float32
+from jaxtyping import UInt32
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu.gpu import Traced
+from pallas_kernels.residual import epilogues
+from pallas_kernels.residual import product
+from pallas_kernels.residual.plan import Epilogue
+from pallas_kernels.residual.plan import PAD_ROWS
+from pallas_kernels.residual.plan import Sizes
+from pallas_kernels.residual.plan import SLICE
+from pallas_kernels.residual.strip import Strip
+
+EPS = 1e-6
+
+# What is measured, by kernel and by what K is at most. Weights stay where a range of columns of
+# them fits beside the rings: 128 KB either way.
+SIZES = {
+  "enter": {256: Sizes(stays=True, behind=2), 512: Sizes(columns=128, stays=True, behind=2)},
+  "leave": {
+    256: Sizes(stays=True),
+    512: Sizes(columns=128, stays=True),
+    4096: Sizes(ahead=2, behind=2),
+  },
+  "widen": {256: Sizes(stays=True), 512: Sizes(columns=128, stays=True)},
+  "narrow_back": {256: Sizes(stays=True), 512: Sizes(columns=128, stays=True)},
+  "widen_back": {4096: Sizes(depth=32, stages=5)},
+  "multiply": {256: Sizes(stays=True, behind=2), 512: Sizes(columns=128, stays=True, behind=2)},
+  "enter_back": {4096: Sizes(depth=32, stages=3)},
+}
+
+
+def sizes_of(name: str, K: int, N: int) -> Sizes:
+  """How a kernel is cut that multiplies [R, K] by [K, N]."""
+
+  fitting = (sizes for most, sizes in SIZES[name].items() if most >= K)
+  sizes = next(fitting, None)
+  if sizes is None:
+    sizes = Sizes()
+  if sizes.columns > N:
+    sizes = dataclasses.replace(sizes, columns=N)
+  return sizes
+
+
+class Norm(NamedTuple):
+  """What makes norm(x) W of x W'.
+
+  Attributes:
+    stats: sums of the rows.
+    sums: of the columns of W' as it is rounded.
+    bias: b', float32.
+    width: columns of x.
+    eps: added to the variance.
+  """
+
+  stats: Float32[Array, "tiles 2 Rp"]
+  sums: Float32[Array, " N"]
+  bias: Float32[Array, " N"]
+  width: int
+  eps: float = EPS
+
+
+def in_rows(stats: Float32[Array, "tiles 2 Rp"]) -> Float32[Array, "tiles*2 Rp"]:
+  return stats.reshape(-1, stats.shape[-1])
+
+
+def stats_of(x: BFloat16[Array, "R E"]) -> Float32[Array, "1 2 Rp"]:
+  """Sums of the rows of an array that no kernel here has made."""
+  pair = jnp.stack(epilogues.row_sums(x.astype(jnp.float32)))
+  return jnp.pad(pair, [(0, 0), (0, -x.shape[0] % PAD_ROWS)])[None]
+
+
+# --------------------------------------------------------------------------------------- forward
+
+
+def enter(
+  x: BFloat16[Array, "R E"],
+  w: BFloat16[Array, "E N"],
+  norm: Norm,
+  widths: Sequence[int],
+  sizes: Sizes | None = None,
+) -> tuple[BFloat16[Array, "R _"], ...]:
+  """norm(x) W + b, cut into arrays of these widths."""
+
+  def run(strip: Strip, sums: tuple) -> tuple:
+    mean, rstd = _moments(strip, norm)
+    for j in strip.slices:
+      strip.put(j, out=_affine(strip, j, mean, rstd))
+    return sums
+
+  results = product.launch(
+    "enter",
+    [x],
+    w,
+    Epilogue(run=run, outputs=dict(out=tuple(widths))),
+    sizes or sizes_of("enter", *w.shape),
+    rows=dict(stats=in_rows(norm.stats)),
+    columns=dict(sums=norm.sums, bias=norm.bias),
+  )
+  return tuple(results[f"out{n}"] for n in range(len(widths)))
+
+
+def leave(
+  a: BFloat16[Array, "R K"],
+  w: BFloat16[Array, "K E"],
+  bias: Float32[Array, " E"],
+  x: BFloat16[Array, "R E"],
+  words: UInt32[Array, "_ R"] | None = None,
+  rate: float = 0.0,
+  sizes: Sizes | None = None,
+) -> tuple[BFloat16[Array, "R E"], Float32[Array, "tiles 2 Rp"]]:
+  """x + drop(a W + b), and its stats."""
+
+  def run(strip: Strip, sums: tuple) -> tuple:
+    pair = _no_sums()
+    if strip.plan.has_words:
+      strip.wait_rows()
+    for j in strip.slices:
+      x = strip.take("x", j)
+      y = epilogues.drop_add(strip.part(j), strip.column("bias", j), x, strip.keep(j), rate)
+      y = _rounded(y)
+      pair = _add(pair, epilogues.row_sums(y.astype(jnp.float32)))
+      strip.put(j, out=y)
+    if strip.plan.has_words:
+      strip.rows_done()
+    strip.put_rows(*pair)
+    return sums
+
+  results = product.launch(
+    "leave",
+    [a],
+    w,
+    Epilogue(run=run, outputs=dict(out=(w.shape[1],)), row_sums=True),
+    sizes or sizes_of("leave", *w.shape),
+    inputs=dict(x=x),
+    columns=dict(bias=bias),
+    words=words,
+  )
+  return results["out0"], results["row_sums"]
+
+
+def widen(
+  h: BFloat16[Array, "R E"], w: BFloat16[Array, "E F"], norm: Norm, sizes: Sizes | None = None
+) -> tuple[BFloat16[Array, "R F"], BFloat16[Array, "R F"]]:
+  """u = norm(h) W + b, and g = f(u)."""
+
+  def run(strip: Strip, sums: tuple) -> tuple:
+    mean, rstd = _moments(strip, norm)
+    for j in strip.slices:
+      u = _affine(strip, j, mean, rstd)
+      strip.put(j, u=u, g=epilogues.gelu(u))
+    return sums
+
+  F = w.shape[1]
+  results = product.launch(
+    "widen",
+    [h],
+    w,
+    Epilogue(run=run, outputs=dict(u=(F,), g=(F,))),
+    sizes or sizes_of("widen", *w.shape),
+    rows=dict(stats=in_rows(norm.stats)),
+    columns=dict(sums=norm.sums, bias=norm.bias),
+  )
+  return results["u0"], results["g0"]
+
+
+# -------------------------------------------------------------------------------------- backward
+
+
+class Narrowed(NamedTuple):
+  """What `narrow_back` gives.
+
+  Attributes:
+    du: gradient of u times rstd.
+    back: per row and part of the columns, what `widen_back` takes: sums of du s, of du (u - b).
+    sums: to be summed over its first axis: the gradient of b', and the sum over rows of mean du.
+  """
+
+  du: BFloat16[Array, "R F"]
+  back: Float32[Array, "tiles 2 Rp"]
+  sums: Float32[Array, "parts 2 F"]
+
+
+def narrow_back(
+  dm: BFloat16[Array, "R E"],
+  w: BFloat16[Array, "F E"],
+  u: BFloat16[Array, "R F"],
+  norm: Norm,
+  sizes: Sizes | None = None,
+) -> Narrowed:
+  """du = (dm W^T) f'(u) rstd.
+
+  Args:
+    dm: gradient of what g W + b is, after dropout.
+    w: of the product that followed f.
+    u: argument of f, as `widen` gave it.
+    norm: that `widen` had.
+  """
+
+  def run(strip: Strip, sums: tuple) -> tuple:
+    mean, rstd = _moments(strip, norm)
+    # Gradients of the bias are those of u without rstd.
+    weights = strip.weights(1.0 / rstd, mean)
+    pair = _no_sums()
+    for j in strip.slices:
+      u = strip.take("u", j)
+      du = _rounded(epilogues.gelu_back(strip.part(j), u, rstd))
+      exact = du.astype(jnp.float32)
+      s, b = (epilogues.over_rows(strip.column(x, j), exact.shape[0]) for x in ("sums", "bias"))
+      pair = _add(pair, ((exact * s).sum(axis=1), (exact * (u - b)).sum(axis=1)))
+      strip.put(j, out=du)
+      sums = strip.add_columns(sums, "out", j, weights)
+    strip.put_rows(*pair)
+    return sums
+
+  F, E = w.shape
+  results = product.launch(
+    "narrow_back",
+    [dm],
+    w,
+    Epilogue(run=run, outputs=dict(out=(F,)), row_sums=True, column_sums=2),
+    sizes or sizes_of("narrow_back", E, F),
+    transposed=True,
+    inputs=dict(u=u),
+    rows=dict(stats=in_rows(norm.stats)),
+    columns=dict(sums=norm.sums, bias=norm.bias),
+  )
+  return Narrowed(results["out0"], results["row_sums"], results["column_sums"])
+
+
+def widen_back(
+  du: BFloat16[Array, "R F"],
+  w: BFloat16[Array, "E F"],
+  h: BFloat16[Array, "R E"],
+  norm: Norm,
+  back: Float32[Array, "tiles 2 Rp"],
+  dy: BFloat16[Array, "R E"],
+  words: UInt32[Array, "_ R"] | None = None,
+  rate: float = 0.0,
+  sizes: Sizes | None = None,
+) -> tuple[BFloat16[Array, "R E"], BFloat16[Array, "R E"], Float32[Array, "parts 1 E"]]:
+  """dh = norm' (du W^T) + dy; da, dh after dropout; parts of da's sums over rows.
+
+  Without `words` nothing is dropped, and da is dh.
+  """
+  names = ("dh", "da") if words is not None else ("dh",)
+
+  def run(strip: Strip, sums: tuple) -> tuple:
+    strip.wait_rows()
+    mean, rstd = epilogues.moments(*strip.row_pairs("stats"), norm.width, norm.eps)
+    means = [x * (1 / norm.width) for x in strip.row_pairs("back")]
+    for j in strip.slices:
+      xhat = epilogues.normalised(strip.take("h", j), mean, rstd)
+      dh = epilogues.norm_back(strip.part(j), xhat, *means) + strip.take("dy", j)
+      values = dict(dh=dh)
+      if words is not None:
+        values |= dict(da=epilogues.drop(dh, strip.keep(j), rate))
+      strip.put(j, **values)
+      sums = strip.add_columns(sums, names[-1], j)
+    strip.rows_done()
+    return sums
+
+  E, F = w.shape
+  results = product.launch(
+    "widen_back",
+    [du],
+    w,
+    Epilogue(run=run, outputs={name: (E,) for name in names}, column_sums=1),
+    sizes or sizes_of("widen_back", F, E),
+    transposed=True,
+    inputs=dict(h=h, dy=dy),
+    rows=dict(stats=in_rows(norm.stats), back=in_rows(back)),
+    words=words,
+  )
+  return results["dh0"], results[f"{names[-1]}0"], results["column_sums"]
+
+
+def multiply(
+  a: BFloat16[Array, "R K"], w: BFloat16[Array, "N K"], sizes: Sizes | None = None
+) -> BFloat16[Array, "R N"]:
+  """a W^T."""
+
+  def run(strip: Strip, sums: tuple) -> tuple:
+    for j in strip.slices:
+      strip.put(j, out=strip.part(j))
+    return sums
+
+  N, K = w.shape
+  epilogue = Epilogue(run=run, outputs=dict(out=(N,)))
+  sizes = sizes or sizes_of("multiply", K, N)
+  return product.launch("multiply", [a], w, epilogue, sizes, transposed=True)["out0"]
+
+
+def enter_back(
+  grads: Sequence[BFloat16[Array, "R _"]],
+  w: BFloat16[Array, "E N"],
+  x: BFloat16[Array, "R E"],
+  stats: Float32[Array, "tiles 2 Rp"],
+  dh: BFloat16[Array, "R E"],
+  words: UInt32[Array, "_ R"] | None = None,
+  rate: float = 0.0,
+  eps: float = EPS,
+  sizes: Sizes | None = None,
+) -> tuple[
+  BFloat16[Array, "R E"],
+  BFloat16[Array, "R E"],
+  BFloat16[Array, "R E"],
+  Float32[Array, "parts 1 E"],
+]:
+  """dx = norm' (d W^T) + dh; dm, dx after dropout; xhat; parts of dm's sums over rows.
+
+  Args:
+    grads: of q, k and v: d, cut as `enter` has cut its result.
+    w: of `enter`.
+    x: of `enter`.
+    stats: of x.
+    dh: gradient of x that came past the norm.
+    words: of the layer before, whose result is x.
+    rate: of dropout.
+    eps: of the norm.
+    sizes: how the product is cut: a tile spans whole rows.
+  """
+  E = w.shape[0]
+  names = ("dx", "dm") if words is not None else ("dx",)
+
+  def run(strip: Strip, sums: tuple) -> tuple:
+    strip.wait_rows()
+    mean, rstd = epilogues.moments(*strip.row_pairs("stats"), E, eps)
+    scaled = lambda j: strip.part(j) * epilogues.over_columns(rstd, SLICE)
+    xhat = lambda j: epilogues.normalised(strip.read("x", j), mean, rstd)
+    pair = _no_sums()
+    for j in strip.slices:
+      strip.wait("x", j)
+      grad = scaled(j)
+      pair = _add(pair, (grad.sum(axis=1), (grad * xhat(j)).sum(axis=1)))
+    means = [value * (1 / E) for value in strip.meet(*pair)]
+    for j in strip.slices:
+      normal = xhat(j)
+      strip.done("x", j)
+      values = {}
+
+      def dx(j: int = j, normal: Traced = normal, values: dict = values) -> Traced:
+        values["dx"] = epilogues.norm_back(scaled(j), normal, *means) + strip.take("dh", j)
+        return values["dx"]
+
+      def dm(j: int = j, values: dict = values) -> Traced:
+        return epilogues.drop(values["dx"], strip.keep(j), rate)
+
+      strip.put(j, xhat=normal, dx=dx, **(dict(dm=dm) if words is not None else {}))
+      sums = strip.add_columns(sums, names[-1], j)
+    strip.rows_done()
+    return sums
+
+  outputs = {name: (E,) for name in (*names, "xhat")}
+  results = product.launch(
+    "enter_back",
+    grads,
+    w,
+    Epilogue(run=run, outputs=outputs, column_sums=1, whole=("x",)),
+    sizes or _spanning(sizes_of("enter_back", w.shape[1], E), E),
+    transposed=True,
+    inputs=dict(x=x, dh=dh),
+    rows=dict(stats=in_rows(stats)),
+    words=words,
+  )
+  return results["dx0"], results[f"{names[-1]}0"], results["xhat0"], results["column_sums"]
+
+
+def _spanning(sizes: Sizes, E: int) -> Sizes:
+  """Tiles of whole rows: those of more than 256 columns have fewer rows."""
+
+  return dataclasses.replace(
+    sizes, columns=E, across=E > 256, stages=2 if E > 256 else sizes.stages
+  )
+
+
+# --------------------------------------------------------------------------------------- helpers
+
+
+def _moments(strip: Strip, norm: Norm) -> tuple[Traced, Traced]:
+  """mean and rstd of a strip's rows; frees what they are made of."""
+  strip.wait_rows()
+  pair = strip.row_pairs("stats")
+  strip.rows_done()
+  return epilogues.moments(*pair, norm.width, norm.eps)
+
+
+def _affine(strip: Strip, j: int, mean: Traced, rstd: Traced) -> Traced:
+  columns = strip.column("sums", j), strip.column("bias", j)
+  return epilogues.affine_rows(strip.part(j), mean, rstd, *columns)
+
+
+def _rounded(x: Traced) -> Traced:
+  """In bfloat16, two at a time: what is also read again in float32 would be converted by one."""
+  return lax.optimization_barrier(x.astype(jnp.bfloat16))
+
+
+def _no_sums() -> tuple[Traced, Traced]:
+  return gpu.full((gpu.TILE,), 0.0), gpu.full((gpu.TILE,), 0.0)
+
+
+def _add(pair: tuple, other: tuple) -> tuple[Traced, Traced]:
+  return pair[0] + other[0], pair[1] + other[1]

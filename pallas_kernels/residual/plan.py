@@ -1,0 +1,203 @@
+"""How a product is cut, and what it needs: all that is known before its kernel runs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import ring
+from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.residual import epilogues
+
+CONSUMERS = 2
+SLICE = 64  # columns of an epilogue's step: a span of the widest swizzle
+PAD_ROWS = 128  # what numbers of rows are padded to
+SHARED_BYTES = 227 * 1024
+BARRIER_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """How a product is cut.
+
+  Attributes:
+    columns: of a tile.
+    depth: columns of A, rows of B, of a step of the ring.
+    stages: steps that the ring holds; with `stays`, in each of its lanes.
+    stays: whether the weights of a thread block stay in shared memory.
+    across: whether the consumers share 64 rows and halve the columns, rather than halve 128 rows:
+      a tile may then span rows of 512 columns.
+    ahead: slices of each second input that are in shared memory.
+    behind: slices of each result that may be on their way.
+  """
+
+  columns: int = 256
+  depth: int = 64
+  stages: int = 3
+  stays: bool = False
+  across: bool = False
+  ahead: int = 1
+  behind: int = 1
+
+  @property
+  def rows(self) -> int:
+    """Of a tile."""
+    return TILE if self.across else TILE * CONSUMERS
+
+  @property
+  def width(self) -> int:
+    """Columns of a consumer's part of a tile."""
+    return self.columns // CONSUMERS if self.across else self.columns
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Epilogue:
+  """What is made of a product.
+
+  Attributes:
+    run: (Strip, sums so far) -> sums; sums are those over rows, a value [64] for each of
+      `column_sums` and slice.
+    outputs: widths of the results [R, N], by name; several where N is cut into arrays.
+    row_sums: whether a pair of sums over columns is stored as well.
+    column_sums: how many sums over rows.
+    whole: second inputs of which a strip is in shared memory at once; others have `Sizes.ahead`.
+  """
+
+  run: Callable
+  outputs: dict[str, tuple[int, ...]]
+  row_sums: bool = False
+  column_sums: int = 0
+  whole: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """All that is known before the kernel runs."""
+
+  sizes: Sizes
+  epilogue: Epilogue
+  R: int
+  N: int
+  depths: tuple[int, ...]  # columns of each array of A
+  transposed: bool  # whether B is [N, K] in memory
+  ahead: dict[str, int]  # of second inputs
+  rows: dict[str, int]  # arrays of one number per row: how many
+  columns: tuple[str, ...]  # arrays of one number per column
+  has_words: bool
+  blocks: int
+
+  @property
+  def slices(self) -> int:
+    return self.sizes.width // SLICE
+
+  @property
+  def column_tiles(self) -> int:
+    return self.N // self.sizes.columns
+
+  @property
+  def chunks(self) -> int:
+    return sum(self.depths) // self.sizes.depth
+
+  @property
+  def row_tiles(self) -> int:
+    return -(-self.R // self.sizes.rows)
+
+  @property
+  def walkers(self) -> int:
+    """Thread blocks that share the rows of a range of columns."""
+    return self.blocks // self.column_tiles
+
+  @property
+  def parts(self) -> int:
+    """Sums over rows of one column that are stored apart."""
+    return self.walkers * (1 if self.sizes.across else CONSUMERS)
+
+  @property
+  def steps(self) -> ring.Ring:
+    """The ring of A, or of A and B."""
+    lanes = dict(lanes=CONSUMERS, readers=1) if self.sizes.stays else dict(readers=CONSUMERS)
+    return ring.Ring(
+      name="a", num_slots=self.sizes.stages, full=dict(a=1 if self.sizes.stays else 2), **lanes
+    )
+
+  def scratch(self) -> dict[str, Any]:
+    """Shared memory and barriers, by ref."""
+    sizes, bf16 = self.sizes, jnp.bfloat16
+    step = (sizes.columns, sizes.depth) if self.transposed else (sizes.depth, sizes.columns)
+    b = functools.partial(gpu.smem, dtype=bf16, beside=sizes.depth)
+    if sizes.stays:
+      shape = (sizes.stages, CONSUMERS, TILE, sizes.depth)
+      scratch = self.steps.scratch(a=gpu.smem(*shape, dtype=bf16))
+      scratch |= dict(b_s=b(self.chunks, *step), b_full=gpu.Barrier(num_arrivals=self.chunks))
+    else:
+      shape = (sizes.stages, sizes.rows, sizes.depth)
+      scratch = self.steps.scratch(a=gpu.smem(*shape, dtype=bf16), b=b(sizes.stages, *step))
+    tile = lambda num: gpu.smem(num, CONSUMERS, TILE, SLICE, dtype=bf16)
+    for name, num in self.ahead.items():
+      scratch[f"{name}_s"] = tile(num)
+      scratch[f"{name}_full"] = gpu.Barrier(num_barriers=num * CONSUMERS)
+    scratch |= {f"{name}_s": tile(sizes.behind) for name in self.epilogue.outputs}
+    scratch |= {f"{name}_s": gpu.vector(CONSUMERS, n, TILE) for name, n in self.rows.items()}
+    scratch |= {f"{name}_s": gpu.vector(sizes.columns) for name in self.columns}
+    if self.has_words:
+      num = sizes.width // epilogues.WORD
+      scratch["words_s"] = gpu.vector(CONSUMERS, num, TILE, dtype=jnp.uint32)
+    if num := len(self.rows) + self.has_words:
+      scratch["rows_full"] = gpu.Barrier(num_barriers=CONSUMERS, num_arrivals=num)
+    if self.columns:
+      scratch["columns_full"] = gpu.Barrier(num_arrivals=len(self.columns))
+    if self.epilogue.row_sums:
+      scratch["row_sums_s"] = gpu.vector(CONSUMERS, 2, TILE)
+    if num := self.epilogue.column_sums:
+      scratch["column_sums_s"] = gpu.vector(CONSUMERS, num, sizes.width)
+      scratch["weights_s"] = gpu.vector(CONSUMERS, num, TILE)
+    if sizes.across:
+      # Two places: who is a tile ahead must not write over what the other one still reads.
+      scratch["met_s"] = gpu.vector(2, CONSUMERS, 2, TILE)
+      scratch["met_full"] = gpu.Barrier(num_arrivals=CONSUMERS)
+    return scratch
+
+  def shared_bytes(self) -> int:
+    """Of a thread block, at most."""
+    total = 0
+    for kind in self.scratch().values():
+      if isinstance(kind, gpu.Barrier):
+        total += BARRIER_BYTES * int(np.prod(kind.num_barriers))
+      else:
+        aval = kind.inner_aval
+        size = int(np.prod(aval.shape)) * jnp.dtype(aval.dtype).itemsize
+        total += -(-size // 1024) * 1024  # swizzled tiles begin at whole ones of these
+    return total
+
+  def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The results, by ref."""
+    types, padded = {}, -(-self.R // PAD_ROWS) * PAD_ROWS
+    for name, widths in self.epilogue.outputs.items():
+      for n, width in enumerate(widths):
+        types[f"{name}{n}"] = jax.ShapeDtypeStruct((self.R, width), jnp.bfloat16)
+    if self.epilogue.row_sums:
+      shape = self.N // self.sizes.width, 2, padded
+      types["row_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if num := self.epilogue.column_sums:
+      types["column_sums"] = jax.ShapeDtypeStruct((self.parts, num, self.N), jnp.float32)
+    return types
+
+
+def check(plan: Plan) -> None:
+  """Raises what is wrong with the sizes of a product."""
+  sizes = plan.sizes
+  for K in plan.depths:
+    if K % sizes.depth:
+      raise ValueError(f"{K=} must be a multiple of {sizes.depth=}")
+  if plan.N % sizes.columns or sizes.width % SLICE:
+    raise ValueError(f"N={plan.N} must be a multiple of {sizes.columns=}, these of {SLICE}")
+  for name, num in [*plan.ahead.items(), ("results", sizes.behind)]:
+    if plan.slices % num:
+      raise ValueError(f"{plan.slices} slices are no multiple of the {num} places of {name}")
+  if (used := plan.shared_bytes()) > SHARED_BYTES:
+    raise ValueError(f"{used} bytes of shared memory, of {SHARED_BYTES}: {sizes}")

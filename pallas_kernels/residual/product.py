@@ -1,0 +1,263 @@
+"""out_1, ... = epilogue(A B) on Hopper: one kernel for all products around attention.
+
+A thread block owns a range of columns and walks down the rows, tile by tile, always the same ones:
+sums over rows thus have a fixed order, and no atomics. A producer warpgroup loads A [rows, depth]
+in steps, two consumers multiply, 64 rows of a tile each, and pass the result on as it leaves the
+accumulator, in slices of 64 columns:
+
+    weights stream (`Sizes.stays` False): a slot holds a step of A and of B, for both consumers
+
+        producer    A B | A B | A B | A B | A B |          ring of `stages`, frees: two readers
+                     v     v     v
+        consumers   (A B)(A B)(A B) | epilogue | (A B) ..  both at the same step
+
+    weights stay: B is loaded once; each consumer has a lane of the ring, and its own pace
+
+        producer    A0 A0 A0 | A1 A1 A1 | A0 A0 A0 |       tile by tile, lane after lane
+                     v          v
+        consumer 0  A0 B ..  | epilogue | A0 B ..          one multiplies while the other one is
+        consumer 1             A1 B ..  | epilogue | ..    in its epilogue
+
+What else an epilogue reads, its warpgroup loads itself, ahead: the slices of second inputs
+[rows, columns] (`ahead` of them), and per tile what belongs to rows. It sends its results on their
+way from shared memory; the next slice, or the next product, runs meanwhile.
+
+Rows past the end read as zeros and are not stored. No mask is needed: sums over rows meet zeros
+there, because what belongs to rows is padded with finite numbers.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+from jaxtyping import BFloat16
+from jaxtyping import Float32
+from jaxtyping import UInt32
+
+from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import ring
+from pallas_kernels.mosaic_gpu.gpu import Ref
+from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.gpu import Traced
+from pallas_kernels.residual.plan import check
+from pallas_kernels.residual.plan import CONSUMERS
+from pallas_kernels.residual.plan import Epilogue
+from pallas_kernels.residual.plan import Plan
+from pallas_kernels.residual.plan import Sizes
+from pallas_kernels.residual.plan import SLICE
+from pallas_kernels.residual.strip import Strip
+
+REGISTERS = 40, 232  # of a thread that loads, of one that computes; 168 each at launch
+COPY_ROWS = 8  # the copy engine's tiles have 8 rows: an array has whole ones of them
+
+
+class Block:
+  """A thread block: its columns, and which of the rows are its own."""
+
+  def __init__(self, plan: Plan, refs: dict[str, Ref]):
+    self.plan, self.refs, self.sizes = plan, refs, plan.sizes
+    self.ring = plan.steps.of(refs)
+    core, self.wg = lax.axis_index("core"), lax.axis_index("wg")
+    tiles = jnp.int32(plan.column_tiles)
+    # Neighbours work on the same rows at the same time: A comes from memory once.
+    self.column_tile, self.walker = lax.rem(core, tiles), lax.div(core, tiles)
+    self.n0 = self.column_tile * self.sizes.columns
+    left = plan.row_tiles - self.walker
+    self.num = lax.div(left + (plan.walkers - 1), jnp.int32(plan.walkers))
+
+  def row_of(self, i: Traced) -> Traced:
+    """The first row of tile i of this block."""
+    return (self.walker + i * self.plan.walkers) * self.sizes.rows
+
+  def run(self) -> None:
+    @gpu.when(self.wg == CONSUMERS)
+    def _() -> None:
+      gpu.set_max_registers(REGISTERS[0], action="decrease")
+      self.produce()
+
+    @gpu.when(self.wg < CONSUMERS)
+    def _() -> None:
+      gpu.set_max_registers(REGISTERS[1], action="increase")
+      self.consume()
+
+  # ------------------------------------------------------------------------------- the producer
+
+  def produce(self) -> None:
+    plan, refs, depth = self.plan, self.refs, self.sizes.depth
+    own = gpu.ds(self.n0, self.sizes.columns)
+    for name in plan.columns:
+      gpu.to_smem(refs[name].at[own], refs[f"{name}_s"], refs["columns_full"])
+    if self.sizes.stays:
+
+      @gpu.loop(0, plan.chunks)
+      def _(c: Traced) -> None:
+        gpu.to_smem(self.weights(c), refs["b_s"].at[c], refs["b_full"])
+
+    @gpu.loop(0, self.num)
+    def _(i: Traced) -> None:
+      for lane in range(CONSUMERS) if self.sizes.stays else [None]:
+        first = self.row_of(i) + (0 if lane is None else lane * TILE)
+        rows = gpu.ds(first, self.sizes.rows if lane is None else TILE)
+        before = 0
+        for part, K in enumerate(plan.depths):
+          a, offset = refs[f"a{part}"], before
+
+          @gpu.loop(0, K // depth)
+          def _(c: Traced, a: Ref = a, offset: int = offset, lane: int | None = lane) -> None:
+            n = i * plan.chunks + offset + c
+            self.ring.wait_until_free(n, lane)
+            slot = self.ring.slot(n, lane)
+            gpu.to_smem(a.at[rows, gpu.ds(c * depth, depth)], slot["a"], slot.full())
+            if not self.sizes.stays:
+              gpu.to_smem(self.weights(offset + c), slot["b"], slot.full())
+
+          before += K // depth
+
+    ring.drain(self.num * plan.chunks, self.ring)
+
+  def weights(self, c: Traced) -> Ref:
+    """Rows of B for chunk c of A, of this block's columns."""
+    own = gpu.ds(self.n0, self.sizes.columns)
+    chunk = gpu.ds(c * self.sizes.depth, self.sizes.depth)
+    return self.refs["b"].at[own, chunk] if self.plan.transposed else self.refs["b"].at[chunk, own]
+
+  # ------------------------------------------------------------------------------ the consumers
+
+  def consume(self) -> None:
+    plan, refs = self.plan, self.refs
+    first = Strip(self, jnp.int32(0))
+    gpu.when(self.num > 0)(first.start)
+    if plan.columns:
+      gpu.barrier_wait(refs["columns_full"])
+    if self.sizes.stays:
+      gpu.barrier_wait(refs["b_full"])
+    count = plan.epilogue.column_sums * plan.slices
+    sums = tuple(gpu.full((SLICE,), 0.0) for _ in range(count))
+
+    def tile(i: Traced, sums: tuple) -> tuple:
+      strip = Strip(self, i)
+      strip.acc = self.multiply(i)
+      return tuple(plan.epilogue.run(strip, sums))
+
+    sums = lax.fori_loop(jnp.int32(0), self.num, tile, sums)
+    if plan.epilogue.column_sums:
+      self.store_column_sums(sums)
+    gpu.wait_to_gmem(0)  # shared memory must not go before it is copied
+
+  def multiply(self, i: Traced) -> Traced:
+    """This warpgroup's part of tile i, [64, width] in float32."""
+    sizes, chunks, stays = self.sizes, self.plan.chunks, self.sizes.stays
+    # What slicing and transposing do to a tile of B.
+    columns = gpu.ds(self.wg * sizes.width, sizes.width) if sizes.across else slice(None)
+    rows = slice(None) if sizes.across or stays else gpu.ds(self.wg * TILE, TILE)
+    lane = self.wg if stays else None
+
+    def run(acc: Ref) -> Traced:
+      @gpu.loop(0, chunks)
+      def _(c: Traced) -> None:
+        slot = self.ring.slot(i * chunks + c, lane)
+        b = self.refs["b_s"].at[c] if stays else slot["b"]
+        b = b.at[columns].transpose((1, 0)) if self.plan.transposed else b.at[:, columns]
+        slot.wait_full()
+        gpu.wgmma(acc, slot["a"].at[rows], b)
+        # One product stays under way while the next step is waited for.
+        gpu.wgmma_wait(1)
+        gpu.when(c > 0)(lambda: self.release(i * chunks + c - 1, lane))
+
+      value = acc[...]
+      self.release((i + 1) * chunks - 1, lane)
+      return value
+
+    return pl.run_scoped(run, gpu.ACC((TILE, sizes.width), jnp.float32))
+
+  def release(self, n: Traced, lane: Traced | None) -> None:
+    gpu.commit_reads()
+    self.ring.slot(n, lane).release()
+
+  def store_column_sums(self, sums: Sequence[Traced]) -> None:
+    """The sums of this warpgroup's rows; what is left to do is a sum over `Plan.parts`."""
+    plan, stage = self.plan, self.refs["column_sums_s"].at[self.wg]
+    for kind in range(plan.epilogue.column_sums):
+      for j in range(plan.slices):
+        stage.at[kind, gpu.ds(j * SLICE, SLICE)][...] = sums[kind * plan.slices + j]
+    gpu.commit_smem()
+    part, n0 = self.walker, self.n0
+    if self.sizes.across:
+      n0 = n0 + self.wg * self.sizes.width
+    else:
+      part = part * CONSUMERS + self.wg
+    columns = gpu.ds(n0, self.sizes.width)
+    gpu.to_gmem(stage, self.refs["column_sums"].at[part, :, columns])
+
+
+def launch(
+  name: str,
+  a: Sequence[BFloat16[Array, "R _"]],
+  b: BFloat16[Array, "_ _"],
+  epilogue: Epilogue,
+  sizes: Sizes,
+  *,
+  transposed: bool = False,
+  inputs: dict[str, Array] | None = None,
+  rows: dict[str, Float32[Array, "_ Rp"]] | None = None,
+  columns: dict[str, Float32[Array, " N"]] | None = None,
+  words: UInt32[Array, "_ R"] | None = None,
+) -> dict[str, Array]:
+  """The results of epilogue(A B), by name.
+
+  Args:
+    name: of the kernel, for profilers.
+    a: arrays whose columns, in order, are those of A.
+    b: [K, N], or [N, K] with `transposed`.
+    epilogue: what is made of the product.
+    sizes: how it is cut.
+    inputs: second inputs, [R, N].
+    rows: numbers of the rows, in pairs; Rp is R in whole tiles of 128.
+    columns: numbers of the columns.
+    words: packed masks, [N / 32, R]: the words of one range of columns lie together.
+  """
+  R, N = a[0].shape[0], b.shape[0 if transposed else 1]
+  inputs, rows, columns = inputs or {}, rows or {}, columns or {}
+  padded = -(-R // COPY_ROWS) * COPY_ROWS
+  whole = lambda x: jnp.pad(x, [(0, padded - R), (0, 0)]) if padded > R else x
+  column_tiles = N // sizes.columns
+  most = -(-padded // sizes.rows)
+  walkers = max(1, min(gpu.num_multiprocessors() // column_tiles, most))
+  slices = sizes.width // SLICE
+  plan = Plan(
+    sizes=sizes,
+    epilogue=epilogue,
+    R=padded,
+    N=N,
+    depths=tuple(x.shape[1] for x in a),
+    transposed=transposed,
+    ahead={x: slices if x in epilogue.whole else min(sizes.ahead, slices) for x in inputs},
+    rows={x: values.shape[0] for x, values in rows.items()},
+    columns=tuple(columns),
+    has_words=words is not None,
+    blocks=walkers * column_tiles,
+  )
+  check(plan)
+  arrays = {f"a{n}": whole(x) for n, x in enumerate(a)} | dict(b=b)
+  arrays |= {x: whole(value) for x, value in inputs.items()} | rows | columns
+  if words is not None:
+    arrays |= dict(words=jnp.pad(words, [(0, 0), (0, padded - R)]) if padded > R else words)
+  outputs = plan.out_types()
+  results = gpu.launch(
+    name,
+    lambda refs: Block(plan, refs).run(),
+    inputs=arrays,
+    outputs=outputs,
+    scratch=plan.scratch(),
+    grid=(plan.blocks,),
+    grid_names=("core",),
+    num_threads=CONSUMERS + 1,
+    thread_name="wg",
+  )
+  results = dict(zip(outputs, results, strict=True))
+  if padded > R:
+    bf16 = lambda x: x.dtype == jnp.bfloat16
+    results = {x: value[:R] if bf16(value) else value for x, value in results.items()}
+  return results

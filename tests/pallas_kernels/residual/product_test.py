@@ -1,0 +1,302 @@
+"""Products and their epilogues in Pallas's simulator beside plain formulas; as an H100 has them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.residual import kernels
+from pallas_kernels.residual.plan import Sizes
+
+EPS = 1e-6
+RATE = 0.25
+# Three tiles for each thread block of the simulator, the last one cut; and an odd number of rows.
+ROWS = (712, 333)
+BODIES = {
+  "streams": Sizes(columns=128),
+  "streams, two ahead": Sizes(columns=128, ahead=2, behind=2, depth=32, stages=4),
+  "stays": Sizes(columns=128, stays=True, stages=2),
+  "two columns of tiles": Sizes(columns=64, stays=True),
+  "across": Sizes(columns=128, across=True),
+}
+
+
+def normal(seed, *shape, scale=1.0, dtype=jnp.bfloat16):
+  return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(dtype)
+
+
+def weights(seed, *shape):
+  """[K, N] or [N, K] of entries that leave the scale of what they multiply, about."""
+  return normal(seed, *shape, scale=max(shape) ** -0.5)
+
+
+def masks(seed, R, E):
+  """Packed words, and the same as booleans."""
+  keep = np.asarray(jax.random.bernoulli(jax.random.key(seed), 1 - RATE, (R, E)))
+  words = (keep.reshape(R, E // 32, 32) << np.arange(32, dtype=np.uint32)).sum(-1)
+  return jnp.asarray(words.astype(np.uint32).T), keep
+
+
+def wide(x):
+  return np.asarray(x, np.float64)
+
+
+def normalised(x):
+  x = wide(x)
+  mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+  rstd = 1 / np.sqrt(variance + EPS)
+  return (x - mean) * rstd, mean, rstd
+
+
+def gelu(u):
+  return u / (1 + np.exp(-1.702 * u))
+
+
+def gelu_slope(u):
+  s = 1 / (1 + np.exp(-1.702 * u))
+  return s + 1.702 * u * s * (1 - s)
+
+
+def close(got, want, bound=5e-3):
+  got, want = wide(got), wide(want)
+  assert got.shape == want.shape
+  assert np.isfinite(got).all()
+  assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
+
+
+def stats_close(stats, x):
+  """Sums of the rows of x, in any number of parts; of rows past the end there are some, too."""
+  x, got = wide(x), wide(stats).sum(0)[:, : len(x)]
+  np.testing.assert_allclose(got[0], x.sum(1), atol=1e-3 * x.shape[1] ** 0.5)
+  np.testing.assert_allclose(got[1], (x * x).sum(1), rtol=1e-5)
+  assert stats.shape[-1] == -(-len(x) // 128) * 128
+  assert np.isfinite(stats).all()
+
+
+def norm_of(x, w, seed):
+  bias = normal(seed, w.shape[1], dtype=jnp.float32)
+  sums = w.astype(jnp.float32).sum(0)
+  return kernels.Norm(kernels.stats_of(x), sums, bias, x.shape[1])
+
+
+CASES = [(R, name) for R in ROWS for name in BODIES]
+by_body = pytest.mark.parametrize("R,body", CASES, ids=[f"{name}-{R}" for R, name in CASES])
+some = pytest.mark.smoke("streams-333", "stays-712")
+some_masked = pytest.mark.smoke("True-streams-333", "True-stays-712", "False-across-712")
+
+
+@some
+@by_body
+def test_enter(R, body):
+  x, w = normal(0, R, 64) + 3, weights(1, 64, 128)
+  norm = norm_of(x, w, 2)
+  q, k = kernels.enter(x, w, norm, (64, 64), BODIES[body])
+  want = normalised(x)[0] @ wide(w) + wide(norm.bias)
+  close(jnp.concatenate([q, k], 1), want)
+
+
+@some_masked
+@by_body
+@pytest.mark.parametrize("dropped", [True, False])
+def test_leave(R, body, dropped):
+  a, w, x = normal(0, R, 64), weights(1, 64, 128), normal(2, R, 128)
+  bias = normal(3, 128, dtype=jnp.float32)
+  words, keep = masks(4, R, 128)
+  how = (words, RATE) if dropped else ()
+  y, stats = kernels.leave(a, w, bias, x, *how, sizes=BODIES[body])
+  z = wide(a) @ wide(w) + wide(bias)
+  close(y, wide(x) + (np.where(keep, z / (1 - RATE), 0) if dropped else z))
+  stats_close(stats, y)
+
+
+@some
+@by_body
+def test_widen(R, body):
+  h, w = normal(0, R, 64), weights(1, 64, 128)
+  norm = norm_of(h, w, 2)
+  u, g = kernels.widen(h, w, norm, BODIES[body])
+  want = normalised(h)[0] @ wide(w) + wide(norm.bias)
+  close(u, want)
+  close(g, gelu(want))
+
+
+@some
+@by_body
+def test_narrow_back(R, body):
+  dm, w, h = normal(0, R, 64), weights(1, 128, 64), normal(2, R, 32)
+  up = weights(3, 32, 128)
+  norm = norm_of(h, up, 4)
+  xhat, mean, rstd = normalised(h)
+  u = jnp.asarray(xhat @ wide(up) + wide(norm.bias)).astype(jnp.bfloat16)
+  got = kernels.narrow_back(dm, w, u, norm, BODIES[body])
+  grad = (wide(dm) @ wide(w).T) * gelu_slope(wide(u))
+  close(got.du, grad * rstd)
+  sums = wide(got.sums).sum(0)
+  close(sums[0], grad.sum(0))
+  close(sums[1], (mean * rstd * grad).sum(0), 1e-2)
+  back = wide(got.back).sum(0)[:, :R]
+  du = wide(got.du)
+  close(back[0], du @ wide(norm.sums), 1e-4)
+  close(back[1], (du * (wide(u) - wide(norm.bias))).sum(1), 1e-4)
+
+
+@some_masked
+@by_body
+@pytest.mark.parametrize("dropped", [True, False])
+def test_widen_back(R, body, dropped):
+  du, w, h, dy = normal(0, R, 64), weights(1, 128, 64), normal(2, R, 128), normal(3, R, 128)
+  norm = norm_of(h, w, 4)
+  xhat, _, _ = normalised(h)
+  words, keep = masks(5, R, 128)
+  exact = wide(du) @ wide(w).T  # times rstd already
+  # As `narrow_back` would give them, in two parts.
+  pair = np.stack([exact.sum(1), (exact * xhat).sum(1)])
+  pair = np.pad(pair, [(0, 0), (0, -R % 128)])
+  back = jnp.asarray(np.stack([0.25 * pair, 0.75 * pair]), jnp.float32)
+  how = (words, RATE) if dropped else ()
+  dh, da, sums = kernels.widen_back(du, w, h, norm, back, dy, *how, sizes=BODIES[body])
+  means = pair[:, :R, None] / 128
+  want = exact - means[0] - xhat * means[1] + wide(dy)
+  close(dh, want)
+  after = np.where(keep, want / (1 - RATE), 0) if dropped else want
+  close(da, after)
+  close(wide(sums).sum((0, 1)), wide(da).sum(0), 1e-4)
+
+
+@some
+@by_body
+def test_multiply(R, body):
+  a, w = normal(0, R, 64), weights(1, 128, 64)
+  close(kernels.multiply(a, w, BODIES[body]), wide(a) @ wide(w).T)
+
+
+SPANNING = {
+  "streams": Sizes(columns=128, depth=32),
+  "stays": Sizes(columns=128, depth=32, stays=True),
+  "across": Sizes(columns=128, depth=32, across=True),
+}
+SPAN_CASES = [(R, name) for R in ROWS for name in SPANNING]
+
+
+@pytest.mark.smoke("streams-333-True", "across-712-True", "stays-333-False")
+@pytest.mark.parametrize("dropped", [True, False])
+@pytest.mark.parametrize("R,body", SPAN_CASES, ids=[f"{name}-{R}" for R, name in SPAN_CASES])
+def test_enter_back(R, body, dropped):
+  grads = [normal(n, R, width) for n, width in enumerate((32, 32, 64))]
+  w, x, dh = weights(3, 128, 128), normal(4, R, 128) + 2, normal(5, R, 128)
+  words, keep = masks(6, R, 128)
+  how = (words, RATE) if dropped else ()
+  stats = kernels.stats_of(x)
+  dx, dm, xhat, sums = kernels.enter_back(
+    grads, w, x, stats, dh, *how, eps=EPS, sizes=SPANNING[body]
+  )
+  normal_x, _, rstd = normalised(x)
+  grad = np.concatenate([wide(g) for g in grads], 1) @ wide(w).T
+  mean = lambda z: z.mean(-1, keepdims=True)
+  want = rstd * (grad - mean(grad) - normal_x * mean(grad * normal_x)) + wide(dh)
+  close(xhat, normal_x)
+  close(dx, want)
+  close(dm, np.where(keep, want / (1 - RATE), 0) if dropped else want)
+  close(wide(sums).sum((0, 1)), wide(dm).sum(0), 1e-4)
+
+
+def test_rows_far_from_zero():
+  """|mean| / std of 1,000: the mean is taken off after the product."""
+  x = normal(0, 130, 64, dtype=jnp.float32)
+  x = (x + 1_000.0).astype(jnp.bfloat16)
+  w = weights(1, 64, 128)
+  norm = norm_of(x, w, 2)
+  u, _ = kernels.widen(x, w, norm, BODIES["stays"])
+  close(u, normalised(x)[0] @ wide(w) + wide(norm.bias), 2e-2)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+  a, w = normal(0, 128, 512), weights(1, 512, 512)
+  with pytest.raises(ValueError, match="bytes of shared memory"):
+    kernels.multiply(a, w, Sizes(stays=True))
+  with pytest.raises(ValueError, match="must be a multiple"):
+    kernels.multiply(a[:, :72], w[:, :72], Sizes())
+
+
+# -------------------------------------------------------------------------------------- lowering
+
+H100 = jax.sharding.AbstractDevice(
+  device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+)
+SHAPES = {  # R, E, F, widths of q, k and v
+  "cifar10": (49_152, 256, 512, (128, 128, 256)),
+  "enwik8": (49_152, 512, 2_048, (512, 512, 512)),
+  "imagenet64": (98_304, 512, 2_048, (512, 512, 512)),
+  "odd": (1_000, 256, 1_024, (128, 128, 256)),
+}
+
+
+def calls(R, E, F, widths):
+  """Each kernel with the shapes that it has in a block."""
+  bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  N, padded = sum(widths), -(-R // 128) * 128
+  stats = f32((E // kernels.sizes_of("leave", F, E).columns, 2, padded))
+  norm = lambda n: kernels.Norm(stats, f32((n,)), f32((n,)), E)
+  words = jax.ShapeDtypeStruct((E // 32, R), jnp.uint32)
+  x, wide = bf16((R, E)), bf16((R, F))
+  back = f32((F // kernels.sizes_of("narrow_back", E, F).columns, 2, padded))
+
+  def with_norm(function):
+    def call(norm, *args):
+      return function(norm._replace(width=E, eps=EPS), *args)
+
+    return call
+
+  bare = lambda n: norm(n)._replace(width=None, eps=None)
+  return {
+    "enter": (
+      with_norm(lambda norm, x, w: kernels.enter(x, w, norm, widths)),
+      (bare(N), x, bf16((E, N))),
+    ),
+    "leave attention": (
+      lambda *args: kernels.leave(*args, rate=RATE),
+      (x, bf16((E, E)), f32((E,)), x, words),
+    ),
+    "widen": (with_norm(lambda norm, h, w: kernels.widen(h, w, norm)), (bare(F), x, bf16((E, F)))),
+    "leave": (
+      lambda *args: kernels.leave(*args, rate=RATE),
+      (wide, bf16((F, E)), f32((E,)), x, words),
+    ),
+    "narrow_back": (
+      with_norm(lambda norm, dm, w, u: kernels.narrow_back(dm, w, u, norm)),
+      (bare(F), x, bf16((F, E)), wide),
+    ),
+    "widen_back": (
+      with_norm(
+        lambda norm, du, w, h, back, dy, words: kernels.widen_back(
+          du, w, h, norm, back, dy, words, RATE
+        )
+      ),
+      (bare(F), wide, bf16((E, F)), x, back, x, words),
+    ),
+    "multiply": (kernels.multiply, (x, bf16((E, E)))),
+    "enter_back": (
+      lambda grads, *args: kernels.enter_back(grads, *args, rate=RATE),
+      (tuple(bf16((R, n)) for n in widths), bf16((E, N)), x, stats, x, words),
+    ),
+  }
+
+
+NAMES = tuple(calls(*SHAPES["odd"]))
+
+
+@pytest.mark.smoke("leave-cifar10", "enter_back-enwik8", "narrow_back-imagenet64")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_lowers_for_an_h100_without_copies(name, shape):
+  function, args = calls(*SHAPES[shape])[name]
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(function).trace(*args)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert program.count("mosaic_gpu_v2") == 1
+  for copy in ("stablehlo.transpose", "stablehlo.gather", "stablehlo.pad", "stablehlo.slice"):
+    assert copy not in program
