@@ -9,6 +9,7 @@ of its rows. What the backward pass reads has names, KEPT says which are kept by
 """
 
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 
+from pallas_kernels import api
 from pallas_kernels.residual import fold
 from pallas_kernels.residual import options as options_lib
 from pallas_kernels.residual import xla
@@ -24,7 +26,7 @@ from pallas_kernels.residual import xla
 Options = options_lib.Options
 Bits = options_lib.Bits
 Rows = Float[Array, "*B E"]
-Stats = Float[Array, "*B n 2"]
+Stats = Float[Array, "..."]
 
 # Names of what the forward pass keeps, by the value of `remat`; beside it the input of each block.
 _ATTENTION = ("attention_out", "attention_lse")
@@ -37,9 +39,33 @@ KEPT = {
 }
 
 
-def row_sums(x: Rows) -> Stats:
+def choose(
+  implementation: str | None,
+  dtype: jax.typing.DTypeLike,
+  E: int,
+  F: int,
+  widths: tuple[int, ...],
+  activation: str,
+) -> str:
+  """The implementation of the two halves, "mosaic_gpu" or "xla".
+
+  Args:
+    implementation: of attention: its kernels' device has these kernels too.
+    dtype: of the stream.
+    E, F: widths of the stream and between the two products.
+    widths: of q, k and v.
+    activation: a name of `activations.ACTIVATIONS`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if api.choose(implementation) != "mosaic_gpu" or mesh.size > 1 or mesh.manual_axes:
+    return "xla"
+  reason = _kernels().unsupported(jnp.dtype(dtype), E, F, widths, activation)
+  return "mosaic_gpu" if reason is None else "xla"
+
+
+def row_sums(x: Rows, options: Options) -> Stats:
   """What the first `enter` needs of its rows; the later ones have it of `leave`."""
-  return jax.lax.stop_gradient(xla.row_sums(x))
+  return jax.lax.stop_gradient(_backend(options).row_sums(x))
 
 
 def enter(
@@ -63,7 +89,7 @@ def leave(
     x: of `enter`.
     weights: folded.
     bits: what dropout keeps at the ends of the two branches; None: everything.
-    options: epsilon, the function f, and the rate that the bits are of.
+    options: epsilon, the function f, the rate that the bits are of, and the implementation.
   """
   y, stats = _leave(o, x, weights, bits, options)
   return y, jax.lax.stop_gradient(stats)
@@ -71,20 +97,20 @@ def leave(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _enter(x, stats, weights, options):
-  return (*xla.enter(x, stats, weights, options), x)
+  return (*_backend(options).enter(x, stats, weights, options), x)
 
 
 def _enter_forward(x, stats, weights, options):
-  q, k, v = xla.enter(x, stats, weights, options)
+  q, k, v = _backend(options).enter(x, stats, weights, options)
   named = (checkpoint_name(y, f"residual_{name}") for name, y in zip("qkv", (q, k, v), strict=True))
-  return (*named, x), (x, stats, _kernels(weights))
+  return (*named, x), (x, stats, _without_masters(weights))
 
 
 def _enter_backward(options, kept, cotangents):
-  x, stats, kernels = kept
   *dqkv, dx = cotangents
-  dx, dweights = xla.enter_back(x, stats, kernels, tuple(dqkv), dx, options)
-  return dx, jnp.zeros_like(stats), fold.EnterWeights(*_gradients(dweights))
+  x, stats, weights = kept
+  dx, dweights = _backend(options).enter_back(x, stats, weights, tuple(dqkv), dx, options)
+  return dx, jnp.zeros_like(stats), fold.EnterWeights(*_gradients(dweights), None)
 
 
 _enter.defvjp(_enter_forward, _enter_backward)
@@ -92,31 +118,40 @@ _enter.defvjp(_enter_forward, _enter_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _leave(o, x, weights, bits, options):
-  return xla.leave(o, x, weights, bits, options)[:2]
+  return _backend(options).leave(o, x, weights, bits, options)[:2]
 
 
 def _leave_forward(o, x, weights, bits, options):
-  y, stats, h, inner, u = xla.leave(o, x, weights, bits, options)
-  h, inner, u = (
-    checkpoint_name(value, f"residual_{name}")
-    for name, value in dict(h=h, stats=inner, u=u).items()
-  )
-  return (y, stats), (o, h, inner, u, _kernels(weights), bits)
+  y, stats, kept = _backend(options).leave(o, x, weights, bits, options)
+  names = ("h", "stats", "u", "g")[: len(kept)]
+  kept = tuple(checkpoint_name(x, f"residual_{name}") for x, name in zip(kept, names, strict=True))
+  return (y, stats), (o, kept, _without_masters(weights), bits)
 
 
 def _leave_backward(options, kept, cotangents):
-  o, h, stats, u, kernels, bits = kept
-  dy, _ = cotangents
-  do, dx, dweights = xla.leave_back(o, h, stats, u, kernels, bits, dy, options)
+  (o, inner, weights, bits), (dy, _) = kept, cotangents
+  do, dx, dweights = _backend(options).leave_back(o, inner, weights, bits, dy, options)
   return do, dx, fold.LeaveWeights(*_gradients(dweights)), None
 
 
 _leave.defvjp(_leave_forward, _leave_backward)
 
 
-def _kernels(weights: tuple[fold.Linear, ...]) -> tuple[Array, ...]:
-  return tuple(layer.kernel for layer in weights)
+def _backend(options: Options) -> Any:
+  return xla if options.implementation == "xla" else _kernels()
+
+
+def _kernels() -> Any:
+  """Imported where a GPU needs it: `api.load_backend` has loaded what takes time."""
+  return importlib.import_module("pallas_kernels.residual.mosaic_gpu")
+
+
+def _without_masters(weights: Any) -> Any:
+  """What backward passes read: nobody the values of the masters."""
+  is_linear = lambda x: isinstance(x, fold.Linear)
+  cut = lambda x: x._replace(master=None) if is_linear(x) else x
+  return jax.tree.map(cut, weights, is_leaf=is_linear)
 
 
 def _gradients(pairs: tuple[tuple[Array, Array], ...]) -> list[Any]:
-  return [fold.Linear(None, dbias, dkernel) for dkernel, dbias in pairs]
+  return [fold.Linear(None, dbias, dkernel, None) for dkernel, dbias in pairs]

@@ -23,19 +23,30 @@ class Linear(NamedTuple):
     bias: float32.
     master: float32, in the place of the kernel where gradients flow: what arrives here is that of
       the kernel, as exact as it was summed. Its values are nothing that anyone reads.
+    sums: float32, of the columns of the kernel as it is rounded, after a norm; without gradients.
   """
 
   kernel: Float[Array, "*L E N"]
   bias: Float[Array, "*L N"]
   master: Float[Array, "*L E N"]
+  sums: Float[Array, "*L N"] | None = None
+
+
+class Joint(NamedTuple):
+  """Several products of the same rows as one, without gradients."""
+
+  kernel: Float[Array, "*L E N"]
+  bias: Float[Array, "*L N"]
+  sums: Float[Array, "*L N"]
 
 
 class EnterWeights(NamedTuple):
-  """Of the norm in front of attention, and of q, k and v."""
+  """Of the norm in front of attention, and of q, k and v; `joint` where one kernel makes all."""
 
   query: Linear
   key: Linear
   value: Linear
+  joint: Joint | None = None
 
 
 class LeaveWeights(NamedTuple):
@@ -64,7 +75,14 @@ def after_norm(
 ) -> Linear:
   """With the gain and bias (`shift`) of the norm in front of it."""
   folded, bias, master = _fold(*map(wide, (kernel, bias, gain, shift)), jnp.dtype(dtype))
-  return Linear(jax.lax.stop_gradient(folded), bias, master)
+  folded = jax.lax.stop_gradient(folded)
+  return Linear(folded, bias, master, wide(folded).sum(axis=-2))
+
+
+def joint(*layers: Linear) -> Joint:
+  """Layers of one norm, side by side."""
+  beside = lambda name: jnp.concatenate([getattr(x, name) for x in layers], axis=-1)
+  return Joint(*(jax.lax.stop_gradient(beside(name)) for name in Joint._fields))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

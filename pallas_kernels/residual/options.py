@@ -14,8 +14,10 @@ class Options:
   epsilon: of both norms.
   activation: a name of `activations.ACTIVATIONS`.
   rate: of dropout where there are bits.
+  implementation: "xla", or "mosaic_gpu" where its `unsupported` says None.
   """
 
   epsilon: float
   activation: str
   rate: float = 0.0
+  implementation: str = "xla"

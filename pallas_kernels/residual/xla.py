@@ -39,25 +39,27 @@ def enter(
   """q, k and v."""
   normed, _ = _normalised(x, stats, options.epsilon)
   return tuple(
-    _product(x, layer).astype(x.dtype) for x, layer in zip(apart(normed, 3), weights, strict=True)
+    _product(x, layer).astype(x.dtype)
+    for x, layer in zip(apart(normed, 3), weights[:3], strict=True)
   )
 
 
 def enter_back(
   x: Rows,
   stats: Stats,
-  kernels: tuple[Float[Array, "_ _"], ...],
+  weights: fold.EnterWeights,
   cotangents: tuple[Float[Array, "*B _"], ...],
   dx: Rows,
   options: Options,
 ) -> tuple[Rows, tuple[tuple[Array, Array], ...]]:
   """From dq, dk, dv and the gradient of x that comes by another way: dx, and (dW, db) of each."""
   normed, rstd = _normalised(x, stats, options.epsilon)
+  kernels = (layer.kernel for layer in weights[:3])
   dnormed = sum(
     fold.wide(_back(dy, kernel)) for dy, kernel in zip(cotangents, kernels, strict=True)
   )
   pairs = zip(apart(normed, 3), cotangents, strict=True)
-  dweights = tuple((_outer(x, dy), column_sums(dy)) for x, dy in pairs)
+  dweights = tuple((outer(x, dy), column_sums(dy)) for x, dy in pairs)
   return (fold.wide(dx) + _norm_back(dnormed, normed, rstd)).astype(x.dtype), dweights
 
 
@@ -67,47 +69,45 @@ def leave(
   weights: fold.LeaveWeights,
   bits: Bits | None,
   options: Options,
-) -> tuple[Rows, Stats, Rows, Stats, Float[Array, "*B F"]]:
-  """y and its row sums; h, its row sums and u, of which the backward pass is made."""
+) -> tuple[Rows, Stats, tuple[Array, ...]]:
+  """y and its row sums; and h, its row sums and u, of which the backward pass is made."""
   of_a, of_m = bits or (None, None)
   a = _product(o, weights.out)
-  h = (fold.wide(x) + _dropped(a, of_a, options)).astype(x.dtype)
+  h = (fold.wide(x) + dropped(a, of_a, options)).astype(x.dtype)
   stats = row_sums(h)
   normed, _ = _normalised(h, stats, options.epsilon)
   u = _product(normed, weights.up).astype(x.dtype)
   m = _product(_activation(options).value(fold.wide(u)).astype(x.dtype), weights.down)
-  y = (fold.wide(h) + _dropped(m, of_m, options)).astype(x.dtype)
-  return y, row_sums(y), h, stats, u
+  y = (fold.wide(h) + dropped(m, of_m, options)).astype(x.dtype)
+  return y, row_sums(y), (h, stats, u)
 
 
 def leave_back(
   o: Float[Array, "*B V"],
-  h: Rows,
-  stats: Stats,
-  u: Float[Array, "*B F"],
-  kernels: tuple[Float[Array, "_ _"], ...],
+  kept: tuple[Array, ...],
+  weights: fold.LeaveWeights,
   bits: Bits | None,
   dy: Rows,
   options: Options,
 ) -> tuple[Float[Array, "*B V"], Rows, tuple[tuple[Array, Array], ...]]:
   """do, dx, and (dW, db) of out, up and down."""
   of_a, of_m = bits or (None, None)
-  out, up, down = kernels
-  dm = _dropped(fold.wide(dy), of_m, options).astype(dy.dtype)
+  (h, stats, u), (out, up, down) = kept, (layer.kernel for layer in weights)
+  dm = dropped(dy, of_m, options)
   g, slope = _activation(options).with_derivative(fold.wide(u))
   du = (fold.wide(_back(dm, down)) * slope).astype(u.dtype)
   normed, rstd = _normalised(h, stats, options.epsilon)
   dh = (fold.wide(dy) + _norm_back(fold.wide(_back(du, up)), normed, rstd)).astype(h.dtype)
-  da = _dropped(fold.wide(dh), of_a, options).astype(dy.dtype)
+  da = dropped(dh, of_a, options)
   products = ((o, da), (normed, du), (g.astype(u.dtype), dm))
-  return _back(da, out), dh, tuple((_outer(x, dy), column_sums(dy)) for x, dy in products)
+  return _back(da, out), dh, tuple((outer(x, dy), column_sums(dy)) for x, dy in products)
 
 
 def column_sums(dy: Float[Array, "*B N"]) -> Float[Array, "N"]:
   """The gradient of a bias, float32."""
   if COLUMN_SUMS == "sum":
     return fold.wide(dy).sum(axis=range(dy.ndim - 1))
-  return _outer(jnp.ones((*dy.shape[:-1], 8), dy.dtype), dy)[0]
+  return outer(jnp.ones((*dy.shape[:-1], 8), dy.dtype), dy)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -142,14 +142,15 @@ def _norm_back(
   return rstd * (dnormed - dnormed.mean(axis=-1, keepdims=True) - normed * along)
 
 
-def _dropped(
+def dropped(
   x: Float[Array, "*B E"], bits: UInt32[Array, "*B W"] | None, options: Options
 ) -> Float[Array, "*B E"]:
   """x where a bit is 1, scaled up, else zeros; its own gradient too."""
   if bits is None:
     return x
   kept = dropout.unpack(bits, x.shape[-1])
-  return jnp.where(kept, x * (1.0 / dropout.keep_probability(options.rate)), 0.0)
+  scaled = fold.wide(x) * (1.0 / dropout.keep_probability(options.rate))
+  return jnp.where(kept, scaled, 0.0).astype(x.dtype)
 
 
 def _product(x: Float[Array, "*B E"], layer: fold.Linear) -> Float[Array, "*B N"]:
@@ -162,7 +163,7 @@ def _back(dy: Float[Array, "*B N"], kernel: Float[Array, "E N"]) -> Float[Array,
   return jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
 
 
-def _outer(x: Float[Array, "*B E"], dy: Float[Array, "*B N"]) -> Float[Array, "E N"]:
+def outer(x: Float[Array, "*B E"], dy: Float[Array, "*B N"]) -> Float[Array, "E N"]:
   """The gradient of a kernel: a sum over all rows, never rounded to the stream's dtype."""
   rows = tuple(range(x.ndim - 1))
   exact = dict(preferred_element_type=fold.wide_dtype(x.dtype))

@@ -125,7 +125,7 @@ class Block(nnx.Module):
       bits = self.keep_bits(x, seeds_of(dropout_key))
     weights = self.weights()
     if weights is not None and x.dtype == self.attention.key.dtype:
-      return self.run(x, residual.row_sums(x), weights, bits)[0]
+      return self.run(x, residual.row_sums(x, self.options), weights, bits)[0]
     of_attention, of_feed_forward = (None, None) if bits is None else bits
     x = x + masked(self.attention(self._normed(x)), of_attention, self.dropout)
     return x + masked(self._feed(x), of_feed_forward, self.dropout)
@@ -157,9 +157,19 @@ class Block(nnx.Module):
       dtype=a.key.dtype,
     )
     alone = lambda layer: residual.linear(layer.kernel[...], layer.bias[...], a.key.dtype)
-    entering = (after(self.attention_norm, layer) for layer in (a.query, a.key, a.value))
+    entering = [after(self.attention_norm, layer) for layer in (a.query, a.key, a.value)]
     leaving = (alone(a.out), after(self.feed_forward_norm, f.up), alone(f.down))
-    return Weights(residual.EnterWeights(*entering), residual.LeaveWeights(*leaving))
+    beside = residual.joint(*entering) if self.options.implementation != "xla" else None
+    return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving))
+
+  @property
+  def options(self) -> residual.Options:
+    """Of the two halves."""
+    a = self.attention
+    widths = tuple(layer.kernel.shape[-1] for layer in (a.query, a.key, a.value))
+    E, F = self.feed_forward.up.kernel.shape[-2:]
+    name = residual.choose(a.implementation, a.key.dtype, E, F, widths, "quick_gelu")
+    return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name)
 
   def run(
     self,
@@ -194,7 +204,7 @@ class Block(nnx.Module):
     """`__call__`, and the block's cache, for `length` steps, as P of them leave it."""
     weights = self.weights()
     if weights is not None and x.dtype == self.attention.key.dtype:
-      x, (k, v), _ = self._halves(x, residual.row_sums(x), weights, None)
+      x, (k, v), _ = self._halves(x, residual.row_sums(x, self.options), weights, None)
       return x, self.attention.filled(k, v, length, sparse=sparse)
     a, cache = self.attention.prefill(self._normed(x), length, sparse=sparse)
     x = x + a
@@ -215,7 +225,7 @@ class Block(nnx.Module):
 
   def _halves(self, x, stats, weights, bits):
     """The block's output, its keys and values, and the row sums of the output."""
-    options = residual.Options(NORM_EPSILON, "quick_gelu", self.dropout)
+    options = self.options
     q, k, v, x = residual.enter(x, stats, weights.enter, options)
     q, k, v = self.attention.split(q, k, v)
     o = self.attention.attended(q, k, v)

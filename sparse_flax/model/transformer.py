@@ -200,7 +200,8 @@ class SparseTransformer(nnx.Module):
     if layers_key is not None:
       seeds = block.seeds_of(jax.random.split(layers_key, (self.num_groups, cycle)))
     # Folded and cast here, once: within the scan, and computed again, it would be for every layer.
-    arrays, stats = [layer.weights() for layer in self.groups], residual.row_sums(x)
+    arrays = [layer.weights() for layer in self.groups]
+    stats = residual.row_sums(x, self.groups[0].options)
     blocks = [layer.run for layer in self.groups]  # with the weights that they are given
     if any(weights is None for weights in arrays):
       arrays, stats = self.groups, None
