@@ -27,6 +27,7 @@ Traced = Any
 
 ACC = plgpu.ACC
 Barrier = plgpu.Barrier
+ClusterBarrier = plgpu.ClusterBarrier
 ds = pl.ds
 loop = pl.loop
 when = pl.when

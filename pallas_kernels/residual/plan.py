@@ -19,6 +19,7 @@ SLICE = 64  # columns of an epilogue's step: a span of the widest swizzle
 PAD_ROWS = 128  # what numbers of rows are padded to
 SHARED_BYTES = 227 * 1024
 BARRIER_BYTES = 8
+CLUSTER = "together"  # the axis of thread blocks in a cluster
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +29,14 @@ class Sizes:
   Attributes:
     columns: of a tile.
     depth: columns of A, rows of B, of a step of the ring.
-    stages: steps that the ring holds; with `stays`, in each of its lanes.
+    stages: steps that the ring holds.
     stays: whether the weights of a thread block stay in shared memory.
     across: whether the consumers share 64 rows and halve the columns, rather than halve 128 rows:
       a tile may then span rows of 512 columns.
     ahead: slices of each second input that are in shared memory.
     behind: slices of each result that may be on their way.
+    together: thread blocks of a cluster, which work on neighbouring rows at the same pace: weights
+      that stream are copied once for all of them. Not simulated.
   """
 
   columns: int = 256
@@ -43,6 +46,7 @@ class Sizes:
   across: bool = False
   ahead: int = 1
   behind: int = 1
+  together: int = 1
 
   @property
   def rows(self) -> int:
@@ -120,10 +124,8 @@ class Plan:
   @property
   def steps(self) -> ring.Ring:
     """The ring of A, or of A and B."""
-    lanes = dict(lanes=CONSUMERS, readers=1) if self.sizes.stays else dict(readers=CONSUMERS)
-    return ring.Ring(
-      name="a", num_slots=self.sizes.stages, full=dict(a=1 if self.sizes.stays else 2), **lanes
-    )
+    readers, full = (1, {}) if self.sizes.stays else (CONSUMERS, dict(a=2))
+    return ring.Ring(name="a", num_slots=self.sizes.stages, full=full, readers=readers)
 
   def scratch(self) -> dict[str, Any]:
     """Shared memory and barriers, by ref."""
@@ -131,12 +133,19 @@ class Plan:
     step = (sizes.columns, sizes.depth) if self.transposed else (sizes.depth, sizes.columns)
     b = functools.partial(gpu.smem, dtype=bf16, beside=sizes.depth)
     if sizes.stays:
-      shape = (sizes.stages, CONSUMERS, TILE, sizes.depth)
-      scratch = self.steps.scratch(a=gpu.smem(*shape, dtype=bf16))
+      scratch = self.steps.scratch(a=gpu.smem(sizes.stages, TILE, sizes.depth, dtype=bf16))
+      # Of each consumer: who waits for a barrier has to see all of its completions.
+      scratch["a_full"] = gpu.Barrier(num_barriers=sizes.stages * CONSUMERS)
       scratch |= dict(b_s=b(self.chunks, *step), b_full=gpu.Barrier(num_arrivals=self.chunks))
     else:
       shape = (sizes.stages, sizes.rows, sizes.depth)
       scratch = self.steps.scratch(a=gpu.smem(*shape, dtype=bf16), b=b(sizes.stages, *step))
+    if sizes.together > 1:
+      # A copy fills the slot of every thread block: it waits for the readers in all of them.
+      free = scratch["a_free"]
+      scratch["a_free"] = gpu.ClusterBarrier(
+        collective_axes=(CLUSTER,), num_barriers=free.num_barriers, num_arrivals=free.num_arrivals
+      )
     tile = lambda num: gpu.smem(num, CONSUMERS, TILE, SLICE, dtype=bf16)
     for name, num in self.ahead.items():
       scratch[f"{name}_s"] = tile(num)
@@ -166,7 +175,7 @@ class Plan:
     """Of a thread block, at most."""
     total = 0
     for kind in self.scratch().values():
-      if isinstance(kind, gpu.Barrier):
+      if isinstance(kind, gpu.Barrier | gpu.ClusterBarrier):
         total += BARRIER_BYTES * int(np.prod(kind.num_barriers))
       else:
         aval = kind.inner_aval
@@ -191,6 +200,8 @@ class Plan:
 def check(plan: Plan) -> None:
   """Raises what is wrong with the sizes of a product."""
   sizes = plan.sizes
+  if sizes.stays and sizes.together > 1:
+    raise ValueError(f"{sizes}: weights that stay are not copied again")
   for K in plan.depths:
     if K % sizes.depth:
       raise ValueError(f"{K=} must be a multiple of {sizes.depth=}")

@@ -11,9 +11,9 @@ accumulator, in slices of 64 columns:
                      v     v     v
         consumers   (A B)(A B)(A B) | epilogue | (A B) ..  both at the same step
 
-    weights stay: B is loaded once; each consumer has a lane of the ring, and its own pace
+    weights stay: B is loaded once; a slot holds a step of A for one of the consumers, in turns
 
-        producer    A0 A0 A0 | A1 A1 A1 | A0 A0 A0 |       tile by tile, lane after lane
+        producer    A0 A0 A0 | A1 A1 A1 | A0 A0 A0 |       in order; frees: whose step it is
                      v          v
         consumer 0  A0 B ..  | epilogue | A0 B ..          one multiplies while the other one is
         consumer 1             A1 B ..  | epilogue | ..    in its epilogue
@@ -42,6 +42,7 @@ from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.residual.plan import check
+from pallas_kernels.residual.plan import CLUSTER
 from pallas_kernels.residual.plan import CONSUMERS
 from pallas_kernels.residual.plan import Epilogue
 from pallas_kernels.residual.plan import Plan
@@ -64,7 +65,11 @@ class Block:
     # Neighbours work on the same rows at the same time: A comes from memory once.
     self.column_tile, self.walker = lax.rem(core, tiles), lax.div(core, tiles)
     self.n0 = self.column_tile * self.sizes.columns
-    left = plan.row_tiles - self.walker
+    # All of a cluster have as many tiles as its first: some past the end.
+    together = self.sizes.together
+    left = plan.row_tiles - self.walker * together
+    if together > 1:
+      self.walker = self.walker * together + lax.axis_index(CLUSTER)
     self.num = lax.div(left + (plan.walkers - 1), jnp.int32(plan.walkers))
 
   def row_of(self, i: Traced) -> Traced:
@@ -106,16 +111,30 @@ class Block:
 
           @gpu.loop(0, K // depth)
           def _(c: Traced, a: Ref = a, offset: int = offset, lane: int | None = lane) -> None:
-            n = i * plan.chunks + offset + c
-            self.ring.wait_until_free(n, lane)
-            slot = self.ring.slot(n, lane)
-            gpu.to_smem(a.at[rows, gpu.ds(c * depth, depth)], slot["a"], slot.full())
+            n = self.step(i, offset + c, lane)
+            self.ring.wait_until_free(n)
+            slot = self.ring.slot(n)
+            full = self.full(slot, lane)
+            gpu.to_smem(a.at[rows, gpu.ds(c * depth, depth)], slot["a"], full)
             if not self.sizes.stays:
-              gpu.to_smem(self.weights(offset + c), slot["b"], slot.full())
+              together = dict(collective_axes=CLUSTER) if self.sizes.together > 1 else {}
+              gpu.to_smem(self.weights(offset + c), slot["b"], full, **together)
 
           before += K // depth
 
-    ring.drain(self.num * plan.chunks, self.ring)
+    ring.drain(self.step(self.num, 0, 0), self.ring)
+
+  def step(self, i: Traced, c: Traced, lane: Traced | None) -> Traced:
+    """Number of a step of the ring: chunk c of tile i, of one consumer where weights stay."""
+    if self.sizes.stays:
+      i = i * CONSUMERS + lane
+    return i * self.plan.chunks + c
+
+  def full(self, slot: ring.Slot, lane: Traced | None) -> Ref:
+    """The barrier for copies into a slot."""
+    if self.sizes.stays:
+      return self.refs["a_full"].at[slot.index * CONSUMERS + lane]
+    return slot.full()
 
   def weights(self, c: Traced) -> Ref:
     """Rows of B for chunk c of A, of this block's columns."""
@@ -157,24 +176,24 @@ class Block:
     def run(acc: Ref) -> Traced:
       @gpu.loop(0, chunks)
       def _(c: Traced) -> None:
-        slot = self.ring.slot(i * chunks + c, lane)
+        slot = self.ring.slot(self.step(i, c, lane))
         b = self.refs["b_s"].at[c] if stays else slot["b"]
         b = b.at[columns].transpose((1, 0)) if self.plan.transposed else b.at[:, columns]
-        slot.wait_full()
+        gpu.barrier_wait(self.full(slot, lane))
         gpu.wgmma(acc, slot["a"].at[rows], b)
         # One product stays under way while the next step is waited for.
         gpu.wgmma_wait(1)
-        gpu.when(c > 0)(lambda: self.release(i * chunks + c - 1, lane))
+        gpu.when(c > 0)(lambda: self.release(self.step(i, c - 1, lane)))
 
       value = acc[...]
-      self.release((i + 1) * chunks - 1, lane)
+      self.release(self.step(i, chunks - 1, lane))
       return value
 
     return pl.run_scoped(run, gpu.ACC((TILE, sizes.width), jnp.float32))
 
-  def release(self, n: Traced, lane: Traced | None) -> None:
+  def release(self, n: Traced) -> None:
     gpu.commit_reads()
-    self.ring.slot(n, lane).release()
+    self.ring.slot(n).release()
 
   def store_column_sums(self, sums: Sequence[Traced]) -> None:
     """The sums of this warpgroup's rows; what is left to do is a sum over `Plan.parts`."""
@@ -224,7 +243,9 @@ def launch(
   whole = lambda x: jnp.pad(x, [(0, padded - R), (0, 0)]) if padded > R else x
   column_tiles = N // sizes.columns
   most = -(-padded // sizes.rows)
-  walkers = max(1, min(gpu.num_multiprocessors() // column_tiles, most))
+  together = sizes.together
+  walkers = min(gpu.num_multiprocessors() // column_tiles, most + most % together)
+  walkers = max(together, walkers - walkers % together)
   slices = sizes.width // SLICE
   plan = Plan(
     sizes=sizes,
@@ -245,14 +266,16 @@ def launch(
   if words is not None:
     arrays |= dict(words=jnp.pad(words, [(0, 0), (0, padded - R)]) if padded > R else words)
   outputs = plan.out_types()
+  cluster = dict(cluster=(together,), cluster_names=(CLUSTER,)) if together > 1 else {}
   results = gpu.launch(
     name,
     lambda refs: Block(plan, refs).run(),
     inputs=arrays,
     outputs=outputs,
     scratch=plan.scratch(),
-    grid=(plan.blocks,),
+    grid=(plan.blocks // together,),
     grid_names=("core",),
+    **cluster,
     num_threads=CONSUMERS + 1,
     thread_name="wg",
   )

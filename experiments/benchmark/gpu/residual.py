@@ -162,10 +162,10 @@ def kernels_of(shape: Shape) -> dict[str, Kernel]:
     y = exact(normalised(x)[0], wide(w)) + bias[None]
     return tuple(jnp.split(y, np.cumsum(shape.widths)[:-1].tolist(), axis=1))
 
-  def leave(sizes, a, w, bias, x, words):
-    return kernels.leave(a, w, bias, x, words, RATE, sizes)
+  def drop_add(sizes, a, w, bias, x, words):
+    return kernels.drop_add(a, w, bias, x, words, RATE, sizes)
 
-  def leave_plain(a, w, bias, x, words):
+  def drop_add_plain(a, w, bias, x, words):
     y = wide(x) + dropped(dot(a, w) + bias[None], words)
     return y, jnp.stack([y.sum(1), (y * y).sum(1)])
 
@@ -219,14 +219,14 @@ def kernels_of(shape: Shape) -> dict[str, Kernel]:
       (E, N),
       "enter",
     ),
-    "leave_attention": Kernel(
-      leave, leave_plain, arrays("o", "w_out", "b_out", "x", "words"), (E, E), "leave"
+    "drop_add_attention": Kernel(
+      drop_add, drop_add_plain, arrays("o", "w_out", "b_out", "x", "words"), (E, E), "drop_add"
     ),
     "widen": Kernel(
       widen, widen_plain, with_stats("h", "w_up", of="h", w="w_up", b="b_up"), (E, F), "widen"
     ),
-    "leave": Kernel(
-      leave, leave_plain, arrays("g", "w_down", "b_out", "h", "words"), (F, E), "leave"
+    "drop_add": Kernel(
+      drop_add, drop_add_plain, arrays("g", "w_down", "b_out", "h", "words"), (F, E), "drop_add"
     ),
     "narrow_back": Kernel(
       narrow_back,
@@ -257,22 +257,42 @@ NAMES = tuple(kernels_of(SHAPES["cifar10"]))
 PARTS = (*SHAPES, *NAMES, SIZES)
 
 # Other ways to cut a product, by kernel; those that do not fit a shape say so in their rows.
-_STREAMS = (Sizes(), Sizes(columns=128), Sizes(columns=128, stages=4, ahead=2, behind=2))
-_STAYS = (
-  Sizes(stays=True, stages=2),
-  Sizes(columns=128, stays=True, ahead=2, behind=2, stages=2),
-  Sizes(columns=128, stays=True, stages=4),
+_STREAMS = (
+  Sizes(),
+  Sizes(columns=128, stages=4, ahead=2, behind=2),
+  Sizes(together=2),
 )
-_BACK = (Sizes(depth=32, stages=4), Sizes(), Sizes(columns=128, stages=4), Sizes(stages=2))
+_STAYS = (
+  Sizes(stays=True, stages=4),
+  Sizes(columns=128, stays=True, ahead=2, behind=2, stages=4),
+  Sizes(columns=128, stays=True, stages=8),
+)
+_BACK = (
+  Sizes(depth=32, stages=4),
+  Sizes(depth=32, stages=5, together=2),
+  Sizes(together=2),
+  Sizes(stages=2),
+  Sizes(columns=128, stages=4),
+)
 CANDIDATES: dict[str, tuple[Sizes, ...]] = {
   "enter": _STREAMS + _STAYS,
-  "leave_attention": _STREAMS + _STAYS,
+  "drop_add_attention": _STREAMS + _STAYS,
   "widen": _STREAMS + _STAYS,
-  "leave": (*_STREAMS, Sizes(stages=4, depth=32, ahead=2, behind=2), Sizes(depth=32, stages=6)),
+  "drop_add": (
+    *_STREAMS,
+    Sizes(depth=32, stages=6),
+    Sizes(depth=32, stages=6, together=2),
+    Sizes(ahead=2, behind=2, together=2),
+  ),
   "narrow_back": _STREAMS + _STAYS,
   "widen_back": _BACK,
   "multiply": _STREAMS + _STAYS,
-  "enter_back": (),
+  "enter_back": (
+    Sizes(depth=32, stages=3, together=2),
+    Sizes(depth=64, stages=1),
+    Sizes(columns=512, across=True, depth=32, stages=2, together=2),
+    Sizes(columns=512, across=True, depth=32, stages=2, together=4),
+  ),
 }
 
 # ------------------------------------------------------------------------------------------ jobs

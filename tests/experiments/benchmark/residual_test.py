@@ -26,8 +26,8 @@ def no_gpu(monkeypatch):
     monkeypatch.setitem(kernels.SIZES, name, {4096: Sizes(columns=128, depth=depth, stages=2)})
 
 
-@pytest.mark.smoke("leave,narrow_back", daily=0)
-@pytest.mark.parametrize("names", ["leave,narrow_back", ",".join(residual.NAMES)])
+@pytest.mark.smoke("drop_add,narrow_back", daily=0)
+@pytest.mark.parametrize("names", ["drop_add,narrow_back", ",".join(residual.NAMES)])
 def test_rows_have_errors_and_shares(no_gpu, names, tmp_path):
   names = tuple(names.split(","))
   assert residual.run(tmp_path, names)
@@ -48,7 +48,7 @@ def test_wrong_results_are_failures(no_gpu, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   ("name", "units"),
   # U = [R, E]: what is read and written once, as counted by hand at E = 256 and F = 512.
-  dict(enter=3, leave_attention=3, widen=5, leave=4, narrow_back=5, widen_back=6, multiply=2,
+  dict(enter=3, drop_add_attention=3, widen=5, drop_add=4, narrow_back=5, widen_back=6, multiply=2,
        enter_back=7).items(),
 )  # fmt: skip
 def test_bytes(name, units):

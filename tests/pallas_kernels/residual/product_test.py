@@ -10,14 +10,14 @@ import pytest
 from pallas_kernels.residual import kernels
 from pallas_kernels.residual.plan import Sizes
 
-EPS = 1e-6
+EPS = kernels.EPS
 RATE = 0.25
 # Three tiles for each thread block of the simulator, the last one cut; and an odd number of rows.
 ROWS = (712, 333)
 BODIES = {
   "streams": Sizes(columns=128),
   "streams, two ahead": Sizes(columns=128, ahead=2, behind=2, depth=32, stages=4),
-  "stays": Sizes(columns=128, stays=True, stages=2),
+  "stays": Sizes(columns=128, depth=32, stays=True, stages=3),
   "two columns of tiles": Sizes(columns=64, stays=True),
   "across": Sizes(columns=128, across=True),
 }
@@ -100,12 +100,12 @@ def test_enter(R, body):
 @some_masked
 @by_body
 @pytest.mark.parametrize("dropped", [True, False])
-def test_leave(R, body, dropped):
+def test_drop_add(R, body, dropped):
   a, w, x = normal(0, R, 64), weights(1, 64, 128), normal(2, R, 128)
   bias = normal(3, 128, dtype=jnp.float32)
   words, keep = masks(4, R, 128)
   how = (words, RATE) if dropped else ()
-  y, stats = kernels.leave(a, w, bias, x, *how, sizes=BODIES[body])
+  y, stats = kernels.drop_add(a, w, bias, x, *how, sizes=BODIES[body])
   z = wide(a) @ wide(w) + wide(bias)
   close(y, wide(x) + (np.where(keep, z / (1 - RATE), 0) if dropped else z))
   stats_close(stats, y)
@@ -238,7 +238,7 @@ def calls(R, E, F, widths):
   bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
   f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   N, padded = sum(widths), -(-R // 128) * 128
-  stats = f32((E // kernels.sizes_of("leave", F, E).columns, 2, padded))
+  stats = f32((E // kernels.sizes_of("drop_add", F, E).columns, 2, padded))
   norm = lambda n: kernels.Norm(stats, f32((n,)), f32((n,)), E)
   words = jax.ShapeDtypeStruct((E // 32, R), jnp.uint32)
   x, wide = bf16((R, E)), bf16((R, F))
@@ -256,13 +256,13 @@ def calls(R, E, F, widths):
       with_norm(lambda norm, x, w: kernels.enter(x, w, norm, widths)),
       (bare(N), x, bf16((E, N))),
     ),
-    "leave attention": (
-      lambda *args: kernels.leave(*args, rate=RATE),
+    "drop_add attention": (
+      lambda *args: kernels.drop_add(*args, rate=RATE),
       (x, bf16((E, E)), f32((E,)), x, words),
     ),
     "widen": (with_norm(lambda norm, h, w: kernels.widen(h, w, norm)), (bare(F), x, bf16((E, F)))),
-    "leave": (
-      lambda *args: kernels.leave(*args, rate=RATE),
+    "drop_add": (
+      lambda *args: kernels.drop_add(*args, rate=RATE),
       (wide, bf16((F, E)), f32((E,)), x, words),
     ),
     "narrow_back": (
@@ -288,7 +288,7 @@ def calls(R, E, F, widths):
 NAMES = tuple(calls(*SHAPES["odd"]))
 
 
-@pytest.mark.smoke("leave-cifar10", "enter_back-enwik8", "narrow_back-imagenet64")
+@pytest.mark.smoke("drop_add-cifar10", "enter_back-enwik8", "narrow_back-imagenet64")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_lowers_for_an_h100_without_copies(name, shape):
