@@ -50,7 +50,7 @@ def enter(
 
 
 def leave(
-  o: Float[Array, "*B V"],
+  o: Float[Array, "*B H D"],
   x: Rows,
   weights: fold.LeaveWeights,
   bits: Bits | None,
@@ -59,7 +59,7 @@ def leave(
   """y = h + drop(down(f(up(norm h)))) with h = x + drop(out(o)), and the row sums of y.
 
   Args:
-    o: attention's result, all heads of a token beside each other.
+    o: attention's result, in heads: what attention itself keeps is then kept once.
     x: of `enter`.
     weights: folded.
     bits: what dropout keeps at the ends of the two branches; None: everything.
@@ -92,11 +92,11 @@ _enter.defvjp(_enter_forward, _enter_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _leave(o, x, weights, bits, options):
-  return xla.leave(o, x, weights, bits, options)[:2]
+  return xla.leave(_flat(o), x, weights, bits, options)[:2]
 
 
 def _leave_forward(o, x, weights, bits, options):
-  y, stats, h, inner, u = xla.leave(o, x, weights, bits, options)
+  y, stats, h, inner, u = xla.leave(_flat(o), x, weights, bits, options)
   h, inner, u = (
     checkpoint_name(value, f"residual_{name}")
     for name, value in dict(h=h, stats=inner, u=u).items()
@@ -107,11 +107,15 @@ def _leave_forward(o, x, weights, bits, options):
 def _leave_backward(options, kept, cotangents):
   o, h, stats, u, kernels, bits = kept
   dy, _ = cotangents
-  do, dx, dweights = xla.leave_back(o, h, stats, u, kernels, bits, dy, options)
-  return do, dx, fold.LeaveWeights(*_gradients(dweights)), None
+  do, dx, dweights = xla.leave_back(_flat(o), h, stats, u, kernels, bits, dy, options)
+  return do.reshape(o.shape), dx, fold.LeaveWeights(*_gradients(dweights)), None
 
 
 _leave.defvjp(_leave_forward, _leave_backward)
+
+
+def _flat(o: Float[Array, "*B H D"]) -> Float[Array, "*B V"]:
+  return o.reshape(*o.shape[:-2], -1)
 
 
 def _kernels(weights: tuple[fold.Linear, ...]) -> tuple[Array, ...]:
