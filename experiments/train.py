@@ -9,6 +9,9 @@ values of model.remat, model.implementation and train.*_every. Ctrl-C, like SIGT
 after the step that is under way, and saves that; a second Ctrl-C ends it at once, and so does the
 first while data are prepared.
 
+--profile=START:STOP writes an XProf trace of the steps START to STOP - 1, as the log counts them,
+to WORKDIR/profile/ and says what opens it; of many processes each writes its own.
+
 Exit status: 0 finished; 2 bad input, nothing written; 3 the loss or a weight is not finite; 4 no
 checkpoint is sound; 75 stopped (SIGTERM, a preemption) and saved, to be started again; 130 stopped
 by Ctrl-C, and saved unless it ended at once; 1 anything else, such as a full disk or the watchdog.
@@ -18,6 +21,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -41,6 +45,7 @@ def run(
   workdir: str,
   *,
   watched: watchdog.Watchdog | None = None,
+  profile: range = range(0),
 ) -> dict:
   """Trains `config` in `workdir` and returns the last evaluation on the validation split.
 
@@ -65,6 +70,7 @@ def run(
         stop=stop.asked.is_set,
         around_loop=stop.by_ctrl_c(),
         watched=watched,
+        profile=profile,
       )
   except errors.NonFiniteError as error:
     cli.fail(str(error), status=cli.NOT_FINITE)
@@ -87,6 +93,9 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument(
     "--stall_exit", type=float, default=1_800, help="seconds without a step: end, status 1; 0 never"
   )
+  parser.add_argument(
+    "--profile", metavar="START:STOP", help="an XProf trace of these steps, to WORKDIR/profile/"
+  )
   distributed.add_flags(parser)
   args, config, name = cli.parse_config(parser, argv)
   workdir = args.workdir or os.path.join("runs", name)
@@ -94,11 +103,25 @@ def main(argv: Sequence[str]) -> int:
     for flag in ("stall_report", "stall_exit"):
       if not 0 <= getattr(args, flag) <= 1e7:
         raise ValueError(f"--{flag}={getattr(args, flag)}: must be seconds in [0, 10,000,000]")
+    profile = range(0) if args.profile is None else _steps(args.profile)
     watched = watchdog.Watchdog(report_after=args.stall_report, end_after=args.stall_exit)
     distributed.join(args)
     hush()
-    run(config, workdir, watched=watched)
+    run(config, workdir, watched=watched, profile=profile)
   return 0
+
+
+def _steps(text: str) -> range:
+  """START:STOP as a range.
+
+  Raises:
+    ValueError: it is none, or an empty one.
+  """
+  match = re.fullmatch(r"([0-9]{1,12}):([0-9]{1,12})", text)
+  steps = range(*map(int, match.groups())) if match else range(0)
+  if not steps or steps.start < 1:
+    raise ValueError(f"profile={text}: must be START:STOP, whole numbers with 1 <= START < STOP")
+  return steps
 
 
 def hush() -> None:

@@ -27,6 +27,7 @@ from pallas_kernels import offset
 from pallas_kernels import partitioning
 from pallas_kernels import protocol
 from pallas_kernels import reference
+from pallas_kernels import segments
 from pallas_kernels import xla
 from pallas_kernels.lowering import plan as plans
 from pallas_kernels.patterns import check as check_pattern
@@ -52,6 +53,7 @@ def sparse_attention(
   score_fn: Callable | None = None,
   scale: float | Float[Array, ""] | None = None,
   segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+  kv_segment_ids: Integer[Array | np.ndarray, "B S"] | None = None,
   query_offset: offset.Offset = 0,
   logits_soft_cap: float | None = None,
   implementation: Implementation | None = None,
@@ -89,7 +91,9 @@ def sparse_attention(
       `bias[i - j]`). It is traced at every call; functions that compute the same share a program.
     scale: factor of the logits, Dk ** -0.5 by default; a traced one has a gradient. Then comes the
       cap, then `score_fn`.
-    segment_ids: attention stays inside equal ids (packed sequences), any integers; for T = S.
+    segment_ids: attention stays inside equal ids (packed sequences, lengths, padding); integers.
+    kv_segment_ids: those of keys: query t sees key s only where segment_ids[b, t] equals
+      kv_segment_ids[b, s]. None: keys have `segment_ids`, for T = S.
     query_offset: the position of the first query, as in a prompt that is read chunk by chunk:
       query i has position query_offset + i in the pattern and in `score_fn`, and row i of the T
       rows in `block_mask`. A traced one, which all values share a program for, is `reference`'s
@@ -110,7 +114,8 @@ def sparse_attention(
     ValueError: for shapes, dtypes or names that do not fit; the message says which.
     NotImplementedError: for what no implementation, or not the one named, can do.
   """
-  _check_arrays(q, k, v, segment_ids)
+  _check_arrays(q, k, v)
+  ids, kv_ids = segments.checked(segment_ids, kv_segment_ids, q.shape[:2], k.shape[:2])
   _check_name(implementation)
   check_pattern(pattern, "pattern")
   pattern, score_fn = offset.shifted(pattern, score_fn, query_offset, q.shape[1])
@@ -123,7 +128,8 @@ def sparse_attention(
     v,
     pattern=pattern,
     scores=Scores(_scale(scale, q.shape[-1]), _soft_cap(logits_soft_cap), score_fn),
-    segment_ids=None if segment_ids is None else _int32_ids(segment_ids),
+    segment_ids=ids,
+    kv_segment_ids=kv_ids,
     block_mask=block_mask,
     block_size=block_size,
     return_lse=return_lse,
@@ -325,30 +331,9 @@ def _soft_cap(cap: Any) -> float | None:
   return float(cap)
 
 
-def _int32_ids(segment_ids: Any) -> Any:
-  """int32 ids, as the kernels compare them, equal where those given are."""
-  if segment_ids.dtype.itemsize <= 4:
-    inner = segment_ids
-    while isinstance(inner, jax.core.Tracer) and hasattr(inner, "val"):
-      inner = inner.val  # under vmap an array of numpy keeps its 64 bits, and loses them later
-    if isinstance(inner, np.ndarray) and inner.dtype.itemsize > 4:
-      low, high = inner.min(), inner.max()
-      if low < -(1 << 31) or high >= 1 << 31:
-        raise ValueError(
-          f"segment_ids {inner.dtype} from {low} to {high}: JAX keeps 32 bits of them under vmap; "
-          "number the segments, by np.unique(segment_ids, return_inverse=True)[1] for example"
-        )
-    return segment_ids.astype(jnp.int32)
-  if isinstance(segment_ids, np.ndarray):
-    ranks = np.unique(segment_ids, return_inverse=True)[1]
-    return ranks.reshape(segment_ids.shape).astype(np.int32)
-  rank = lambda row: jnp.searchsorted(jnp.sort(row), row).astype(jnp.int32)
-  return jax.vmap(rank)(segment_ids)
-
-
-def _check_arrays(q: Any, k: Any, v: Any, segment_ids: Any) -> None:
-  for name, x in dict(q=q, k=k, v=v, segment_ids=segment_ids).items():
-    if x is not None and not (hasattr(x, "shape") and hasattr(x, "dtype")):
+def _check_arrays(q: Any, k: Any, v: Any) -> None:
+  for name, x in dict(q=q, k=k, v=v).items():
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
       raise ValueError(f"{name}: must be an array, not {type(x).__name__}")
   shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
   if not q.ndim == k.ndim == v.ndim == 4:
@@ -367,15 +352,6 @@ def _check_arrays(q: Any, k: Any, v: Any, segment_ids: Any) -> None:
     raise ValueError(
       f"q {q.dtype}, k {k.dtype}, v {v.dtype}: must share one of float32, bfloat16, float16"
     )
-  if segment_ids is not None and (
-    segment_ids.shape != q.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
-  ):
-    raise ValueError(
-      f"segment_ids {segment_ids.dtype}{list(segment_ids.shape)}: must be integers of shape "
-      f"[B, T] = {list(q.shape[:2])}"
-    )
-  if segment_ids is not None and q.shape[1] != k.shape[1]:
-    raise ValueError(f"{shapes}: segment_ids need as many keys as queries, S = T")
 
 
 def _check_blocks(q: Any, k: Any, block_mask: Any, block_size: Any) -> None:

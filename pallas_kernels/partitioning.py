@@ -44,6 +44,7 @@ _NAMES = {
   "k": ("B", "S", "Hkv", "Dk"),
   "v": ("B", "S", "Hkv", "Dv"),
   "segment_ids": ("B", "T"),
+  "kv_segment_ids": ("B", "S"),
   "block_mask": ("B", "H", "nq", "nk"),
   "out": ("B", "T", "H", "Dv"),
   "lse": ("B", "T", "H"),

@@ -21,10 +21,11 @@ if MADE_HERE := "TEST_CACHE" not in os.environ:
 # one per device.
 jax.config.update("jax_num_cpu_devices", 8)
 ON_GPU = jax.default_backend() == "gpu"
-if not ON_GPU:  # nearly all the time of the tests is compilation, often of what was compiled before
+# Nearly all the time of the tests is compilation, often of what another process compiled before.
+jax.config.update("jax_compilation_cache_dir", os.environ["TEST_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+if not ON_GPU:
   jax.config.update("jax_disable_most_optimizations", True)
-  jax.config.update("jax_compilation_cache_dir", os.environ["TEST_CACHE"])
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
   collect_ignore = ["pallas_kernels/mosaic_tpu/aot_test.py"]  # there is no libtpu
 DAYS = {"one_day_in_three": 3, "one_day_in_six": 6}

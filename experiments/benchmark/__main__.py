@@ -15,7 +15,7 @@ BENCHMARKS = {
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
   "sample": "sampling: on a GPU from the paper's image models, on a CPU from the quickstart's",
-  "step": "training steps of the paper's models on a GPU, with sparse and with dense attention",
+  "step": "training steps of the paper's models on a GPU, beside PyTorch's and plain JAX's",
   "tables": "renders the tables of README.md and docs from the results; only when named",
   "tpu_aot": "what the TPU compiler makes of kernels and training steps, hours; only when named",
   "tune": "measures tile sizes into pallas_kernels/tuning.json, on a GPU; only when named",
@@ -31,7 +31,7 @@ MODULES = {
 }
 ONLY_NAMED = ("mesh", "tables", "tpu_aot", "tune")
 ON_GPU = ("attention", "block_sparse", "step", "tune")
-IN_WORKERS = {"attention", "block_sparse", "tune"}
+IN_WORKERS = {"attention", "block_sparse", "step", "tune"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,11 +47,21 @@ def main(argv: list[str] | None = None) -> int:
     type=lambda text: tuple(text.split(",")),
     default=(),
     metavar="PART[,PART]",
-    help="on a GPU: these shapes, patterns or models instead of all",
+    help="on a GPU: these shapes, patterns, models or implementations instead of all",
+  )
+  parser.add_argument(
+    "--remat", type=_remats, metavar="WHAT[,WHAT]", help="step: these instead of each recipe's own"
+  )
+  parser.add_argument(
+    "--baseline", type=_checkout, metavar="DIR", help="step: also the step of this checkout"
   )
   args = parser.parse_args(argv)
   if unknown := sorted(set(args.names) - set(BENCHMARKS)):
     parser.error(f"NAME={unknown[0]!r}: must be one of {', '.join(BENCHMARKS)}")
+  of_step = dict(remats=args.remat, baseline=args.baseline)
+  of_step = {name: value for name, value in of_step.items() if value}
+  if of_step and args.names and "step" not in args.names:
+    parser.error("--remat and --baseline: only step reads them")
   names = args.names or [name for name in BENCHMARKS if name not in ONLY_NAMED]
   if IN_WORKERS & set(names):
     # Read when JAX finds the GPU: the memory must be left to the processes that measure.
@@ -70,8 +80,32 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := sorted(set(args.only) - set(parts)):
       parser.error(f"--only={unknown[0]}: {name} has {', '.join(parts) or 'no parts'}")
     # Those for a GPU say whether every row has its figures.
-    complete &= module.run(args.out, args.only) if parts else module.run(args.out) is None
+    options = of_step if name == "step" else {}
+    complete &= (
+      module.run(args.out, args.only, **options) if parts else module.run(args.out) is None
+    )
   return 0 if complete else 1
+
+
+def _remats(text: str) -> tuple[str, ...]:
+  from sparse_flax.model import transformer  # other benchmarks start faster without
+
+  names = tuple(text.split(","))
+  if unknown := [name for name in names if name not in transformer.REMATS]:
+    known = ", ".join(transformer.REMATS)
+    raise argparse.ArgumentTypeError(f"{unknown[0]!r}: must be names of {known}, by commas")
+  return names
+
+
+def _checkout(text: str) -> pathlib.Path:
+  path = pathlib.Path(text)
+  if missing := [
+    x for x in ("configs", "pallas_kernels", "sparse_flax") if not (path / x).is_dir()
+  ]:
+    raise argparse.ArgumentTypeError(
+      f"{text!r}: must be the folder of a checkout of this repository, and has no {missing[0]}/"
+    )
+  return path
 
 
 if __name__ == "__main__":

@@ -176,6 +176,17 @@ def block_sparse_ms(result: Result) -> Cells:
   yield "1/8 of the blocks, 4 key heads", *ours, f"dense {dense[0]}", dense[1]
 
 
+STEPS = {
+  "ours": "ours",
+  "baseline": "commit {baseline}",
+  "pytorch": "PyTorch",
+  "jax_cudnn": "plain JAX, cuDNN",
+  "ours_merged": "ours",
+  "ours_dense": "ours",
+  "pytorch_dense": "PyTorch",
+}
+
+
 def step(result: Result) -> Cells:
   """Columns of which no row has a figure are left out: what is measured has changed with time."""
   share = lambda field: lambda row: row.get(field) is not None and f"{100 * row[field]:.0f} %"
@@ -183,6 +194,7 @@ def step(result: Result) -> Cells:
     "model, sequences": lambda row: (
       f"{MODELS[row['body']]}, {row.get('batch') or result['bodies'][row['body']]['batch']}"
     ),
+    "step": lambda row: STEPS.get(row.get("implementation"), "").format(**result),
     "attention": lambda row: row["attention"],
     "`remat`": lambda row: row["remat"],
     "ms": lambda row: row["ms"] and f"{row['ms']:,.1f}",
@@ -192,6 +204,7 @@ def step(result: Result) -> Cells:
     "in our kernels": share("ours_share"),
     "over none": lambda row: row.get("added_percent") and f"{row['added_percent']:+.0f} %",
     "dense / this": lambda row: row.get("dense_ratio") and f"{row['dense_ratio']:.2f}",
+    "this / ours": lambda row: row.get("over_ours") and f"{row['over_ours']:.2f}",
   }
   rows = [[column(row) or "" for column in columns.values()] for row in result["rows"]]
   there = [n for n in range(len(columns)) if any(row[n] for row in rows)]

@@ -19,6 +19,12 @@ def write(path: pathlib.Path, rows: Sequence[dict[str, Any]], **facts: Any) -> N
 
   On a GPU also with its power cap and clocks.
   """
+  save(path, rows, **facts)
+  print(f"\nwrote {path}", flush=True)
+
+
+def save(path: pathlib.Path, rows: Sequence[dict[str, Any]], **facts: Any) -> None:
+  """As `write`, in silence; a stop leaves what there was before, or all of it."""
   result = {
     "device": _device(),
     "versions": _versions(),
@@ -29,8 +35,9 @@ def write(path: pathlib.Path, rows: Sequence[dict[str, Any]], **facts: Any) -> N
     "rows": list(rows),
   }
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-  print(f"\nwrote {path}", flush=True)
+  unfinished = path.with_suffix(".unfinished")
+  unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+  unfinished.replace(path)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

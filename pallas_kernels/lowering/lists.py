@@ -231,11 +231,13 @@ def masked(
   block_mask: Bool[Array, "Bm Hm nq nk"] | None,
   block_size: int,
   segment_ids: Int[Array, "B T"] | None,
+  kv_segment_ids: Int[Array, "B S"] | None,
   heads: tuple[int, ...],
 ) -> blocks.Blocks:
   """`visits` without blocks that a block mask of whole blocks excludes, or segments that differ.
 
-  Segments are compared by the least and the largest id of a block.
+  Segments are compared by the least and the largest id of a block; keys have the ids of the queries
+  where `kv_segment_ids` is None.
   """
   some, every = visits
   if block_mask is not None:
@@ -244,14 +246,21 @@ def masked(
     mask = jnp.repeat(jnp.repeat(mask, ratio, axis=2), ratio, axis=3)[:, :, :nq, :nk]
     some, every = some & mask, every & mask
   if segment_ids is not None:
-    B, T = segment_ids.shape
-    ids = jnp.pad(segment_ids, [(0, 0), (0, -T % BLOCK)], mode="edge").reshape(B, -1, BLOCK)
-    low, high = ids.min(axis=2), ids.max(axis=2)
+    low, high = kv_low, kv_high = _ranges(segment_ids)
+    if kv_segment_ids is not None:
+      kv_low, kv_high = _ranges(kv_segment_ids)
     queries, keys = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None, :])
-    some = some & (queries(low) <= keys(high)) & (keys(low) <= queries(high))
-    one_id = queries(low == high) & keys(low == high) & (queries(low) == keys(low))
+    some = some & (queries(low) <= keys(kv_high)) & (keys(kv_low) <= queries(high))
+    one_id = queries(low == high) & keys(kv_low == kv_high) & (queries(low) == keys(kv_low))
     every = every & some & one_id
   return blocks.Blocks(some, every)
+
+
+def _ranges(ids: Int[Array, "B T"]) -> tuple[Int[Array, "B nq"], Int[Array, "B nq"]]:
+  """The least and the largest id of each block."""
+  B, T = ids.shape
+  ids = jnp.pad(ids, [(0, 0), (0, -T % BLOCK)], mode="edge").reshape(B, -1, BLOCK)
+  return ids.min(axis=2), ids.max(axis=2)
 
 
 def traced_by_queries(

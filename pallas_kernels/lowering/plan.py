@@ -33,7 +33,8 @@ class Arrays(NamedTuple):
 
   Attributes:
     q, k, v: queries, keys and values.
-    segment_ids: int32, attention stays inside equal ones.
+    segment_ids: int32, queries attend to keys of equal ones.
+    kv_segment_ids: those of keys; None: keys have those of the queries.
     block_mask: which blocks of queries and keys attend.
     held: what the plan's traced functions hold, by their `functions.Place`.
   """
@@ -42,6 +43,7 @@ class Arrays(NamedTuple):
   k: Float[Array, "B S Hkv Dk"]
   v: Float[Array, "B S Hkv Dv"]
   segment_ids: Int[Array, "B T"] | None = None
+  kv_segment_ids: Int[Array, "B S"] | None = None
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None
   held: tuple[Array | None, ...] = ()
 
@@ -71,6 +73,7 @@ class Plan:
     B, T, S, H, Hkv, Dk, Dv: sizes; B may be symbolic.
     dtype: of q, k and v.
     segment_ids: whether there are any.
+    kv_segment_ids: whether keys have others than queries.
     block_mask: batch rows and heads of the block mask; None without one.
     block_size: tokens of a block of the mask; 0 without one.
     return_lse: whether the caller wants the log-sum-exp.
@@ -92,6 +95,7 @@ class Plan:
   Dv: int
   dtype: np.dtype
   segment_ids: bool = False
+  kv_segment_ids: bool = False
   block_mask: tuple[Any, int] | None = None
   block_size: int = 0
   return_lse: bool = False
@@ -104,14 +108,16 @@ class Plan:
   def extras(self) -> frozenset[str]:
     """What the call has beyond the plain case, causal attention of T queries to T keys.
 
-    "not_causal"; "lengths": T and S differ; "segment_ids"; "block_mask"; "logits": they are more
-    than products times a positive factor; "positions": they depend on where a pair is.
+    "not_causal"; "lengths": T and S differ; "segment_ids"; "kv_segment_ids"; "block_mask";
+    "logits": they are more than products times a positive factor; "positions": they depend on where
+    a pair is.
     """
     scores = self.scores
     has = dict(
       not_causal=not self.pattern.causal,
       lengths=self.T != self.S,
       segment_ids=self.segment_ids,
+      kv_segment_ids=self.kv_segment_ids,
       block_mask=self.block_mask is not None,
       logits=not scores.only_scale or scores.scale <= 0,
       positions=scores.of_positions,
@@ -153,6 +159,7 @@ def of_call(
   pattern: Pattern,
   scores: Scores,
   segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+  kv_segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
   block_mask: Bool[Array | np.ndarray, "Bm Hm nq nk"] | None = None,
   block_size: int = 128,
   return_lse: bool = False,
@@ -169,10 +176,11 @@ def of_call(
     **_sizes(q, k, v, block_mask),
     dtype=np.dtype(q.dtype),
     segment_ids=segment_ids is not None,
+    kv_segment_ids=kv_segment_ids is not None,
     block_size=0 if block_mask is None else block_size,
     return_lse=return_lse,
   )
-  return plan, Arrays(q, k, v, segment_ids, block_mask, tuple(held))
+  return plan, Arrays(q, k, v, segment_ids, kv_segment_ids, block_mask, tuple(held))
 
 
 def _sizes(q, k, v, block_mask) -> dict[str, Any]:

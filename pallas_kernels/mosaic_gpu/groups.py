@@ -39,7 +39,7 @@ def lowered(plan: Plan) -> tuple[Group, ...]:
   """Heads and their passes; one group without passes, the last, where lists of blocks suit."""
   every = tuple(range(plan.H))
   # Formulas of tiles know neither other masks nor other logits; lists know all.
-  if not plan.extras <= {"segment_ids"}:
+  if not plan.extras <= {"segment_ids", "kv_segment_ids"}:
     return (Group(every, ()),)
   groups, of_lists = [], []
   # Heads that suit lists share one launch, whatever their patterns.

@@ -46,22 +46,27 @@ def segments(ref: Ref, b: Traced, r: Traced, start: Traced, size: int, layout: A
   return gpu.load(ref.at[b, r, gpu.ds(start, size)], layout=layout, optimized=False)
 
 
+def key_ids(refs: Mapping[str, Any]) -> Ref:
+  """The segment ids of keys: their own, or those of the queries."""
+  return refs["kv_ids"] if "kv_ids" in refs else refs["ids"]
+
+
 def share_segment(rows: Traced, columns: Traced) -> Traced:
   """Which pairs have equal ids, of rows [m] and columns [n]."""
   return gpu.over_columns(rows, columns.shape[0]) == gpu.over_rows(columns, rows.shape[0])
 
 
 def tiles_share_segment(
-  refs: Mapping[str, Any], b: Traced, r: Traced, row_tile: Traced, column_tile: Traced
+  row_ids: Ref, column_ids: Ref, b: Traced, r: Traced, row_tile: Traced, column_tile: Traced
 ) -> Traced:
   """Which pairs of two tiles have equal ids.
 
-  The ids come as two arrays, "row_ids" and "column_ids": one load of a tile would have to serve
-  rows and columns, in layouts that differ.
+  The ids come as two arrays, though they may be equal: one load of a tile would have to serve rows
+  and columns, in layouts that differ.
   """
   return share_segment(
-    segments(refs["row_ids"], b, r, row_tile * TILE, TILE, ROW),
-    segments(refs["column_ids"], b, r, column_tile * TILE, TILE, COLUMN),
+    segments(row_ids, b, r, row_tile * TILE, TILE, ROW),
+    segments(column_ids, b, r, column_tile * TILE, TILE, COLUMN),
   )
 
 

@@ -18,7 +18,7 @@ def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   blocks = group.kernels[0].forward_blocks
   frame = _frame(plan, group, arrays, teams=blocks.teams)
   q = heads.take(arrays.q, group.heads)
-  own = q, arrays.k, arrays.v, arrays.segment_ids
+  own = q, *arrays[1:5]
   return stream.forward_kernel(frame, *own, scale=_factor(plan), blocks=blocks)
 
 
@@ -43,7 +43,7 @@ def backward(
     missing = lse.shape[-1] - dlse.shape[-1]
     dlse = jnp.pad(dlse, [(0, 0)] * 3 + [(0, missing)]) if missing else dlse
   q = heads.take(arrays.q, group.heads)
-  own = frame, q, arrays.k, arrays.v, arrays.segment_ids, lse
+  own = frame, q, *arrays[1:5], lse
   of_dq = dict(out=out, dlse=dlse, blocks=sweep.dq_blocks)
   # dq first: it makes delta of out, which all that follows reads.
   dq, delta = stream.dq_kernel(*own, None, dout, **of_dq, **options)
@@ -85,7 +85,7 @@ def _frame(
     if backward:
       by_keys = lists.by_keys(*own)
   else:
-    masks = arrays.block_mask, plan.block_size, arrays.segment_ids
+    masks = arrays.block_mask, plan.block_size, arrays.segment_ids, arrays.kv_segment_ids
     visits = lists.masked(lists.of_pattern(plan.pattern, problem), *masks, of_group)
     by_queries = lists.traced_by_queries(visits, *own)
     if backward:

@@ -32,7 +32,7 @@ _BACKWARD = {"resident": resident_backward.backward, "window": window_backward.b
 
 def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   """out [B, T, Hg, Dv] and lse, base 2, in rows of the last sweep's view."""
-  own = tuple(padded(plan, group, x) for x in arrays[:4])
+  own = tuple(padded(plan, group, x) for x in arrays[:5])
   options = dict(scale=plan.scores.scale, heads=group.heads)
   if groups.is_fixed(group):
     out, lse = _forward_fixed(*group.kernels, own, options)
@@ -56,7 +56,7 @@ def backward(
   dlse: Array | None,
 ) -> tuple[Array, ...]:
   """dq, dk, dv [B, T, Hg, D], of k and v per query head; out, dout and dlse of these heads."""
-  own = tuple(padded(plan, group, x) for x in arrays[:4])
+  own = tuple(padded(plan, group, x) for x in arrays[:5])
   out, dout, dlse = (padded(plan, group, x) for x in (out, dout, dlse))
   options = dict(scale=plan.scores.scale, heads=group.heads)
   if groups.is_fixed(group):
@@ -101,10 +101,10 @@ def cut(plan: Plan, group: Group, x: Array) -> Array:
 
 def _forward_one(sweep: Sweep, own: tuple, before: tuple | None, options: dict[str, Any]) -> tuple:
   """(out, lse) of a sweep and of those before it."""
-  q, k, v, ids = own
+  q, k, v, *ids = own
   if sweep.forward is not None:
     family, sizes = sweep.forward
-    own, options = (q, k, v, _ids(sweep, ids)), options | dict(sizes)
+    own, options = (q, k, v, *_ids(sweep, ids)), options | dict(sizes)
     return _FORWARD[family](sweep.view, sweep.band, *own, before, **options)
   # The streaming kernels take up no state: theirs is merged afterwards.
   new = _stream_forward(sweep, own, options)
@@ -123,10 +123,10 @@ def _backward_one(
   options: dict[str, Any],
 ) -> tuple:
   """dq, dk, dv of a sweep and of those before it, and delta."""
-  q, k, v, ids = own
+  q, k, v, *ids = own
   if sweep.backward is not None:
     family, sizes = sweep.backward
-    rows = _ids(sweep, ids), out, lse, dout, dlse
+    rows = *_ids(sweep, ids), out, lse, dout, dlse
     if family == "resident":  # a window is the first of all sweeps
       rows = *rows, delta, before
     kernel, options = _BACKWARD[family], options | dict(sizes)
@@ -161,7 +161,7 @@ def _frame(
   sweep: Sweep, own: tuple, heads: heads_lib.Heads, own_rows: bool = False
 ) -> stream.Frame:
   """Of the streaming kernels; `own_rows`: with the keys of the queries' own rows."""
-  q, k, _, ids = own
+  q, k, _, ids, _ = own
   sizes = q.shape[1], q.shape[2], k.shape[2]
   return stream.frame_of(sweep.pass_, *sizes, heads, ids is not None, own=own_rows)
 
@@ -239,8 +239,8 @@ def _streamed_rows(sweep: Sweep, x: Array | None) -> Array | None:
   return _with_zeros(x, -(-sweep.view.M // stream.ROWS) * stream.ROWS, axis=3)
 
 
-def _ids(sweep: Sweep, segment_ids: Array | None) -> Array | None:
-  return None if segment_ids is None else sweep.view.rows(segment_ids, -1)
+def _ids(sweep: Sweep, ids: Sequence[Array | None]) -> tuple[Array | None, ...]:
+  return tuple(None if x is None else sweep.view.rows(x, -1) for x in ids)
 
 
 def _merge(view: View, a: tuple, b: tuple) -> tuple:

@@ -114,7 +114,7 @@ def _backward(
 def _steps(view: View, arrays: Arrays, *, transposed: bool) -> tuple:
   """The steps, and the arrays that mask."""
   visits, masks = view.static_steps(transposed), {}
-  ids, block_mask, size = arrays.segment_ids, arrays.block_mask, view.plan.block_size
+  block_mask, size = arrays.block_mask, view.plan.block_size
   nq, nk = (-(-n // view.block) for n in (view.sweep.num_queries, view.sweep.num_keys))
   for n, leaf in enumerate(view.sweep.leaves):
     layout = leaf.of_head(0).layout[None, None]
@@ -123,20 +123,31 @@ def _steps(view: View, arrays: Arrays, *, transposed: bool) -> tuple:
     own = block_mask[:, np.asarray(view.heads)] if block_mask.shape[1] > 1 else block_mask
     masks["block_mask"] = _table(view, own, size, transposed)
     visits = visits.masked(*_joined_blocks(own, size, view.block, nq, nk))
-  if ids is not None:
+  if arrays.segment_ids is not None:
     # By the last id: a fill of its own would make the last block look as if it had several.
-    ids = jnp.pad(ids, [(0, 0), (0, nq * view.block - view.T)], mode="edge")
-    masks["ids_of_lines"] = ids[:, :, None], ("lines", 1)
-    masks["ids_of_others"] = ids[:, None, :], ("others", 1)
-    ids = ids.reshape(ids.shape[0], -1, view.block)
-    low, high = ids.min(axis=2), ids.max(axis=2)
+    whole = lambda x, n: jnp.pad(x, [(0, 0), (0, n * view.block - x.shape[1])], mode="edge")
+    ids = kv_ids = whole(arrays.segment_ids, nq)
+    if arrays.kv_segment_ids is not None:
+      kv_ids = whole(arrays.kv_segment_ids, nk)
+    lines, others = (kv_ids, ids) if transposed else (ids, kv_ids)
+    masks["ids_of_lines"] = lines[:, :, None], ("lines", 1)
+    masks["ids_of_others"] = others[:, None, :], ("others", 1)
+    low, high = kv_low, kv_high = _ranges(ids, view.block)
+    if kv_ids is not ids:
+      kv_low, kv_high = _ranges(kv_ids, view.block)
     # Ranges of ids that do not overlap have no pair; ids need not ascend.
-    meet = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+    meet = (low[:, :, None] <= kv_high[:, None, :]) & (kv_low[:, None, :] <= high[:, :, None])
     # Both of one and the same id: no pair has to be compared.
-    one_id = (low == high)[:, :, None] & (low == high)[:, None, :]
-    same = one_id & (low[:, :, None] == low[:, None, :])
+    one_id = (low == high)[:, :, None] & (kv_low == kv_high)[:, None, :]
+    same = one_id & (low[:, :, None] == kv_low[:, None, :])
     visits = visits.masked(meet[:, None], same[:, None])
   return visits, masks
+
+
+def _ranges(ids: Array, block: int) -> tuple[Array, Array]:
+  """The least and the largest id of each block."""
+  ids = ids.reshape(ids.shape[0], -1, block)
+  return ids.min(axis=2), ids.max(axis=2)
 
 
 def _table(view: View, layout: Any, size: int, transposed: bool) -> tuple:

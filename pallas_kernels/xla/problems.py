@@ -43,7 +43,7 @@ def of_view(view: View, arrays: Arrays, scores: Scores, block_size: int) -> "Pro
   allowed = view.pass_.allowed
   if view.pass_.pattern is not None:
     allowed = functions.bound(view.pass_.pattern, arrays.held).allowed
-  masks = view.masks(arrays.segment_ids, arrays.block_mask)
+  masks = view.masks(arrays)
   return Problem(view, allowed, scores, arrays.held, block_size, masks)
 
 

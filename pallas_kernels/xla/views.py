@@ -13,6 +13,7 @@ from jaxtyping import Num
 from pallas_kernels.lowering.heads import Heads
 from pallas_kernels.lowering.heads import take
 from pallas_kernels.lowering.passes import Pass
+from pallas_kernels.lowering.plan import Arrays
 from pallas_kernels.lowering.plan import Plan
 from pallas_kernels.xla import sizes
 
@@ -102,12 +103,15 @@ class View:
     """Results in the order of q: `[B, T, h, D]` and `[B, T, h]`."""
     return self._unfold(out), self._unfold(lse[..., None])[..., 0]
 
-  def masks(self, segment_ids: Any, block_mask: Any) -> tuple:
+  def masks(self, arrays: Arrays) -> tuple:
     """What masks each of the problems, as `problems.Problem.masks` has it."""
     q_ids = k_ids = first_key = blocks = None
-    if segment_ids is not None:
-      ids = jnp.broadcast_to(segment_ids[:, :, None, None], (self.B, self.T, self.H, 1))
-      q_ids, k_ids = self.queries(ids)[..., 0], self.keys(ids)[..., 0]
+    ids, kv_ids, block_mask = arrays.segment_ids, arrays.kv_segment_ids, arrays.block_mask
+    if ids is not None:
+      per_head = lambda x: jnp.broadcast_to(x[:, :, None, None], (*x.shape, self.H, 1))
+      ids = per_head(ids)
+      kv_ids = ids if kv_ids is None else per_head(kv_ids)
+      q_ids, k_ids = self.queries(ids)[..., 0], self.keys(kv_ids)[..., 0]
     if self.kind == "windows":  # keys before the sequence began
       first_key = np.maximum(0, self.halo - self.stride * np.arange(self.rows))
       first_key = jnp.tile(jnp.asarray(first_key, jnp.int32), self.B)

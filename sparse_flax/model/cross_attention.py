@@ -97,6 +97,8 @@ class SparseCrossAttention(heads.Heads):
     x: Float[Array, "B T E"],
     x_kv: Float[Array, "B S Ekv"],
     *,
+    segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+    kv_segment_ids: Integer[Array | np.ndarray, "B S"] | None = None,
     block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
     block_size: int = 128,
     score_fn: Callable | None = None,
@@ -108,8 +110,10 @@ class SparseCrossAttention(heads.Heads):
     """Args:
     x: what queries are made of.
     x_kv: what keys and values are made of.
-    block_mask, block_size, score_fn: as in `sparse_attention`; the lengths of sequences that are
-      padded are a `block_mask`.
+    segment_ids, kv_segment_ids: of the tokens of x and of x_kv; those with equal ids attend. The
+      lengths of sequences that are padded are such ids: 0 for all of x, and of x_kv 0 for the
+      tokens and 1 for the padding.
+    block_mask, block_size, score_fn: as in `sparse_attention`.
     positions, kv_positions: what `rope` turns queries and keys by; default 0, 1, ...
 
     Raises:
@@ -120,4 +124,6 @@ class SparseCrossAttention(heads.Heads):
     of_keys, of_values = heads.apart(x_kv, 2)
     at = self.checked_positions(kv_positions, x_kv, "kv_positions")
     k, v = self.keys(of_keys, at), self.values(of_values)
-    return self.attend(q, k, v, block_mask=block_mask, block_size=block_size, score_fn=score_fn)
+    masks = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+    masks |= dict(block_mask=block_mask, block_size=block_size)
+    return self.attend(q, k, v, **masks, score_fn=score_fn)

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is shared out over devices: each pattern's own exchange.
+"""Attention over a sequence that is sharded over devices: each pattern's own exchange.
 
 Device s of the axis has tokens s T / n ... (s + 1) T / n - 1. What a pattern reads there it
 computes as if there were nothing else; what it reads elsewhere is fetched, and the two parts merge
@@ -34,7 +34,7 @@ _WINDOW_BEFORE = patterns.Where(lambda i, j: j > i, causal=False)
 
 
 def problem(pattern: patterns.Pattern, length: int, n: int) -> str | None:
-  """Why sequences of `length` tokens cannot be shared out over n devices; None where they can.
+  """Why sequences of `length` tokens cannot be sharded over n devices; None where they can.
 
   The text completes "must ...".
   """
@@ -76,11 +76,11 @@ def attend(
   Args:
     q, k, v: of the tokens of this device.
     pattern: of positions in the whole sequence.
-    axis: of the mesh, over which sequences are shared out.
+    axis: of the mesh, over which sequences are sharded.
     implementation: of `sparse_attention`.
 
   Raises:
-    ValueError: the pattern cannot be shared out so; see `problem`.
+    ValueError: the pattern cannot be sharded so; see `problem`.
   """
   n = jax.lax.axis_size(axis)
   if text := problem(pattern, n * q.shape[1], n):
@@ -117,7 +117,7 @@ def _attend(q, k, v, *, pattern, axis, call) -> Part:
     case patterns.Union() if summary := patterns.summary_of(pattern):
       summaries = (summary,)
     case _:
-      raise ValueError(f"{pattern}: cannot be shared out over a sequence axis")
+      raise ValueError(f"{pattern}: cannot be sharded over a sequence axis")
   near = call(q, k, v, pattern=pattern)
   return heads.merge(*near, *_summaries_before(q, k, v, summaries=summaries, axis=axis, call=call))
 

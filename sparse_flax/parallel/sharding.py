@@ -72,7 +72,7 @@ def uneven_layers(
   tensor: int,
   devices: int,
 ) -> list[str]:
-  """What the axes tensor and sequence of `config.mesh` cannot share out of a model's layers.
+  """What the axes tensor and sequence of `config.mesh` cannot shard of a model's layers.
 
   Args:
     patterns: of the layers.
@@ -174,6 +174,7 @@ def over_devices(
   pattern: Pattern,
   implementation: str | None = None,
   segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+  kv_segment_ids: Integer[Array | np.ndarray, "B S"] | None = None,
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
   block_size: int = 128,
   score_fn: Callable | None = None,
@@ -181,9 +182,9 @@ def over_devices(
   """`sparse_attention`, where every device has its share of the sequences, heads and tokens.
 
   In a mesh like those of `make_mesh` our rules say how batch and heads are sharded; elsewhere they
-  stay as they are. Where the mesh of `jax.set_mesh` has an axis "sequence", devices share out the
-  tokens of a sequence; each query head then has a copy of its keys. Batch or heads that do not come
-  out even, or would give a head another number in the pattern, are not sharded in either case.
+  stay as they are. Where the mesh of `jax.set_mesh` has an axis "sequence", it shards the tokens of
+  a sequence; each query head then has a copy of its keys. Batch or heads that do not come out even,
+  or would give a head another number in the pattern, are not sharded in either case.
 
   Raises:
     ValueError: the mesh has a sequence axis over which the pattern cannot be sharded.
@@ -193,7 +194,8 @@ def over_devices(
   mesh = jax.sharding.get_abstract_mesh()
   options = dict(pattern=pattern, implementation=implementation)
   n, explicit = mesh.shape.get("sequence", 1), AxisType.Explicit in mesh.axis_types
-  optional = dict(segment_ids=segment_ids, block_mask=block_mask, score_fn=score_fn)
+  optional = dict(segment_ids=segment_ids, kv_segment_ids=kv_segment_ids)
+  optional |= dict(block_mask=block_mask, score_fn=score_fn)
   optional = {name: x for name, x in optional.items() if x is not None}
   attend = functools.partial(sparse_attention, **options, **optional, block_size=block_size)
   ours = mesh.size > 1 and mesh.axis_names == AXES and not explicit
@@ -224,8 +226,8 @@ def _check_sequence(q: Array, k: Array, pattern: Pattern, n: int, optional: dict
   """Raises for what cannot be sharded over a sequence axis of n devices."""
   if optional:
     raise NotImplementedError(
-      f"mesh axis sequence={n}: {' and '.join(sorted(optional))} not with sequences that devices "
-      "share out; give the mesh sequence=1, or leave them out"
+      f"mesh axis sequence={n}: {' and '.join(sorted(optional))} cannot be used where "
+      "sequences are sharded; give the mesh sequence=1, or leave them out"
     )
   if q.shape[1] != k.shape[1]:
     raise NotImplementedError(

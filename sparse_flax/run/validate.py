@@ -227,7 +227,7 @@ def _check_model(config: ml_collections.ConfigDict) -> list[str]:
 
 
 def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
-  """The mesh has to fit the devices, and its axes what they share out."""
+  """The mesh has to fit the devices, and its axes divide what they shard."""
   mesh, model, there = config.mesh, config.model, jax.device_count()
   try:
     data, *_ = shape = sharding.mesh_shape(**mesh)

@@ -24,6 +24,7 @@ from sparse_flax import run
 from sparse_flax.parallel import sharding
 from sparse_flax.train import flops
 from sparse_flax.train import metrics
+from sparse_flax.train import profile as profile_lib
 from sparse_flax.train import step as step_lib
 from sparse_flax.train import watchdog
 
@@ -40,6 +41,7 @@ def train(
   stop: Callable[[], bool] = lambda: False,
   around_loop: contextlib.AbstractContextManager | None = None,
   watched: watchdog.Watchdog | None = None,
+  profile: range = range(0),
 ) -> dict:
   """Trains as `config` says; picks up again if `workdir` holds a checkpoint.
 
@@ -53,6 +55,8 @@ def train(
       is asked instead.
     around_loop: entered when the data are prepared, left when everything is saved.
     watched: gets a beat for every step.
+    profile: steps, counted from 1, that are traced into the folder's `profile/`; those that were
+      done before are left out.
 
   Returns:
     The last evaluation on the validation split, as `evaluate.evaluate` gives it.
@@ -66,6 +70,7 @@ def train(
     run.DamagedError: there are checkpoints, but none is sound.
   """
   config = run.checked(config)
+  profile_lib.check(profile, config.train.steps)
   chex.clear_trace_counter()  # of an earlier run in this process
   leads, several = jax.process_index() == 0, jax.process_count() > 1
   say = say if leads else lambda line: None
@@ -112,6 +117,9 @@ def train(
     writer = stack.enter_context(metrics.Writer(workdir, step=first)) if leads else None
     evaluator = evaluate.Evaluator(config, splits["validation"], min_context=0, mesh=mesh)
     progress = _progress(config, writer, mesh=mesh, say=say)
+    profiler = stack.enter_context(
+      profile_lib.Profiler(workdir, profile, first=first, pause=progress.pause, say=say)
+    )
     records, saved = _Records(progress, config.train.max_skipped), first
 
     def evaluated(step: int) -> dict:
@@ -138,8 +146,9 @@ def train(
       if step == first + 1:
         say(f"  {'computed':<11}attention by {', '.join(api.implementations_in(program.jaxpr))}")
         say("compiling ...")
-      state, record = program.step(state, tokens, program.dropout_key)
-      records.add(step, record)
+      with profiler.step(step, settle=lambda: records.settle(leave=0, saved=saved)):
+        state, record = program.step(state, tokens, program.dropout_key)
+        records.add(step, record)
       records.settle(leave=1, saved=saved)  # the device is already at work on this step
       watched.beat(patience=_PATIENCE if step == first + 1 else 1.0)
       # All processes have to come to the same answer.

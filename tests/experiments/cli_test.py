@@ -64,6 +64,18 @@ def failure(main, argv, capsys):
     ([CONFIG, CONFIG], "one --config=FILE[:VARIANT] is needed"),
     ([CONFIG, "--workdri=x"], "--workdri: no such flag; did you mean --workdir?"),
     ([CONFIG, "more"], "'more' is no flag: write --name=value"),
+    (
+      [CONFIG, "--profile=3"],
+      "profile=3: must be START:STOP, whole numbers with 1 <= START",
+    ),
+    ([CONFIG, "--profile=a:b"], "profile=a:b: must be START:STOP, whole numbers"),
+    ([CONFIG, "--profile="], "profile=: must be START:STOP, whole numbers"),
+    ([CONFIG, "--profile=5:5"], "profile=5:5: must be START:STOP, whole numbers"),
+    ([CONFIG, "--profile=0:2"], "profile=0:2: must be START:STOP, whole numbers"),
+    (
+      [CONFIG, "--profile=3990:4002"],
+      "profile=3990:4002: must be START:STOP with 1 <= START < STOP <= 4001, as the run has 4000",
+    ),
   ],
   ids=lambda x: " ".join(x[-1:]) if isinstance(x, list) else "",
 )

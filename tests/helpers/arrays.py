@@ -23,6 +23,8 @@ class Case:
   Dv: int = 8
   dtype: str = "float32"
   segments: int = 0
+  S: int | None = None
+  kv_segments: int = 0
   name: str = ""
 
   def __str__(self):
@@ -30,14 +32,20 @@ class Case:
     parts += [f"Hkv{self.Hkv}"] if self.Hkv != self.H else []
     parts += [f"D{self.Dk}"] if self.Dk != 8 else []
     parts += [f"Dv{self.Dv}"] if self.Dv != self.Dk else []
-    return "-".join(parts + ["segments"] * bool(self.segments))
+    parts += [f"S{self.S}"] if self.S is not None else []
+    parts += ["segments"] * bool(self.segments) + ["kv_segments"] * bool(self.kv_segments)
+    return "-".join(parts)
+
+  @property
+  def num_keys(self) -> int:
+    return self.T if self.S is None else self.S
 
   def arrays(self, seed: int = 0):
     """q, k, v, segment ids (or None) and the cotangents of out and lse."""
     rng = np.random.default_rng([seed, self.T])
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), self.dtype)
     q = normal(self.B, self.T, self.H, self.Dk)
-    k, v = normal(self.B, self.T, self.Hkv, self.Dk), normal(self.B, self.T, self.Hkv, self.Dv)
+    k, v = (normal(self.B, self.num_keys, self.Hkv, D) for D in (self.Dk, self.Dv))
     ids = None
     if self.segments:  # packed: equal ids lie together
       ids = np.sort(rng.integers(0, self.segments, (self.B, self.T)), axis=1)
@@ -45,6 +53,14 @@ class Case:
     dout = normal(self.B, self.T, self.H, self.Dv)
     dlse = jnp.asarray(rng.standard_normal((self.B, self.T, self.H)), jnp.float32)
     return q, k, v, ids, dout, dlse
+
+  def kv_ids(self, seed: int = 0):
+    """Segment ids of keys (or None): some are no query's, and some queries' are no key's."""
+    if not self.kv_segments:
+      return None
+    rng = np.random.default_rng([seed, self.num_keys, 1])
+    ids = rng.integers(1, self.kv_segments + 1, (self.B, self.num_keys))
+    return jnp.asarray(np.sort(ids, axis=1), jnp.int32)
 
 
 _LAYOUT = np.random.default_rng(7).random((2, 6, 6)) < 0.4

@@ -8,7 +8,7 @@ from tests.helpers import tiny
 
 MODELS = {
   "fixed": {},
-  # All that a mesh can share out, dropout apart, which is drawn for the whole batch anyway.
+  # All that a mesh can shard, dropout apart, which is drawn for the whole batch anyway.
   "mixed": dict(
     attention_layers=("fixed", "strided"), num_layers=2, num_heads=8, implementation="xla"
   ),

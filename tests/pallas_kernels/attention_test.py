@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import IMPLEMENTATIONS
 from pallas_kernels import patterns
+from pallas_kernels import reference
 from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
 from pallas_kernels import xla
@@ -51,6 +52,14 @@ CASES = [
   Case(patterns.Local(600), name="wide", T=1201, B=1, H=1, Hkv=1),
   Case(patterns.BlockLayout(np.eye(3, dtype=bool), 700), name="layout", T=1201, B=1, H=1, Hkv=1),
   Case(patterns.BlockLayout(np.eye(2, dtype=bool), 90), name="layout", T=40, B=1),
+  # Keys with ids of their own.
+  *(
+    Case(EVERY_PATTERN[name], name=name, Hkv=2, segments=3, kv_segments=3)
+    for name in ("dense", "strided", "fixed", "per_head", "where")
+  ),
+  Case(patterns.Local(100), name="local", T=333, Hkv=2, segments=4, kv_segments=3),
+  Case(patterns.Dense(causal=False), T=23, S=57, Hkv=2, Dv=6, segments=3, kv_segments=3),
+  Case(patterns.Local(40, causal=False), T=701, S=333, B=1, segments=3, kv_segments=4),
 ]
 
 # Small enough for the simulator.
@@ -94,6 +103,14 @@ KERNEL_CASES = [
     patterns.PerHead((patterns.Local(20), patterns.Column(7), patterns.Fixed(32, 4, 2))),
     T=50, H=3, Hkv=3,
   ),
+  _narrow(patterns.Local(64), T=130, segments=3, kv_segments=3),
+  _single(patterns.Local(200), T=330, segments=4, kv_segments=3, name="five_tiles"),
+  _narrow(patterns.Block(64), T=128, segments=3, kv_segments=2),
+  _narrow(patterns.Block(20), T=180, segments=9, kv_segments=9, dtype="float16"),
+  _single(patterns.Block(300), T=300, Dk=64, Dv=64, segments=2, kv_segments=2, name="owns_some"),
+  _kernel(patterns.Block(512), T=520, Dk=128, Dv=128, H=1, segments=3, kv_segments=3, name="long"),
+  _narrow(patterns.Strided(9), T=65, segments=2, kv_segments=2),
+  _narrow(patterns.Dense(causal=False), T=77, S=301, segments=3, kv_segments=3),
 ]  # fmt: skip
 # The models of the paper, and a head of today: stride, summary width and what `Case` needs.
 _PAPER = {
@@ -156,10 +173,23 @@ GPU_CASES += [
   for pattern in (patterns.Dense(), patterns.Local(128), patterns.Local(600), patterns.Block(128))
   for T in (1_024, 1_111)
 ]
+GPU_CASES += [
+  _kernel(pattern, T=T, segments=5, kv_segments=4, Dk=64, Dv=64)
+  for pattern in (patterns.Dense(), patterns.Local(128), patterns.Local(600), patterns.Block(128))
+  for T in (1_024, 1_111)
+]
+GPU_CASES += [
+  _kernel(patterns.Block(512), T=1_537, segments=5, kv_segments=4, Dk=128, Dv=128, name="long"),
+  *(
+    _kernel(patterns.Dense(causal=False), T=T, S=S, B=2, segments=5, kv_segments=4, Dk=D, Dv=D)
+    for T, S, D in ((1_111, 2_001, 64), (2_001, 333, 128), (500, 777, 256))
+  ),
+]
 
 
 def attend(case, implementation, ids):
-  how = dict(pattern=case.pattern, segment_ids=ids, return_lse=True)
+  ids = dict(segment_ids=ids, kv_segment_ids=case.kv_ids())
+  how = dict(pattern=case.pattern, **ids, return_lse=True)
   return functools.partial(sparse_attention, implementation=implementation, **how)
 
 
@@ -170,6 +200,7 @@ def attend(case, implementation, ids):
   "per_head-T3-float32",
   "column-T701-float32-Hkv1",
   "local-T23-bfloat16",
+  "dense-T23-float32-Hkv2-Dv6-S57-segments-kv_segments",
   daily=4,
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -212,6 +243,8 @@ def check_kernels(case, runs: int = 1):
   "fixed-T70-bfloat16-Hkv2-D32",
   "dense-T65-bfloat16-Hkv1-D32-segments",
   "perhead-T50-bfloat16-D32",
+  "local-T130-bfloat16-Hkv1-D32-segments-kv_segments",
+  "dense-T77-bfloat16-Hkv1-D32-S301-segments-kv_segments",
 )
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_kernels_match_the_reference(case):
@@ -370,16 +403,29 @@ def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
     assert_close(a, b, tolerance=TOLERANCE["float32"], what=what)
 
 
+@pytest.mark.parametrize("largest_constant", [0, 1 << 20])  # masks computed, and held
 @pytest.mark.parametrize("name", EVERY_PATTERN)
-def test_reference_matches_plain_numpy(name):
-  case = Case(EVERY_PATTERN[name], T=17, Hkv=2, Dv=6, segments=2)
+def test_reference_matches_plain_numpy(name, largest_constant, monkeypatch):
+  monkeypatch.setattr(reference, "LARGEST_CONSTANT", largest_constant)
+  check_reference(Case(EVERY_PATTERN[name], T=17, Hkv=2, Dv=6, segments=2))
+
+
+@pytest.mark.parametrize("S", [17, 29])
+@pytest.mark.parametrize("name", ["strided", "union_of_any"])
+def test_reference_with_ids_of_keys_matches_plain_numpy(name, S):
+  check_reference(Case(EVERY_PATTERN[name], T=17, S=S, Hkv=2, Dv=6, segments=3, kv_segments=3))
+
+
+def check_reference(case):
   q, k, v, ids, *_ = case.arrays()
   out, lse = attend(case, "reference", ids)(q, k, v)
   expected_out, expected_lse = np.zeros(out.shape), np.full(lse.shape, -np.inf)
-  mask = np.broadcast_to(case.pattern.mask(17), (case.pattern.period, 17, 17))
-  q, k, v, ids = (np.asarray(x, np.float64) for x in (q, k, v, ids))
-  for b, t, h in np.ndindex(2, 17, 4):
-    keys = np.flatnonzero(mask[h % len(mask), t] & (ids[b] == ids[b, t]))
+  T, S = case.T, case.num_keys
+  mask = np.broadcast_to(case.pattern.mask(T, S), (case.pattern.period, T, S))
+  kv_ids = case.kv_ids() if case.kv_segments else ids
+  q, k, v, ids, kv_ids = (np.asarray(x, np.float64) for x in (q, k, v, ids, kv_ids))
+  for b, t, h in np.ndindex(2, T, 4):
+    keys = np.flatnonzero(mask[h % len(mask), t] & (kv_ids[b] == ids[b, t]))
     if keys.size:
       logits = k[b, keys, h // 2] @ q[b, t, h] / np.sqrt(8)
       weights = np.exp(logits - logits.max())
@@ -497,7 +543,30 @@ WRONG = {
   "segments": (lambda q: (q, q, q, {"segment_ids": jnp.zeros((2, 5), jnp.int32)}), "shape"),
   "name": (lambda q: (q, q, q, {"implementation": "cuda"}), "one of reference, xla, mosaic_gpu"),
   "ids of keys": (
-    lambda q: (q, q[:, :5], q[:, :5], {"segment_ids": jnp.zeros((2, 6), jnp.int32)}), "S = T",
+    lambda q: (q, q[:, :5], q[:, :5], {"segment_ids": jnp.zeros((2, 6), jnp.int32)}),
+    r"segment_ids \[2, 6\] for keys \[B, S\] = \[2, 5\]: must come with kv_segment_ids",
+  ),
+  "ids of keys alone": (
+    lambda q: (q, q, q, {"kv_segment_ids": jnp.zeros((2, 6), jnp.int32)}),
+    r"kv_segment_ids without segment_ids: must come with them, .* shape \[B, T\] = \[2, 6\]",
+  ),
+  "shape of ids of keys": (
+    lambda q: (q, q[:, :5], q[:, :5], {
+      "segment_ids": jnp.zeros((2, 6), int), "kv_segment_ids": jnp.zeros((2, 6), jnp.int32),
+    }),
+    r"kv_segment_ids int32\[2, 6\]: must be integers of shape \[B, S\] = \[2, 5\]",
+  ),
+  "dtype of ids of keys": (
+    lambda q: (q, q, q, {
+      "segment_ids": jnp.zeros((2, 6), int), "kv_segment_ids": jnp.zeros((2, 6)),
+    }),
+    r"kv_segment_ids float32\[2, 6\]: must be integers",
+  ),
+  "signs of ids": (
+    lambda q: (q, q, q, {
+      "segment_ids": np.zeros((2, 6), np.int64), "kv_segment_ids": jnp.zeros((2, 6), jnp.uint32),
+    }),
+    "segment_ids int64, kv_segment_ids uint32: must both be signed, or both unsigned",
   ),
   "soft cap": (lambda q: (q, q, q, {"logits_soft_cap": 0.0}), "positive number"),
   "block size": (lambda q: (q, q, q, {"block_size": 0}), "whole number"),

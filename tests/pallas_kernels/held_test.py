@@ -370,7 +370,7 @@ TWICE = {
 }
 
 
-@pytest.mark.smoke(daily=14)
+@pytest.mark.smoke(daily=8)
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 @pytest.mark.parametrize("twice", TWICE)
 def test_second_derivatives_are_refused_by_name(name, twice):
@@ -486,6 +486,49 @@ def test_segment_ids_of_any_width(kind):
   if np.iinfo(kind).bits == 64:
     with pytest.raises(ValueError, match="32 bits"):
       jax.vmap(lambda ids: sparse_attention(q, k, v, segment_ids=ids))(ids[None])
+
+
+@pytest.mark.parametrize(
+  "kinds", [(np.int64, np.int64), (np.uint32, np.uint64), (np.int8, np.int64)]
+)
+def test_ids_of_queries_and_keys_of_any_width_are_numbered_together(kinds):
+  q, (_, k, v) = arrays(5)[0], arrays(8)
+  values = [2, 7, 100] if np.int8 in kinds else [2, 7, 2**31 + 5]
+  ids = np.asarray([[values[0]] * 2 + [values[2]] * 3], kinds[0])
+  kv_ids = np.asarray([[values[1]] * 5 + [values[2]] * 3], kinds[1])
+  out, lse = sparse_attention(
+    q, k, v, pattern=patterns.Dense(causal=False), segment_ids=ids, kv_segment_ids=kv_ids,
+    return_lse=True,
+  )  # fmt: skip
+  alone = sparse_attention(q[:, 2:], k[:, 5:], v[:, 5:], pattern=patterns.Dense(causal=False))
+  assert_close(out[:, 2:], alone, tolerance=1e-6, what=str(kinds))
+  assert not out[:, :2].any() and np.isneginf(lse[:, :2]).all()
+
+
+def test_wide_ids_beside_those_of_jax_are_cut_or_refused():
+  q, k, v = arrays(8)
+  ids, wide = jnp.asarray([[0] * 3 + [-5] * 5]), np.asarray([[2**40] * 3 + [-5] * 5])
+  with pytest.raises(ValueError, match="kv_segment_ids int64 from -5 to 1099511627776: JAX keeps"):
+    sparse_attention(q, k, v, segment_ids=ids, kv_segment_ids=wide)
+  wide[:, :3] = 1
+  out = sparse_attention(q, k, v, segment_ids=ids, kv_segment_ids=wide)
+  assert_close(
+    out[:, 3:], sparse_attention(q[:, 3:], k[:, 3:], v[:, 3:]), tolerance=1e-6, what="out"
+  )
+  assert not out[:, :3].any()
+
+
+def test_wide_ids_of_jax_are_numbered_together():
+  q, k, v = arrays(8)
+  with jax.enable_x64(True):
+    ids, kv_ids = np.asarray([[2**40] * 3 + [2**41] * 5]), np.asarray([[5] * 3 + [2**41] * 5])
+    attend = jax.jit(lambda ids, kv_ids: sparse_attention(
+      q, k, v, segment_ids=ids, kv_segment_ids=kv_ids
+    ))  # fmt: skip
+    out = attend(ids, kv_ids)
+    alone = sparse_attention(q[:, 3:], k[:, 3:], v[:, 3:])
+  assert_close(out[:, 3:], alone, tolerance=1e-6, what="out")
+  assert not out[:, :3].any()
 
 
 @pytest.mark.smoke("union_of_any", daily=0)

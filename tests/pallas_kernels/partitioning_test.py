@@ -45,6 +45,12 @@ CASES = {
   "segments": dict(
     pattern=patterns.Strided(6), segment_ids=np.sort(_RANDOM.integers(0, 3, (B, T)), axis=1)
   ),
+  "segments_of_keys": dict(
+    pattern=patterns.Dense(causal=False),
+    S=19,
+    segment_ids=np.sort(_RANDOM.integers(0, 3, (B, T)), axis=1),
+    kv_segment_ids=np.sort(_RANDOM.integers(1, 4, (B, 19)), axis=1),
+  ),
   "block_mask": dict(
     pattern=patterns.Dense(), block_mask=_RANDOM.random((1, H, 3, 3)) < 0.7, block_size=8
   ),
@@ -63,6 +69,8 @@ QUICK = [
   ("union", "auto", "reference"),
   ("score_fn", "explicit", "xla"),
   ("grouped", "auto", "xla"),
+  ("segments_of_keys", "auto", "xla"),
+  ("segments_of_keys", "explicit", "reference"),
 ]
 ALL = [(name, kind, to) for name in CASES for kind in KINDS for to in ("xla", "reference")]
 SPEC = jax.P("x", None, "y")
@@ -80,10 +88,10 @@ def normal(*shape, seed=0):
   return np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
 
 
-def arrays(Hkv=H, *, T=T):
+def arrays(Hkv=H, *, T=T, S=None):
   """q, k, v and the cotangent of the result, on the host."""
-  heads = (H, Hkv, Hkv, H)
-  return [normal(B, T, h, D, seed=seed) for seed, h in enumerate(heads)]
+  shapes = (T, H), (S or T, Hkv), (S or T, Hkv), (T, H)
+  return [normal(B, *shape, D, seed=seed) for seed, shape in enumerate(shapes)]
 
 
 def laid(mesh, xs, *specs):
@@ -108,11 +116,12 @@ def collectives(program) -> list[str]:
   return re.findall(rf" {COLLECTIVES}(?:-start)?\(", program.as_text())
 
 
-def attend_with(implementation, *, Hkv=H, return_lse=False, **how):
+def attend_with(implementation, *, Hkv=H, S=None, return_lse=False, **how):
   how["implementation"] = implementation
 
   def attend(q, k, v):
-    masks = {name: jnp.asarray(how[name]) for name in ("segment_ids", "block_mask") if name in how}
+    names = "segment_ids", "kv_segment_ids", "block_mask"
+    masks = {name: jnp.asarray(how[name]) for name in names if name in how}
     out = sparse_attention(q, k, v, return_lse=return_lse, **how | masks)
     if not return_lse:
       return out
@@ -124,7 +133,8 @@ def attend_with(implementation, *, Hkv=H, return_lse=False, **how):
 
 def row_of_table(name: str, kind: str, implementation: str):
   """Collectives, shardings and the largest error of a case."""
-  case, host = CASES[name], arrays(CASES[name].get("Hkv", H))
+  case = CASES[name]
+  host = arrays(case.get("Hkv", H), S=case.get("S"))
   placed = laid(make_mesh(kind), host, SPEC)
   program = compiled(attend_with(implementation, **case), *placed)
   expected = jax.jit(functools.partial(both, attend_with("reference", **case)))(*host)

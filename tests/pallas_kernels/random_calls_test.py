@@ -29,9 +29,9 @@ KERNELS = dict(dtypes=("bfloat16",), head_sizes=(32, 64, 128))
 # What draws, the examples of a part, and the parts that `make test` has time for, of about 200
 # examples. On a CPU the kernels run in a simulator: seconds for an example.
 SEARCHES = {
-  "xla": (dict(), 6, 1),
-  "xla in tiles": (dict(), 3, 1),
-  "mosaic_gpu": (KERNELS | dict(heads=(1, 2)), 3, 1),
+  "xla": (dict(), 4, 1),
+  "xla in tiles": (dict(), 2, 1),
+  "mosaic_gpu": (KERNELS | dict(heads=(1, 2)), 2, 1),
 }
 PARTS = [
   pytest.param(name, part, id=f"{name}-{part}", marks=[pytest.mark.slow] * (part >= quick))
@@ -58,9 +58,14 @@ class Call(Case):
 
   def arrays(self):
     q, k, v, _, dout, dlse = super().arrays(self.seed)
-    ends = np.random.default_rng(self.seed).random((self.B, self.T)) < self.segments / self.T
-    ids = jnp.asarray(ends.cumsum(axis=1), jnp.int32) if self.segments else None
-    return q, k, v, ids, dout, dlse
+    return q, k, v, self._documents(self.segments, self.T, self.seed), dout, dlse
+
+  def kv_ids(self):
+    return self._documents(self.kv_segments, self.num_keys, self.seed + 1)
+
+  def _documents(self, segments, length, seed):
+    ends = np.random.default_rng(seed).random((self.B, length)) < segments / length
+    return jnp.asarray(ends.cumsum(axis=1), jnp.int32) if segments else None
 
 
 # --------------------------------------------------------------------------------------- strategy
@@ -129,16 +134,20 @@ def calls(
   draw, dtypes=("float32", "bfloat16"), head_sizes=(1, 8, 20), longest=300, heads=(1, 2, 4)
 ):
   H = draw(st.sampled_from(heads))
+  segments = draw(st.sampled_from((0, 0, 1, 4)))
+  kv_segments = draw(st.sampled_from((0, 1, 4))) if segments else 0
   return Call(
     draw(trees(causal=draw(st.booleans()))),
     T=draw(st.integers(1, longest)),
+    S=draw(st.one_of(st.none(), st.integers(1, longest))) if kv_segments else None,
+    kv_segments=kv_segments,
     B=draw(st.integers(1, 2)),
     H=H,
     Hkv=draw(st.sampled_from([n for n in (1, 2, 4) if H % n == 0])),
     Dk=draw(st.sampled_from(head_sizes)),
     Dv=draw(st.sampled_from(head_sizes)),
     dtype=draw(st.sampled_from(dtypes)),
-    segments=draw(st.sampled_from((0, 0, 1, 4))),
+    segments=segments,
     soft_cap=draw(st.sampled_from((None, None, 2.0))),
     with_lse=draw(st.booleans()),
     seed=draw(st.integers(0, 999)),
@@ -147,11 +156,10 @@ def calls(
 
 def is_supported(call: Call) -> bool:
   """Whether the GPU's kernels take it."""
-  zeros = lambda *shape: jnp.asarray(np.zeros((call.B, call.T, *shape), call.dtype))
-  q, k, v = zeros(call.H, call.Dk), zeros(call.Hkv, call.Dk), zeros(call.Hkv, call.Dv)
-  ids = zeros().astype(jnp.int32) if call.segments else None
+  q, k, v, ids, _, _ = call.arrays()
+  ids = dict(segment_ids=ids, kv_segment_ids=call.kv_ids())
   scores = Scores(call.Dk**-0.5, call.soft_cap)
-  plan, _ = of_call(q, k, v, pattern=call.pattern, scores=scores, segment_ids=ids)
+  plan, _ = of_call(q, k, v, pattern=call.pattern, scores=scores, **ids)
   return mosaic_gpu.unsupported(plan) is None
 
 
@@ -167,6 +175,7 @@ def lowered(call: Call, implementation: str):
     sparse_attention,
     pattern=call.pattern,
     segment_ids=ids,
+    kv_segment_ids=call.kv_ids(),
     logits_soft_cap=call.soft_cap,
     return_lse=call.with_lse,
     implementation=implementation,
@@ -188,12 +197,15 @@ def run(program, arguments):
 def check(call: Call, got, truth) -> None:
   """Compares results and gradients, and looks for what must be exactly nothing."""
   *_, ids, dout, _ = call.arrays()
-  mask = call.pattern.mask(call.T).reshape(-1, call.T, call.T)
+  T, S, kv_ids = call.T, call.num_keys, call.kv_ids()
+  mask = call.pattern.mask(T, S).reshape(-1, T, S)
   mask = np.stack([mask[h % len(mask)] for h in range(call.H)])[None]
-  mask = mask if ids is None else mask & np.equal(ids[:, None, :, None], ids[:, None, None])
-  mask = np.broadcast_to(mask, (call.B, call.H, call.T, call.T))
+  if ids is not None:
+    kv_ids = ids if kv_ids is None else kv_ids
+    mask = mask & np.equal(ids[:, None, :, None], kv_ids[:, None, None])
+  mask = np.broadcast_to(mask, (call.B, call.H, T, S))
   no_keys = ~mask.any(3).swapaxes(1, 2)  # [B, T, H]
-  per_kv_head = mask.reshape(call.B, call.Hkv, -1, call.T, call.T)
+  per_kv_head = mask.reshape(call.B, call.Hkv, -1, T, S)
   no_queries = ~per_kv_head.any((2, 3)).swapaxes(1, 2)  # [B, S, Hkv]
 
   (results, grads), (true_results, true_grads) = got, truth

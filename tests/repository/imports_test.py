@@ -24,8 +24,8 @@ MAY_IMPORT = {
 ORDER = {
   "pallas_kernels": (
     "moved", "hardware", "patterns", "functions", "scores", "tuning", "lowering", "protocol",
-    "offset", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu", "decode", "residual",
-    "api",
+    "offset", "segments", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu",
+    "decode", "residual", "api",
   ),
   "sparse_flax": (
     "moved", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample", "export",

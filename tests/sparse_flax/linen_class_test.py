@@ -194,6 +194,11 @@ def test_cross_attention_has_a_twin_that_may_be_rematerialised_and_annotated(x):
   assert nn.get_partition_spec(variables)["params"]["key"]["kernel"] == jax.P("data", None)
   twin = of_nnx(sparse_flax.SparseCrossAttention, variables, **fields)
   np.testing.assert_allclose(layer.apply(variables, x, x_kv), twin(x, x_kv), atol=1e-5)
+  ids = np.zeros(x.shape[:2], int), np.asarray([[0] * 4 + [1] * 2, [0] * 6])
+  of_lengths = dict(segment_ids=ids[0], kv_segment_ids=ids[1])
+  got = layer.apply(variables, x, x_kv, **of_lengths)
+  np.testing.assert_allclose(got, twin(x, x_kv, **of_lengths), atol=1e-5)
+  np.testing.assert_allclose(got[0], twin(x[:1], x_kv[:1, :4])[0], atol=1e-5)
 
   class Scaled(linen.SparseCrossAttention):
     factor: float = 2.0

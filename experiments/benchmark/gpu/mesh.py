@@ -1,4 +1,4 @@
-"""Training steps of the paper's bodies on one device, and shared out over two by each axis.
+"""Training steps of the paper's bodies on one device, and sharded over two by each axis.
 
 Data are random bytes, time is that of eight steps one after the other after four others. The first
 losses show that all compute the same.
@@ -37,7 +37,7 @@ def measure(config: ml_collections.ConfigDict) -> dict:
 
 
 def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
-  """Prints the table and writes mesh_DEVICE.json; whether there are devices to share out over."""
+  """Prints the table and writes mesh_DEVICE.json; whether there are devices to shard over."""
   print(__doc__, flush=True)
   if jax.device_count() < 2:
     print("needs two devices")

@@ -1,226 +1,255 @@
-"""One training step of the paper's models on a GPU, with sparse attention and with dense.
+"""Training steps of the paper's models on one GPU: ours, and those of what a user could take.
 
 The step is the one that `experiments.train` runs for the recipe: dropout, recomputation as the
 recipe has it, AdamW with clipping, averaged weights, the state given up. The batch is what one GPU
-gets. "sparse" is the recipe's attention, "merged" has both halves of strided attention in every
-layer, under one softmax, and "dense" every earlier token; "dots" keeps the results of matmuls and
-of attention instead of computing them again.
+gets. "pytorch" and "jax_cudnn" compute the same bodies with the tools of those libraries: the first
+the same patterns, by FlexAttention, the second, as they have no other, dense attention. They
+recompute their blocks unless ours keeps everything. "baseline" is the step of another checkout.
 
-MFU counts the model's operations, none twice, and of attention the pairs of its pattern: it
-compares steps of one model, not sparse steps with dense ones. The share of our kernels is of the
-time of all kernels of a step, by CUPTI.
+A process for each row: no memory is shared, and one that dies takes no other with it. Time is that
+from the end of a step to the end of the next, while the host is a step ahead, as in training. MFU
+counts the model's operations, none twice, and of attention the pairs of its pattern: it compares
+steps of one model, not sparse steps with dense ones. The share of our kernels is of the time of all
+kernels of a step, by CUPTI. Peak memory is what XLA plans for, or what PyTorch's allocator held.
 """
 
-import collections
-import concurrent.futures
+import contextlib
+import json
 import os
 import pathlib
-import statistics
-import time
-from collections.abc import Callable
-from collections.abc import Hashable
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import ml_collections
-from flax import nnx
 
 from experiments import cli
 from experiments.benchmark import report
 from experiments.benchmark.gpu import timing
-from experiments.benchmark.gpu import training
-from pallas_kernels import api
-from sparse_flax.model import transformer
+from experiments.benchmark.gpu.steps import child
+from experiments.benchmark.gpu.steps import masks
+from sparse_flax.model import layer_patterns
 from sparse_flax.train import flops
 
-STEPS = 6
-SECONDS = 2.0  # of measuring per program, but at least 3 steps
-OUR_KERNELS = "mosaic"  # part of the names of all kernels in Mosaic, which XLA's own do not have
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+LIBRARIES = ("configs", "pallas_kernels", "sparse_flax")  # what is measured of a checkout
+CHILD_SECONDS = 240  # of one row: importing, compiling, running
+# Of JAX in the children, which have the device to themselves but for what this process holds.
+MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
 
 
 class Body(NamedTuple):
-  """One of the paper's models, and the ways in which it is measured."""
+  """One of the paper's models, as it is measured."""
 
-  recipe: str  # of configs
+  recipe: str  # NAME or NAME:VARIANT of configs
   batch: int  # sequences of a step
-  modes: tuple[str, ...]  # of MODES
+  changes: dict[str, dict[str, Any]] | None = None  # {group: {field: value}} of the config
 
 
-# What each mode changes of config.model.
-MODES: dict[str, dict[str, Any]] = {
+class Way(NamedTuple):
+  """A way to compute a body."""
+
+  program: str  # of the modules in `steps`
+  attention: str = "sparse"  # of ATTENTION
+  default: bool = True  # else only where `only` names it
+
+
+BODIES = {
+  "cifar10": Body("cifar10", 16),
+  "enwik8": Body("enwik8", 8),
+  "imagenet64": Body("imagenet64", 4),
+  "audio": Body("audio", 1),
+}
+# What each changes of config.model: "merged" has both halves of strided attention in every layer.
+ATTENTION: dict[str, dict[str, Any]] = {
   "sparse": {},
-  "dots": dict(remat="dots"),
   "merged": dict(attention_layers=("strided",)),
   "dense": dict(attention_layers=("dense",)),
 }
-BODIES = {
-  "enwik8": Body("enwik8", 4, ("sparse", "dots", "dense")),
-  "cifar10": Body("cifar10", 16, ("sparse", "merged", "dense")),
-  "imagenet64": Body("imagenet64", 4, ("sparse", "merged", "dense")),
-  "audio64k": Body("audio", 1, ("sparse", "merged", "dense")),
+# In this order, so that a run that is stopped has ours.
+WAYS = {
+  "ours": Way("ours"),
+  "baseline": Way("ours"),
+  "pytorch": Way("pytorch"),
+  "jax_cudnn": Way("plain_jax", "dense"),
+  "ours_merged": Way("ours", "merged", default=False),
+  "ours_dense": Way("ours", "dense", default=False),
+  "pytorch_dense": Way("pytorch", "dense", default=False),
 }
-PARTS = tuple(BODIES)
+PARTS = (*BODIES, *WAYS)
 
 
-def config_of(name: str, mode: str) -> ml_collections.ConfigDict:
-  """The recipe of a body on one device, with what a mode changes."""
-  body = BODIES[name]
-  config = cli.recipe(body.recipe)
-  config.model.update(MODES[mode])
-  config.data.batch_size = body.batch
-  config.train.accumulation = 1
-  config.mesh.update(dict.fromkeys(config.mesh, 1))
-  return config
+class Case(NamedTuple):
+  """A row to be measured."""
+
+  body: str
+  way: str
+  remat: str | None  # of config.model; None: the recipe's
+
+  def changes(self) -> dict[str, dict[str, Any]]:
+    """What differs from the recipe: {group: {field: value}}."""
+    body = BODIES[self.body]
+    changes = {group: dict(values) for group, values in (body.changes or {}).items()}
+    model = changes.get("model", {}) | ATTENTION[WAYS[self.way].attention]
+    model |= {"remat": self.remat} if self.remat else {}
+    alone = dict.fromkeys(("data", "fsdp", "tensor", "sequence"), 1)
+    return changes | {
+      "model": model,
+      "data": changes.get("data", {}) | dict(batch_size=body.batch),
+      "train": changes.get("train", {}) | dict(accumulation=1),
+      "mesh": alone,
+    }
+
+  def config(self) -> ml_collections.ConfigDict:
+    """The recipe of this checkout on one device, with the changes."""
+    config = cli.recipe(BODIES[self.body].recipe)
+    for group, values in self.changes().items():
+      config[group].update(values)
+    return config
+
+  def job(self) -> dict[str, Any]:
+    """What the program of the row is given."""
+    if WAYS[self.way].program == "ours":
+      return dict(recipe=BODIES[self.body].recipe, changes=self.changes())
+    config = self.config()
+    model = config.model.to_dict() | {"remat": "none" if config.model.remat == "none" else "full"}
+    return dict(
+      model=model,
+      patterns=[masks.described(pattern) for pattern in layer_patterns.patterns_of(**model)],
+      optim=config.optim.to_dict(),
+      ema_decay=config.train.ema_decay,
+      batch=config.data.batch_size,
+    )
 
 
-class Program(NamedTuple):
-  """A compiled step, and the implementations of attention that it contains."""
-
-  training: training.Training
-  step: jax.stages.Compiled
-  implementations: tuple[str, ...]
-
-
-def compiled(config: ml_collections.ConfigDict) -> Program:
-  """The step of a config; nothing has run."""
-  made = training.prepare(config)
-  with jax.set_mesh(made.mesh):
-    traced = made.step.trace(*made.shapes)
-    return Program(made, traced.lower().compile(), api.implementations_in(traced.jaxpr))
+def cases_of(only: tuple[str, ...], remats: tuple[str, ...], baseline: bool) -> list[Case]:
+  """Ours first, then each peer's; a peer has one row for all `remats` that recompute something."""
+  bodies = timing.chosen(BODIES, only)
+  default = [name for name, way in WAYS.items() if way.default and (baseline or name != "baseline")]
+  cases = {}
+  for way in [name for name in WAYS if name in only] or default:
+    for body in bodies:
+      for remat in remats or (None,):
+        case = Case(body, way, None if way == "baseline" else remat)
+        cases.setdefault(json.dumps([case.way, case.job()], sort_keys=True), case)
+  return list(cases.values())
 
 
-def compile_all(jobs: dict[Hashable, Callable[[], Any]]) -> dict[Hashable, Any]:
-  """Runs the jobs, each of which compiles a program, in threads; what one raises is its result.
+@contextlib.contextmanager
+def packages(checkout: pathlib.Path | None) -> Iterator[str]:
+  """The folder to import from: the libraries of a checkout, and the benchmark of this one."""
+  if checkout is None:
+    yield str(ROOT)
+    return
+  with tempfile.TemporaryDirectory(prefix="step-baseline-") as folder:
+    for name in LIBRARIES:
+      os.symlink(checkout.resolve() / name, os.path.join(folder, name))
+    os.symlink(ROOT / "experiments", os.path.join(folder, "experiments"))
+    yield folder
 
-  In one process, unlike the other benchmarks: the matmuls of all are then tuned alike.
-  """
 
-  def attempt(job):
+def figures_of(case: Case, checkout: pathlib.Path | None) -> dict[str, Any]:
+  """What the program of a row tells, with an `error` where it did not come to its end."""
+  name = f"experiments.benchmark.gpu.steps.{WAYS[case.way].program}"
+  command = (sys.executable, "-P", "-m", name, json.dumps(case.job()))
+  with packages(checkout) as path:
+    env = {key: x for key, x in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
+    env = MEMORY | env | {"PYTHONPATH": os.pathsep.join((path, env.get("PYTHONPATH", "")))}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    # A session of its own: compilers of PyTorch are processes too, and end with it.
+    process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
     try:
-      return job()
-    except Exception as error:  # whatever a compiler says, the other programs go on
-      return error
-
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    return dict(zip(jobs, pool.map(attempt, jobs.values()), strict=True))
-
-
-def steps_of(program: Program) -> Iterator[dict[str, jax.Array]]:
-  """Runs a step each time it is asked, and gives what the step records."""
-  state, tokens = program.training.first_state(), program.training.tokens()
-  key = jax.random.key(1)
-  while True:
-    state, record = program.step(state, tokens, key)
-    yield record
+      output, errors = process.communicate(timeout=CHILD_SECONDS)
+      last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
+      error = f"exit status {process.returncode}: {last.strip()}"[:1_000]
+    except subprocess.TimeoutExpired:
+      error = f"not done within {CHILD_SECONDS} s"
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:
+      output, errors = process.communicate()
+  figures = child.told(output)
+  return figures if process.returncode == 0 else {"error": error} | figures
 
 
-def figures(program: Program) -> dict[str, Any]:
-  """Median time of a step, the host's part included, its last loss, and its kernels."""
-  steps, seconds = steps_of(program), []
-  jax.block_until_ready(next(steps))
-  while len(seconds) < 3 or (sum(seconds) < SECONDS and len(seconds) < STEPS):
-    begin = time.perf_counter()
-    record = jax.block_until_ready(next(steps))
-    seconds.append(time.perf_counter() - begin)
-  return dict(
-    ms=round(1e3 * statistics.median(seconds), 3),
-    loss=float(record["loss"]),
-    **kernel_shares(timing.kernels_of(lambda: next(steps))),
-  )
-
-
-def kernel_shares(kernels: list[tuple[str, float]]) -> dict[str, Any]:
-  """Time of all kernels of a step, and that of ours, by name and together; None where none ran."""
-  if not kernels:
-    return dict(kernel_ms=None, ours_ms=None, ours_share=None, ours={})
-  ours = collections.Counter()
-  for name, ms in kernels:
-    if OUR_KERNELS in name:
-      ours[name] += ms
-  total = sum(ms for _, ms in kernels)
-  return dict(
-    kernel_ms=round(total, 3),
-    ours_ms=round(ours.total(), 3),
-    ours_share=round(ours.total() / total, 4),
-    ours={name: round(ms, 3) for name, ms in ours.most_common()},
-  )
-
-
-def measure(name: str, mode: str, program: Program | Exception) -> dict[str, Any]:
+def measure(case: Case, checkout: pathlib.Path | None = None) -> dict[str, Any]:
   """A row of the result."""
-  config = config_of(name, mode)
-  B, T = config.data.batch_size, config.model.seq_len
-  model = nnx.merge(*transformer.graph_and_shapes(**config.model))
+  config = case.config()
+  model, (B, T) = config.model, (config.data.batch_size, config.model.seq_len)
   row = dict(
-    body=name,
-    attention="sparse" if mode == "dots" else mode,
-    patterns=[repr(pattern) for pattern in model.patterns],
-    remat=config.model.remat,
-    dropout=config.model.dropout,
+    body=case.body,
+    implementation=case.way,
+    attention=WAYS[case.way].attention,
+    patterns=[repr(pattern) for pattern in layer_patterns.patterns_of(**model)],
+    remat=model.remat,
+    dropout=model.dropout,
     batch=B,
     seq_len=T,
-  )
-  try:
-    if isinstance(program, Exception):
-      raise program
-    row["implementation"] = ", ".join(program.implementations)
-    row |= figures(program)
-  except Exception as error:  # one that does not fit must not take the others with it
-    return row | dict(ms=None, error=timing.text(error))
+    ms=None,
+  ) | figures_of(case, checkout)
+  if row["ms"] is None:
+    return row
   peak = flops.peak_flops(jax.devices()[0].device_kind)
-  needed = flops.train_flops(config.model, batch_size=B)
+  needed = flops.train_flops(model, batch_size=B)
   return row | dict(
     tokens_per_second=round(1e3 * B * T / row["ms"]),
     mfu=round(1e3 * needed / (row["ms"] * peak), 4) if peak else None,
-    peak_gb=round(report.num_bytes(program.step) / 1e9, 3),
-    temp_bytes=program.step.memory_analysis().temp_size_in_bytes,
   )
 
 
-def measure_all(names: list[str]) -> list[dict[str, Any]]:
-  cases = [(name, mode) for name in names for mode in BODIES[name].modes]
-  job = lambda case: lambda: compiled(config_of(*case))
-  # One step of each body first: the others then find their matmuls tuned, all alike.
-  first = [(name, BODIES[name].modes[0]) for name in names]
-  programs = compile_all({case: job(case) for case in first})
-  programs |= compile_all({case: job(case) for case in cases if case not in first})
-  rows, progress = [], timing.Progress(len(cases))
-  for case in cases:
-    row = measure(*case, programs.pop(case))
-    rows.append(row)
-    progress(*case, row.get("error") or f"{row['ms']} ms")
-  return rows
-
-
 def compare(rows: list[dict[str, Any]]) -> None:
-  """Adds how many times longer the step with dense attention takes."""
-  dense = {row["body"]: row["ms"] for row in rows if row["attention"] == "dense"}
+  """Adds how many times longer a step takes than ours, the fastest of that body."""
+  ours = {}
   for row in rows:
-    if row["ms"] and dense.get(row["body"]):
-      row["dense_ratio"] = round(dense[row["body"]] / row["ms"], 3)
+    if row["implementation"] == "ours" and row["ms"]:
+      ours[row["body"]] = min(row["ms"], ours.get(row["body"], row["ms"]))
+  for row in rows:
+    if row["ms"] and row["body"] in ours:
+      row["over_ours"] = round(row["ms"] / ours[row["body"]], 3)
 
 
-def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
-  """Measures, prints and writes step_<device>.json; whether all rows have figures."""
+def run(
+  out: pathlib.Path,
+  only: tuple[str, ...] = (),
+  *,
+  remats: tuple[str, ...] = (),
+  baseline: pathlib.Path | None = None,
+) -> bool:
+  """Measures, prints and writes step_<device>.json after every row; whether all have figures."""
   print(__doc__, flush=True)
-  rows = measure_all(timing.chosen(BODIES, only))
-  compare(rows)
+  if "baseline" in only and not baseline:
+    print("baseline: --baseline=DIR names its checkout", flush=True)
+    return False
+  path, rows = out / f"step_{report.short_device()}.json", []
+  facts = dict(bodies={name: body._asdict() for name, body in BODIES.items()})
+  facts |= dict(baseline=baseline.name) if baseline else {}
+  cases = cases_of(only, remats, bool(baseline))
+  progress = timing.Progress(len(cases))
+  for case in cases:
+    row = measure(case, baseline if case.way == "baseline" else None)
+    rows.append(row)
+    compare(rows)
+    report.save(path, rows, **facts)
+    progress(case.body, case.way, row["remat"], row.get("error") or f"{row['ms']} ms")
   show = lambda value, form: "" if value is None else form.format(value)
   table = [
-    (row["body"], row["attention"], row["remat"], show(row["ms"], "{:,.1f}") or "failed",
+    (row["body"], row["implementation"], row["remat"], show(row["ms"], "{:,.1f}") or "failed",
      show(row.get("tokens_per_second"), "{:,}"), show(row.get("mfu"), "{:.1%}"),
      show(row.get("peak_gb"), "{:.2f}"), show(row.get("ours_share"), "{:.1%}"),
-     show(row.get("dense_ratio"), "{:.2f}"))
+     show(row.get("over_ours"), "{:.2f}"))
     for row in rows
   ]  # fmt: skip
-  header = ("body", "attention", "remat", "ms", "tokens/s", "MFU", "GB", "ours", "dense / it")
+  header = ("body", "implementation", "remat", "ms", "tokens/s", "MFU", "GB", "ours", "it / ours")
   report.print_table(header, table)
-  for row in rows:
-    if "error" in row:
-      print("FAILED", row["body"], row["attention"], row["remat"])
-      print(f"  {row['error']}")
-  bodies = {name: body._asdict() for name, body in BODIES.items()}
-  report.write(out / f"step_{report.short_device()}.json", rows, bodies=bodies)
-  return not any("error" in row for row in rows)
+  failed = [row for row in rows if "error" in row]
+  for row in failed:
+    print("FAILED", row["body"], row["implementation"], row["remat"])
+    print(f"  {row['error']}")
+  report.write(path, rows, **facts)
+  return not failed

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from sparse_flax import sharding  # its old path: `steps` runs this with older packages too
 from sparse_flax import train
-from sparse_flax.parallel import sharding
 
 
 class Training(NamedTuple):

@@ -51,6 +51,7 @@ def backward(
   k: Float[Array, "B T Hkv Dk"],
   v: Float[Array, "B T Hkv Dv"],
   ids: Int[Array, "B R Mp"] | None,
+  kv_ids: Int[Array, "B R Mp"] | None,
   out: Float[Array, "B T Hg Dv"] | None,
   lse: Float[Array, "B Hg R Mp"],
   dout: Float[Array, "B T Hg Dv"],
@@ -66,7 +67,7 @@ def backward(
   """Gradients of attention to a causal band of keys inside each sequence of a view.
 
   Args:
-    view, band, ids, scale, heads: as for `forward`.
+    view, band, ids, kv_ids, scale, heads: as for `forward`.
     q, k, v: all heads.
     out, dout: the result of the heads' whole softmax, None with `delta`; its cotangent.
     lse, dlse: base 2, and the cotangent of the natural one, in rows of the view.
@@ -85,6 +86,7 @@ def backward(
   W = next(n for n in range(warpgroups, 0, -1) if own_tiles % n == 0)
   inputs = dict(q=view(q), k=view(k), v=view(v), dout=view(dout), lse=lse)
   inputs |= dict(row_ids=ids, column_ids=ids, dlse=dlse, delta=delta)
+  inputs |= dict(kv_row_ids=kv_ids, kv_column_ids=kv_ids)
   inputs |= dict(out=None if out is None else view(out))
   if prev is not None:
     inputs |= {f"prev_{name}": view(x) for name, x in zip(GRADIENTS, prev, strict=True)}
@@ -185,9 +187,19 @@ class Gradients(tiles.Tiles):
       difference = positions(query_axis) - positions(1 - query_axis)
       mask = self.sizes.band.mask(difference + (q_tile - k_tile) * TILE)
     if "row_ids" in self.refs:
-      axes = (q_tile, k_tile) if query_axis == 0 else (k_tile, q_tile)
-      mask = pairs.both(mask, pairs.tiles_share_segment(self.refs, self.b, self.r, *axes))
+      tiles_of_axes = (q_tile, k_tile) if query_axis == 0 else (k_tile, q_tile)
+      ids = self.ids(query_axis)
+      mask = pairs.both(mask, pairs.tiles_share_segment(*ids, self.b, self.r, *tiles_of_axes))
     return mask
+
+  def ids(self, query_axis: int) -> tuple[Ref, Ref]:
+    """The segment ids of rows and of columns; the queries along an axis."""
+    refs = self.refs
+    if "kv_row_ids" not in refs:
+      return refs["row_ids"], refs["column_ids"]
+    if query_axis == 0:
+      return refs["row_ids"], refs["kv_column_ids"]
+    return refs["kv_row_ids"], refs["column_ids"]
 
   def key_gradients(self, own: Traced) -> tuple[Traced, Traced]:
     """dk / scale and dv of an own key tile, over the queries from its own tile on."""

@@ -43,6 +43,7 @@ def forward(
   k: Float[Array, "B T Hkv Dk"],
   v: Float[Array, "B T Hkv Dv"],
   ids: Int[Array, "B R Mp"] | None,
+  kv_ids: Int[Array, "B R Mp"] | None,
   prev: tuple[Float[Array, "B T Hg Dv"], Float[Array, "B Hg R Mp"]] | None,
   *,
   scale: float,
@@ -56,6 +57,7 @@ def forward(
     band: which pairs of a sequence attend.
     q, k, v: all heads.
     ids: segment ids, in rows of the view; queries see keys of equal ids.
+    kv_ids: those of keys; None: keys have those of the queries.
     prev: out and lse over other keys, which share the softmax.
     scale: of the logits, positive.
     heads: the query heads to work on, Hg of them.
@@ -71,7 +73,7 @@ def forward(
   # The result is staged where `prev` or q was, if it fits there: nobody else reads a query tile,
   # and with less memory more thread blocks run at a time.
   stage = "prev" if prev is not None else "q" if Dk == Dv else "o"
-  inputs = dict(q=view(q), k=view(k), v=view(v), ids=ids)
+  inputs = dict(q=view(q), k=view(k), v=view(v), ids=ids, kv_ids=kv_ids)
   if prev is not None:
     inputs |= dict(prev=view(prev[0]), prev_lse=prev[1])
   inputs = {name: x for name, x in inputs.items() if x is not None}
@@ -201,7 +203,7 @@ class Sequence:
     rows = gpu.ds(own * sizes.rows, TILE)
     gpu.barrier_wait(refs["q_full"].at[own])
     q = refs["q_s"].at[own]
-    query_ids = self.ids(own, TILE, ROW) if "ids" in refs else None
+    query_ids = self.ids(refs["ids"], own, TILE, ROW) if "ids" in refs else None
     if "prev" not in refs:
       state = softmax.start(sizes.Dv)
     else:
@@ -223,8 +225,8 @@ class Sequence:
 
     self.store(own, sweep(own, sizes.num_tiles, sizes.band, sizes.rows, step, state))
 
-  def ids(self, t: Traced, size: int, layout: Any) -> Traced:
-    return pairs.segments(self.refs["ids"], self.b, self.r, t * self.sizes.rows, size, layout)
+  def ids(self, ref: Ref, t: Traced, size: int, layout: Any) -> Traced:
+    return pairs.segments(ref, self.b, self.r, t * self.sizes.rows, size, layout)
 
   def mask(self, own: Traced, t: Traced, masked: bool, query_ids: Traced | None) -> Traced | None:
     """Which pairs of query tile `own` and key tile t attend, or None for all."""
@@ -236,7 +238,8 @@ class Sequence:
       mask = self.sizes.band.mask(difference + (own - t) * size)
     # On the diagonal and off it: a document may end anywhere.
     if query_ids is not None:
-      mask = pairs.both(mask, pairs.share_segment(query_ids, self.ids(t, size, COLUMN)))
+      key_ids = self.ids(pairs.key_ids(self.refs), t, size, COLUMN)
+      mask = pairs.both(mask, pairs.share_segment(query_ids, key_ids))
     return mask
 
   def store(self, own: Traced, state: softmax.State) -> None:

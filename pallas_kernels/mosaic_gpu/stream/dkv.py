@@ -50,6 +50,7 @@ def dkv_kernel(
   k: Float[Array, "B S Hkv Dk"],
   v: Float[Array, "B S Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
+  kv_segment_ids: Int[Array, "B S"] | None,
   lse: Float[Array, "B Hg R Mp"],
   delta: Float[Array, "B Hg R Mp"],
   dout: Float[Array, "B T Hg Dv"],
@@ -67,7 +68,7 @@ def dkv_kernel(
   """
   blocks = blocks or dkv_blocks(q.shape[-1], v.shape[-1])
   together = q.shape[-1] + v.shape[-1] <= MAX_TOGETHER
-  arrays = q, k, v, segment_ids, lse, delta, dout
+  arrays = q, k, v, segment_ids, kv_segment_ids, lse, delta, dout
   grads = []
   for wanted in ["kv"] if together else ["k", "v"]:
     grads += _launch(frame, wanted, *arrays, scale, blocks)
@@ -82,6 +83,7 @@ def _launch(
   k: jax.Array,
   v: jax.Array,
   segment_ids: jax.Array | None,
+  kv_segment_ids: jax.Array | None,
   lse: jax.Array,
   delta: jax.Array,
   dout: jax.Array,
@@ -92,7 +94,7 @@ def _launch(
   B, Dk, Dv = q.shape[0], q.shape[-1], v.shape[-1]
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
   inputs |= dict(lse=safe_lse(lse), minus_delta=-delta)
-  inputs |= frame.further_inputs(k, v, segment_ids, transposed=True)
+  inputs |= frame.further_inputs(k, v, segment_ids, kv_segment_ids, transposed=True)
   shares = frame.shares(B, blocks.rows)
   shapes = dict(k=frame.key_shape(shares * B, Dk), v=frame.key_shape(shares * B, Dv))
   outputs = {f"d{x}": jax.ShapeDtypeStruct(shapes[x], q.dtype) for x in wanted}

@@ -48,6 +48,7 @@ def dq_kernel(
   k: Float[Array, "B S Hkv Dk"],
   v: Float[Array, "B S Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
+  kv_segment_ids: Int[Array, "B S"] | None,
   lse: Float[Array, "B Hg R Mp"],
   delta: Float[Array, "B Hg R Mp"] | None,
   dout: Float[Array, "B T Hg Dv"],
@@ -75,7 +76,7 @@ def dq_kernel(
   optional = dict(delta=delta, dlse=dlse, out=frame.folded(out) if makes_delta else None)
   inputs |= {name: x for name, x in optional.items() if x is not None}
   num_copies = sum(name in inputs for name in (*TILES, *VECTORS))
-  inputs |= frame.further_inputs(k, v, segment_ids)
+  inputs |= frame.further_inputs(k, v, segment_ids, kv_segment_ids)
   dq = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], len(heads), Dk), q.dtype)
   lanes, ring = (blocks.held, blocks.warpgroups), query_ring(blocks, num_copies)
   scratch = ring.scratch(

@@ -42,6 +42,7 @@ def forward_kernel(
   k: Float[Array, "B S Hkv Dk"],
   v: Float[Array, "B S Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None = None,
+  kv_segment_ids: Int[Array, "B S"] | None = None,
   *,
   scale: float,
   blocks: BlockSizes | None = None,
@@ -52,6 +53,7 @@ def forward_kernel(
     frame: the pairs, and the heads of the launch.
     q, k, v: bfloat16 or float16, all heads; of lists, q has the heads of the launch.
     segment_ids: int32; queries see keys of equal ids ("natural" and "blocks" views).
+    kv_segment_ids: those of keys; None: keys have those of the queries.
     scale: factor of the logits, positive.
     blocks: tile sizes; by default what suits the head dimensions.
 
@@ -64,7 +66,7 @@ def forward_kernel(
   B, Dk, Dv, heads = q.shape[0], q.shape[-1], v.shape[-1], frame.heads
   blocks = blocks or forward_blocks(Dk, Dv)
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v))
-  inputs |= frame.further_inputs(k, v, segment_ids)
+  inputs |= frame.further_inputs(k, v, segment_ids, kv_segment_ids)
   out = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], len(heads), Dv), q.dtype)
   lse = jax.ShapeDtypeStruct((B, len(heads), frame.sequences, frame.padded), jnp.float32)
   wgs, ring = blocks.warpgroups, query_ring(blocks, num_copies=1)

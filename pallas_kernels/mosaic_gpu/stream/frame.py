@@ -107,11 +107,11 @@ class Frame:
     return self.folded(x)
 
   def ids(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B R Mp"]:
-    """Segment ids of every sequence, padded to whole tiles."""
+    """Segment ids of every sequence of queries, or of keys, padded to whole tiles."""
     # And two tiles more: the first of three warpgroups may be at the last one, and ids, unlike
     # tiles, are not clipped.
-    x = segment_ids.reshape(segment_ids.shape[0], self.sequences, self.length)
-    return jnp.pad(x, [(0, 0), (0, 0), (0, self.padded + 2 * TILE - self.length)])
+    x = segment_ids.reshape(segment_ids.shape[0], self.sequences, -1)
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % ROWS + 2 * TILE)])
 
   def lists(self, transposed: bool) -> dict[str, Array]:
     """Arrays that say what to sweep, of a launch over queries, or over keys."""
@@ -123,6 +123,7 @@ class Frame:
     k: Num[Array, "B S Hkv Dk"],
     v: Num[Array, "B S Hkv Dv"],
     segment_ids: Int[Array, "B T"] | None,
+    kv_segment_ids: Int[Array, "B S"] | None,
     transposed: bool = False,
   ) -> dict[str, Array]:
     """What a launch reads besides q, k, v and what belongs to queries."""
@@ -131,6 +132,8 @@ class Frame:
       inputs |= dict(own_k=self.folded(k), own_v=self.folded(v))
     if segment_ids is not None:
       inputs |= dict(ids=self.ids(segment_ids))
+    if kv_segment_ids is not None:
+      inputs |= dict(kv_ids=self.ids(kv_segment_ids))
     return inputs
 
   def key_shape(self, batch: int, D: int) -> tuple[int, ...]:

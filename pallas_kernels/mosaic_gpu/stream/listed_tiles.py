@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels.lowering import lists
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.stream import formula
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
@@ -107,7 +108,8 @@ class ListedTiles:
     """For the masks of a warpgroup, whose rows are base ... base + 63."""
     self.refs, self.base = refs, base
     if self.frame.segments:
-      ids = refs["ids"].at[self.item["b"], 0, gpu.ds(base, TILE)]
+      ids = pairs.key_ids(refs) if self.transposed else refs["ids"]
+      ids = ids.at[self.item["b"], 0, gpu.ds(base, TILE)]
       self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
   def fully_masked(self, i: Scalar, number: Scalar) -> jax.Array:

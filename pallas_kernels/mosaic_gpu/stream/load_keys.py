@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.ring import drain
 from pallas_kernels.mosaic_gpu.ring import Ring
@@ -155,7 +156,7 @@ def _load_view(launch: Launch, item: Item, tiles: Any, i: Scalar, slot: Slot) ->
   else:
     frame.load_keys(functools.partial(copy_rows, slot, name), refs[name], item, tile, step)
   if frame.segments and name == "k":
-    ids = refs["ids"].at[item["b"], item["r"], gpu.ds(tile * step, step)]
+    ids = pairs.key_ids(refs).at[item["b"], item["r"], gpu.ds(tile * step, step)]
     gpu.to_smem(ids, slot["ids"], slot.full())
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.scalars import div
@@ -195,7 +196,7 @@ class QueryTiles(Tiles):
     self.base, frame = base, self.frame
     self.places = frame.key_places(base, TILE, self.item["h"], gpu.ROW)
     if frame.segments:
-      ids = refs["ids"].at[self.b, self.item["r"], gpu.ds(base, TILE)]
+      ids = pairs.key_ids(refs).at[self.b, self.item["r"], gpu.ds(base, TILE)]
       self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
   def run(self, step: Callable, carry: Any, *, skip: Callable) -> Any:

@@ -42,6 +42,7 @@ def dvalues_kernel(
   k: Float[Array, "B S Hkv Dk"],
   v: Float[Array, "B S Hkv Dv"],
   segment_ids: Int[Array, "B T"] | None,
+  kv_segment_ids: Int[Array, "B S"] | None,
   lse: Float[Array, "B Hg R Mp"],
   delta: Float[Array, "B Hg R Mp"],
   dout: Float[Array, "B T Hg Dv"],
@@ -56,7 +57,7 @@ def dvalues_kernel(
   B, Dk, Dv = q.shape[0], q.shape[-1], v.shape[-1]
   inputs = dict(q=frame.folded(q), k=frame.keys(k), v=frame.keys(v), dout=frame.folded(dout))
   inputs |= dict(lse=safe_lse(lse), delta=delta)
-  inputs |= frame.further_inputs(k, v, segment_ids)
+  inputs |= frame.further_inputs(k, v, segment_ids, kv_segment_ids)
   lanes, ring = (blocks.held, blocks.warpgroups), query_ring(blocks, len(TILES) + len(VECTORS))
   scratch = ring.scratch(
     q=gpu.smem(*lanes, TILE, Dk, dtype=q.dtype),

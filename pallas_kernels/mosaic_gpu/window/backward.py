@@ -48,6 +48,7 @@ def backward(
   k: Float[Array, "B T Hkv Dk"],
   v: Float[Array, "B T Hkv Dv"],
   ids: Int[Array, "B R Mp"] | None,
+  kv_ids: Int[Array, "B R Mp"] | None,
   out: Float[Array, "B T Hg Dv"],
   lse: Float[Array, "B Hg R Mp"],
   dout: Float[Array, "B T Hg Dv"],
@@ -64,7 +65,7 @@ def backward(
   """Gradients of attention to a window of the keys before each query.
 
   Args:
-    view, band, ids, scale, heads: as for `forward`.
+    view, band, ids, kv_ids, scale, heads: as for `forward`.
     q, k, v: all heads.
     out, dout: the result of the heads' whole softmax, and its cotangent.
     lse, dlse: base 2, and the cotangent of the natural one, in rows of the view.
@@ -92,7 +93,8 @@ def backward(
     scale=scale,
   )
   inputs = dict(q=q, k=k, v=v, dout=dout, out=out, lse=lse)
-  inputs |= dict(row_ids=ids, column_ids=ids, dlse=dlse)
+  # Rows are keys wherever pairs are masked: dq is made of dS^T.
+  inputs |= dict(row_ids=ids if kv_ids is None else kv_ids, column_ids=ids, dlse=dlse)
   like = lambda x, D: jax.ShapeDtypeStruct((*x.shape[:2], Hg, D), q.dtype)
   delta = jax.ShapeDtypeStruct((B, Hg, 1, view.num_tiles * TILE), jnp.float32)
   return tuple(

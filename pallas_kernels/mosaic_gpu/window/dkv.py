@@ -177,7 +177,8 @@ class KeyGradients:
     if "row_ids" in self.refs:
       key = part.first - self.sizes.reach + n
       q_tile, k_tile = part.inside(key + distance), part.inside(key)
-      same = pairs.tiles_share_segment(self.refs, part.b, 0, k_tile, q_tile)
+      ids = self.refs["row_ids"], self.refs["column_ids"]
+      same = pairs.tiles_share_segment(*ids, part.b, 0, k_tile, q_tile)
       mask = pairs.both(mask, same)
     return mask
 

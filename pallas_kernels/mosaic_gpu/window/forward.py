@@ -19,6 +19,7 @@ left it, as usual. The first step of a walk finds nothing: what it should find i
 ("lead").
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -55,6 +56,7 @@ def forward(
   k: Float[Array, "B T Hkv Dk"],
   v: Float[Array, "B T Hkv Dv"],
   ids: Int[Array, "B R Mp"] | None,
+  kv_ids: Int[Array, "B R Mp"] | None,
   prev: tuple[Float[Array, "B T Hg Dv"], Float[Array, "B Hg R Mp"]] | None,
   *,
   scale: float,
@@ -70,6 +72,7 @@ def forward(
     band: the window.
     q, k, v: all heads.
     ids: segment ids, in rows of the view; queries see keys of equal ids.
+    kv_ids: those of keys; None: keys have those of the queries.
     prev: out and lse over other keys, which share the softmax.
     scale: of the logits, positive.
     heads: the query heads to work on, Hg of them.
@@ -84,7 +87,7 @@ def forward(
   sizes = schedule.Sizes(
     view, band, B, heads, H // k.shape[2], warpgroups, stages, walks, Dv, scale
   )
-  inputs = dict(q=q, k=k, v=v, ids=ids)
+  inputs = dict(q=q, k=k, v=v, ids=ids, kv_ids=kv_ids)
   if prev is not None:
     inputs |= dict(prev=prev[0], prev_lse=prev[1])
   return tuple(
@@ -252,13 +255,14 @@ class _Consumer:
   def segments(self, b: Traced, t: Traced) -> list:
     """By distance, which pairs of query tile t and a key tile share a segment."""
     sizes = self.sizes
-    ids = lambda row, layout: pairs.segments(self.refs["ids"], b, 0, row, TILE, layout)
+    ids = lambda ref, row, layout: pairs.segments(ref, b, 0, row, TILE, layout)
     distances = range(sizes.reach + 1)
     starts = [schedule.first_row(sizes, t - distance) for distance in distances]
     # From a row computed otherwise than that of the nearest keys, which is the same: two loads of
     # one place are merged, and one load cannot be in two layouts.
-    query_ids = ids(jnp.minimum(t, sizes.num_tiles - 1) * TILE, ROW)
-    return [pairs.share_segment(query_ids, ids(start, COLUMN)) for start in starts]
+    query_ids = ids(self.refs["ids"], jnp.minimum(t, sizes.num_tiles - 1) * TILE, ROW)
+    key_ids = functools.partial(ids, pairs.key_ids(self.refs), layout=COLUMN)
+    return [pairs.share_segment(query_ids, key_ids(start)) for start in starts]
 
   def store(self, b: Traced, h: Traced, t: Traced, state: softmax.State) -> None:
     """Sends out and lse of query tile t on their way; the last group may have tiles too many."""

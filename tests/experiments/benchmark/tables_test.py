@@ -73,10 +73,17 @@ def test_digits():
 
 
 def test_a_step_shows_what_was_measured():
-  new = dict(body="audio64k", attention="sparse", remat="full", ms=300.04, batch=1)
-  new |= dict(tokens_per_second=218_422, mfu=0.314, peak_gb=7.25, ours_share=0.089)
-  failed = dict(body="audio64k", attention="dense", remat="full", ms=None, batch=1, error="full")
-  header, row, last = cells.step(dict(rows=[new, failed], bodies={}))
-  assert header[3:] == ["ms", "tokens/s", "MFU", "peak memory", "in our kernels"]
-  assert row[0] == "audio, 1" and row[3:] == ["300.0", "218,422", "31 %", "7.2 GB", "9 %"]
-  assert last[3:] == ["", "", "", "", ""]
+  new = dict(body="audio", implementation="ours", attention="sparse", remat="full", batch=1)
+  new |= dict(ms=300.04, tokens_per_second=218_422, mfu=0.314, peak_gb=7.254321, over_ours=1.0)
+  peer = new | dict(implementation="pytorch", ms=600.0, peak_gb=None, over_ours=2.0)
+  failed = dict(body="audio", implementation="baseline", attention="sparse", remat="full", batch=1)
+  failed |= dict(ms=None, error="out of memory")
+  result = dict(rows=[new | dict(ours_share=0.089), peer, failed], bodies={}, baseline="f5fca96")
+  header, row, other, last = cells.step(result)
+  assert header[4:] == [
+    "ms", "tokens/s", "MFU", "peak memory", "in our kernels", "this / ours",
+  ]  # fmt: skip
+  assert row[:4] == ["audio, 1", "ours", "sparse", "full"]
+  assert row[4:] == ["300.0", "218,422", "31 %", "7.3 GB", "9 %", "1.00"]
+  assert other[1] == "PyTorch" and other[4:] == ["600.0", "218,422", "31 %", "", "", "2.00"]
+  assert last[1] == "commit f5fca96" and last[4:] == [""] * 6

@@ -88,7 +88,7 @@ def words_of(pattern, one, transposed):
   return by_keys if transposed else by_queries
 
 
-@pytest.mark.smoke(daily=12)
+@pytest.mark.smoke(daily=8)
 @pytest.mark.parametrize("transposed", [False, True], ids=["by_queries", "by_keys"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_lists_and_bits_hold_exactly_the_pairs(name, transposed):
@@ -111,7 +111,7 @@ def test_traced_lists_hold_the_same(name, transposed):
 
   @jax.jit
   def make(blocks, ids):
-    masked = lists.masked(tables, blocks, BLOCK, ids, one.heads)
+    masked = lists.masked(tables, blocks, BLOCK, ids, None, one.heads)
     traced = lists.traced_by_keys if transposed else lists.traced_by_queries
     return traced(masked, pattern, one, with_bits=True)
 
@@ -131,10 +131,21 @@ def test_full_blocks_of_segments_have_one_id():
   one = problem(T=128, S=128, B=1)
   ids = jnp.asarray([[0] * 32 + [1] * 80 + [2] * 16])
   tables = lists.of_pattern(patterns.Dense(causal=False), one)
-  some, every = lists.masked(tables, None, BLOCK, ids, one.heads)
+  some, every = lists.masked(tables, None, BLOCK, ids, None, one.heads)
   expected = np.array([[1, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]], bool)
   np.testing.assert_array_equal(some[0, 0], expected)
   expected[:, 3] = expected[3] = False  # two ids
+  np.testing.assert_array_equal(every[0, 0], expected)
+
+
+def test_blocks_of_keys_with_segments_of_their_own():
+  one = problem(T=64, S=100, B=1)
+  ids, kv_ids = jnp.asarray([[1] * 40 + [2] * 24]), jnp.asarray([[0] * 32 + [1] * 32 + [2] * 36])
+  tables = lists.of_pattern(patterns.Dense(causal=False), one)
+  some, every = lists.masked(tables, None, BLOCK, ids, kv_ids, one.heads)
+  expected = np.array([[0, 1, 0, 0], [0, 1, 1, 1]], bool)
+  np.testing.assert_array_equal(some[0, 0], expected)
+  expected[1] = False  # two ids of queries
   np.testing.assert_array_equal(every[0, 0], expected)
 
 

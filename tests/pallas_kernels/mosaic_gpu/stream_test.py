@@ -48,6 +48,7 @@ class Case:
   Dv: int = 64
   heads: tuple[int, ...] = (0,)
   segments: bool = False
+  kv_segments: bool = False
   own: bool = False
   dtype: str = "bfloat16"
   forward: BlockSizes | None = None
@@ -62,6 +63,9 @@ CASES = {
   "window with segments": Case(
     Pass(view="natural", window=100), patterns.Local(100), T=300, segments=True
   ),
+  "window with segments of keys": Case(
+    Pass(view="natural", window=100), patterns.Local(100), T=300, segments=True, kv_segments=True
+  ),
   "column": Case(
     Pass(view="columns", stride=2),
     patterns.Column(2),
@@ -72,6 +76,9 @@ CASES = {
     Pass(view="columns", stride=2, distance=2), Earlier(2, 1), T=300, dq=BlockSizes()
   ),
   "block": Case(Pass(view="blocks", stride=150), patterns.Block(150), T=300, segments=True),
+  "block with segments of keys": Case(
+    Pass(view="blocks", stride=150), patterns.Block(150), T=300, segments=True, kv_segments=True
+  ),
   "summary": Case(summaries(64, 32, 32), patterns.Summary(64, 32), T=512),
   "summary of 5": Case(
     summaries(40, 5, 30), patterns.Summary(40, 5, offset=5), T=400, dq=BlockSizes(step=64)
@@ -108,7 +115,7 @@ def frame_of(case):
 
 def backward(case, q, k, v, ids, out, lse, dout, dlse=None):
   """Gradients of the heads over the pairs of the pass, and delta, by the two kernels."""
-  arrays, frame = (q, k, v, ids, lse), frame_of(case)
+  arrays, frame = (q, k, v, *ids, lse), frame_of(case)
   how = dict(out=out, dlse=dlse, scale=0.2, blocks=case.dq)
   dq, delta = stream.dq_kernel(frame, *arrays, None, dout, **how)
   dk, dv = stream.dkv_kernel(frame, *arrays, delta, dout, scale=0.2, blocks=case.dkv)
@@ -116,7 +123,7 @@ def backward(case, q, k, v, ids, out, lse, dout, dlse=None):
 
 
 def arrays(case, B=1, value=None):
-  """q, k, v, dout and the segment ids."""
+  """q, k, v, dout and the segment ids of queries and of keys."""
   shapes = (case.H, case.Dk), (case.Hkv, case.Dk), (case.Hkv, case.Dv), (len(case.heads), case.Dv)
   keys = jax.random.split(jax.random.key(0), 4)
   xs = [
@@ -124,8 +131,10 @@ def arrays(case, B=1, value=None):
   ]
   if value is not None:
     xs = [jnp.sign(x) * value for x in xs]
-  ids = jnp.asarray(np.arange(case.T) // 37, jnp.int32)[None] if case.segments else None
-  return *(x.astype(case.dtype) for x in xs), ids
+  of_length = lambda n: jnp.asarray(np.arange(case.T) // n, jnp.int32)[None]
+  ids = of_length(37) if case.segments else None
+  kv_ids = of_length(41) if case.kv_segments else None
+  return *(x.astype(case.dtype) for x in xs), (ids, kv_ids)
 
 
 def error(got, want):
@@ -153,7 +162,13 @@ def expected(case, q, k, v, ids):
 
   def attend(q, k, v):
     out, lse = reference.reference_attention(
-      q, k, v, pattern=case.pattern, scores=Scores(0.2), segment_ids=ids
+      q,
+      k,
+      v,
+      pattern=case.pattern,
+      scores=Scores(0.2),
+      segment_ids=ids[0],
+      kv_segment_ids=ids[1],
     )
     return out[:, :, heads], lse[:, :, heads]
 
@@ -167,7 +182,7 @@ def expected(case, q, k, v, ids):
 def test_forward_equals_the_reference(case):
   q, k, v, _, ids = arrays(case)
   how = dict(scale=0.2, blocks=case.forward)
-  out, lse = stream.forward_kernel(frame_of(case), q, k, v, ids, **how)
+  out, lse = stream.forward_kernel(frame_of(case), q, k, v, *ids, **how)
   want, want_lse, _ = expected(case, q, k, v, ids)
   assert error(out, want) < 5e-3
   rows = in_rows(case, jnp.ones_like(want_lse)) == 1
@@ -194,7 +209,7 @@ def test_gradients_equal_the_reference(case):
     own = dataclasses.replace(case, pass_=blocks, own=False)
     per_row = [in_rows(own, x[:, :, 0, : case.T].swapaxes(1, 2)) for x in (rows[0], delta)]
     how = dict(scale=0.2, blocks=case.dkv)
-    own_dk, own_dv = stream.dkv_kernel(frame_of(own), q, k, v, ids, *per_row, dout, **how)
+    own_dk, own_dv = stream.dkv_kernel(frame_of(own), q, k, v, *ids, *per_row, dout, **how)
     dk, dv = dk + own_dk.astype(jnp.float32), dv + own_dv.astype(jnp.float32)
   wants = pull(dout.astype(jnp.float32), dlse)
   for got, want in zip((dq, dk, dv), wants, strict=True):
@@ -215,8 +230,8 @@ def test_huge_values_stay_finite():
   case = Case(natural, patterns.Dense(), T=200)
   q, k, v, dout, _ = arrays(case, value=3e4)
   out, lse = stream.forward_kernel(frame_of(case), q, k, v, scale=0.2)
-  grads = backward(case, q, k, v, None, out, lse, dout)
-  assert error(out, expected(case, q, k, v, None)[0]) < 5e-3
+  grads = backward(case, q, k, v, (None, None), out, lse, dout)
+  assert error(out, expected(case, q, k, v, (None, None))[0]) < 5e-3
   for x in (out, *grads):
     assert np.isfinite(np.asarray(x, np.float32)).all()
 
@@ -251,7 +266,7 @@ def test_kernels_lower_for_an_h100_without_copies(shape, view):
 
   def both(q, k, v, dout, delta):
     _, lse = stream.forward_kernel(frame, q, k, v, **how)
-    arrays = frame, q, k, v, None, lse, delta, dout
+    arrays = frame, q, k, v, None, None, lse, delta, dout
     return stream.dq_kernel(*arrays, **how), stream.dkv_kernel(*arrays, **how)
 
   x = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16)

@@ -38,6 +38,8 @@ CASES = [
   _grouped(patterns.Fixed(16, 4, 2), T=1),
   _small(patterns.Summary(200, 8), name="no_summary"),
   _small(patterns.Dense(), segments=3),
+  _small(patterns.Local(60), segments=3, kv_segments=3),
+  _small(patterns.Dense(causal=False), T=61, S=530, segments=3, kv_segments=3),
   _small(patterns.Dense(causal=False), name="full", T=300, H=1, Hkv=1),
   _small(patterns.BlockLayout(_LAYOUT, 24), name="layout", T=230),
   _small(patterns.BlockLayout(_LAYOUT, 16) | patterns.Local(5), name="layout_or_local"),
@@ -64,9 +66,8 @@ SHARED = [
 
 def check(case, **how):
   q, k, v, ids, dout, dlse = case.arrays()
-  run = functools.partial(
-    sparse_attention, pattern=case.pattern, segment_ids=ids, return_lse=True, **how
-  )
+  ids = dict(segment_ids=ids, kv_segment_ids=case.kv_ids())
+  run = functools.partial(sparse_attention, pattern=case.pattern, **ids, return_lse=True, **how)
   got = jitted_vjp(functools.partial(run, implementation="mosaic_tpu"), q, k, v, dout, dlse)
   truth = functools.partial(run, implementation="reference")
   wide = (x.astype(jnp.float32) for x in (q, k, v, dout))
@@ -79,9 +80,10 @@ def check(case, **how):
 @pytest.mark.smoke(
   "per_head-T150-float32-Hkv2-D16",
   "dense-T150-float32-Hkv1-D16-segments",
+  "dense-T61-float32-Hkv1-D16-S530-segments-kv_segments",
   "shared_lanes-T150-bfloat16-D64-Dv128",
   "columns-T203-bfloat16-D128",
-  daily=4,
+  daily=2,
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_out_lse_and_gradients_match_the_reference(case):
@@ -127,7 +129,7 @@ def test_keys_that_nobody_sees_get_zeros():
   assert np.all(np.asarray(dq[:, :96]) == 0)
 
 
-@pytest.mark.smoke(daily=10)
+@pytest.mark.smoke(daily=6)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", [*EVERY_PATTERN])
 def test_steps_visit_what_holds_pairs_and_mask_what_is_not_full(name, transposed):

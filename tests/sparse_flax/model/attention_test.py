@@ -121,7 +121,7 @@ def test_sizes_that_do_not_fit_are_refused(overrides, message):
 
 @pytest.mark.parametrize("pattern", [patterns.Strided(4), patterns.Fixed(8, 2, 4)], ids=str)
 def test_devices_share_sequences_and_heads_and_gather_nothing(pattern):
-  """Heads are shared out where they keep their numbers in the pattern."""
+  """Heads are sharded where they keep their numbers in the pattern."""
   q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 24, 4, 8))
   attend = functools.partial(sparse_attention, pattern=pattern)
   loss = lambda attend, *x: (attend(*x) ** 2).sum()

@@ -39,7 +39,7 @@ at_once = jax.jit(lambda model, x: model(x))
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 
 
-@pytest.mark.smoke(daily=8)
+@pytest.mark.smoke(daily=5)
 @each_pattern
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("length", [LENGTH, 4], ids=["long", "shorter-than-stride"])
@@ -98,7 +98,7 @@ def decoded_layer(layer, x, *, P=0, sparse=True):
   return jnp.concatenate([*parts, out.swapaxes(0, 1)], axis=1)
 
 
-@pytest.mark.smoke(daily=8)
+@pytest.mark.smoke(daily=5)
 @each_pattern
 @pytest.mark.parametrize("how", [dict(), dict(P=13), dict(P=13, sparse=False)], ids=str)
 def test_a_layer_decodes_what_it_computes_at_once(pattern, how):
@@ -154,7 +154,7 @@ each_cycle = pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES)
 
 
 @pytest.mark.smoke(
-  "{'P': 12}-strided", "{'P': 12}-fixed", "{'P': 12, 'sparse': False}-heads-and-layers", daily=6
+  "{'P': 12}-strided", "{'P': 12}-fixed", "{'P': 12, 'sparse': False}-heads-and-layers", daily=4
 )
 @each_cycle
 @pytest.mark.parametrize("how", [dict(), dict(P=1), dict(P=12), dict(P=12, sparse=False)], ids=str)

@@ -36,7 +36,7 @@ QUICK = {
 }
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize(
   "modality, cycle, dtype, prompt",
   [

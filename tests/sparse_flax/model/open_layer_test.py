@@ -201,6 +201,69 @@ def test_cross_attention_is_its_definition(options):
   np.testing.assert_allclose(call(layer, x, x_kv, blocks), expected, atol=2e-5)
 
 
+def test_cross_attention_takes_lengths_of_both_sequences():
+  layer = make_layer(sparse_flax.SparseCrossAttention, pattern=ACROSS)
+  x, x_kv = inputs(), inputs(S, seed=2)
+  outside = lambda lengths, size: np.arange(size) >= np.asarray(lengths)[:, None]
+  ids, kv_ids = outside([T, 5], T) * -1, outside([3, S], S) * 1
+  allowed = mask_of(ACROSS, T, S)[None] & (ids[:, None, :, None] == kv_ids[:, None, None])
+  call = lambda layer, x, x_kv: layer(x, x_kv, segment_ids=ids, kv_segment_ids=kv_ids)
+  at = dict(positions=np.arange(T), kv_positions=np.arange(S))
+  expected = by_hand(layer, x, x_kv, allowed=allowed, **at)
+  np.testing.assert_allclose(jax.jit(call)(layer, x, x_kv), expected, atol=2e-5)
+  gradient = jax.jit(jax.grad(lambda x_kv: (call(layer, x, x_kv) ** 2).sum()))(x_kv)
+  assert not gradient[0, 3:].any() and gradient[0, :3].any()
+
+
+@pytest.mark.parametrize(
+  "called, message",
+  [
+    (
+      dict(kv_segment_ids=np.zeros((2, S), int)),
+      "kv_segment_ids without segment_ids: must come with them, integers of shape [B, T] = "
+      f"[2, {T}]",
+    ),
+    (
+      dict(segment_ids=np.zeros((2, T), int)),
+      f"segment_ids [2, {T}] for keys [B, S] = [2, {S}]: must come with kv_segment_ids",
+    ),
+    (
+      dict(segment_ids=np.zeros((2, T), int), kv_segment_ids=np.zeros((2, 3), int)),
+      f"kv_segment_ids int64[2, 3]: must be integers of shape [B, S] = [2, {S}]",
+    ),
+    (
+      dict(segment_ids=np.zeros((2, T), int), kv_segment_ids=np.zeros((2, S))),
+      f"kv_segment_ids float64[2, {S}]: must be integers",
+    ),
+    (
+      dict(segment_ids=np.zeros((2, T), int), kv_segment_ids=[[0] * S] * 2),
+      "kv_segment_ids: must be an array, not list",
+    ),
+  ],
+  ids=["alone", "missing", "shape", "dtype", "list"],
+)
+def test_lengths_that_do_not_fit_are_refused(called, message, as_a_user):
+  layer = make_layer(sparse_flax.SparseCrossAttention, pattern=ACROSS)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    layer(inputs(), inputs(S, seed=2), **called)
+
+
+def test_devices_have_the_lengths_of_their_own_rows():
+  layer = make_layer(sparse_flax.SparseCrossAttention, pattern=ACROSS)
+  x, x_kv = inputs(16), inputs(8, seed=2)
+  ids = jnp.zeros((2, 16), int), jnp.asarray(np.arange(8) >= [[5], [8]], int)
+  loss = lambda layer, x, x_kv, ids: (
+    layer(x, x_kv, segment_ids=ids[0], kv_segment_ids=ids[1]) ** 2
+  ).sum()
+  expected = jax.jit(jax.value_and_grad(loss, (1, 2)))(layer, x, x_kv, ids)
+  mesh = sharding.make_mesh(data=2, fsdp=1, tensor=1, sequence=1)
+  with jax.set_mesh(mesh):
+    place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    got = jax.jit(jax.value_and_grad(loss, (1, 2)))(layer, *map(place, (x, x_kv)), ids)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert_close(a, b, tolerance=1e-5, what="loss and gradients")
+
+
 def test_cross_attention_takes_another_width_and_attends_to_everything_by_default():
   layer = sparse_flax.SparseCrossAttention(width=E, num_heads=H, kv_width=5, rngs=nnx.Rngs(0))
   x, x_kv = inputs(), jax.random.normal(jax.random.key(3), (2, S, 5))

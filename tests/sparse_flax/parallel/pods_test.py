@@ -66,7 +66,7 @@ def check(found, alone):
     assert losses == pytest.approx(alone, rel=1e-6), mesh
 
 
-@pytest.mark.one_day_in_six(1)
+@pytest.mark.one_day_in_six(5)
 def test_two_processes_train_as_one_does(root):
   (alone,) = train_on(root, "fixed", ["1,1,1,1"], processes=1, devices=1).values()
   check(train_on(root, "fixed", ["1,2,1,2"], processes=2, devices=2), alone)

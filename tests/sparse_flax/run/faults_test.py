@@ -124,7 +124,7 @@ def test_bad_batches_in_a_row_end_the_run_and_the_same_command_goes_on(root, str
   check(root, "bad", straight)
 
 
-@pytest.mark.one_day_in_six(1)
+@pytest.mark.one_day_in_six(3)
 def test_a_full_disk_ends_clearly_and_harms_nothing(root, straight):
   child = start(root, "full", FILE_LIMIT="9:2000")
   assert child.wait() == [1], child.text()
@@ -134,7 +134,7 @@ def test_a_full_disk_ends_clearly_and_harms_nothing(root, straight):
   check(root, "full", straight)
 
 
-@pytest.mark.one_day_in_six(0)
+@pytest.mark.one_day_in_six(5)
 def test_a_hung_step_is_reported_and_ended(root, straight):
   child = start(root, "hung", "--stall_report=2", "--stall_exit=5", HANG="6")
   assert child.wait() == [1], child.text()

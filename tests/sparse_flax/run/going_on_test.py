@@ -150,7 +150,7 @@ import sys, time
 from experiments import train
 from sparse_flax.run import errors
 
-def loop(config, workdir, *, say, stop, around_loop, watched):
+def loop(config, workdir, *, say, stop, around_loop, watched, profile):
   with around_loop:
     say("ready")
     while not (stop() and workdir == "once"):

@@ -57,7 +57,7 @@ def mutate(config: ml_collections.ConfigDict, chance) -> str:
 
 @pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize(
-  "count", [20, pytest.param(500, marks=pytest.mark.slow)], ids=lambda n: f"{n}-mutations"
+  "count", [12, pytest.param(500, marks=pytest.mark.slow)], ids=lambda n: f"{n}-mutations"
 )
 def test_each_trains_a_step_or_ends_with_a_message(count, tmp_path, capsys, as_a_user):
   text = tiny.text_file(tmp_path / "text")

@@ -1,5 +1,6 @@
 """A workdir in an object store, here in memory: what goes through etils.epath."""
 
+import contextlib
 import json
 import sys
 
@@ -14,6 +15,7 @@ from sparse_flax import export
 from sparse_flax.model import transformer
 from sparse_flax.run import workdir
 from sparse_flax.train import metrics
+from sparse_flax.train import profile
 from sparse_flax.view import grids
 from tests.helpers import tiny
 
@@ -65,3 +67,15 @@ def test_config_data_metrics_pictures_and_exports(bucket, tmp_path):
   tokens = jnp.zeros((1, 32), jnp.uint8)
   _, graph, loaded = export.load(bucket / "out")
   np.testing.assert_array_equal(nnx.merge(graph, loaded)(tokens), module(tokens))
+
+
+def test_profiles(bucket):
+  said = []
+  arguments = dict(first=0, pause=contextlib.nullcontext, say=said.append)
+  with profile.Profiler(bucket, range(1, 2), **arguments) as profiler:
+    for step in (1, 2):
+      with profiler.step(step, settle=lambda: None):
+        jnp.ones(3).block_until_ready()
+  (folder,) = (bucket / "profile" / "plugins" / "profile").iterdir()
+  assert any(path.name.endswith(".xplane.pb") and path.read_bytes() for path in folder.iterdir())
+  assert len(said) == 1 and "xprof --port=8791 gs://bucket/run/profile" in said[0]

@@ -1,11 +1,20 @@
-"""Operation counts against those derived from the paper's Table 2."""
+"""Operation counts against those derived from the paper's Table 2, programs, and the log."""
 
+import json
+import math
+
+import jax
+import numpy as np
 import pytest
+from jax.extend import core
 
 from configs import cifar10
 from configs import enwik8
 from configs import imagenet64
+from sparse_flax import model as model_lib
+from sparse_flax import train
 from sparse_flax.train import flops
+from tests.helpers import tiny
 
 TERA = {
   "cifar10-strided": (cifar10, 0.384),
@@ -43,3 +52,56 @@ def test_training_is_three_forward_passes_per_sequence():
 )
 def test_peak_of_known_devices_only(kind, peak):
   assert flops.peak_flops(kind) == peak
+
+
+def products(jaxpr) -> int:
+  """Operations of all matrix products of a program, those of a scan as often as it runs."""
+  total = 0
+  for equation in jaxpr.eqns:
+    times = equation.params["length"] if equation.primitive.name == "scan" else 1
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lengths)
+    for inner in core.jaxprs_in_params(equation.params):
+      total += times * products(inner)
+  return total
+
+
+@pytest.mark.promotes
+def test_a_step_has_the_products_that_are_counted(tmp_path):
+  """Nothing computed again; `reference` takes all pairs, of which a pattern counts its own."""
+  model = dict(num_layers=3, ff_mult=2.0, qk_ratio=0.5, remat="none", implementation="reference")
+  config = tiny.config(tmp_path / "text", model=model, train=dict(accumulation=2))
+  model = config.model
+  init, step = train.make_step(config)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((4, 32), np.uint8)
+  jaxpr = jax.make_jaxpr(step)(shapes, tokens, jax.random.key(1)).jaxpr
+  (pattern,) = model_lib.patterns_of(**dict(model.items()))
+  hidden = 32 * 32 - pattern.mask(32).mean(axis=0).sum()  # pairs of a head
+  uncounted = 3 * 4 * 2 * model.num_layers * hidden * (8 + 16)
+  assert hidden > 500
+  assert products(jaxpr) == flops.train_flops(model, batch_size=4) + uncounted
+
+
+@pytest.mark.promotes
+def test_the_log_shows_the_share_of_the_peak_that_these_operations_are(tmp_path, monkeypatch):
+  peak = 1e9
+  monkeypatch.setattr(flops, "peak_flops", lambda kind: peak)
+  path = tiny.text_file(tmp_path / "text")
+  config = tiny.config(path, train=dict(steps=4, log_every=2, accumulation=2), mesh=dict(data=2))
+  said = []
+  train.train(config, str(tmp_path / "run"), say=said.append)
+  n, d, q, f, num_layers, batch_size = 32, 16, 16, 64, 1, 4
+  (pattern,) = model_lib.patterns_of(**dict(config.model.items()))
+  keys = pattern.mask(n).sum() / pattern.period / n  # per query
+  forward = 2 * n * (num_layers * (2 * d * q + 2 * d * d + 2 * d * f) + 256 * d)
+  forward += 2 * num_layers * n * keys * (q + d)
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  records = [record for record in map(json.loads, lines) if "mfu" in record]
+  assert [record["step"] for record in records] == [2, 4]
+  for record in records:
+    share = 3 * batch_size * forward / record["step_seconds"] / (2 * peak)  # two devices
+    assert record["mfu"] == pytest.approx(share, rel=1e-12)
+    assert any(f"  {100 * share:.0f}% MFU" in line for line in said)

@@ -1,0 +1,1 @@
+"""Programs that measure one training step each, in processes of their own: ours and its peers'."""

@@ -1,0 +1,101 @@
+"""An XProf trace of some steps of a run: what the devices did, kernel by kernel, and the host."""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from sparse_flax.run import files
+
+
+def check(profile: range, steps: int) -> None:
+  """Raises ValueError unless `profile` is empty or lies within the steps 1 to `steps` of a run."""
+  if profile and not 1 <= profile.start < profile.stop <= steps + 1:
+    raise ValueError(
+      f"profile={profile.start}:{profile.stop}: must be START:STOP with 1 <= START < STOP <= "
+      f"{steps + 1}, as the run has {steps} steps and STOP is not traced"
+    )
+
+
+class Profiler:
+  """Traces steps into `profile/` of a run's folder; every process writes a trace of its own.
+
+  With several processes each has a folder `process_N` there: JAX names a trace after the host and
+  the second, which processes of one host share.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    steps: range,
+    *,
+    first: int,
+    pause: Callable[[], contextlib.AbstractContextManager],
+    say: Callable[[str], None],
+  ):
+    """Args:
+    workdir: the run's folder.
+    steps: which to trace, counted from 1; none where it is empty.
+    first: how many steps were done before.
+    pause: what happens inside of its result takes no time of the log's.
+    say: takes the lines that a person shall read.
+    """
+    self._folder = epath.Path(workdir) / "profile"
+    if jax.process_count() > 1:
+      self._folder /= f"process_{jax.process_index()}"
+    self._steps, self._pause, self._say = steps, pause, say
+    self._temporary: tempfile.TemporaryDirectory | None = None
+    self._running = False
+    if steps and first >= steps[-1]:
+      say(f"no profile: step {steps[-1]:,} was done before, the run goes on after {first:,}")
+
+  @contextlib.contextmanager
+  def step(self, step: int, *, settle: Callable[[], None]) -> Iterator[None]:
+    """Around the start of a step; `settle` waits until all that were started have ended."""
+    if step in self._steps and not self._running:
+      settle()
+      with self._pause():
+        self._start()
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      yield
+    if self._running and step + 1 not in self._steps:
+      settle()
+      with self._pause():
+        self._stop()
+
+  def __enter__(self) -> "Profiler":
+    return self
+
+  def __exit__(self, *error) -> None:
+    """A run that ends among these steps has a trace of those that it took."""
+    if self._running:
+      self._stop()
+
+  def _start(self) -> None:
+    local = os.fspath(self._folder)
+    if files.is_remote(self._folder):  # JAX writes to folders only
+      self._temporary = tempfile.TemporaryDirectory()
+      local = self._temporary.name
+    jax.profiler.start_trace(local)
+    self._running = True
+
+  def _stop(self) -> None:
+    self._running = False
+    jax.profiler.stop_trace()
+    if self._temporary:
+      root = pathlib.Path(self._temporary.name)
+      for path in filter(pathlib.Path.is_file, root.rglob("*")):
+        copy = self._folder / path.relative_to(root).as_posix()
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+      self._temporary.cleanup()
+    where = os.fspath(self._folder)
+    self._say(
+      f"PROFILE in {where}; to open it: pip install xprof; xprof --port=8791 {where}; then "
+      "http://localhost:8791"
+    )
