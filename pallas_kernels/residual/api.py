@@ -76,7 +76,7 @@ def enter(
 
 
 def leave(
-  o: Float[Array, "*B V"],
+  o: Float[Array, "*B H D"],
   x: Rows,
   weights: fold.LeaveWeights,
   bits: Bits | None,
@@ -85,7 +85,7 @@ def leave(
   """y = h + drop(down(f(up(norm h)))) with h = x + drop(out(o)), and the row sums of y.
 
   Args:
-    o: attention's result, all heads of a token beside each other.
+    o: attention's result, in heads: what attention itself keeps is then kept once.
     x: of `enter`.
     weights: folded.
     bits: what dropout keeps at the ends of the two branches; None: everything.
@@ -118,11 +118,11 @@ _enter.defvjp(_enter_forward, _enter_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _leave(o, x, weights, bits, options):
-  return _backend(options).leave(o, x, weights, bits, options)[:2]
+  return _backend(options).leave(_beside(o), x, weights, bits, options)[:2]
 
 
 def _leave_forward(o, x, weights, bits, options):
-  y, stats, kept = _backend(options).leave(o, x, weights, bits, options)
+  y, stats, kept = _backend(options).leave(_beside(o), x, weights, bits, options)
   names = ("h", "stats", "u", "g")[: len(kept)]
   kept = tuple(checkpoint_name(x, f"residual_{name}") for x, name in zip(kept, names, strict=True))
   return (y, stats), (o, kept, _without_masters(weights), bits)
@@ -130,11 +130,17 @@ def _leave_forward(o, x, weights, bits, options):
 
 def _leave_backward(options, kept, cotangents):
   (o, inner, weights, bits), (dy, _) = kept, cotangents
-  do, dx, dweights = _backend(options).leave_back(o, inner, weights, bits, dy, options)
-  return do, dx, fold.LeaveWeights(*_gradients(dweights)), None
+  back = _backend(options).leave_back
+  do, dx, dweights = back(_beside(o), inner, weights, bits, dy, options)
+  return do.reshape(o.shape), dx, fold.LeaveWeights(*_gradients(dweights)), None
 
 
 _leave.defvjp(_leave_forward, _leave_backward)
+
+
+def _beside(o: Float[Array, "*B H D"]) -> Float[Array, "*B V"]:
+  """All heads of a token beside each other; kept with heads, as attention keeps it."""
+  return o.reshape(*o.shape[:-2], -1)
 
 
 def _backend(options: Options) -> Any:

@@ -80,9 +80,9 @@ def leave(
   """As `xla.leave`; what is kept is h, its sums, u and f(u)."""
   of_a, of_m = (None, None) if bits is None else map(_words, bits)
   rate, out, down = _rate(bits, options), weights.out, weights.down
-  h, stats = kernels.leave(_flat(o), out.kernel, out.bias, _flat(x), of_a, rate)
+  h, stats = kernels.drop_add(_flat(o), out.kernel, out.bias, _flat(x), of_a, rate)
   u, g = kernels.widen(h, weights.up.kernel, _norm(stats, weights, x, options))
-  y, after = kernels.leave(g, down.kernel, down.bias, h, of_m, rate)
+  y, after = kernels.drop_add(g, down.kernel, down.bias, h, of_m, rate)
   return _like(y, x), after.sum(axis=0, keepdims=True), (_like(h, x), stats, u, g)
 
 

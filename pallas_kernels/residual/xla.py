@@ -23,8 +23,10 @@ Bits = options_lib.Bits
 Rows = Float[Array, "*B E"]
 Stats = Float[Array, "*B n 2"]
 
-# How the gradient of a bias is summed over all rows: "sum", or "product" with rows of ones.
+# To be measured: how the gradient of a bias is summed over all rows, "sum" or "product" with rows
+# of ones; and in which dtype what q, k and v send back is added, "float32" or that of the "stream".
 COLUMN_SUMS = "sum"
+SUM_OF_THREE = "float32"
 
 
 def row_sums(x: Rows) -> Stats:

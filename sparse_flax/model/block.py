@@ -229,7 +229,6 @@ class Block(nnx.Module):
     q, k, v, x = residual.enter(x, stats, weights.enter, options)
     q, k, v = self.attention.split(q, k, v)
     o = self.attention.attended(q, k, v)
-    o = o.reshape(*o.shape[:-2], -1)
     x, after = residual.leave(o, x, weights.leave, bits, options)
     return x, (k, v), after
 

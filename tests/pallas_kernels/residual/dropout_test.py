@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels import patterns
 from pallas_kernels.residual import dropout
 from sparse_flax.model import block
 from sparse_flax.parallel import sharding
@@ -106,6 +107,24 @@ def test_explicit_axes_give_the_same_bits():
       got = jax.jit(run)(jax.device_put(x, spec))
       assert jax.typeof(got).sharding.spec == jax.P(*spec, *(None,) * (3 - len(spec)))
       np.testing.assert_array_equal(got, expected)
+
+
+def test_a_block_drops_the_same_under_explicit_axes():
+  init = nnx.initializers.lecun_normal()
+  layer = block.Block(
+    width=16, num_heads=2, pattern=patterns.Strided(4), qk_ratio=1.0, ff_mult=2, dropout=0.3,
+    dtype=jnp.float32, param_dtype=jnp.float32, implementation="xla", kernel_init=init,
+    out_init=init, rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  x = jax.random.normal(jax.random.key(0), (4, 16, 16))
+  loss = lambda layer, x: (layer(x, dropout_key=jax.random.key(1)) ** 2).sum()
+  expected = jax.jit(jax.value_and_grad(loss, 1))(layer, x)
+  mesh = jax.make_mesh((2, 2), ("x", "y"))
+  with jax.set_mesh(mesh):
+    got = jax.jit(jax.value_and_grad(loss, 1))(layer, jax.device_put(x, jax.P("x")))
+  assert jax.typeof(got[1]).sharding.spec == jax.P("x", None, None)
+  np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+  np.testing.assert_allclose(got[1], expected[1], atol=1e-4)
 
 
 def test_pmap_gives_every_device_the_bits_of_its_own_array():

@@ -83,7 +83,7 @@ def got_of(given: dict, rate: float, activation: str, dtype=None, implementation
   entering, leaving = folded(given, x.dtype)
   options = residual.Options(EPSILON, activation, rate, implementation)
   q, k, v, through = residual.enter(x, residual.row_sums(x, options), entering, options)
-  y, _ = residual.leave(o + v, through, leaving, bits_of(rate), options)
+  y, _ = residual.leave((o + v).reshape(R, 4, V // 4), through, leaving, bits_of(rate), options)
   return q, k, v, y
 
 
@@ -147,7 +147,7 @@ def test_row_sums_go_on_with_the_rows_and_have_no_gradient(dtype):
   given = arrays(dtype)
   leaving = folded(given, jnp.dtype(dtype))[1]
   run = lambda x: residual.leave(
-    given["o"], x, leaving, bits_of(0.4), residual.Options(EPSILON, "relu", 0.4)
+    given["o"][:, None], x, leaving, bits_of(0.4), residual.Options(EPSILON, "relu", 0.4)
   )
   y, stats = run(given["x"])
   exact = np.asarray(y, np.float64)
