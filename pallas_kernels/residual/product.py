@@ -109,7 +109,9 @@ class Block:
         for part, K in enumerate(plan.depths):
           a, offset = refs[f"a{part}"], before
 
-          @gpu.loop(0, K // depth)
+          # A bound that the compiler does not know: unrolled, this loop has no registers for its
+          # addresses.
+          @gpu.loop(0, lax.optimization_barrier(jnp.int32(K // depth)))
           def _(c: Traced, a: Ref = a, offset: int = offset, lane: int | None = lane) -> None:
             n = self.step(i, offset + c, lane)
             self.ring.wait_until_free(n)
