@@ -9,8 +9,11 @@ from jax.extend import random as hashes
 from jax.sharding import AxisType
 from jaxtyping import Array
 from jaxtyping import Bool
+from jaxtyping import Float
 from jaxtyping import Key
 from jaxtyping import UInt32
+
+from pallas_kernels.residual import fold
 
 # Of the masks that a key gives; checkpoints have it. 1: `jax.random.bernoulli`, 2: `keep_bits`.
 VERSION = 2
@@ -31,7 +34,10 @@ def digits_of(rate: float) -> tuple[int, ...]:
     if abs(dropped / 2**count - rate) <= TOLERANCE * min(rate, 1.0 - rate):
       break
   kept = 2**count - dropped
-  return tuple(kept >> n & 1 for n in reversed(range(count)))
+  digits = [kept >> n & 1 for n in reversed(range(count))]
+  while not digits[-1]:
+    digits.pop()
+  return tuple(digits)
 
 
 def keep_probability(rate: float) -> float:
@@ -62,7 +68,7 @@ def keep_bits(
   Bit c % 32 of word c // 32 is that of column c; W is E / 32, rounded up. Let p = 0.d1 d2 ... dm in
   binary. From the last digit to the first, `word | bits` for a 1 and `word & bits` for a 0 turns
   bits that are 1 with probability 0.d(n+1) ... dm into some with 0.dn ... dm: m random words make
-  32 elements. They are hashes of (n, number of the word in the whole array), so that a device
+  32 elements. They are hashes of n and the number of the word in the whole array, so that a device
   makes its own share, and any mesh has the same bits.
 
   Args:
@@ -84,11 +90,22 @@ def keep_bits(
     number = jax.lax.with_sharding_constraint(number, sharding)
   digits, words = digits_of(rate), []
   for n in range((len(digits) + 1) // 2):  # each hash has two words
-    words += hashes.threefry2x32_p.bind(seed[0], seed[1], jnp.full_like(number, n), number)
-  bits = jnp.zeros_like(number)
-  for digit, word in reversed([*zip(digits, words, strict=False)]):
-    bits = word | bits if digit else word & bits
+    # Not n alone, which would be an array that is made before a loop over layers, and read in it.
+    words += hashes.threefry2x32_p.bind(*seed, number ^ (seed[1] + jnp.uint32(n)), number)
+  bits = words[len(digits) - 1]  # the last digit is a 1
+  for n in reversed(range(len(digits) - 1)):
+    bits = words[n] | bits if digits[n] else words[n] & bits
   return bits
+
+
+def masked(
+  x: Float[Array, "*B E"], bits: UInt32[Array, "*B W"], rate: float
+) -> Float[Array, "*B E"]:
+  """x where a bit is 1, scaled up, and zeros elsewhere."""
+  # A product: an array of zeros to choose from would be made, and kept, for a whole loop.
+  wide = fold.wide(x)  # in which the factor is no more rounded than the rate
+  factors = unpack(bits, x.shape[-1]).astype(wide.dtype) * (1.0 / keep_probability(rate))
+  return (wide * factors).astype(x.dtype)
 
 
 def unpack(bits: UInt32[Array, "*B W"], width: int) -> Bool[Array, "*B E"]:

@@ -147,12 +147,8 @@ def _norm_back(
 def dropped(
   x: Float[Array, "*B E"], bits: UInt32[Array, "*B W"] | None, options: Options
 ) -> Float[Array, "*B E"]:
-  """x where a bit is 1, scaled up, else zeros; its own gradient too."""
-  if bits is None:
-    return x
-  kept = dropout.unpack(bits, x.shape[-1])
-  scaled = fold.wide(x) * (1.0 / dropout.keep_probability(options.rate))
-  return jnp.where(kept, scaled, 0.0).astype(x.dtype)
+  """What dropout leaves of x; its own gradient too."""
+  return x if bits is None else dropout.masked(x, bits, options.rate)
 
 
 def _product(x: Float[Array, "*B E"], layer: fold.Linear) -> Float[Array, "*B N"]:

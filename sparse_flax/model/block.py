@@ -258,8 +258,5 @@ def bits_like(
 def masked(
   x: Float[Array, "*B E"], bits: UInt32[Array, "*B W"] | None, rate: int | float
 ) -> Float[Array, "*B E"]:
-  """x where a bit is 1, scaled up, and zeros elsewhere; without bits x itself."""
-  if bits is None:
-    return x
-  kept = dropout.unpack(bits, x.shape[-1])
-  return jnp.where(kept, x / dropout.keep_probability(rate), 0.0).astype(x.dtype)
+  """What dropout leaves of x; without bits x itself."""
+  return x if bits is None else dropout.masked(x, bits, rate)

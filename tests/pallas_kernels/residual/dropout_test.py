@@ -51,7 +51,7 @@ def test_bits_are_the_binary_fold_of_hashes_of_digit_and_place():
     np.asarray(word)
     for n in range(5)
     for word in dropout.hashes.threefry2x32_p.bind(
-      *SEED, jnp.full(18, n, jnp.uint32), jnp.asarray(number)
+      *SEED, jnp.asarray(number ^ np.uint32(SEED[1] + n)), jnp.asarray(number)
     )
   ]
   for n in reversed(range(9)):
@@ -75,6 +75,17 @@ def test_the_share_that_is_kept(rate, width):
   assert all(within(share, len(kept)) for share in kept.mean(axis=0))
   both = (kept[:, 1:] & kept[:, :-1]).mean()  # neighbours are independent
   assert abs(both - p * p) < 5 * math.sqrt(p * p * (1 - p * p) / kept[:, 1:].size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_kept_makes_up_for_what_is_not(dtype):
+  """Exactly, but for one rounding of the result: the factor itself is not rounded."""
+  x = jnp.full((2_000, 512), 0.6, dtype)
+  y = block.drop(x, 0.4, key=jax.random.key(0)).astype(jnp.float32)
+  p, value = dropout.keep_probability(0.4), float(x[0, 0])
+  np.testing.assert_allclose(y[y != 0], value / p, rtol=2.0**-8 if dtype == "bfloat16" else 1e-3)
+  scaled = np.float64(jnp.asarray(value / p, dtype)) * p
+  assert abs(y.mean() - scaled) < 5 * scaled * math.sqrt((1 - p) / p / y.size)
 
 
 def test_other_seeds_give_other_bits():

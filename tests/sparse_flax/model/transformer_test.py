@@ -226,7 +226,9 @@ def test_remat_changes_memory_and_nothing_else(implementation):
   levels = ("full", "attention", "block", "hidden", "none")
   results = {name: kept_loss_and_gradient(name, implementation) for name in (*levels, "dots")}
   sizes = [results[name][0] for name in levels]
-  assert sorted(set(sizes)) == sizes and sizes[1] < results["dots"][0] < sizes[-1]
+  assert sorted(set(sizes[:4])) == sizes[:4] and sizes[1] < results["dots"][0] < sizes[-1]
+  # Between the halves stands nothing but attention, of which `xla` keeps no more than its result.
+  assert sizes[3] == sizes[4] if implementation == "xla" else sizes[3] < sizes[4]
   for name in results:
     np.testing.assert_allclose(results[name][1], results["none"][1], rtol=1e-6)
     jax.tree.map(
