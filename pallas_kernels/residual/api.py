@@ -8,8 +8,10 @@ Row sums go from one block to the next and have no gradient: each half knows its
 of its rows. What the backward pass reads has names, KEPT says which are kept by a policy.
 """
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,7 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 
-from pallas_kernels import api
 from pallas_kernels.residual import fold
 from pallas_kernels.residual import options as options_lib
 from pallas_kernels.residual import xla
@@ -28,6 +29,7 @@ Bits = options_lib.Bits
 Rows = Float[Array, "*B E"]
 Stats = Float[Array, "..."]
 
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 # Names of what the forward pass keeps, by the value of `remat`; beside it the input of each block.
 _ATTENTION = ("attention_out", "attention_lse")
 _BLOCK = (*_ATTENTION, *(f"residual_{name}" for name in ("q", "k", "v", "h", "stats")))
@@ -39,28 +41,41 @@ KEPT = {
 }
 
 
+# A context of JAX, so that programs traced with another choice are not found again.
+_asked_for = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def override(implementation: str | None) -> Iterator[None]:
+  """Within it, in this thread, blocks that `implementation` can compute are computed by it.
+
+  None, as outside of it: by the modules of their layers. The kernels, "mosaic_gpu", have run in
+  training steps, not yet in every command.
+  """
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(f"{implementation=}: must be None or one of {IMPLEMENTATIONS}")
+  with _asked_for(implementation):
+    yield
+
+
 def choose(
-  implementation: str | None,
-  dtype: jax.typing.DTypeLike,
-  E: int,
-  F: int,
-  widths: tuple[int, ...],
-  activation: str,
-) -> str:
-  """The implementation of the two halves, "mosaic_gpu" or "xla".
+  dtype: jax.typing.DTypeLike, E: int, F: int, widths: tuple[int, ...], activation: str
+) -> str | None:
+  """The implementation of the two halves that serves; None: the modules of the layers.
 
   Args:
-    implementation: of attention: its kernels' device has these kernels too.
     dtype: of the stream.
     E, F: widths of the stream and between the two products.
     widths: of q, k and v.
     activation: a name of `activations.ACTIVATIONS`.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if api.choose(implementation) != "mosaic_gpu" or mesh.size > 1 or mesh.manual_axes:
-    return "xla"
+  if _asked_for.value != "mosaic_gpu":
+    return _asked_for.value
+  if mesh.size > 1 or mesh.manual_axes:
+    return None
   reason = _kernels().unsupported(jnp.dtype(dtype), E, F, widths, activation)
-  return "mosaic_gpu" if reason is None else "xla"
+  return "mosaic_gpu" if reason is None else None
 
 
 def row_sums(x: Rows, options: Options) -> Stats:
@@ -148,7 +163,7 @@ def _backend(options: Options) -> Any:
 
 
 def _kernels() -> Any:
-  """Imported where a GPU needs it: `api.load_backend` has loaded what takes time."""
+  """Imported where it is asked for: most who import this package have no such GPU."""
   return importlib.import_module("pallas_kernels.residual.mosaic_gpu")
 
 

@@ -4,6 +4,9 @@ What is left to XLA: gradients of weights, dropout of the gradient that comes ba
 rows of what no kernel has made.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import BFloat16
@@ -23,6 +26,9 @@ Stats = Float32[Array, "1 2 Rp"]
 
 WIDTHS = (256, 512)
 UNIT = 128  # columns; of these all widths are multiples
+# Blocks of one shape share their kernels: as a function of its own each is lowered, and compiled,
+# once for all layers of a program.
+_once = functools.partial(jax.jit, static_argnames=("options",))
 
 
 def unsupported(dtype: jnp.dtype, E: int, F: int, widths: tuple[int, ...], activation: str):
@@ -42,6 +48,7 @@ def row_sums(x: Rows) -> Stats:
   return kernels.stats_of(_flat(x))
 
 
+@_once
 def enter(
   x: Rows, stats: Stats, weights: fold.EnterWeights, options: Options
 ) -> tuple[BFloat16[Array, "*B _"], ...]:
@@ -52,6 +59,7 @@ def enter(
   return tuple(_like(y, x) for y in results)
 
 
+@_once
 def enter_back(
   x: Rows,
   stats: Stats,
@@ -70,6 +78,7 @@ def enter_back(
   return _like(dx, x), dweights
 
 
+@_once
 def leave(
   o: BFloat16[Array, "*B V"],
   x: Rows,
@@ -86,6 +95,7 @@ def leave(
   return _like(y, x), after.sum(axis=0, keepdims=True), (_like(h, x), stats, u, g)
 
 
+@_once
 def leave_back(
   o: BFloat16[Array, "*B V"],
   kept: tuple[Array, ...],

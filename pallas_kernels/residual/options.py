@@ -14,10 +14,10 @@ class Options:
   epsilon: of both norms.
   activation: a name of `activations.ACTIVATIONS`.
   rate: of dropout where there are bits.
-  implementation: "xla", or "mosaic_gpu" where its `unsupported` says None.
+  implementation: "xla" or "mosaic_gpu"; None: neither, the modules of the layers serve.
   """
 
   epsilon: float
   activation: str
   rate: float = 0.0
-  implementation: str = "xla"
+  implementation: str | None = "xla"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -238,4 +239,7 @@ class SparseSelfAttention(heads.Heads):
   def _heads(self, x: Float[Array, "*B E"], positions=None) -> tuple[Float[Array, "*B H D"], ...]:
     positions = self.checked_positions(positions, x)
     q, k, v = heads.apart(x, 3)
-    return self.queries(q, positions), self.keys(k, positions), self.values(v)
+    q, k, v = self.queries(q, positions), self.keys(k, positions), self.values(v)
+    return tuple(
+      checkpoint_name(x, f"residual_{name}") for x, name in zip((q, k, v), "qkv", strict=True)
+    )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jaxtyping import Array
 from jaxtyping import Float
@@ -66,7 +67,7 @@ class FeedForward(nnx.Module):
     self.down = linear(hidden, width, out_init)
 
   def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    return self.down(activation(self.up(x)))
+    return self.down(activation(checkpoint_name(self.up(x), "residual_u")))
 
 
 class Block(nnx.Module):
@@ -128,6 +129,7 @@ class Block(nnx.Module):
       return self.run(x, residual.row_sums(x, self.options), weights, bits)[0]
     of_attention, of_feed_forward = (None, None) if bits is None else bits
     x = x + masked(self.attention(self._normed(x)), of_attention, self.dropout)
+    x = checkpoint_name(x, "residual_h")
     return x + masked(self._feed(x), of_feed_forward, self.dropout)
 
   def keep_bits(self, x: Float[Array, "B T E"], seeds: UInt32[Array, "2 2"] | None) -> Bits | None:
@@ -139,15 +141,17 @@ class Block(nnx.Module):
   def weights(self) -> Weights | None:
     """Folded and in the dtype of the stream, once for all rows and all that is computed again.
 
-    None where `run` does not serve: norms or turns stand between the projections and attention,
-    there are no biases or no dtype, or the axes of a mesh are explicit, whose products of gradients
-    would need a sharding each.
+    None where `run` does not serve: nobody asked for it (`residual.override`), norms or turns stand
+    between the projections and attention, there are no biases or no dtype, or the axes of a mesh
+    are explicit, whose products of gradients would need a sharding each.
     """
     a, f = self.attention, self.feed_forward
     linears = (a.query, a.key, a.value, a.out, f.up, f.down)
     plain = a.rope is None and a.query_norm is None and a.key.dtype is not None
     explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
     if not plain or explicit or any(layer.bias is None for layer in linears):
+      return None
+    if self.options.implementation is None:
       return None
     after = lambda norm, layer: residual.after_norm(
       layer.kernel[...],
@@ -159,7 +163,7 @@ class Block(nnx.Module):
     alone = lambda layer: residual.linear(layer.kernel[...], layer.bias[...], a.key.dtype)
     entering = [after(self.attention_norm, layer) for layer in (a.query, a.key, a.value)]
     leaving = (alone(a.out), after(self.feed_forward_norm, f.up), alone(f.down))
-    beside = residual.joint(*entering) if self.options.implementation != "xla" else None
+    beside = residual.joint(*entering) if self.options.implementation == "mosaic_gpu" else None
     return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving))
 
   @property
@@ -168,7 +172,7 @@ class Block(nnx.Module):
     a = self.attention
     widths = tuple(layer.kernel.shape[-1] for layer in (a.query, a.key, a.value))
     E, F = self.feed_forward.up.kernel.shape[-2:]
-    name = residual.choose(a.implementation, a.key.dtype, E, F, widths, "quick_gelu")
+    name = residual.choose(a.key.dtype, E, F, widths, "quick_gelu")
     return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name)
 
   def run(

@@ -201,11 +201,12 @@ class SparseTransformer(nnx.Module):
       seeds = block.seeds_of(jax.random.split(layers_key, (self.num_groups, cycle)))
     # Folded and cast here, once: within the scan, and computed again, it would be for every layer.
     arrays = [layer.weights() for layer in self.groups]
-    stats = residual.row_sums(x, self.groups[0].options)
-    blocks = [layer.run for layer in self.groups]  # with the weights that they are given
     if any(weights is None for weights in arrays):
       arrays, stats = self.groups, None
       blocks = [lambda x, stats, layer, bits: (layer(x, bits=bits), stats)] * cycle
+    else:
+      stats = residual.row_sums(x, self.groups[0].options)
+      blocks = [layer.run for layer in self.groups]  # with the weights that they are given
     again = functools.partial(_rematerialised, remat=self.remat, one_by_one=cycle > 1)
     blocks = [again(run_block) for run_block in blocks]
 

@@ -7,12 +7,19 @@ import pytest
 from flax import nnx
 
 import sparse_flax
+from pallas_kernels import residual
 from sparse_flax.model import block
 from tests.helpers.models import nnx_mode  # noqa: F401
 from tests.helpers.models import random_tokens
 from tests.helpers.models import small_model
 
 KEY = jax.random.key(3)
+
+
+@pytest.fixture(autouse=True)
+def folded():
+  with residual.override("xla"):
+    yield
 
 
 def loss_and_gradients(**overrides):
