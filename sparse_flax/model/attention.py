@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
@@ -176,14 +177,20 @@ class SparseSelfAttention(heads.Heads):
     Raises:
       ValueError: the pattern lets a query attend to later keys, or P > length.
     """
-    self._check_decodes()
-    if x.shape[1] > length:
-      raise ValueError(f"{length=}: must be at least {x.shape[1]}, the steps that are read")
     q, k, v = self._heads(x, positions)
     masks = dict(segment_ids=segment_ids, block_mask=block_mask, block_size=block_size)
-    of_cache = dict(num_heads=self.num_heads, length=length, sparse=sparse)
-    cache = cache_lib.fill(self.pattern, k, v, **of_cache)
+    cache = self.filled(k, v, length, sparse=sparse)
     return self.attend(q, k, v, **masks, score_fn=score_fn), cache
+
+  def filled(
+    self, k: Float[Array, "B P H Dk"], v: Float[Array, "B P H Dv"], length: int, *, sparse: bool
+  ) -> cache_lib.Cache:
+    """The cache that steps with these keys and values leave; see `prefill`."""
+    self._check_decodes()
+    if k.shape[1] > length:
+      raise ValueError(f"{length=}: must be at least {k.shape[1]}, the steps that are read")
+    of_cache = dict(num_heads=self.num_heads, length=length, sparse=sparse)
+    return cache_lib.fill(self.pattern, k, v, **of_cache)
 
   def decode_step(
     self,
@@ -232,4 +239,7 @@ class SparseSelfAttention(heads.Heads):
   def _heads(self, x: Float[Array, "*B E"], positions=None) -> tuple[Float[Array, "*B H D"], ...]:
     positions = self.checked_positions(positions, x)
     q, k, v = heads.apart(x, 3)
-    return self.queries(q, positions), self.keys(k, positions), self.values(v)
+    q, k, v = self.queries(q, positions), self.keys(k, positions), self.values(v)
+    return tuple(
+      checkpoint_name(x, f"residual_{name}") for x, name in zip((q, k, v), "qkv", strict=True)
+    )

@@ -1,26 +1,49 @@
 """The residual block: attention, then feed-forward, each after its own norm."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Integer
 from jaxtyping import Key
+from jaxtyping import UInt32
 
 from pallas_kernels import patterns
+from pallas_kernels import residual
+from pallas_kernels.residual import activations
+from pallas_kernels.residual import dropout
 from sparse_flax.model import attention
 from sparse_flax.model import cache as cache_lib
+from sparse_flax.parallel import sharding
 
 # Kernels that compute a block themselves are handed these.
 NORM_EPSILON = 1e-5
-GELU_SLOPE = 1.702  # with which u sigmoid(slope u) is close to the GELU
+GELU_SLOPE = activations.GELU_SLOPE
+
+Bits = residual.Bits
 
 
 def activation(u: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
   """f(u) = u sigmoid(1.702 u)."""
   return u * jax.nn.sigmoid(GELU_SLOPE * u)
+
+
+class Weights(NamedTuple):
+  """Of a block as `enter` and `leave` take them, or with an axis in front of many blocks."""
+
+  enter: residual.EnterWeights
+  leave: residual.LeaveWeights
+
+
+def seeds_of(key: Key[Array, "*B"]) -> UInt32[Array, "*B 2 2"]:
+  """For the two branches of blocks with these keys."""
+  return dropout.seed_of(jnp.vectorize(jax.random.split, signature="()->(n)")(key))
 
 
 class FeedForward(nnx.Module):
@@ -44,7 +67,7 @@ class FeedForward(nnx.Module):
     self.down = linear(hidden, width, out_init)
 
   def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    return self.down(activation(self.up(x)))
+    return self.down(activation(checkpoint_name(self.up(x), "residual_u")))
 
 
 class Block(nnx.Module):
@@ -88,11 +111,90 @@ class Block(nnx.Module):
     self.feed_forward = FeedForward(width=width, hidden=round(ff_mult * width), **linear)
 
   def __call__(
-    self, x: Float[Array, "B T E"], *, dropout_key: Key[Array, ""] | None = None
+    self,
+    x: Float[Array, "B T E"],
+    *,
+    dropout_key: Key[Array, ""] | None = None,
+    bits: Bits | None = None,
   ) -> Float[Array, "B T E"]:
-    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    x = x + drop(self.attention(self._normed(x)), self.dropout, key=keys[0])
-    return x + drop(self._feed(x), self.dropout, key=keys[1])
+    """Args:
+    x: the residual stream.
+    dropout_key: None turns dropout off.
+    bits: of `keep_bits` in place of a key, for who computes the block twice.
+    """
+    if dropout_key is not None:
+      bits = self.keep_bits(x, seeds_of(dropout_key))
+    weights = self.weights()
+    if weights is not None and x.dtype == self.attention.key.dtype:
+      return self.run(x, residual.row_sums(x, self.options), weights, bits)[0]
+    of_attention, of_feed_forward = (None, None) if bits is None else bits
+    x = x + masked(self.attention(self._normed(x)), of_attention, self.dropout)
+    x = checkpoint_name(x, "residual_h")
+    return x + masked(self._feed(x), of_feed_forward, self.dropout)
+
+  def keep_bits(self, x: Float[Array, "B T E"], seeds: UInt32[Array, "2 2"] | None) -> Bits | None:
+    """What dropout keeps at the ends of the two branches; None where it keeps everything."""
+    if seeds is None or self.dropout == 0.0:
+      return None
+    return tuple(bits_like(x, self.dropout, seed) for seed in seeds)
+
+  def weights(self) -> Weights | None:
+    """Folded and in the dtype of the stream, once for all rows and all that is computed again.
+
+    None where `run` does not serve: nobody asked for it (`residual.override`), norms or turns stand
+    between the projections and attention, there are no biases or no dtype, or the axes of a mesh
+    are explicit, whose products of gradients would need a sharding each.
+    """
+    a, f = self.attention, self.feed_forward
+    linears = (a.query, a.key, a.value, a.out, f.up, f.down)
+    plain = a.rope is None and a.query_norm is None and a.key.dtype is not None
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    if not plain or explicit or any(layer.bias is None for layer in linears):
+      return None
+    if self.options.implementation is None:
+      return None
+    after = lambda norm, layer: residual.after_norm(
+      layer.kernel[...],
+      layer.bias[...],
+      gain=norm.scale[...],
+      shift=norm.bias[...],
+      dtype=a.key.dtype,
+    )
+    alone = lambda layer: residual.linear(layer.kernel[...], layer.bias[...], a.key.dtype)
+    entering = [after(self.attention_norm, layer) for layer in (a.query, a.key, a.value)]
+    leaving = (alone(a.out), after(self.feed_forward_norm, f.up), alone(f.down))
+    beside = residual.joint(*entering) if self.options.implementation == "mosaic_gpu" else None
+    return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving))
+
+  @property
+  def options(self) -> residual.Options:
+    """Of the two halves."""
+    a = self.attention
+    widths = tuple(layer.kernel.shape[-1] for layer in (a.query, a.key, a.value))
+    E, F = self.feed_forward.up.kernel.shape[-2:]
+    name = residual.choose(a.key.dtype, E, F, widths, "quick_gelu")
+    return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name)
+
+  def run(
+    self,
+    x: Float[Array, "B T E"],
+    stats: Float[Array, "B T n 2"],
+    weights: Weights,
+    bits: Bits | None,
+  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T n 2"]]:
+    """`__call__` by weights of `weights`, which may be those of one of many blocks like this one.
+
+    Args:
+      x: the residual stream.
+      stats: its row sums, of `residual.row_sums` or of the block before.
+      weights: of this block.
+      bits: of `keep_bits`; None turns dropout off.
+
+    Returns:
+      The residual stream behind the block, and its row sums.
+    """
+    x, _, after = self._halves(x, stats, weights, bits)
+    return x, after
 
   def with_weights(
     self, x: Float[Array, "B T E"], rows: Integer[np.ndarray, "Q"]
@@ -104,6 +206,10 @@ class Block(nnx.Module):
     self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True
   ) -> tuple[Float[Array, "B P E"], cache_lib.Cache]:
     """`__call__`, and the block's cache, for `length` steps, as P of them leave it."""
+    weights = self.weights()
+    if weights is not None and x.dtype == self.attention.key.dtype:
+      x, (k, v), _ = self._halves(x, residual.row_sums(x, self.options), weights, None)
+      return x, self.attention.filled(k, v, length, sparse=sparse)
     a, cache = self.attention.prefill(self._normed(x), length, sparse=sparse)
     x = x + a
     return x + self._feed(x), cache
@@ -121,6 +227,15 @@ class Block(nnx.Module):
     x = x + a
     return x + self._feed(x), cache
 
+  def _halves(self, x, stats, weights, bits):
+    """The block's output, its keys and values, and the row sums of the output."""
+    options = self.options
+    q, k, v, x = residual.enter(x, stats, weights.enter, options)
+    q, k, v = self.attention.split(q, k, v)
+    o = self.attention.attended(q, k, v)
+    x, after = residual.leave(o, x, weights.leave, bits, options)
+    return x, (k, v), after
+
   def _normed(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
     return self.attention_norm(x).astype(x.dtype)
 
@@ -129,10 +244,23 @@ class Block(nnx.Module):
 
 
 def drop(
-  x: Float[Array, "*B"], rate: int | float, *, key: Key[Array, ""] | None
-) -> Float[Array, "*B"]:
-  """Zeros a share `rate` of x and scales up the rest; no key means no dropout."""
+  x: Float[Array, "*B E"], rate: int | float, *, key: Key[Array, ""] | None
+) -> Float[Array, "*B E"]:
+  """Zeros a share `rate` of x and scales up what is left; no key means no dropout."""
   if key is None or rate == 0.0:
     return x
-  alive = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-  return jnp.where(alive, x / (1.0 - rate), 0.0).astype(x.dtype)
+  return masked(x, bits_like(x, rate, dropout.seed_of(key)), rate)
+
+
+def bits_like(
+  x: Float[Array, "*B E"], rate: int | float, seed: UInt32[Array, "2"]
+) -> UInt32[Array, "*B W"]:
+  """Which elements of arrays like x are kept."""
+  return dropout.keep_bits(seed, rate, x.shape, sharding=sharding.of_rows(x))
+
+
+def masked(
+  x: Float[Array, "*B E"], bits: UInt32[Array, "*B W"] | None, rate: int | float
+) -> Float[Array, "*B E"]:
+  """What dropout leaves of x; without bits x itself."""
+  return x if bits is None else dropout.masked(x, bits, rate)

@@ -1,5 +1,6 @@
 """Byte and position embeddings, and the shift by one slot that makes the model predict."""
 
+import functools
 import math
 
 import jax
@@ -104,10 +105,44 @@ class Embedding(nnx.Module):
     if jnp.issubdtype(before.dtype, jnp.signedinteger):
       # Traced numbers cannot be checked: a negative one gives NaN, as one beyond the table does.
       before = before.astype(jnp.uint32)
-    x = self.tokens(before) + self._at(jnp.maximum(steps - 1, 0))[None]
+    # What comes back for the sum was rounded to its dtype: a product in it loses nothing.
+    x = rows_of(self.tokens.embedding[...].astype(jnp.float32), before, self.dtype)
+    x = x + self._at(jnp.maximum(steps - 1, 0))[None]
     start = self.start[...].astype(x.dtype)
     return jnp.where(steps[None, :, None] == 0, start, x).astype(self.dtype)
 
   def _at(self, index: Integer[Array, "*T"]) -> Float[Array, "*T E"]:
     digits = jnp.unravel_index(index, self.position_shape)
-    return sum(table(digit) for table, digit in zip(self.positions, digits, strict=True))
+    tables = (table.embedding[...].astype(jnp.float32) for table in self.positions)
+    return sum(rows_of(x, n, jnp.float32) for x, n in zip(tables, digits, strict=True))
+
+
+def rows_of(
+  table: Float[Array, "V E"], index: Integer[Array, "*B"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "*B E"]:
+  """table[index], NaN beyond it; the gradient is a product, of operands in `dtype`.
+
+  A scatter adds in an order that changes from run to run on a GPU, one addition after the other.
+  """
+  return _rows(table, index, table.shape[0], dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rows(table, index, size, dtype):
+  del size, dtype
+  return jnp.take(table, index, axis=0)
+
+
+def _rows_forward(table, index, size, dtype):
+  return _rows(table, index, size, dtype), index
+
+
+def _rows_backward(size, dtype, index, dy):
+  hits = index[..., None] == jnp.arange(size, dtype=index.dtype).reshape((1,) * index.ndim + (-1,))
+  places = tuple(range(index.ndim))
+  exact = dict(precision="highest", preferred_element_type=dy.dtype)  # no rounding of float32
+  contract = ((places, places), ((), ()))
+  return jax.lax.dot_general(hits.astype(dtype), dy.astype(dtype), contract, **exact), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)

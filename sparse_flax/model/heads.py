@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from pallas_kernels import api
 from pallas_kernels import patterns
+from pallas_kernels.residual.xla import apart as apart
 from sparse_flax.model import rope as rope_lib
 from sparse_flax.parallel import sharding
 
@@ -86,10 +87,21 @@ class Heads(nnx.Module):
 
   def attend(self, q: Array, k: Array, v: Array, **options) -> Float[Array, "B T E"]:
     """Attention, and the projection back. `options` are those of `sharding.over_devices`."""
+    return self.back(self.attended(q, k, v, **options))
+
+  def attended(self, q: Array, k: Array, v: Array, **options) -> Float[Array, "B T H Dv"]:
+    """Attention alone."""
     arguments: dict[str, Any] = dict(
       pattern=self.pattern, implementation=self.implementation, **options
     )
-    return self.back(sharding.over_devices(q, k, v, **arguments))
+    return sharding.over_devices(q, k, v, **arguments)
+
+  def split(
+    self, q: Float[Array, "*B F"], k: Float[Array, "*B F_k"], v: Float[Array, "*B F_v"]
+  ) -> tuple[Float[Array, "*B _ _"], ...]:
+    """The heads of projections."""
+    counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+    return tuple(_split(x, count) for x, count in zip((q, k, v), counts, strict=True))
 
   def back(self, out: Float[Array, "*B H Dv"]) -> Float[Array, "*B E"]:
     return product(self.out, out.reshape(*out.shape[:-2], -1))
@@ -132,21 +144,6 @@ class Heads(nnx.Module):
 
 def product(layer: nnx.Linear, x: Float[Array, "*B E"]) -> Float[Array, "*B F"]:
   return layer(x, out_sharding=sharding.of_product(x, layer.kernel[...]))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def apart(x: Float[Array, "*B E"], n: int) -> tuple[Float[Array, "*B E"], ...]:
-  """x, n times, as if these were different arrays.
-
-  XLA joins small products of one array; q, k and v are then slices of the joint result, which no
-  kernel can read before they are copied: 15 ms of 187 in a step of CIFAR-10's model on an H100.
-  """
-  return jax.lax.optimization_barrier((x,) * n)
-
-
-@apart.defjvp
-def _apart_jvp(n, primals, tangents):
-  return apart(*primals, n), tangents * n
 
 
 def _split(x: Float[Array, "*B F"], num_heads: int) -> Float[Array, "*B H D"]:

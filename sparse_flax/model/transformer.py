@@ -1,5 +1,6 @@
 """The Sparse Transformer: embeddings, groups of residual blocks under one scan, logits."""
 
+import functools
 import math
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from jaxtyping import Key
 from jaxtyping import UInt8
 
 from pallas_kernels import api
+from pallas_kernels import residual
 from sparse_flax.model import block
 from sparse_flax.model import cache as cache_lib
 from sparse_flax.model import embedding
@@ -26,7 +28,7 @@ from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
 
 MODALITIES = ("image", "text", "audio")
-REMATS = ("full", "dots", "none")
+REMATS = ("full", "attention", "block", "hidden", "dots", "none")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 PARAM_DTYPES = ("float32", "bfloat16")
 
@@ -88,9 +90,10 @@ class SparseTransformer(nnx.Module):
     init_scheme: "paper" reads 0.125 / sqrt(fan_in) as the standard deviation, "code" has those
       of the authors' later release, "default" takes embeddings from the first and matrices from
       the second.
-    remat: what the forward pass keeps for the backward pass. "full" recomputes all but the
-      input of each block, "dots" all but products with weights and attention's result, "none"
-      nothing.
+    remat: what the forward pass keeps for the backward pass. "full" keeps the input of each block
+      and computes all else again, "attention" keeps attention's result too, "block" also q, k, v
+      and the residual stream between the two branches, "hidden" also the argument of f, "dots"
+      products with weights and attention's result, "none" everything.
     compute_dtype: of activations; norms, softmax and logits are in float32.
     param_dtype: of the weights. Training keeps averages, moments and sums of gradients in
       float32.
@@ -193,17 +196,29 @@ class SparseTransformer(nnx.Module):
     embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
     cycle = len(self.patterns)
-    keys = None if layers_key is None else jax.random.split(layers_key, (self.num_groups, cycle))
-    run_block = lambda layer, x, key: layer(x, dropout_key=key)
-    run_block = _rematerialised(run_block, self.remat, one_by_one=cycle > 1)
+    seeds = None
+    if layers_key is not None:
+      seeds = block.seeds_of(jax.random.split(layers_key, (self.num_groups, cycle)))
+    # Folded and cast here, once: within the scan, and computed again, it would be for every layer.
+    arrays = [layer.weights() for layer in self.groups]
+    if any(weights is None for weights in arrays):
+      arrays, stats = self.groups, None
+      blocks = [lambda x, stats, layer, bits: (layer(x, bits=bits), stats)] * cycle
+    else:
+      stats = residual.row_sums(x, self.groups[0].options)
+      blocks = [layer.run for layer in self.groups]  # with the weights that they are given
+    again = functools.partial(_rematerialised, remat=self.remat, one_by_one=cycle > 1)
+    blocks = [again(run_block) for run_block in blocks]
 
-    def run_group(x, group_and_keys):
-      group, keys = group_and_keys
-      for n, layer in enumerate(group):
-        x = run_block(layer, x, None if keys is None else keys[n])
-      return x, None
+    def run_group(carry, arrays_and_seeds):
+      (x, stats), (arrays, seeds) = carry, arrays_and_seeds
+      for n, run_block in enumerate(blocks):
+        # Outside of what is computed again: bits take little room, and hashes time.
+        bits = self.groups[n].keep_bits(x, None if seeds is None else seeds[n])
+        x, stats = run_block(x, stats, arrays[n], bits)
+      return (x, stats), None
 
-    x, _ = jax.lax.scan(run_group, x, (self.groups, keys))
+    (x, _), _ = jax.lax.scan(run_group, (x, stats), (arrays, seeds))
     return self.logits(self.final_norm(x))
 
   def attention_weights(
@@ -320,20 +335,21 @@ def _rematerialised(run_block, remat: str, *, one_by_one: bool):
   """`run_block`, with the backward pass told what to compute again.
 
   Args:
-    run_block: (layer, x, key) -> x.
+    run_block: (x, row sums, weights, bits) -> x, row sums.
     remat: what the forward pass keeps.
     one_by_one: whether there are several blocks in the body of a scan, of which a compiler would
       compute all again at once, and need memory for all.
   """
   if remat == "none":
     return run_block
-  policy = None
+  policies = jax.checkpoint_policies
   if remat == "dots":
-    policies = jax.checkpoint_policies
     policy = policies.save_from_both_policies(
       policies.dots_with_no_batch_dims_saveable,  # products with weights, not scores of attention
       policies.save_only_these_names("attention_out", "attention_lse"),
     )
+  else:
+    policy = policies.save_only_these_names(*residual.KEPT[remat])
   # scan already keeps the compiler from merging the two computations; barriers keep an order.
   return jax.checkpoint(run_block, prevent_cse=one_by_one, policy=policy)
 

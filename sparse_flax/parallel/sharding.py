@@ -255,6 +255,26 @@ def of_product(x: Float[Array, "*B E"], kernel: Float[Array, "E F"]) -> jax.Name
   return jax.NamedSharding(rows.mesh, jax.P(*rows.spec[:-1], free or None))
 
 
+def of_rows(x: Float[Array, "*B E"]) -> jax.NamedSharding | None:
+  """Where an array of the rows of a residual stream x lies, whose last axis is on every device.
+
+  None where the compiler chooses: no mesh, another one than those of `make_mesh`, or within a
+  function that each device runs for itself.
+  """
+  rows = jax.typeof(x).sharding
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.manual_axes:
+    return None
+  if AxisType.Explicit in rows.mesh.axis_types:
+    return jax.NamedSharding(rows.mesh, jax.P(*rows.spec[:-1], None))
+  if mesh.size == 1 or mesh.axis_names != AXES or x.ndim != 3:
+    return None
+  size = lambda *names: math.prod(mesh.shape[name] for name in names)
+  even = x.shape[0] % size(*BATCH) == 0, x.shape[1] % size("sequence") == 0
+  axes = (name if whole else None for name, whole in zip((BATCH, "sequence"), even, strict=True))
+  return jax.NamedSharding(mesh, jax.P(*axes, None))
+
+
 def _tuple_of(axes) -> tuple[str, ...]:
   """Of one entry of a PartitionSpec."""
   return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

@@ -24,6 +24,7 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from pallas_kernels.residual import dropout
 from sparse_flax import model as model_lib
 from sparse_flax.run import digest
 from sparse_flax.run import errors
@@ -102,6 +103,10 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
+  def same_dropout(self, step: int) -> bool:
+    """Whether the masks of the steps after `step` are those that its own program would draw."""
+    return self._about(step)[0].get("dropout", 1) == dropout.VERSION  # 1 is not written down
+
   def reached_preemption(self, step: int) -> bool:
     """Whether a process was told to end, and all have agreed on this step to save and stop at."""
     return self._manager.reached_preemption(step)
@@ -121,6 +126,7 @@ class Checkpoints:
       "digests": digest.digests(state),
       "bits_per_byte": bits_per_byte,
       "config": self._config_digest,
+      "dropout": dropout.VERSION,
     }
     about["sha256"] = digest.of_json(about)
     self._bits_per_byte[step] = bits_per_byte

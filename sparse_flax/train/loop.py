@@ -30,6 +30,7 @@ from sparse_flax.train import watchdog
 
 # So many times longer than a step compiling, evaluating and saving may take for the watchdog.
 _PATIENCE = 4.0
+_OTHER_MASKS = "other masks from here on than those of the version that saved step"
 
 
 def train(
@@ -106,6 +107,9 @@ def train(
     newest = checkpoints.restore_newest(program.shapes)
     first = newest[1] if newest else 0
     say(f"RESUMING {workdir} at step {first:,}" if newest else f"FRESH RUN in {workdir}")
+    drops = config.model.dropout or config.model.embed_dropout
+    if newest and drops and not checkpoints.same_dropout(first):
+      say(f"  {'dropout':<11}{_OTHER_MASKS} {first:,}")
     say(_banner(config, workdir, params=program.shapes["params"], splits=splits, mesh=mesh))
     state = newest[0] if newest else program.first_state()
 

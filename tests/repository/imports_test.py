@@ -25,7 +25,7 @@ ORDER = {
   "pallas_kernels": (
     "moved", "hardware", "patterns", "functions", "scores", "tuning", "lowering", "protocol",
     "offset", "segments", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu",
-    "residual", "decode", "api",
+    "decode", "api", "residual",
   ),
   "sparse_flax": (
     "moved", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample", "export",

@@ -4,7 +4,9 @@ The step is the one that `experiments.train` runs for the recipe: dropout, recom
 recipe has it, AdamW with clipping, averaged weights, the state given up. The batch is what one GPU
 gets. "pytorch" and "jax_cudnn" compute the same bodies with the tools of those libraries: the first
 the same patterns, by FlexAttention, the second, as they have no other, dense attention. They
-recompute their blocks unless ours keeps everything. "baseline" is the step of another checkout.
+recompute their blocks unless ours keeps everything. "ours_fused" computes what is around attention
+by kernels of ours too, which the commands do not take yet. "baseline" is the step of another
+checkout.
 
 A process for each row: no memory is shared, and one that dies takes no other with it. Time is that
 from the end of a step to the end of the next, while the host is a step ahead, as in training. MFU
@@ -56,6 +58,7 @@ class Way(NamedTuple):
 
   program: str  # of the modules in `steps`
   attention: str = "sparse"  # of ATTENTION
+  residual: str | None = None  # of pallas_kernels.residual.override
   default: bool = True  # else only where `only` names it
 
 
@@ -74,6 +77,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
 # In this order, so that a run that is stopped has ours.
 WAYS = {
   "ours": Way("ours"),
+  "ours_fused": Way("ours", residual="mosaic_gpu"),
   "baseline": Way("ours"),
   "pytorch": Way("pytorch"),
   "jax_cudnn": Way("plain_jax", "dense"),
@@ -115,7 +119,9 @@ class Case(NamedTuple):
   def job(self) -> dict[str, Any]:
     """What the program of the row is given."""
     if WAYS[self.way].program == "ours":
-      return dict(recipe=BODIES[self.body].recipe, changes=self.changes())
+      job = dict(recipe=BODIES[self.body].recipe, changes=self.changes())
+      fused = WAYS[self.way].residual
+      return job | (dict(residual=fused) if fused else {})
     config = self.config()
     model = config.model.to_dict() | {"remat": "none" if config.model.remat == "none" else "full"}
     return dict(

@@ -73,3 +73,42 @@ def test_sums_are_taken_before_rounding_to_the_compute_dtype():
 def test_a_sequence_longer_than_the_tables_is_refused():
   with pytest.raises(ValueError, match=r"T=7 tokens .* position_shape=\(2, 3\)"):
     make_embedding((2, 3))(jnp.zeros((1, 7), jnp.int32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_tables_are_the_sums_over_their_rows(dtype):
+  """In float32 also where the stream is not, and against sums in float64 one by one."""
+  T, dtype = 12, jnp.dtype(dtype)
+  model = make_embedding((3, 4), dtype)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 5, (64, T))  # each row of the table 150 times
+  weights = jnp.asarray(rng.normal(size=(64, T, WIDTH)), dtype)
+  graphdef, params = nnx.split(model, nnx.Param)
+  loss = lambda params: (nnx.merge(graphdef, params)(jnp.asarray(tokens)) * weights).sum()
+  grads = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
+  exact, total = np.asarray(weights, np.float64), jax.tree.map(np.zeros_like, grads)
+  for b, t in np.ndindex(64, T):
+    if t == 0:
+      total["start"][0, 0] += exact[b, t]
+      continue
+    rows = (
+      (total["tokens"], tokens[b, t - 1]),
+      *zip(total["positions"].values(), ((t - 1) // 4, (t - 1) % 4), strict=True),
+    )
+    for sums, row in rows:
+      sums["embedding"][row] += exact[b, t]
+  for (path, grad), (_, sums) in zip(
+    jax.tree.leaves_with_path(grads), jax.tree.leaves_with_path(total), strict=True
+  ):
+    name = jax.tree_util.keystr(path)
+    assert grad.dtype == jnp.float32, name
+    np.testing.assert_allclose(grad, sums, atol=2e-5, err_msg=name)
+
+
+def test_no_gradient_is_scattered():
+  model = make_embedding((3, 4), jnp.bfloat16)
+  graphdef, params = nnx.split(model, nnx.Param)
+  tokens = jnp.zeros((2, 12), jnp.uint8)
+  loss = lambda params: nnx.merge(graphdef, params)(tokens).sum().astype(jnp.float32)
+  text = jax.jit(jax.grad(loss)).lower(params).as_text()
+  assert "scatter" not in text and text.count("dot_general") == 3

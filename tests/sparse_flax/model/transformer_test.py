@@ -10,7 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
+from pallas_kernels import residual
 from sparse_flax import SparseTransformer
+from tests.helpers import jaxprs
 from tests.helpers.models import initial_model
 from tests.helpers.models import nnx_mode  # noqa: F401
 from tests.helpers.models import random_tokens
@@ -213,7 +215,8 @@ def kept_loss_and_gradient(remat, implementation):
   graphdef, params = plain(model)
   tokens = random_tokens()
   run = lambda params: losses_of(nnx.merge(graphdef, params), tokens, QUICK_KEY).mean()
-  loss, backward = jax.jit(lambda params: jax.vjp(run, params))(params)
+  with residual.override("xla"):
+    loss, backward = jax.jit(lambda params: jax.vjp(run, params))(params)
   kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
   return kept, loss, jax.jit(lambda backward: backward(jnp.float32(1.0))[0])(backward)
 
@@ -222,17 +225,45 @@ def kept_loss_and_gradient(remat, implementation):
 @pytest.mark.smoke("xla", daily=0)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_remat_changes_memory_and_nothing_else(implementation):
-  results = {
-    name: kept_loss_and_gradient(name, implementation) for name in ("full", "dots", "none")
-  }
-  assert results["full"][0] < results["dots"][0] < results["none"][0]
-  for name in ("full", "dots"):
+  levels = ("full", "attention", "block", "hidden", "none")
+  results = {name: kept_loss_and_gradient(name, implementation) for name in (*levels, "dots")}
+  sizes = [results[name][0] for name in levels]
+  assert sorted(set(sizes[:4])) == sizes[:4] and sizes[1] < results["dots"][0] < sizes[-1]
+  # Between the halves stands nothing but attention, of which `xla` keeps no more than its result.
+  assert sizes[3] == sizes[4] if implementation == "xla" else sizes[3] < sizes[4]
+  for name in results:
     np.testing.assert_allclose(results[name][1], results["none"][1], rtol=1e-6)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
       results[name][2],
       results["none"][2],
     )
+
+
+# What the backward pass computes again, and how many products it then has with local attention,
+# whose own gradient has 5: two for each of 6 weights, and those of the forward pass but the last.
+AGAIN = {
+  "full": ("q k v attention_out attention_lse h stats u", 24),
+  "attention": ("q k v h stats u", 22),
+  "block": ("u", 19),
+  "hidden": ("", 17),
+  "none": ("", 17),
+}
+
+
+@pytest.mark.parametrize("remat", AGAIN)
+def test_a_level_computes_again_what_it_does_not_keep(remat):
+  model = small_model(
+    remat=remat, attention_layers=("local",), implementation="xla", num_layers=3, dropout=0.2
+  )
+  graphdef, params = plain(model)
+  run = lambda params: losses_of(nnx.merge(graphdef, params), random_tokens(), QUICK_KEY).mean()
+  with residual.override("xla"):
+    backward = jaxprs.scans_of(jax.make_jaxpr(jax.grad(run))(params).jaxpr, 3)[1]
+  names = [x.params["name"] for x in backward if x.primitive.name == "name"]
+  again, products = AGAIN[remat]
+  assert [name.removeprefix("residual_") for name in names] == again.split()
+  assert jaxprs.count_of(backward, "dot_general") == products
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from experiments import train as launcher
 from sparse_flax import evaluate
 from sparse_flax import train
 from sparse_flax.run import checkpoint
+from sparse_flax.run import digest
+from sparse_flax.run import errors
 from sparse_flax.run import workdir as workdir_lib
 from sparse_flax.train import metrics
 from tests.helpers import tiny
@@ -249,3 +251,33 @@ def test_sigterm_is_no_ctrl_c():
     assert not stop.asked.is_set()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.asked.wait(20) and not stop.interrupted
+
+
+# --------------------------------------------------------------------------------------- dropout
+
+
+def forget_dropout(path):
+  """Makes a checkpoint's record that of a version that did not write down how masks are drawn."""
+  about = json.loads(path.read_text())
+  del about["dropout"], about["sha256"]
+  path.write_text(json.dumps(about | dict(sha256=digest.of_json(about))))
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+def test_a_run_that_drew_other_masks_goes_on_and_says_so_once(tmp_path, rate):
+  config = tiny.config(tiny.text_file(tmp_path / "text"), model=dict(dropout=rate))
+  workdir, told = tmp_path / "run", []
+
+  def go_on():
+    lines = []
+    with pytest.raises(errors.Preempted):
+      train.train(config, str(workdir), say=lines.append, stop=lambda: True)
+    told.append([line for line in lines if line.startswith("  dropout")])
+
+  go_on()
+  forget_dropout(workdir / "checkpoints" / "1" / "about" / "metadata")
+  go_on()
+  go_on()
+  line = "  dropout    other masks from here on than those of the version that saved step 1"
+  assert told == [[], [line] if rate else [], []]

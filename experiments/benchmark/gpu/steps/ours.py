@@ -55,11 +55,18 @@ def kernel_shares(kernels: list[tuple[str, float]]) -> dict[str, Any]:
   )
 
 
+def _residual_by(implementation: str | None) -> contextlib.AbstractContextManager:
+  """For checkouts that have it."""
+  if implementation is None:
+    return contextlib.nullcontext()
+  return importlib.import_module("pallas_kernels.residual").override(implementation)
+
+
 def measure(job: dict[str, Any]) -> None:
   """Tells the figures of a step.
 
   Args:
-    job: `recipe` and `changes`, of `config_of`.
+    job: `recipe` and `changes`, of `config_of`, and what `residual.override` is given, if anything.
   """
   with contextlib.suppress(ImportError):
     # Before the first trace: some commits count traces, and the import would end one of theirs.
@@ -67,7 +74,7 @@ def measure(job: dict[str, Any]) -> None:
   begin = time.perf_counter()
   config = config_of(job["recipe"], job["changes"])
   made = training.prepare(config)
-  with jax.set_mesh(made.mesh):
+  with jax.set_mesh(made.mesh), _residual_by(job.get("residual")):
     traced = made.step.trace(*made.shapes)
     program = traced.lower().compile()
     state, tokens, key = made.first_state(), made.tokens(), jax.random.key(1)

@@ -1,0 +1,23 @@
+"""What the halves of a residual block are told besides arrays."""
+
+import dataclasses
+
+from jaxtyping import Array
+from jaxtyping import UInt32
+
+Bits = tuple[UInt32[Array, "*B W"], UInt32[Array, "*B W"]]  # of attention's end, of the other's
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Attributes:
+  epsilon: of both norms.
+  activation: a name of `activations.ACTIVATIONS`.
+  rate: of dropout where there are bits.
+  implementation: "xla" or "mosaic_gpu"; None: neither, the modules of the layers serve.
+  """
+
+  epsilon: float
+  activation: str
+  rate: float = 0.0
+  implementation: str | None = "xla"

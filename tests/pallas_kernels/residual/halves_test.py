@@ -1,0 +1,195 @@
+"""The two halves of a block against the reference: values, and the gradient of every leaf."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import residual
+from pallas_kernels.residual import activations
+from pallas_kernels.residual import dropout
+from pallas_kernels.residual import fold
+from pallas_kernels.residual import reference
+from pallas_kernels.residual import xla
+
+EPSILON = 1e-5
+R, E, V, N, F = 37, 40, 24, 20, 72  # rows, widths of stream, values, queries, hidden
+
+
+def arrays(dtype="float32", *, gain: float | None = None, offset: float = 0.0) -> dict:
+  """Weights and inputs by name; gains around 1 or all `gain`; rows of mean around `offset`."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  affine = lambda rows, columns: reference.Affine(
+    normal(rows, columns) / rows**0.5, normal(columns)
+  )
+  norm = lambda: reference.Norm(
+    1 + 0.3 * normal(E) if gain is None else jnp.full(E, gain, dtype), normal(E)
+  )
+  return dict(
+    x=normal(R, E) + offset * normal(R, 1),
+    o=normal(R, V),
+    norms=(norm(), norm()),
+    projections=(affine(E, N), affine(E, N), affine(E, V)),
+    out=affine(V, E),
+    up=affine(E, F),
+    down=affine(F, E),
+  )
+
+
+def bits_of(rate: float):
+  seeds = jnp.array([[1, 2], [3, 4]], jnp.uint32)
+  return tuple(dropout.keep_bits(seed, rate, (R, E)) for seed in seeds) if rate else None
+
+
+def mixed(values, seed: int = 1):
+  """One number that depends on every element in its own way."""
+  rng = np.random.default_rng(seed)
+  weigh = lambda y: (y * jnp.asarray(rng.normal(size=y.shape), y.dtype)).astype(jnp.float32).sum()
+  return sum(weigh(y) for y in values)
+
+
+def expected_of(given: dict, rate: float, activation: str):
+  """q, k, v and y of the reference, with o that depends on them."""
+  q, k, v = reference.enter(given["x"], given["norms"][0], given["projections"], epsilon=EPSILON)
+  bits = bits_of(rate)
+  y = reference.leave(
+    given["o"] + v, given["x"], given["out"], given["norms"][1], given["up"], given["down"],
+    kept=bits and tuple(dropout.unpack(x, E) for x in bits),
+    keep_probability=dropout.keep_probability(rate),
+    activation=activations.ACTIVATIONS[activation].value,
+    epsilon=EPSILON,
+  )  # fmt: skip
+  return q, k, v, y
+
+
+def folded(given: dict, dtype):
+  first, second = given["norms"]
+  normed = lambda layer, norm: fold.after_norm(
+    layer.kernel, layer.bias, gain=norm.gain, shift=norm.shift, dtype=dtype
+  )
+  entering = fold.EnterWeights(*(normed(layer, first) for layer in given["projections"]))
+  plain = lambda layer: fold.linear(layer.kernel, layer.bias, dtype)
+  leaving = fold.LeaveWeights(
+    plain(given["out"]), normed(given["up"], second), plain(given["down"])
+  )
+  return entering._replace(joint=fold.joint(*entering[:3])), leaving
+
+
+def got_of(given: dict, rate: float, activation: str, dtype=None, implementation="xla"):
+  x, o = (given[name].astype(dtype or given[name].dtype) for name in ("x", "o"))
+  entering, leaving = folded(given, x.dtype)
+  options = residual.Options(EPSILON, activation, rate, implementation)
+  q, k, v, through = residual.enter(x, residual.row_sums(x, options), entering, options)
+  y, _ = residual.leave((o + v).reshape(R, 4, V // 4), through, leaving, bits_of(rate), options)
+  return q, k, v, y
+
+
+def relative(got, expected) -> float:
+  got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+  return np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-6)
+
+
+def compare(given, *, rate, activation="quick_gelu", tolerance, **how):
+  """Values, and gradients of every input, all relative to the largest entry of the array."""
+  run = lambda f: jax.jit(jax.value_and_grad(lambda given: _with_values(f(given)), has_aux=True))
+  expect = functools.partial(expected_of, rate=rate, activation=activation)
+  get = functools.partial(got_of, rate=rate, activation=activation, **how)
+  (_, values), gradients = run(expect)(given)
+  (_, own_values), own_gradients = run(get)(given)
+  leaves = jax.tree.leaves_with_path
+  for tree, own in ((values, own_values), (gradients, own_gradients)):
+    for (path, a), (_, b) in zip(leaves(tree), leaves(own), strict=True):
+      assert relative(b, a) <= tolerance, jax.tree_util.keystr(path)
+
+
+def _with_values(values):
+  return mixed(values), values
+
+
+@pytest.mark.parametrize(
+  ("rate", "activation"), [(0.0, "quick_gelu"), (0.25, "relu"), (0.4, "quick_gelu")]
+)
+def test_values_and_every_gradient(rate, activation):
+  compare(arrays(), rate=rate, activation=activation, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1_000.0])
+def test_the_algebra_is_exact(offset):
+  """In float64, where the sums of squares of rows with mean / std = 10^3 leave 10 digits."""
+  with jax.enable_x64(True):
+    compare(arrays("float64", offset=offset), rate=0.4, tolerance=1e-12 if offset == 0 else 1e-7)
+
+
+def test_gains_of_zero_have_gradients():
+  compare(arrays(gain=0.0), rate=0.25, tolerance=2e-5)
+
+
+def test_rows_far_from_zero():
+  compare(arrays(offset=30.0), rate=0.25, tolerance=2e-3)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_kernels_agree_with_the_reference(rate, monkeypatch):
+  for name, value in dict(R=150, E=256, V=256, N=128, F=256).items():
+    monkeypatch.setitem(globals(), name, value)
+  compare(arrays(), rate=rate, tolerance=3e-2, dtype=jnp.bfloat16, implementation="mosaic_gpu")
+
+
+def test_bfloat16_is_as_close_as_its_digits():
+  compare(arrays(), rate=0.25, tolerance=3e-2, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_row_sums_go_on_with_the_rows_and_have_no_gradient(dtype):
+  given = arrays(dtype)
+  leaving = folded(given, jnp.dtype(dtype))[1]
+  run = lambda x: residual.leave(
+    given["o"][:, None], x, leaving, bits_of(0.4), residual.Options(EPSILON, "relu", 0.4)
+  )
+  y, stats = run(given["x"])
+  exact = np.asarray(y, np.float64)
+  expected = np.stack([exact.sum(1), (exact**2).sum(1)], axis=1)[:, None]
+  np.testing.assert_allclose(stats, expected, rtol=1e-5, atol=1e-4)
+  assert not np.any(jax.grad(lambda x: run(x)[1].sum().astype(jnp.float32))(given["x"]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_weights_are_never_rounded_to_the_dtype_of_the_stream(dtype):
+  """Rows of 1 and of 2^-12: their sum has no place in either dtype."""
+  x = jnp.full((4_097, 8), 2.0**-12, dtype).at[0].set(1)
+  sums = xla.outer(x, jnp.ones((4_097, 3), dtype))
+  assert sums.dtype == jnp.float32
+  np.testing.assert_array_equal(sums, np.full((8, 3), 2.0))
+  given = arrays()
+  grads = jax.grad(lambda given: mixed(got_of(given, 0.0, "quick_gelu", jnp.dtype(dtype))))(given)
+  for path, grad in jax.tree.leaves_with_path(grads):
+    rounded = grad.astype(dtype).astype(grad.dtype)
+    name = jax.tree_util.keystr(path)
+    assert grad.dtype == jnp.float32
+    assert name in ("['x']", "['o']") or np.mean(rounded != grad) > 0.5, name
+
+
+def test_both_ways_to_sum_columns_agree(monkeypatch):
+  dy = jax.random.normal(jax.random.key(0), (3, 37, 20))
+  expected = np.asarray(dy, np.float64).sum((0, 1))
+  for way in ("sum", "product"):
+    monkeypatch.setattr(xla, "COLUMN_SUMS", way)
+    np.testing.assert_allclose(xla.column_sums(dy), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", activations.ACTIVATIONS)
+def test_derivatives_of_activations(name):
+  f, u = activations.ACTIVATIONS[name], jnp.linspace(-30, 30, 1_001) + 0.013
+  value, slope = f.with_derivative(u)
+  np.testing.assert_array_equal(value, f.value(u))
+  np.testing.assert_allclose(slope, jax.vmap(jax.grad(f.value))(u), atol=2e-6)
+
+
+def test_quick_gelu_is_u_times_a_sigmoid():
+  u = jnp.linspace(-30, 30, 1_001)
+  exact = np.asarray(u, np.float64) / (1 + np.exp(-1.702 * np.asarray(u, np.float64)))
+  got = activations.ACTIVATIONS["quick_gelu"].value(u)
+  np.testing.assert_allclose(got, exact, atol=3e-6)
