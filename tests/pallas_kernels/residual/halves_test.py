@@ -131,6 +131,7 @@ def test_rows_far_from_zero():
   compare(arrays(offset=30.0), rate=0.25, tolerance=2e-3)
 
 
+@pytest.mark.smoke("0.4", daily=0)
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_kernels_agree_with_the_reference(rate, monkeypatch):
   for name, value in dict(R=150, E=256, V=256, N=128, F=256).items():
