@@ -99,6 +99,7 @@ def _narrowed(name: str, ids: Any) -> Any:
     if low < -(1 << 31) or high >= 1 << 31:
       raise ValueError(
         f"{name} {inner.dtype} from {low} to {high}: JAX keeps 32 bits of them; number the "
-        f"segments, by np.unique({name}, return_inverse=True)[1] for example"
+        f"segments, by np.unique({name}, return_inverse=True)[1] for example, those of queries "
+        "and of keys together"
       )
   return ids.astype(jnp.int32)

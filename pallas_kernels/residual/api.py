@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 
+from pallas_kernels import hardware
 from pallas_kernels.residual import fold
 from pallas_kernels.residual import options as options_lib
 from pallas_kernels.residual import xla
@@ -37,7 +38,7 @@ KEPT = {
   "full": (),
   "attention": _ATTENTION,
   "block": _BLOCK,
-  "hidden": (*_BLOCK, "residual_u"),
+  "hidden": (*_BLOCK, "residual_u", "residual_g"),
 }
 
 
@@ -73,6 +74,8 @@ def choose(
   if _asked_for.value != "mosaic_gpu":
     return _asked_for.value
   if mesh.size > 1 or mesh.manual_axes:
+    return None
+  if hardware.why_not_hopper() is not None:
     return None
   reason = _kernels().unsupported(jnp.dtype(dtype), E, F, widths, activation)
   return "mosaic_gpu" if reason is None else None

@@ -102,7 +102,8 @@ def masked(
   x: Float[Array, "*B E"], bits: UInt32[Array, "*B W"], rate: float
 ) -> Float[Array, "*B E"]:
   """x where a bit is 1, scaled up, and zeros elsewhere."""
-  # A product: an array of zeros to choose from would be made, and kept, for a whole loop.
+  # A product: an array of zeros to choose from would be made, and kept, for a whole loop. Infinity
+  # that is dropped gives NaN, no zero; a step with either is skipped.
   wide = fold.wide(x)  # in which the factor is no more rounded than the rate
   factors = unpack(bits, x.shape[-1]).astype(wide.dtype) * (1.0 / keep_probability(rate))
   return (wide * factors).astype(x.dtype)

@@ -19,8 +19,10 @@ from jaxtyping import Int32
 from jaxtyping import Num
 from jaxtyping import UInt32
 
+from pallas_kernels.residual import activations
+
 WORD = 32  # columns whose mask is one word
-SLOPE = 1.702  # f(u) = u sigmoid(1.702 u), the approximation of GELU that the models were made with
+SLOPE = activations.GELU_SLOPE
 
 
 def over_columns(values: Num[Array, " rows"], num: int) -> Num[Array, "rows num"]:

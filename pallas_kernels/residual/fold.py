@@ -1,9 +1,9 @@
 """Gains and biases of norms, folded into the weights that follow; and their gradients, for nothing.
 
-    norm(x) W + b = x^ W' + b',   x^ = (x - mean) / std,   W' = gain W (by rows),   b' = b + shift W
-
     norm(x) W + b = x^ W' + b',  x^ = (x - mean) / std,  W' = gain W (by rows),  b' = b + shift W
-and dshift = W db': nothing passes over activations, and no gain is divided by.
+
+With the gradients dW' and db' of W' and b': dW = gain dW' + shift db'^T, dgain = sums of W dW' over
+columns, dshift = W db'. Nothing passes over activations, and no gain is divided by.
 """
 
 import functools

@@ -19,5 +19,5 @@ class Options:
 
   epsilon: float
   activation: str
-  rate: float = 0.0
-  implementation: str | None = "xla"
+  rate: float
+  implementation: str | None

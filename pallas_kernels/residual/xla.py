@@ -24,9 +24,8 @@ Rows = Float[Array, "*B E"]
 Stats = Float[Array, "*B n 2"]
 
 # To be measured: how the gradient of a bias is summed over all rows, "sum" or "product" with rows
-# of ones; and in which dtype what q, k and v send back is added, "float32" or that of the "stream".
+# of ones.
 COLUMN_SUMS = "sum"
-SUM_OF_THREE = "float32"
 
 
 def row_sums(x: Rows) -> Stats:

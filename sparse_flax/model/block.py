@@ -120,7 +120,7 @@ class Block(nnx.Module):
     """Args:
     x: the residual stream.
     dropout_key: None turns dropout off.
-    bits: of `keep_bits` in place of a key, for who computes the block twice.
+    bits: of `keep_bits`, read where there is no key: for who computes the block twice.
     """
     if dropout_key is not None:
       bits = self.keep_bits(x, seeds_of(dropout_key))

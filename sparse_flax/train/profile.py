@@ -50,7 +50,7 @@ class Profiler:
       self._folder /= f"process_{jax.process_index()}"
     self._steps, self._pause, self._say = steps, pause, say
     self._temporary: tempfile.TemporaryDirectory | None = None
-    self._running = False
+    self._running = self._failed = False
     if steps and first >= steps[-1]:
       say(f"no profile: step {steps[-1]:,} was done before, the run goes on after {first:,}")
 
@@ -81,11 +81,19 @@ class Profiler:
     if files.is_remote(self._folder):  # JAX writes to folders only
       self._temporary = tempfile.TemporaryDirectory()
       local = self._temporary.name
-    jax.profiler.start_trace(local)
     self._running = True
+    self._attempt(lambda: jax.profiler.start_trace(local))
 
   def _stop(self) -> None:
+    if not self._failed and self._attempt(self._write):
+      where = os.fspath(self._folder)
+      self._say(
+        f"PROFILE in {where}; to open it: pip install xprof; xprof --port=8791 {where}; then "
+        "http://localhost:8791"
+      )
     self._running = False
+
+  def _write(self) -> None:
     jax.profiler.stop_trace()
     if self._temporary:
       root = pathlib.Path(self._temporary.name)
@@ -94,8 +102,12 @@ class Profiler:
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
       self._temporary.cleanup()
-    where = os.fspath(self._folder)
-    self._say(
-      f"PROFILE in {where}; to open it: pip install xprof; xprof --port=8791 {where}; then "
-      "http://localhost:8791"
-    )
+
+  def _attempt(self, call: Callable[[], None]) -> bool:
+    """Whether it succeeds. The run goes on without a profile: that is less than a run."""
+    try:
+      call()
+    except Exception as error:  # whatever a profiler or a file system says
+      self._failed = True
+      self._say(f"no profile: {' '.join(f'{type(error).__name__}: {error}'.split())}")
+    return not self._failed

@@ -148,7 +148,7 @@ def test_row_sums_go_on_with_the_rows_and_have_no_gradient(dtype):
   given = arrays(dtype)
   leaving = folded(given, jnp.dtype(dtype))[1]
   run = lambda x: residual.leave(
-    given["o"][:, None], x, leaving, bits_of(0.4), residual.Options(EPSILON, "relu", 0.4)
+    given["o"][:, None], x, leaving, bits_of(0.4), residual.Options(EPSILON, "relu", 0.4, "xla")
   )
   y, stats = run(given["x"])
   exact = np.asarray(y, np.float64)

@@ -87,17 +87,16 @@ def formula(config) -> dict[str, int]:
   B, T, E = config.data.batch_size // (d * f), model.seq_len // s, model.width
   F, L, rows = round(model.ff_mult * E), model.num_layers, sum(model.position_shape)
   H, D, stride = model.num_heads // t, E // model.num_heads, model.stride
-  matrices, vectors = (4 * E * E + 2 * E * F) // t, (3 * E + F) // t + 2 * E
+  matrices, vectors = (4 * E * E + 2 * E * F) // t, (3 * E + F) // t + 6 * E
   rest = (2 * 256 + 3) * E
   kinds = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
   words = dict.fromkeys(kinds, 0)
   words["all-reduce"] += (s > 1) * (L * vectors + rest + rows * E + B)
   words["all-reduce"] += (d * f > 1) * (L * vectors + rest + T * E)
   words["all-reduce"] += L * matrices * ((d > 1) + (s > 1) + (f > 1) * f) // f
-  words["all-gather"] += L * (2 * matrices + 16 * E) * (f - 1) // f
-  words["all-reduce"] += (f > 1) * L * (3 * E + F) // t
+  words["all-gather"] += 2 * L * matrices * (f - 1) // f
   if t > 1:
-    words["all-reduce"] += L * (7 * B * T * E + 8 * E // f)
+    words["all-reduce"] += 7 * L * B * T * E
   for n in range(L if s > 1 else 0):
     name = model.attention_layers[n % len(model.attention_layers)]
     if name in ("local", "strided"):
