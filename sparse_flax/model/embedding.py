@@ -89,51 +89,32 @@ class Embedding(nnx.Module):
       raise ValueError(f"{T=} tokens have no positions in position_shape={self.position_shape}")
     # Shifted as bytes, before the embedding: devices that share a sequence pass on a byte.
     before = jax.lax.pad(tokens, jnp.zeros((), tokens.dtype), [(0, 0, 0), (1, -1, 0)])
-    # No byte before the first, so no position: what stands there is not read.
-    positions = jnp.pad(self._first_positions(T - 1), [(1, 0), (0, 0)])
-    return self._slots(before, jnp.arange(T), positions)
+    return self._slots(before, jnp.arange(T))
 
   def decode_step(
     self, token: Integer[Array, "B"], step: Integer[Array, ""]
   ) -> Float[Array, "B E"]:
     """Slot `step` alone: `token` is the byte before it (at step 0 any)."""
     check_bytes(token, "token")
-    steps = jnp.reshape(step, (1,))
-    return self._slots(token[:, None], steps, self._at(jnp.maximum(steps - 1, 0)))[:, 0]
+    return self._slots(token[:, None], jnp.reshape(step, (1,)))[:, 0]
 
   def _slots(
-    self,
-    before: Integer[Array, "B T"],
-    steps: Integer[Array, "T"],
-    positions: Float[Array, "T E"],
+    self, before: Integer[Array, "B T"], steps: Integer[Array, "T"]
   ) -> Float[Array, "B T E"]:
-    """Slots `steps`, given the byte before each of them and what its position adds."""
+    """Slots `steps`, given the byte before each of them."""
     if jnp.issubdtype(before.dtype, jnp.signedinteger):
       # Traced numbers cannot be checked: a negative one gives NaN, as one beyond the table does.
       before = before.astype(jnp.uint32)
     # What comes back for the sum was rounded to its dtype: a product in it loses nothing.
     x = rows_of(self.tokens.embedding[...].astype(jnp.float32), before, self.dtype)
-    x = x + positions[None]
+    x = x + self._at(jnp.maximum(steps - 1, 0))[None]
     start = self.start[...].astype(x.dtype)
     return jnp.where(steps[None, :, None] == 0, start, x).astype(self.dtype)
 
   def _at(self, index: Integer[Array, "*T"]) -> Float[Array, "*T E"]:
-    """Of any positions."""
     digits = jnp.unravel_index(index, self.position_shape)
     tables = (table.embedding[...].astype(jnp.float32) for table in self.positions)
-    return sum(jnp.take(x, n, axis=0) for x, n in zip(tables, digits, strict=True))
-
-  def _first_positions(self, num: int) -> Float[Array, "num E"]:
-    """Of positions 0 ... num - 1: sums of whole tables, so that gradients are sums as well."""
-    shape = self.position_shape
-    rows = -(-num // math.prod(shape[1:]))  # of the first table; all of the others
-    total = jnp.zeros((1,) * len(shape) + (1,), jnp.float32)
-    for axis, table in enumerate(self.positions):
-      x = table.embedding[...].astype(jnp.float32)
-      x = x[:rows] if axis == 0 else x
-      places = [n for n in range(len(shape)) if n != axis]
-      total = total + jnp.expand_dims(x, places)
-    return total.reshape(-1, total.shape[-1])[:num]
+    return sum(rows_of(x, n, jnp.float32) for x, n in zip(tables, digits, strict=True))
 
 
 def rows_of(

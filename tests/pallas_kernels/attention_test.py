@@ -237,7 +237,6 @@ def check_kernels(case, runs: int = 1):
   "column-T48-bfloat16-Hkv1-D64-Dv128",
   "long_column-T400-bfloat16-D256",
   "block-T50-bfloat16-Hkv1-D32",
-  "block-T180-float16-Hkv1-D32-segments",
   "summary-T70-bfloat16-Hkv1-D32",
   "strided-T71-bfloat16-Hkv1-D32",
   "fixed-T70-bfloat16-Hkv2-D32",

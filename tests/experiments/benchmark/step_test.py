@@ -298,6 +298,7 @@ def peers_weights(params: dict) -> dict:
   )
 
 
+@pytest.mark.smoke("full", daily=0)
 @pytest.mark.promotes
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_plain_jax_has_the_loss_and_gradients_of_our_body(tiny_body, remat):

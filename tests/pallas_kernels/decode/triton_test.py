@@ -97,7 +97,7 @@ def test_attention_is_that_of_the_other_way(name, step):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.smoke("fixed-bfloat16", "heads-and-layers-float32")
+@pytest.mark.smoke("fixed-bfloat16", daily=1)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("cycle", ["dense", "fixed", "block-summary", "heads-and-layers"])
 def test_teacher_forced_decoding_gives_the_logits_of_the_whole_sequence(cycle, dtype):

@@ -222,7 +222,7 @@ def kept_loss_and_gradient(remat, implementation, halves):
 
 
 @pytest.mark.one_day_in_three(0)
-@pytest.mark.smoke("None-xla", daily=1)
+@pytest.mark.smoke("None-xla", daily=0)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("halves", [None, "xla"])
 def test_remat_changes_memory_and_nothing_else(halves, implementation):
@@ -254,6 +254,7 @@ AGAIN = {
 }
 
 
+@pytest.mark.smoke("block", daily=1)
 @pytest.mark.parametrize("remat", AGAIN)
 def test_a_level_computes_again_what_it_does_not_keep(remat):
   model = small_model(

@@ -140,6 +140,8 @@ def test_a_step_moves_what_the_formula_says(mesh, layers):
   assert moved == formula(config)
 
 
+@pytest.mark.one_day_in_three(1)
+@pytest.mark.smoke("(2, 2, 2, 1)", daily=0)
 @pytest.mark.parametrize("mesh", [(2, 2, 2, 1), (1, 2, 1, 4)], ids=str)
 def test_a_step_with_dropout_is_that_of_one_device(mesh):
   """Also the masks, which every device makes for its own share."""

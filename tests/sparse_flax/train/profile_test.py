@@ -47,6 +47,7 @@ def runs(tmp_path_factory):
   return root, config, run(config, root / "profiled", profile=range(3, 5))
 
 
+@pytest.mark.one_day_in_three(1)
 def test_steps_are_traced_and_losses_are_the_same(runs):
   root, config, said = runs
   assert traced(root / "profiled" / "profile") == [3, 4]
