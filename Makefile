@@ -128,12 +128,10 @@ if [ ! -x $(1)/bin/python ]; then \
 fi
 endef
 
-# --no-compile: of what is installed little is imported, and Python compiles that by itself.
 # The TPU compiler lies where JAX does not look for it: on a machine without a TPU it would complain.
 .venv/installed: setup.py constraints.txt
 	$(call environment,.venv)
-	$(RUN) pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
-	  -e ".[test]"
+	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[test]"
 	case "$$(uname -sm)" in "Linux x86_64") $(RUN) pip install --quiet \
 	  --disable-pip-version-check --no-deps --constraint constraints.txt --target .venv/tpu libtpu;; \
 	esac
@@ -142,6 +140,6 @@ endef
 # The newest releases that setup.py allows, on the day when it is made.
 .venv-newest/installed: setup.py
 	$(call environment,.venv-newest)
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e . \
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e . \
 	  beartype hypothesis pytest pytest-xdist
 	@touch $@

@@ -179,7 +179,7 @@ def block_sparse_ms(result: Result) -> Cells:
 STEPS = {
   "ours": "ours",
   "ours_fused": "ours, fused",
-  "baseline": "{baseline}",
+  "baseline": "commit {baseline}",
   "pytorch": "PyTorch",
   "jax_cudnn": "plain JAX, cuDNN",
   "ours_merged": "ours",

@@ -81,7 +81,7 @@ CASES = {
 }
 
 
-@pytest.mark.smoke("fixed", "union")
+@pytest.mark.smoke("fixed")
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_that_of_the_blocks(case):
   layers, B, rows, C, more = CASES[case]

@@ -122,6 +122,7 @@ def test_other_data_are_refused(runs):
   path.write_bytes(text)
 
 
+@pytest.mark.one_day_in_three(1)
 def test_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
   config = tiny.config(
     tiny.text_file(tmp_path / "text"), optim=dict(learning_rate=1e30), train=dict(max_skipped=3)
@@ -168,6 +169,7 @@ def test_accumulation_and_devices_do_not_change_the_step(stepper):
   chex.assert_trees_all_close(once["ema"], spread["ema"], atol=2e-4)
 
 
+@pytest.mark.one_day_in_three(2)
 def test_step_counts_averages_and_draws_another_dropout(stepper):
   state, step = stepper(dropout=0.5)
   new, record = step(state, TOKENS, jax.random.key(2))

@@ -381,6 +381,7 @@ def errors(browser):
   return [line["message"] for line in browser.get_log("browser")]
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.one_day_in_three(1)
 def test_a_browser_shows_pictures_and_what_is_chosen(browser, tmp_path):
   config = cifar10.get_config("quick").copy_and_resolve_references().unlock()
