@@ -26,6 +26,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setitem(kernels.SIZES, name, {4096: Sizes(columns=128, depth=depth, stages=2)})
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("drop_add,narrow_back", daily=0)
 @pytest.mark.parametrize("names", ["drop_add,narrow_back", ",".join(residual.NAMES)])
 def test_rows_have_errors_and_shares(no_gpu, names, tmp_path):

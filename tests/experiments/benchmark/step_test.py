@@ -298,6 +298,7 @@ def peers_weights(params: dict) -> dict:
   )
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("full", daily=0)
 @pytest.mark.promotes
 @pytest.mark.parametrize("remat", ["full", "none"])

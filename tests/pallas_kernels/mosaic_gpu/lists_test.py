@@ -139,6 +139,7 @@ def test_every_argument(name):
   check(*call(how.pop("pattern")(2), T=190, **how))
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("256", daily=0)
 @pytest.mark.parametrize("size", SIZES)
 def test_head_sizes(size):

@@ -263,6 +263,7 @@ def forget_dropout(path):
   path.write_text(json.dumps(about | dict(sha256=digest.of_json(about))))
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.promotes
 @pytest.mark.parametrize("rate", [0.1, 0.0])
 def test_a_run_that_drew_other_masks_goes_on_and_says_so_once(tmp_path, rate):
