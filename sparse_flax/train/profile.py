@@ -3,14 +3,13 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from collections.abc import Iterator
 
 import jax
 from etils import epath
-
-from sparse_flax.run import files
 
 
 def check(profile: range, steps: int) -> None:
@@ -49,7 +48,7 @@ class Profiler:
     if jax.process_count() > 1:
       self._folder /= f"process_{jax.process_index()}"
     self._steps, self._pause, self._say = steps, pause, say
-    self._temporary: tempfile.TemporaryDirectory | None = None
+    self._local = ""
     self._running = self._failed = False
     if steps and first >= steps[-1]:
       say(f"no profile: step {steps[-1]:,} was done before, the run goes on after {first:,}")
@@ -77,12 +76,10 @@ class Profiler:
       self._stop()
 
   def _start(self) -> None:
-    local = os.fspath(self._folder)
-    if files.is_remote(self._folder):  # JAX writes to folders only
-      self._temporary = tempfile.TemporaryDirectory()
-      local = self._temporary.name
+    # JAX writes to folders of this machine only; the run's may be an object store's.
+    self._local = tempfile.mkdtemp()
     self._running = True
-    self._attempt(lambda: jax.profiler.start_trace(local))
+    self._attempt(lambda: jax.profiler.start_trace(self._local))
 
   def _stop(self) -> None:
     if not self._failed and self._attempt(self._write):
@@ -95,13 +92,12 @@ class Profiler:
 
   def _write(self) -> None:
     jax.profiler.stop_trace()
-    if self._temporary:
-      root = pathlib.Path(self._temporary.name)
-      for path in filter(pathlib.Path.is_file, root.rglob("*")):
-        copy = self._folder / path.relative_to(root).as_posix()
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-      self._temporary.cleanup()
+    root = pathlib.Path(self._local)
+    for path in filter(pathlib.Path.is_file, root.rglob("*")):
+      copy = self._folder / path.relative_to(root).as_posix()
+      copy.parent.mkdir(parents=True, exist_ok=True)
+      copy.write_bytes(path.read_bytes())
+    shutil.rmtree(root, ignore_errors=True)
 
   def _attempt(self, call: Callable[[], None]) -> bool:
     """Whether it succeeds. The run goes on without a profile: that is less than a run."""
