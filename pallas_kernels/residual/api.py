@@ -51,10 +51,16 @@ def override(implementation: str | None) -> Iterator[None]:
   """Within it, in this thread, blocks that `implementation` can compute are computed by it.
 
   None, as outside of it: by the modules of their layers. The kernels, "mosaic_gpu", have run in
-  training steps, not yet in every command.
+  training steps with other sizes than now, and in no command yet.
+
+  Raises:
+    ValueError: there is no implementation of this name.
+    NotImplementedError: the kernels do not run here; the message says why.
   """
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"{implementation=}: must be None or one of {IMPLEMENTATIONS}")
+  if implementation == "mosaic_gpu" and (reason := hardware.why_not_hopper()) is not None:
+    raise NotImplementedError(f"{implementation=}: {reason}")
   with _asked_for(implementation):
     yield
 
@@ -74,8 +80,6 @@ def choose(
   if _asked_for.value != "mosaic_gpu":
     return _asked_for.value
   if mesh.size > 1 or mesh.manual_axes:
-    return None
-  if hardware.why_not_hopper() is not None:
     return None
   reason = _kernels().unsupported(jnp.dtype(dtype), E, F, widths, activation)
   return "mosaic_gpu" if reason is None else None

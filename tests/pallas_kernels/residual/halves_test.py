@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import hardware
 from pallas_kernels import residual
 from pallas_kernels.residual import activations
 from pallas_kernels.residual import dropout
@@ -194,3 +195,11 @@ def test_quick_gelu_is_u_times_a_sigmoid():
   exact = np.asarray(u, np.float64) / (1 + np.exp(-1.702 * np.asarray(u, np.float64)))
   got = activations.ACTIVATIONS["quick_gelu"].value(u)
   np.testing.assert_allclose(got, exact, atol=3e-6)
+
+
+def test_kernels_that_cannot_run_are_refused_and_not_replaced(monkeypatch):
+  monkeypatch.setattr(hardware, "why_not_hopper", lambda: "made for Hopper")
+  with pytest.raises(NotImplementedError, match="made for Hopper"), residual.override("mosaic_gpu"):
+    pass
+  with pytest.raises(ValueError, match="'cuda': must be None or one"), residual.override("cuda"):
+    pass
