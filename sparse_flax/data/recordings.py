@@ -5,7 +5,6 @@ import math
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from scipy import signal
 
 from sparse_flax.data import audio
 from sparse_flax.data import flac
@@ -25,6 +24,8 @@ def load_codes(path: epath.PathLike) -> UInt8[np.ndarray, "T"]:
     raise ValueError(f"{path} holds no sound")
   mono = samples.mean(axis=1)
   if rate != audio.SAMPLE_RATE:
+    from scipy import signal  # which takes as long to import as JAX
+
     common = math.gcd(rate, audio.SAMPLE_RATE)
     mono = signal.resample_poly(mono, audio.SAMPLE_RATE // common, rate // common)
   return audio.mu_law_encode(mono)
