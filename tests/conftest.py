@@ -5,6 +5,7 @@ TEST_DATE=YYYY-MM-DD chooses the cases of another day, CI=1 makes every skipped 
 
 import datetime
 import faulthandler
+import gc
 import os
 import platform
 import shutil
@@ -20,6 +21,15 @@ if MADE_HERE := "TEST_CACHE" not in os.environ:
 # Sharding is tested on any laptop; and each simulated warpgroup needs a thread, of which XLA has
 # one per device.
 jax.config.update("jax_num_cpu_devices", 8)
+# Compiling a small program takes a quarter of the time where XLA for CPUs leaves the loops that it
+# fuses to LLVM, without MLIR's passes for each of them, and compiles them together. For child
+# processes too.
+CHEAP = (
+  "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+  " --xla_cpu_parallel_codegen_split_count=1"
+)
+if CHEAP not in (flags := os.environ.get("XLA_FLAGS", "")):
+  os.environ["XLA_FLAGS"] = f"{CHEAP} {flags}"
 ON_GPU = jax.default_backend() == "gpu"
 # Nearly all the time of the tests is compilation, often of what another process compiled before.
 jax.config.update("jax_compilation_cache_dir", os.environ["TEST_CACHE"])
@@ -35,6 +45,12 @@ TIMEOUT = 600  # seconds of one test: a kernel whose barriers do not match waits
 def pytest_configure():
   """Workers take the date from here: all must collect the same, also at midnight."""
   os.environ.setdefault("TEST_DATE", datetime.date.today().isoformat())
+
+
+def pytest_collection_finish():
+  """What is imported stays: each full collection of garbage would go through all of it."""
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_unconfigure():
