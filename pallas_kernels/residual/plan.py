@@ -37,8 +37,8 @@ class Sizes:
     consumers: warpgroups that compute.
     together: thread blocks of a cluster, which work on neighbouring rows at the same pace: weights
       that stream are copied once for all of them. Not simulated.
-    beside: thread blocks of a cluster that have all columns of the same rows: A is copied once for
-      them, and they add their sums over columns. Not simulated.
+    beside: thread blocks of a cluster that have neighbouring columns of the same rows: A is copied
+      once for them. Where an epilogue meets, they have all columns. Not simulated.
   """
 
   columns: int = 256
@@ -115,7 +115,7 @@ class Plan:
 
   @property
   def row_tiles(self) -> int:
-    return -(-self.R // self.sizes.rows)
+    return num_row_tiles(self.R, self.sizes)
 
   @property
   def walkers(self) -> int:
@@ -171,11 +171,11 @@ class Plan:
     if num := self.epilogue.column_sums:
       scratch["column_sums_s"] = gpu.vector(consumers, num, sizes.width)
       scratch["weights_s"] = gpu.vector(consumers, num, TILE)
-    if sizes.across:
+    if sizes.across and self.epilogue.meets:
       # Two places: who is a tile ahead must not write over what the other one still reads.
       scratch["met_s"] = gpu.vector(2, consumers, 2, TILE)
       scratch["met_full"] = gpu.Barrier(num_arrivals=consumers)
-    elif sizes.beside > 1:
+    elif sizes.beside > 1 and self.epilogue.meets:
       # As tiles of 8 columns, which stores into another thread block want.
       scratch["met_s"] = gpu.smem(2, consumers, TILE, 8, dtype=jnp.float32)
       scratch["met_full"] = gpu.Barrier(num_barriers=2 * consumers)
@@ -207,6 +207,12 @@ class Plan:
     return types
 
 
+def num_row_tiles(R: int, sizes: Sizes) -> int:
+  """Tiles that R rows are cut into: numbers of the rows that pad these are made as well."""
+  padded = -(-R // PAD_ROWS) * PAD_ROWS
+  return -(-padded // sizes.rows)
+
+
 def check(plan: Plan) -> None:
   """Raises what is wrong with the sizes of a product."""
   sizes = plan.sizes
@@ -216,12 +222,16 @@ def check(plan: Plan) -> None:
     raise ValueError(f"{sizes}: sums over parts of rows, of {plan.N} columns")
   if sizes.across and sizes.consumers != 2:
     raise ValueError(f"{sizes}: two consumers share rows")
-  if sizes.beside > 1 and (sizes.beside != 2 or sizes.together > 1 or sizes.across):
-    raise ValueError(f"{sizes}: two thread blocks beside each other, and no other clusters")
-  if sizes.beside > 1 and plan.column_tiles != sizes.beside:
-    raise ValueError(f"{sizes}: not all of {plan.N} columns")
-  if sizes.stays and max(sizes.together, sizes.beside) > 1:
-    raise ValueError(f"{sizes}: clusters are for weights that stream")
+  if sizes.beside > 1 and (sizes.together > 1 or sizes.across):
+    raise ValueError(f"{sizes}: a cluster has blocks beside each other, or together, not both")
+  if plan.column_tiles % sizes.beside:
+    raise ValueError(
+      f"{sizes}: {plan.column_tiles} tiles of columns, no multiple of {sizes.beside=}"
+    )
+  if plan.epilogue.meets and sizes.beside > 2:
+    raise ValueError(f"{sizes}: sums over rows are exchanged by two thread blocks")
+  if sizes.stays and sizes.together > 1:
+    raise ValueError(f"{sizes}: weights are copied for several blocks where they stream")
   for K in plan.depths:
     if K % sizes.depth:
       raise ValueError(f"{K=} must be a multiple of {sizes.depth=}")

@@ -44,6 +44,7 @@ from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.residual.plan import check
 from pallas_kernels.residual.plan import CLUSTER
 from pallas_kernels.residual.plan import Epilogue
+from pallas_kernels.residual.plan import num_row_tiles
 from pallas_kernels.residual.plan import Plan
 from pallas_kernels.residual.plan import Sizes
 from pallas_kernels.residual.plan import SLICE
@@ -52,6 +53,7 @@ from pallas_kernels.residual.strip import Strip
 # Registers of a thread that loads and of one that computes, by consumers: in sum no more than all
 # warpgroups have at launch, 168 each of three, 128 of four.
 REGISTERS = {2: (40, 232), 3: (24, 160)}
+GROUP = 16  # multiprocessors among which a cluster must find its place, or two more
 COPY_ROWS = 8  # the copy engine's tiles have 8 rows: an array has whole ones of them
 
 
@@ -252,9 +254,13 @@ def launch(
   padded = -(-R // COPY_ROWS) * COPY_ROWS
   whole = lambda x: jnp.pad(x, [(0, padded - R), (0, 0)]) if padded > R else x
   column_tiles = N // sizes.columns
-  most = -(-padded // sizes.rows)
+  most = num_row_tiles(padded, sizes)
   together = sizes.together
-  walkers = min(gpu.num_multiprocessors() // column_tiles, most + most % together)
+  blocks = together * sizes.beside
+  # Groups of multiprocessors of 16 to 18 hold the clusters: what does not fit would run at the end.
+  most_blocks = gpu.num_multiprocessors()
+  most_blocks -= most_blocks % GROUP if blocks > 2 else 0
+  walkers = min(most_blocks // column_tiles, most + most % together)
   walkers = max(together, walkers - walkers % together)
   slices = sizes.width // SLICE
   plan = Plan(
@@ -276,7 +282,6 @@ def launch(
   if words is not None:
     arrays |= dict(words=jnp.pad(words, [(0, 0), (0, padded - R)]) if padded > R else words)
   outputs = plan.out_types()
-  blocks = together * sizes.beside
   cluster = dict(cluster=(blocks,), cluster_names=(CLUSTER,)) if blocks > 1 else {}
   results = gpu.launch(
     name,

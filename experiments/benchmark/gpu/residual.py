@@ -272,6 +272,22 @@ _STAYS = (
   _stays(stages=5, behind=2, consumers=3),
   _stays(stages=4, consumers=3),
 )
+# A of several blocks' columns is copied once: what it costs the cache is shared by them.
+_BESIDE = (
+  _stays(stages=6, beside=2),
+  _stays(stages=8, beside=2),
+  _stays(stages=8, ahead=2, behind=2, beside=2),
+  _stays(stages=5, ahead=2, beside=2),
+  _stays(stages=6, behind=2, beside=2),
+  _stays(stages=4, consumers=3, beside=2),
+  _stays(stages=5, behind=2, consumers=3, beside=2),
+  _stays(stages=6, beside=4),
+  _stays(stages=8, ahead=2, behind=2, beside=4),
+  _stays(stages=5, ahead=2, beside=4),
+  _stays(stages=4, consumers=3, beside=4),
+  Sizes(behind=2, beside=2),
+  Sizes(beside=2),
+)
 _BACK = (
   Sizes(depth=32, stages=5),
   Sizes(depth=32, stages=4, ahead=2, together=2),
@@ -281,18 +297,18 @@ _BACK = (
   _stays(stages=3),
 )
 CANDIDATES: dict[str, tuple[Sizes, ...]] = {
-  "enter": _STREAMS + _STAYS,
-  "drop_add_attention": _STREAMS + _STAYS,
-  "widen": _STREAMS + _STAYS,
+  "enter": _STREAMS + _STAYS + _BESIDE,
+  "drop_add_attention": _STREAMS + _STAYS + _BESIDE,
+  "widen": _STREAMS + _STAYS + _BESIDE,
   "drop_add": (
     *_STREAMS,
     Sizes(depth=32, stages=6),
     Sizes(depth=32, stages=6, together=2),
     Sizes(ahead=2, behind=2, together=2),
   ),
-  "narrow_back": _STREAMS + _STAYS,
+  "narrow_back": _STREAMS + _STAYS + _BESIDE,
   "widen_back": _BACK,
-  "multiply": _STREAMS + _STAYS,
+  "multiply": _STREAMS + _STAYS + _BESIDE,
   "enter_back": (
     Sizes(depth=32, stages=2, ahead=2),
     Sizes(depth=32, stages=3, together=2),

@@ -112,6 +112,14 @@ def test_drop_add(R, body, dropped):
   stats_close(stats, y)
 
 
+def test_numbers_of_rows_that_pad_are_finite():
+  """Tiles of 192 rows: one holds all 150 rows, not all 256 that these are padded to."""
+  a, w, x = normal(0, 150, 64), weights(1, 64, 128), normal(2, 150, 128)
+  bias = normal(3, 128, dtype=jnp.float32)
+  y, stats = kernels.drop_add(a, w, bias, x, sizes=BODIES["three consumers"])
+  stats_close(stats, y)
+
+
 @some
 @by_body
 def test_widen(R, body):
@@ -357,6 +365,42 @@ def test_clusters_lower(clusters):
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   call = lambda a, w: kernels.multiply(a, w, Sizes(**CLUSTERS[clusters]))
   assert lowered(call, array(1_000, 1_024), array(512, 1_024)).count("mosaic_gpu_v2") == 1
+
+
+STAY = {
+  "2": dict(stages=6, beside=2),
+  "4": dict(stages=8, ahead=2, behind=2, beside=4),
+  "2, three consumers": dict(stages=4, consumers=3, beside=2),
+}
+
+
+def beside(R, clusters):
+  """`narrow_back`, of weights that stay and have 512 columns, and what it shall give."""
+  dm, w, u, h = normal(0, R, 256), weights(1, 512, 256), normal(2, R, 512), normal(3, R, 64)
+  norm = norm_of(h, weights(4, 64, 512), 5)
+  sizes = Sizes(columns=128, stays=True, **STAY[clusters])
+  run = lambda: kernels.narrow_back(dm, w, u, norm, sizes)
+  grad = (wide(dm) @ wide(w).T) * gelu_slope(wide(u))
+  du = grad * normalised(h)[2]
+  rows = np.stack([du @ wide(norm.sums), (du * (wide(u) - wide(norm.bias))).sum(1)])
+  return run, du, rows, grad.sum(0)
+
+
+@pytest.mark.parametrize("clusters", STAY)
+def test_clusters_of_weights_that_stay_lower(clusters):
+  run, *_ = beside(200, clusters)
+  assert lowered(run).count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [1_000, 20_000, 333])
+@pytest.mark.parametrize("clusters", STAY)
+def test_clusters_of_weights_that_stay(clusters, R):
+  run, du, rows, columns = beside(R, clusters)
+  got = run()
+  close(got.du, du)
+  close(wide(got.back).sum(0)[:, :R], rows, 1e-4)
+  close(wide(got.sums).sum(0)[0], columns)
 
 
 @pytest.mark.gpu
