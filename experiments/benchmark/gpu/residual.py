@@ -275,6 +275,7 @@ _STAYS = (
 # A of several blocks' columns is copied once: what it costs the cache is shared by them.
 _BESIDE = (
   _stays(stages=6, beside=2),
+  _stays(stages=7, beside=2),
   _stays(stages=8, beside=2),
   _stays(stages=8, ahead=2, behind=2, beside=2),
   _stays(stages=5, ahead=2, beside=2),
@@ -282,11 +283,10 @@ _BESIDE = (
   _stays(stages=4, consumers=3, beside=2),
   _stays(stages=5, behind=2, consumers=3, beside=2),
   _stays(stages=6, beside=4),
-  _stays(stages=8, ahead=2, behind=2, beside=4),
+  _stays(stages=7, beside=4),
   _stays(stages=5, ahead=2, beside=4),
   _stays(stages=4, consumers=3, beside=4),
   Sizes(behind=2, beside=2),
-  Sizes(beside=2),
 )
 _BACK = (
   Sizes(depth=32, stages=5),
