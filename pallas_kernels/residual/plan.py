@@ -32,8 +32,13 @@ class Sizes:
     stays: whether the weights of a thread block stay in shared memory.
     across: whether the consumers share 64 rows and halve the columns, rather than halve 128 rows:
       a tile may then span rows of 512 columns.
+    prefetch: whether the next tile's rows of A and of second inputs are brought into the L2 cache
+      meanwhile: a ring that is short for the memory's latency may do for the cache's.
     ahead: slices of each second input that are in shared memory.
     behind: slices of each result that may be on their way.
+    in_turn: whether the results of a slice share `behind` places in shared memory, one after the
+      other, rather than have as many each.
+    twice: whether an input that is read twice is loaded twice, by slices, rather than whole.
     consumers: warpgroups that compute.
     together: thread blocks of a cluster, which work on neighbouring rows at the same pace: weights
       that stream are copied once for all of them. Not simulated.
@@ -46,8 +51,11 @@ class Sizes:
   stages: int = 3
   stays: bool = False
   across: bool = False
+  prefetch: bool = False
   ahead: int = 1
   behind: int = 1
+  in_turn: bool = False
+  twice: bool = False
   consumers: int = 2
   together: int = 1
   beside: int = 1
@@ -73,7 +81,8 @@ class Epilogue:
     outputs: widths of the results [R, N], by name; several where N is cut into arrays.
     row_sums: whether a pair of sums over columns is stored as well.
     column_sums: how many sums over rows.
-    whole: second inputs of which a strip is in shared memory at once; others have `Sizes.ahead`.
+    whole: second inputs that are read twice: a strip of them is in shared memory at once, unless
+      `Sizes.twice`; others have `Sizes.ahead`.
     meets: whether it wants sums over whole rows before it ends.
   """
 
@@ -156,7 +165,8 @@ class Plan:
     for name, num in self.ahead.items():
       scratch[f"{name}_s"] = tile(num)
       scratch[f"{name}_full"] = gpu.Barrier(num_barriers=num * consumers)
-    scratch |= {f"{name}_s": tile(sizes.behind) for name in self.epilogue.outputs}
+    staged = ("staged",) if sizes.in_turn else self.epilogue.outputs
+    scratch |= {f"{name}_s": tile(sizes.behind) for name in staged}
     scratch |= {f"{name}_s": gpu.vector(consumers, n, TILE) for name, n in self.rows.items()}
     scratch |= {f"{name}_s": gpu.vector(sizes.columns) for name in self.columns}
     if self.has_words:
@@ -237,8 +247,10 @@ def check(plan: Plan) -> None:
       raise ValueError(f"{K=} must be a multiple of {sizes.depth=}")
   if plan.N % sizes.columns or sizes.width % SLICE:
     raise ValueError(f"N={plan.N} must be a multiple of {sizes.columns=}, these of {SLICE}")
-  for name, num in [*plan.ahead.items(), ("results", sizes.behind)]:
-    if plan.slices % num:
-      raise ValueError(f"{plan.slices} slices are no multiple of the {num} places of {name}")
+  results = plan.slices * (len(plan.epilogue.outputs) if sizes.in_turn else 1)
+  places = {name: (plan.slices, num) for name, num in plan.ahead.items()}
+  for name, (slices, num) in (places | dict(results=(results, sizes.behind))).items():
+    if slices % num:
+      raise ValueError(f"{slices} slices are no multiple of the {num} places of {name}")
   if (used := plan.shared_bytes()) > SHARED_BYTES:
     raise ValueError(f"{used} bytes of shared memory, of {SHARED_BYTES}: {sizes}")

@@ -185,11 +185,12 @@ SPANNING = {
   "streams": Sizes(columns=128, depth=32),
   "stays": Sizes(columns=128, depth=32, stays=True),
   "across": Sizes(columns=128, depth=32, across=True),
+  "twice": Sizes(columns=128, depth=32, twice=True, in_turn=True, prefetch=True),
 }
 SPAN_CASES = [(R, name) for R in ROWS for name in SPANNING]
 
 
-@pytest.mark.smoke("streams-333-True", "across-712-True", "stays-333-False")
+@pytest.mark.smoke("twice-712-True", "streams-333-True", "across-712-True", "stays-333-False")
 @pytest.mark.parametrize("dropped", [True, False])
 @pytest.mark.parametrize("R,body", SPAN_CASES, ids=[f"{name}-{R}" for R, name in SPAN_CASES])
 def test_enter_back(R, body, dropped):
@@ -335,6 +336,7 @@ CLUSTERS = {
   "2 together": dict(together=2),
   "4 together": dict(together=4),
   "beside": dict(beside=2),
+  "beside, twice": dict(beside=2, twice=True, in_turn=True, behind=2, stages=6, prefetch=True),
   "across": dict(columns=512, across=True, stages=2, together=2),
 }
 
@@ -353,7 +355,7 @@ def spanning(R, clusters):
   return run, dx, np.where(keep, dx / (1 - RATE), 0), xhat
 
 
-@pytest.mark.parametrize("clusters", ["beside", "across"])
+@pytest.mark.parametrize("clusters", ["beside", "beside, twice", "across"])
 def test_clusters_that_span_rows_lower(clusters):
   """The simulator has no clusters."""
   run, *_ = spanning(200, clusters)
@@ -368,7 +370,7 @@ def test_clusters_lower(clusters):
 
 
 STAY = {
-  "2": dict(stages=6, beside=2),
+  "2": dict(stages=6, beside=2, prefetch=True),
   "4": dict(stages=8, ahead=2, behind=2, beside=4),
   "2, three consumers": dict(stages=4, consumers=3, beside=2),
 }
@@ -414,7 +416,7 @@ def test_clusters(clusters, R):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("R", [1_000, 20_000, 333])
-@pytest.mark.parametrize("clusters", ["beside", "across"])
+@pytest.mark.parametrize("clusters", ["beside", "beside, twice", "across"])
 def test_clusters_that_span_rows(clusters, R):
   run, *wants = spanning(R, clusters)
   *gots, sums = run()
