@@ -265,8 +265,6 @@ _STAYS = (
   Sizes(stays=True, stages=3, ahead=2, behind=2),
   _stays(stages=6),
   _stays(stages=8, ahead=2, behind=2),
-  _stays(stages=4, ahead=2, behind=2),
-  _stays(stages=3, ahead=2, behind=2),
   _stays(stages=5, ahead=2),
   _stays(stages=8, ahead=2, behind=2, consumers=3),
   _stays(stages=5, behind=2, consumers=3),
@@ -303,6 +301,10 @@ _FAR = (
   _far(stages=5, ahead=2, beside=2),
   _far(stages=4, consumers=3, beside=2),
   _far(stages=8, ahead=2, behind=2, beside=2),
+  # Steps are half as long: less of the ring is held by the products under way.
+  _far(depth=32, stages=12),
+  _far(depth=32, stages=12, beside=2),
+  _stays(depth=32, stages=12, beside=2),
 )
 _twice = functools.partial(Sizes, twice=True, in_turn=True)
 _TWICE = (
