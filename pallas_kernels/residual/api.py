@@ -30,7 +30,7 @@ Bits = options_lib.Bits
 Rows = Float[Array, "*B E"]
 Stats = Float[Array, "..."]
 
-IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+IMPLEMENTATIONS = ("modules", "xla", "mosaic_gpu")
 # Names of what the forward pass keeps, by the value of `remat`; beside it the input of each block.
 _ATTENTION = ("attention_out", "attention_lse")
 _BLOCK = (*_ATTENTION, *(f"residual_{name}" for name in ("q", "k", "v", "h", "stats")))
@@ -50,8 +50,8 @@ _asked_for = jax.make_user_context(None)
 def override(implementation: str | None) -> Iterator[None]:
   """Within it, in this thread, blocks that `implementation` can compute are computed by it.
 
-  None, as outside of it: by the modules of their layers. The kernels, "mosaic_gpu", have run in
-  training steps with other sizes than now, and in no command yet.
+  None, as outside of it, and "modules": by the modules of their layers. The kernels, "mosaic_gpu",
+  have run in training steps with other sizes than now, and in no command yet.
 
   Raises:
     ValueError: there is no implementation of this name.
@@ -78,7 +78,7 @@ def choose(
   """
   mesh = jax.sharding.get_abstract_mesh()
   if _asked_for.value != "mosaic_gpu":
-    return _asked_for.value
+    return None if _asked_for.value == "modules" else _asked_for.value
   if mesh.size > 1 or mesh.manual_axes:
     return None
   reason = _kernels().unsupported(jnp.dtype(dtype), E, F, widths, activation)

@@ -55,7 +55,7 @@ def kernel_shares(kernels: list[tuple[str, float]]) -> dict[str, Any]:
   )
 
 
-def _residual_by(implementation: str | None) -> contextlib.AbstractContextManager:
+def residual_by(implementation: str | None) -> contextlib.AbstractContextManager:
   """For checkouts that have it."""
   if implementation is None:
     return contextlib.nullcontext()
@@ -74,7 +74,7 @@ def measure(job: dict[str, Any]) -> None:
   begin = time.perf_counter()
   config = config_of(job["recipe"], job["changes"])
   made = training.prepare(config)
-  with jax.set_mesh(made.mesh), _residual_by(job.get("residual")):
+  with jax.set_mesh(made.mesh), residual_by(job.get("residual")):
     traced = made.step.trace(*made.shapes)
     program = traced.lower().compile()
     state, tokens, key = made.first_state(), made.tokens(), jax.random.key(1)
