@@ -30,7 +30,7 @@ NEWEST_TESTS = $(addprefix $(KERNEL_TESTS)/,mosaic_gpu/programs_test.py \
   $(addprefix $(MODEL_TESTS)/,recorded_test.py linen_class_test.py evaluate_test.py export_test.py \
   train/tracing_test.py train/step_test.py)
 
-# Run when named: PART=residual, the kernels around attention, which nothing uses unasked, and
+# Run when named: PART=residual, the kernels around attention alone, and
 # PART=steps, gradients of whole models by them, and runs that go on with the same bits.
 # What the GPU's own tests need, with whatever else that machine has: its Python, no .venv. Each part
 # is meant to take less than 9 minutes on one GPU, which several processes share.

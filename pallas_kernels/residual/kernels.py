@@ -35,35 +35,49 @@ from pallas_kernels.residual.strip import Strip
 
 EPS = 1e-5  # of the models' norms
 
-# By kernel, and by what K is at most. Weights stay where a range of columns of them fits beside the
-# rings. An epilogue waits least where both slices of 128 columns are loaded while its product runs,
-# and may be on their way while the next one does (`ahead`, `behind` = 2).
+# By kernel, and by what K and N are at most, smallest first: the fastest of those measured
+# (docs/notes/residual.md). Weights stay where a range of columns of them fits beside the rings. An
+# epilogue waits least where both slices of 128 columns are loaded while its product runs, and may
+# be on their way while the next one does (`ahead`, `behind` = 2).
+_ANY = 4096
 _cut = functools.partial(Sizes, columns=128, stays=True)
 SIZES = {
   "enter": {
-    256: Sizes(stays=True, stages=6, behind=2),
-    512: _cut(stages=5, behind=2, consumers=3),
+    (256, _ANY): Sizes(stays=True, stages=6, behind=2),
+    (_ANY, _ANY): Sizes(behind=2),
   },
   "drop_add": {
-    256: _cut(stages=8, ahead=2, behind=2),
-    512: _cut(stages=5, ahead=2),
-    4096: Sizes(ahead=2, behind=2),
+    (256, 256): _cut(stages=8, ahead=2, behind=2),
+    (512, 256): Sizes(ahead=2, behind=2, together=2),
+    (512, 512): _cut(stages=6),
+    (_ANY, _ANY): Sizes(ahead=2, behind=2),
   },
-  "widen": {256: _cut(stages=6, behind=2, consumers=3), 512: _cut(stages=5, consumers=3)},
-  "narrow_back": {256: _cut(stages=8, ahead=2, behind=2), 512: _cut(stages=5, ahead=2)},
-  "widen_back": {4096: Sizes(depth=32, stages=4, ahead=2)},
+  "widen": {(256, _ANY): _cut(stages=8, ahead=2, behind=2), (_ANY, _ANY): Sizes()},
+  "narrow_back": {
+    (256, _ANY): _cut(stages=8, ahead=2, behind=2),
+    (512, _ANY): _cut(stages=5, ahead=2),
+  },
+  "widen_back": {
+    (512, _ANY): Sizes(together=2),
+    (_ANY, _ANY): Sizes(columns=128, stages=4),
+  },
   "multiply": {
-    256: _cut(stages=8, behind=2, consumers=3),
-    512: _cut(stages=5, behind=2, consumers=3),
+    (256, _ANY): Sizes(stays=True, stages=6, behind=2),
+    (512, _ANY): _cut(stages=8, ahead=2, behind=2),
   },
-  "enter_back": {4096: Sizes(depth=32, stages=3)},
+  "enter_back": {
+    (_ANY, 256): Sizes(depth=32, together=2),
+    (_ANY, 512): Sizes(depth=32, beside=2),
+  },
 }
 
 
 def sizes_of(name: str, K: int, N: int) -> Sizes:
   """How a kernel is cut that multiplies [R, K] by [K, N]."""
-  fitting = (sizes for most, sizes in SIZES[name].items() if most >= K)
+  fitting = (sizes for most, sizes in SIZES[name].items() if most[0] >= K and most[1] >= N)
   sizes = next(fitting, Sizes())
+  if gpu.simulated():
+    sizes = dataclasses.replace(sizes, together=1, beside=1)
   columns = sizes.columns
   while columns > SLICE and N % columns:
     columns //= 2
@@ -384,7 +398,7 @@ def enter_back(
     "enter_back",
     grads,
     w,
-    Epilogue(run=run, outputs=outputs, column_sums=1, whole=("x",)),
+    Epilogue(run=run, outputs=outputs, column_sums=1, whole=("x",), meets=True),
     sizes or _spanning(sizes_of("enter_back", w.shape[1], E), E),
     transposed=True,
     inputs=dict(x=x, dh=dh),
@@ -396,10 +410,11 @@ def enter_back(
 
 def _spanning(sizes: Sizes, E: int) -> Sizes:
   """Tiles of whole rows: those of more than 256 columns have fewer rows."""
-
-  return dataclasses.replace(
-    sizes, columns=E, across=E > 256, stages=2 if E > 256 else sizes.stages
-  )
+  if sizes.columns * sizes.beside == E:
+    return sizes
+  wide = E > 256
+  stages = 2 if wide else sizes.stages
+  return dataclasses.replace(sizes, columns=E, across=wide, stages=stages, beside=1)
 
 
 # --------------------------------------------------------------------------------------- helpers

@@ -74,6 +74,7 @@ class Epilogue:
     row_sums: whether a pair of sums over columns is stored as well.
     column_sums: how many sums over rows.
     whole: second inputs of which a strip is in shared memory at once; others have `Sizes.ahead`.
+    meets: whether it wants sums over whole rows before it ends.
   """
 
   run: Callable
@@ -81,6 +82,7 @@ class Epilogue:
   row_sums: bool = False
   column_sums: int = 0
   whole: tuple[str, ...] = ()
+  meets: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,10 @@ class Plan:
 def check(plan: Plan) -> None:
   """Raises what is wrong with the sizes of a product."""
   sizes = plan.sizes
+  if sizes.stages < 2:
+    raise ValueError(f"{sizes}: a step is freed when the next one is multiplied, in another slot")
+  if plan.epilogue.meets and sizes.columns * sizes.beside != plan.N:
+    raise ValueError(f"{sizes}: sums over parts of rows, of {plan.N} columns")
   if sizes.across and sizes.consumers != 2:
     raise ValueError(f"{sizes}: two consumers share rows")
   if sizes.beside > 1 and (sizes.beside != 2 or sizes.together > 1 or sizes.across):

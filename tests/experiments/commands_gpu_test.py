@@ -68,7 +68,7 @@ def test_a_run_from_training_to_export(name, tmp_path):
   said = "".join(lines)
   print(said)
   assert child.returncode == 75 and "STOPPED at step" in said, said
-  assert "attention by mosaic_gpu\n" in said
+  assert "attention by mosaic_gpu, blocks by mosaic_gpu\n" in said
   said = commands("train", *training)
   assert "RESUMING" in said
   losses = bits(workdir)

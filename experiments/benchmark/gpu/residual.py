@@ -296,7 +296,6 @@ CANDIDATES: dict[str, tuple[Sizes, ...]] = {
   "enter_back": (
     Sizes(depth=32, stages=2, ahead=2),
     Sizes(depth=32, stages=3, together=2),
-    Sizes(depth=64, stages=1),
     Sizes(depth=32, stages=3, beside=2),
     Sizes(depth=32, stages=2, ahead=2, beside=2),
     Sizes(columns=512, across=True, depth=32, stages=2, together=2),

@@ -4,9 +4,8 @@ The step is the one that `experiments.train` runs for the recipe: dropout, recom
 recipe has it, AdamW with clipping, averaged weights, the state given up. The batch is what one GPU
 gets. "pytorch" and "jax_cudnn" compute the same bodies with the tools of those libraries: the first
 the same patterns, by FlexAttention, the second, as they have no other, dense attention. They
-recompute their blocks unless ours keeps everything. "ours_fused" computes what is around attention
-by kernels of ours too, which the commands do not take yet. "baseline" is the step of another
-checkout.
+recompute their blocks unless ours keeps everything. "ours_modules" has our kernels for attention
+alone. "baseline" is the step of another checkout.
 
 A process for each row: no memory is shared, and one that dies takes no other with it. Time is that
 from the end of a step to the end of the next, while the host is a step ahead, as in training. MFU
@@ -77,10 +76,10 @@ ATTENTION: dict[str, dict[str, Any]] = {
 # In this order, so that a run that is stopped has ours.
 WAYS = {
   "ours": Way("ours"),
-  "ours_fused": Way("ours", residual="mosaic_gpu"),
   "baseline": Way("ours"),
   "pytorch": Way("pytorch"),
   "jax_cudnn": Way("plain_jax", "dense"),
+  "ours_modules": Way("ours", residual="modules", default=False),
   "ours_merged": Way("ours", "merged", default=False),
   "ours_dense": Way("ours", "dense", default=False),
   "pytorch_dense": Way("pytorch", "dense", default=False),
@@ -120,8 +119,8 @@ class Case(NamedTuple):
     """What the program of the row is given."""
     if WAYS[self.way].program == "ours":
       job = dict(recipe=BODIES[self.body].recipe, changes=self.changes())
-      fused = WAYS[self.way].residual
-      return job | (dict(residual=fused) if fused else {})
+      asked_for = WAYS[self.way].residual
+      return job | (dict(residual=asked_for) if asked_for else {})
     config = self.config()
     model = config.model.to_dict() | {"remat": "none" if config.model.remat == "none" else "full"}
     return dict(

@@ -34,6 +34,7 @@ def test_a_run_tells_the_loss_of_every_step(monkeypatch, capsys):
   losses.measure(json.loads(json.dumps(job)))
   figures = child.told(capsys.readouterr().out)
   assert len(figures["losses"]) == 5 and figures["losses"][0] == pytest.approx(8.0)
+  assert figures["blocks_by"] == "xla"
   assert figures["losses"][1:] != pytest.approx([8.0] * 4)
 
 

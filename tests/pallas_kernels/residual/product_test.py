@@ -219,6 +219,23 @@ def test_sizes_that_do_not_fit_are_refused():
     kernels.multiply(a, w, Sizes(stays=True))
   with pytest.raises(ValueError, match="must be a multiple"):
     kernels.multiply(a[:, :72], w[:, :72], Sizes())
+  with pytest.raises(ValueError, match="in another slot"):
+    kernels.multiply(a, w, Sizes(stages=1))
+
+
+def test_tiles_of_parts_of_rows_are_refused_where_whole_ones_are_summed():
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  stats = jax.ShapeDtypeStruct((1, 2, 128), jnp.float32)
+  call = functools.partial(kernels.enter_back, sizes=Sizes(columns=64, depth=32))
+  x = array(128, 128)
+  with pytest.raises(ValueError, match="parts of rows"):
+    jax.eval_shape(call, (array(128, 64),), array(128, 64), x, stats, x)
+
+
+@pytest.mark.parametrize("K,N", [(512, 256), (512, 512)])
+def test_sizes_are_chosen_by_both_sides(K, N):
+  """K = 512 is the width of one model and the hidden width of another."""
+  assert kernels.sizes_of("drop_add", K, N).stays == (N == 512)
 
 
 # -------------------------------------------------------------------------------------- lowering

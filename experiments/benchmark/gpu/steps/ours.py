@@ -86,6 +86,8 @@ def measure(job: dict[str, Any]) -> None:
   )
   if implementations_in := getattr(api, "implementations_in", None):  # later than some commits
     child.tell(attention_by=", ".join(implementations_in(traced.jaxpr)))
+    with contextlib.suppress(TypeError):  # it told of attention alone
+      child.tell(blocks_by=", ".join(implementations_in(traced.jaxpr, "blocks")) or "modules")
 
   def start() -> dict[str, jax.Array]:
     nonlocal state
