@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels import api
 from pallas_kernels import residual
 from sparse_flax import evaluate
 from sparse_flax import model as model_lib
@@ -75,7 +76,9 @@ def gradients(model: dict, params: dict, tokens, *, by: str) -> tuple[float, dic
 
   # Of all programs, for the logits: GPUs round operands of float32 to TF32 unless they are told.
   with residual.override(by), jax.default_matmul_precision("highest"):
-    nats, grads = jax.jit(jax.value_and_grad(loss))(params)
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params)
+    nats, grads = traced.lower().compile()(params)
+  assert api.implementations_in(traced.jaxpr, "blocks") == (() if by == "modules" else (by,))
   return float(nats), grads
 
 
