@@ -272,34 +272,85 @@ _STAYS = (
   _stays(stages=5, behind=2, consumers=3),
   _stays(stages=4, consumers=3),
 )
+# A of several blocks' columns is copied once: what it costs the cache is shared by them.
+_BESIDE = (
+  _stays(stages=6, beside=2),
+  _stays(stages=7, beside=2),
+  _stays(stages=8, beside=2),
+  _stays(stages=8, ahead=2, behind=2, beside=2),
+  _stays(stages=5, ahead=2, beside=2),
+  _stays(stages=6, behind=2, beside=2),
+  _stays(stages=4, consumers=3, beside=2),
+  _stays(stages=5, behind=2, consumers=3, beside=2),
+  _stays(stages=6, beside=4),
+  _stays(stages=7, beside=4),
+  _stays(stages=5, ahead=2, beside=4),
+  _stays(stages=4, consumers=3, beside=4),
+  Sizes(behind=2, beside=2),
+)
+# The next tile's rows are on their way from memory meanwhile.
+_far = functools.partial(_stays, prefetch=True)
+_FAR = (
+  Sizes(behind=2, prefetch=True),
+  Sizes(prefetch=True),
+  _far(stages=5, ahead=2),
+  _far(stages=6),
+  _far(stages=8, ahead=2, behind=2),
+  _far(stages=4, consumers=3),
+  _far(stages=5, behind=2, consumers=3),
+  _far(stages=6, beside=2),
+  _far(stages=7, beside=2),
+  _far(stages=5, ahead=2, beside=2),
+  _far(stages=4, consumers=3, beside=2),
+  _far(stages=8, ahead=2, behind=2, beside=2),
+)
+_twice = functools.partial(Sizes, twice=True, in_turn=True)
+_TWICE = (
+  dict(depth=32, stages=6),
+  dict(depth=32, stages=6, prefetch=True),
+  dict(depth=32, stages=6, behind=2, prefetch=True),
+  dict(depth=64, stages=3),
+  dict(depth=64, stages=3, prefetch=True),
+  dict(depth=64, stages=3, behind=2, prefetch=True),
+  dict(depth=32, stages=5, ahead=2, prefetch=True),
+)
 _BACK = (
   Sizes(depth=32, stages=5),
   Sizes(depth=32, stages=4, ahead=2, together=2),
   Sizes(depth=32, stages=5, together=2),
+  Sizes(depth=32, stages=5, prefetch=True),
   Sizes(together=2),
+  Sizes(prefetch=True),
   Sizes(columns=128, stages=4),
+  Sizes(columns=128, stages=4, prefetch=True),
+  Sizes(columns=128, stages=4, beside=2),
+  Sizes(columns=128, stages=4, beside=2, prefetch=True),
+  Sizes(stages=3, in_turn=True, prefetch=True),
+  Sizes(stages=3, in_turn=True, behind=2),
   _stays(stages=3),
 )
 CANDIDATES: dict[str, tuple[Sizes, ...]] = {
-  "enter": _STREAMS + _STAYS,
-  "drop_add_attention": _STREAMS + _STAYS,
-  "widen": _STREAMS + _STAYS,
+  "enter": _STREAMS + _STAYS + _BESIDE + _FAR,
+  "drop_add_attention": _STREAMS + _STAYS + _BESIDE + _FAR,
+  "widen": _STREAMS + _STAYS + _BESIDE + _FAR,
   "drop_add": (
     *_STREAMS,
     Sizes(depth=32, stages=6),
+    Sizes(ahead=2, behind=2, prefetch=True),
+    Sizes(prefetch=True),
     Sizes(depth=32, stages=6, together=2),
     Sizes(ahead=2, behind=2, together=2),
   ),
-  "narrow_back": _STREAMS + _STAYS,
+  "narrow_back": _STREAMS + _STAYS + _BESIDE + _FAR,
   "widen_back": _BACK,
-  "multiply": _STREAMS + _STAYS,
+  "multiply": _STREAMS + _STAYS + _BESIDE + _FAR,
   "enter_back": (
-    Sizes(depth=32, stages=2, ahead=2),
-    Sizes(depth=32, stages=3, together=2),
-    Sizes(depth=32, stages=3, beside=2),
-    Sizes(depth=32, stages=2, ahead=2, beside=2),
-    Sizes(columns=512, across=True, depth=32, stages=2, together=2),
-    Sizes(columns=512, across=True, depth=32, stages=2, together=4),
+    Sizes(depth=32, together=2),
+    Sizes(depth=32, prefetch=True),
+    Sizes(depth=32, beside=2),
+    Sizes(depth=32, beside=2, prefetch=True),
+    *(_twice(**how) for how in _TWICE),
+    *(_twice(beside=2, **how) for how in _TWICE),
   ),
 }
 
