@@ -184,19 +184,20 @@ def computed_by(name: str) -> Any:
   return jax.named_scope(f"attention_by_{name}")
 
 
-def implementations_in(program: Jaxpr) -> tuple[str, ...]:
+def implementations_in(program: Jaxpr, of: str = "attention") -> tuple[str, ...]:
   """Those that compute the attention of a traced program, `jax.jit(f).trace(...).jaxpr`.
 
   Read from the program itself: also where `xla` serves what a kernel does not support, and where
-  cuDNN serves dense attention ("cudnn").
+  cuDNN serves dense attention ("cudnn"). `of="blocks"`: those of the residual blocks, if their
+  modules do not serve.
   """
   names_in_program = set()
   for equation in program.eqns:
-    names = re.findall(r"attention_by_(\w+)", str(equation.source_info.name_stack))
+    names = re.findall(rf"{of}_by_(\w+)", str(equation.source_info.name_stack))
     names_in_program.update(names)
     if not names:
       inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
-      names_in_program.update(*(implementations_in(x) for x in inner if _is_program(x)))
+      names_in_program.update(*(implementations_in(x, of) for x in inner if _is_program(x)))
   return tuple(sorted(names_in_program))
 
 

@@ -178,7 +178,7 @@ def block_sparse_ms(result: Result) -> Cells:
 
 STEPS = {
   "ours": "ours",
-  "ours_fused": "ours, fused",
+  "ours_modules": "ours, blocks by their modules",
   "baseline": "commit {baseline}",
   "pytorch": "PyTorch",
   "jax_cudnn": "plain JAX, cuDNN",

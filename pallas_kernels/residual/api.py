@@ -1,9 +1,12 @@
 """The two halves of a residual block, around attention: which implementation, and derivatives.
 
-    q, k, v, x = enter(x, stats, weights, options)
-    y, stats = leave(attention's result, x, weights, bits, options)
+    stream = start(x, options, drops=...)
+    q, k, v, x = enter(stream, weights, options)                                for each block
+    stream = leave(attention's result, x, weights, bits, options)
+    x = end(stream, options)
 
 `enter` hands x on, so that what comes back for it is added where the gradient of the norm is made.
+There the gradient of the branch that was added last is made too: dropout is all that lies between.
 Row sums go from one block to the next and have no gradient: each half knows its norm as a function
 of its rows. What the backward pass reads has names, KEPT says which are kept by a policy.
 """
@@ -11,18 +14,23 @@ of its rows. What the backward pass reads has names, KEPT says which are kept by
 import contextlib
 import functools
 import importlib
+import logging
 from collections.abc import Iterator
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import UInt32
 
 from pallas_kernels import hardware
+from pallas_kernels.residual import dropout
 from pallas_kernels.residual import fold
 from pallas_kernels.residual import options as options_lib
+from pallas_kernels.residual import sharded
 from pallas_kernels.residual import xla
 
 Options = options_lib.Options
@@ -30,7 +38,9 @@ Bits = options_lib.Bits
 Rows = Float[Array, "*B E"]
 Stats = Float[Array, "..."]
 
-IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("modules", "xla", "mosaic_gpu")
 # Names of what the forward pass keeps, by the value of `remat`; beside it the input of each block.
 _ATTENTION = ("attention_out", "attention_lse")
 _BLOCK = (*_ATTENTION, *(f"residual_{name}" for name in ("q", "k", "v", "h", "stats")))
@@ -48,10 +58,10 @@ _asked_for = jax.make_user_context(None)
 
 @contextlib.contextmanager
 def override(implementation: str | None) -> Iterator[None]:
-  """Within it, in this thread, blocks that `implementation` can compute are computed by it.
+  """Within it, in this thread, blocks are computed by `implementation`; None: as outside of it.
 
-  None, as outside of it: by the modules of their layers. The kernels, "mosaic_gpu", have run in
-  training steps with other sizes than now, and in no command yet.
+  "mosaic_gpu" are the kernels for Hopper, "xla" is their algebra in jax.numpy, "modules" is neither
+  of them: the layers of a block, as they are.
 
   Raises:
     ValueError: there is no implementation of this name.
@@ -66,35 +76,93 @@ def override(implementation: str | None) -> Iterator[None]:
 
 
 def choose(
-  dtype: jax.typing.DTypeLike, E: int, F: int, widths: tuple[int, ...], activation: str
+  dtype: jax.typing.DTypeLike,
+  E: int,
+  F: int,
+  widths: tuple[int, ...],
+  activation: str,
+  *,
+  implementation: str | None = None,
+  row_axes: tuple[tuple[str, ...], ...] = (),
 ) -> str | None:
   """The implementation of the two halves that serves; None: the modules of the layers.
+
+  Those, where the kernels do not run or do not have these sizes, which is said once: "xla" is
+  slower than they are, and serves where `override` asks for it.
 
   Args:
     dtype: of the stream.
     E, F: widths of the stream and between the two products.
     widths: of q, k and v.
     activation: a name of `activations.ACTIVATIONS`.
+    implementation: of attention, as it was asked for; who names another than our kernels there
+      has none of ours here either.
+    row_axes: as in `Options`; kernels serve on a mesh of several devices only where it has some.
+
+  Raises:
+    NotImplementedError: `override` asks for kernels that do not have these sizes.
   """
+  asked_for = _asked_for.value
+  if asked_for in ("modules", "xla"):
+    return None if asked_for == "modules" else asked_for
   mesh = jax.sharding.get_abstract_mesh()
-  if _asked_for.value != "mosaic_gpu":
-    return _asked_for.value
-  if mesh.size > 1 or mesh.manual_axes:
+  if mesh.manual_axes or (mesh.size > 1 and not row_axes):
+    return None
+  runs_here = hardware.platform() == "gpu" and hardware.why_not_hopper() is None
+  if asked_for is None and not (runs_here and implementation in (None, "mosaic_gpu")):
     return None
   reason = _kernels().unsupported(jnp.dtype(dtype), E, F, widths, activation)
-  return "mosaic_gpu" if reason is None else None
+  if reason is None:
+    return "mosaic_gpu"
+  if asked_for is not None:
+    raise NotImplementedError(reason)
+  _say_once(f"blocks by their modules: {reason}")
+  return None
 
 
-def row_sums(x: Rows, options: Options) -> Stats:
-  """What the first `enter` needs of its rows; the later ones have it of `leave`."""
-  return jax.lax.stop_gradient(_backend(options).row_sums(x))
+@functools.cache
+def _say_once(message: str) -> None:
+  logger.warning(message)
+
+
+class Stream(NamedTuple):
+  """The residual stream between two blocks.
+
+  Attributes:
+    x: its rows.
+    branch: x again, for its gradient: what comes back is that of the feed-forward branch which was
+      added last.
+    bias: zeros, for their gradient: the sum over rows of what comes back for `branch`.
+    stats: sums over the rows of x; they have no gradient.
+    bits: what dropout kept at the end of that branch; None: everything.
+  """
+
+  x: Rows
+  branch: Rows
+  bias: Float[Array, " E"]
+  stats: Stats
+  bits: UInt32[Array, "*B W"] | None
+
+
+def start(x: Rows, options: Options, *, drops: bool) -> Stream:
+  """The stream in front of the first block; `drops`: whether the blocks have bits."""
+  # There is no branch in front of it: what comes back for one goes nowhere.
+  branch = jax.lax.stop_gradient(x)
+  all_ones = jnp.full(dropout.words_of(x.shape), 0xFFFFFFFF, jnp.uint32) if drops else None
+  return Stream(x, branch, _zeros(x), _backend(options).row_sums(branch), all_ones)
+
+
+def end(stream: Stream, options: Options) -> Rows:
+  """The rows behind the last block."""
+  return _end(*stream[:3], stream.bits, options)
 
 
 def enter(
-  x: Rows, stats: Stats, weights: fold.EnterWeights, options: Options
+  stream: Stream, weights: fold.EnterWeights, options: Options
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B V"], Rows]:
-  """Queries, keys and values of the normalised x, and x."""
-  return _enter(x, jax.lax.stop_gradient(stats), weights, options)
+  """Queries, keys and values of the normalised rows, and the rows."""
+  with jax.named_scope(f"blocks_by_{options.implementation}"):
+    return _enter(*stream, weights, options)
 
 
 def leave(
@@ -103,8 +171,8 @@ def leave(
   weights: fold.LeaveWeights,
   bits: Bits | None,
   options: Options,
-) -> tuple[Rows, Stats]:
-  """y = h + drop(down(f(up(norm h)))) with h = x + drop(out(o)), and the row sums of y.
+) -> Stream:
+  """y = h + drop(down(f(up(norm h)))) with h = x + drop(out(o)), as the next block takes it.
 
   Args:
     o: attention's result, in heads: what attention itself keeps is then kept once.
@@ -113,26 +181,31 @@ def leave(
     bits: what dropout keeps at the ends of the two branches; None: everything.
     options: epsilon, the function f, the rate that the bits are of, and the implementation.
   """
-  y, stats = _leave(o, x, weights, bits, options)
-  return y, jax.lax.stop_gradient(stats)
+  return Stream(*_leave(o, x, weights, bits, options), None if bits is None else bits[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _enter(x, stats, weights, options):
+def _zeros(x: Rows) -> Float[Array, " E"]:
+  return jnp.zeros(x.shape[-1], fold.wide_dtype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _enter(x, branch, bias, stats, bits, weights, options):
   return (*_backend(options).enter(x, stats, weights, options), x)
 
 
-def _enter_forward(x, stats, weights, options):
+def _enter_forward(x, branch, bias, stats, bits, weights, options):
   q, k, v = _backend(options).enter(x, stats, weights, options)
   named = (checkpoint_name(y, f"residual_{name}") for name, y in zip("qkv", (q, k, v), strict=True))
-  return (*named, x), (x, stats, _without_masters(weights))
+  return (*named, x), (x, stats, bits, fold.without_masters(weights))
 
 
 def _enter_backward(options, kept, cotangents):
   *dqkv, dx = cotangents
-  x, stats, weights = kept
-  dx, dweights = _backend(options).enter_back(x, stats, weights, tuple(dqkv), dx, options)
-  return dx, jnp.zeros_like(stats), fold.EnterWeights(*_gradients(dweights), None)
+  x, stats, bits, weights = kept
+  back = _backend(options).enter_back
+  dx, dbranch, dbias, dweights = back(x, stats, bits, weights, tuple(dqkv), dx, options)
+  dweights = fold.EnterWeights(*_gradients(dweights), None)
+  return dx, dbranch, dbias, jnp.zeros_like(stats), None, dweights
 
 
 _enter.defvjp(_enter_forward, _enter_backward)
@@ -140,24 +213,43 @@ _enter.defvjp(_enter_forward, _enter_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _leave(o, x, weights, bits, options):
-  return _backend(options).leave(_beside(o), x, weights, bits, options)[:2]
+  y, stats, _ = _backend(options).leave(_beside(o), x, weights, bits, options)
+  return y, y, _zeros(x), stats
 
 
 def _leave_forward(o, x, weights, bits, options):
   y, stats, kept = _backend(options).leave(_beside(o), x, weights, bits, options)
   names = ("h", "stats", "u", "g")[: len(kept)]
   kept = tuple(checkpoint_name(x, f"residual_{name}") for x, name in zip(kept, names, strict=True))
-  return (y, stats), (o, kept, _without_masters(weights), bits)
+  return (y, y, _zeros(x), stats), (o, kept, fold.without_masters(weights), bits)
 
 
 def _leave_backward(options, kept, cotangents):
-  (o, inner, weights, bits), (dy, _) = kept, cotangents
+  (o, inner, weights, bits), (dy, dm, dbias, _) = kept, cotangents
   back = _backend(options).leave_back
-  do, dx, dweights = back(_beside(o), inner, weights, bits, dy, options)
-  return do.reshape(o.shape), dx, fold.LeaveWeights(*_gradients(dweights)), None
+  do, dx, dweights = back(_beside(o), inner, weights, bits, dy, dm, options)
+  dweights = fold.LeaveWeights(*_gradients((*dweights[:2], (dweights[2], dbias))))
+  return do.reshape(o.shape), dx, dweights, None
 
 
 _leave.defvjp(_leave_forward, _leave_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _end(x, branch, bias, bits, options):
+  return x
+
+
+def _end_forward(x, branch, bias, bits, options):
+  return x, bits
+
+
+def _end_backward(options, bits, dx):
+  dm = xla.dropped(dx, bits, options).astype(dx.dtype)
+  return dx, dm, xla.column_sums(dm), None
+
+
+_end.defvjp(_end_forward, _end_backward)
 
 
 def _beside(o: Float[Array, "*B H D"]) -> Float[Array, "*B V"]:
@@ -166,19 +258,13 @@ def _beside(o: Float[Array, "*B H D"]) -> Float[Array, "*B V"]:
 
 
 def _backend(options: Options) -> Any:
-  return xla if options.implementation == "xla" else _kernels()
+  inner = xla if options.implementation == "xla" else _kernels()
+  return sharded.Sharded(inner, options.row_axes) if options.row_axes else inner
 
 
 def _kernels() -> Any:
   """Imported where it is asked for: most who import this package have no such GPU."""
   return importlib.import_module("pallas_kernels.residual.mosaic_gpu")
-
-
-def _without_masters(weights: Any) -> Any:
-  """What backward passes read: nobody the values of the masters."""
-  is_linear = lambda x: isinstance(x, fold.Linear)
-  cut = lambda x: x._replace(master=None) if is_linear(x) else x
-  return jax.tree.map(cut, weights, is_leaf=is_linear)
 
 
 def _gradients(pairs: tuple[tuple[Array, Array], ...]) -> list[Any]:

@@ -77,7 +77,7 @@ def keep_bits(
     shape: of the whole array.
     sharding: of the words; None leaves it to the compiler.
   """
-  shape = (*shape[:-1], -(-shape[-1] // WORD))
+  shape = words_of(shape)
   if math.prod(shape) >= 2**32:
     raise ValueError(f"{shape=}: must be less than 2**32 words")
   explicit = sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
@@ -96,6 +96,11 @@ def keep_bits(
   for n in reversed(range(len(digits) - 1)):
     bits = words[n] | bits if digits[n] else words[n] & bits
   return bits
+
+
+def words_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape of the words for the elements of an array."""
+  return (*shape[:-1], -(-shape[-1] // WORD))
 
 
 def masked(

@@ -1,7 +1,6 @@
 """The halves of a residual block by the kernels for Hopper: the functions of xla.py, for bfloat16.
 
-What is left to XLA: gradients of weights, dropout of the gradient that comes back, and sums over
-rows of what no kernel has made.
+What is left to XLA: gradients of weights, and sums over rows of what no kernel has made.
 """
 
 import functools
@@ -63,19 +62,24 @@ def enter(
 def enter_back(
   x: Rows,
   stats: Stats,
+  bits: UInt32[Array, "*B W"] | None,
   weights: fold.EnterWeights,
   cotangents: tuple[BFloat16[Array, "*B _"], ...],
   dx: Rows,
   options: Options,
-) -> tuple[Rows, tuple[tuple[Array, Array], ...]]:
+) -> tuple[Rows, Rows, Float32[Array, " E"], tuple[tuple[Array, Array], ...]]:
   """As `xla.enter_back`."""
   grads = tuple(_flat(dy) for dy in cotangents)
   kernel = weights.joint.kernel
-  dx, _, normed, _ = kernels.enter_back(
-    grads, kernel, _flat(x), stats, _flat(dx), eps=options.epsilon
+  words, rate = (None, 0.0) if bits is None else (_words(bits), _rate(options))
+  dx, dm, normed, of_dm = kernels.enter_back(
+    grads, kernel, _flat(x), stats, _flat(dx), words, rate, eps=options.epsilon
   )
-  dweights = tuple((xla.outer(normed, dy), xla.column_sums(dy)) for dy in grads)
-  return _like(dx, x), dweights
+  of_q, of_k, of_v = (xla.outer(normed, dy) for dy in grads)
+  # A row's softmax does not feel what is added to all of its scores, as a bias of keys is.
+  no_bias = jnp.zeros(of_k.shape[1:], of_k.dtype)
+  dweights = (of_q, xla.column_sums(grads[0])), (of_k, no_bias), (of_v, xla.column_sums(grads[2]))
+  return _like(dx, x), _like(dm, x), of_dm.sum(axis=(0, 1)), dweights
 
 
 @_once
@@ -87,8 +91,8 @@ def leave(
   options: Options,
 ) -> tuple[Rows, Stats, tuple[Array, ...]]:
   """As `xla.leave`; what is kept is h, its sums, u and f(u)."""
-  of_a, of_m = (None, None) if bits is None else map(_words, bits)
-  rate, out, down = _rate(bits, options), weights.out, weights.down
+  of_a, of_m, rate = (None, None, 0.0) if bits is None else (*map(_words, bits), _rate(options))
+  out, down = weights.out, weights.down
   h, stats = kernels.drop_add(_flat(o), out.kernel, out.bias, _flat(x), of_a, rate)
   u, g = kernels.widen(h, weights.up.kernel, _norm(stats, weights, x, options))
   y, after = kernels.drop_add(g, down.kernel, down.bias, h, of_m, rate)
@@ -102,17 +106,16 @@ def leave_back(
   weights: fold.LeaveWeights,
   bits: Bits | None,
   dy: Rows,
+  dm: Rows,
   options: Options,
-) -> tuple[BFloat16[Array, "*B V"], Rows, tuple[tuple[Array, Array], ...]]:
+) -> tuple[BFloat16[Array, "*B V"], Rows, tuple]:
   """As `xla.leave_back`."""
   h, stats, u, g = kept
-  of_a, of_m = bits or (None, None)
-  norm, rows = _norm(stats, weights, h, options), _flat(h)
-  dm = _flat(xla.dropped(dy, of_m, options))
+  norm, rows, dm = _norm(stats, weights, h, options), _flat(h), _flat(dm)
   du, back, sums = kernels.narrow_back(dm, weights.down.kernel, u, norm)
-  words = None if of_a is None else _words(of_a)
+  words, rate = (None, 0.0) if bits is None else (_words(bits[0]), _rate(options))
   dh, da, of_da = kernels.widen_back(
-    du, weights.up.kernel, rows, norm, back, _flat(dy), words, _rate(bits, options)
+    du, weights.up.kernel, rows, norm, back, _flat(dy), words, rate
   )
   do = kernels.multiply(da, weights.out.kernel)
   of_up, of_mean = sums.sum(axis=0)
@@ -121,7 +124,7 @@ def leave_back(
   dweights = (
     (xla.outer(_flat(o), da), of_da.sum(axis=(0, 1))),
     (dup, of_up),
-    (xla.outer(g, dm), xla.column_sums(dm)),
+    xla.outer(g, dm),
   )
   return _like(do, o), _like(dh, h), dweights
 
@@ -130,8 +133,8 @@ def _norm(stats, weights: fold.LeaveWeights, x: Array, options: Options) -> kern
   return kernels.Norm(stats, weights.up.sums, weights.up.bias, x.shape[-1], options.epsilon)
 
 
-def _rate(bits: Bits | None, options: Options) -> float:
-  return 0.0 if bits is None else 1.0 - dropout.keep_probability(options.rate)
+def _rate(options: Options) -> float:
+  return 1.0 - dropout.keep_probability(options.rate)
 
 
 def _words(bits: UInt32[Array, "*B W"]) -> UInt32[Array, "W R"]:

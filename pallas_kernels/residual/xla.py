@@ -23,10 +23,6 @@ Bits = options_lib.Bits
 Rows = Float[Array, "*B E"]
 Stats = Float[Array, "*B n 2"]
 
-# To be measured: how the gradient of a bias is summed over all rows, "sum" or "product" with rows
-# of ones.
-COLUMN_SUMS = "sum"
-
 
 def row_sums(x: Rows) -> Stats:
   """Of each row the sums of x and of x^2, of one tile that spans the row."""
@@ -48,12 +44,17 @@ def enter(
 def enter_back(
   x: Rows,
   stats: Stats,
+  bits: UInt32[Array, "*B W"] | None,
   weights: fold.EnterWeights,
   cotangents: tuple[Float[Array, "*B _"], ...],
   dx: Rows,
   options: Options,
-) -> tuple[Rows, tuple[tuple[Array, Array], ...]]:
-  """From dq, dk, dv and the gradient of x that comes by another way: dx, and (dW, db) of each."""
+) -> tuple[Rows, Rows, Float[Array, " E"], tuple[tuple[Array, Array], ...]]:
+  """From dq, dk, dv and the gradient of x that comes by another way: all of x's gradient.
+
+  Returns:
+    dx; what dropout by `bits` leaves of it, and its sum over rows; (dW, db) of q, k and v.
+  """
   normed, rstd = _normalised(x, stats, options.epsilon)
   kernels = (layer.kernel for layer in weights[:3])
   dnormed = sum(
@@ -61,7 +62,9 @@ def enter_back(
   )
   pairs = zip(apart(normed, 3), cotangents, strict=True)
   dweights = tuple((outer(x, dy), column_sums(dy)) for x, dy in pairs)
-  return (fold.wide(dx) + _norm_back(dnormed, normed, rstd)).astype(x.dtype), dweights
+  dx = fold.wide(dx) + _norm_back(dnormed, normed, rstd)
+  dm = dropped(dx, bits, options).astype(x.dtype)
+  return dx.astype(x.dtype), dm, column_sums(dm), dweights
 
 
 def leave(
@@ -89,26 +92,24 @@ def leave_back(
   weights: fold.LeaveWeights,
   bits: Bits | None,
   dy: Rows,
+  dm: Rows,
   options: Options,
-) -> tuple[Float[Array, "*B V"], Rows, tuple[tuple[Array, Array], ...]]:
-  """do, dx, and (dW, db) of out, up and down."""
-  of_a, of_m = bits or (None, None)
+) -> tuple[Float[Array, "*B V"], Rows, tuple]:
+  """do, dx, (dW, db) of out and of up, dW of down; dm is what dropout leaves of dy."""
+  of_a = None if bits is None else bits[0]
   (h, stats, u), (out, up, down) = kept, (layer.kernel for layer in weights)
-  dm = dropped(dy, of_m, options)
   g, slope = _activation(options).with_derivative(fold.wide(u))
   du = (fold.wide(_back(dm, down)) * slope).astype(u.dtype)
   normed, rstd = _normalised(h, stats, options.epsilon)
   dh = (fold.wide(dy) + _norm_back(fold.wide(_back(du, up)), normed, rstd)).astype(h.dtype)
   da = dropped(dh, of_a, options)
-  products = ((o, da), (normed, du), (g.astype(u.dtype), dm))
-  return _back(da, out), dh, tuple((outer(x, dy), column_sums(dy)) for x, dy in products)
+  of_out, of_up = ((outer(x, dy), column_sums(dy)) for x, dy in ((o, da), (normed, du)))
+  return _back(da, out), dh, (of_out, of_up, outer(g.astype(u.dtype), dm))
 
 
 def column_sums(dy: Float[Array, "*B N"]) -> Float[Array, "N"]:
   """The gradient of a bias, float32."""
-  if COLUMN_SUMS == "sum":
-    return fold.wide(dy).sum(axis=range(dy.ndim - 1))
-  return outer(jnp.ones((*dy.shape[:-1], 8), dy.dtype), dy)[0]
+  return fold.wide(dy).sum(axis=range(dy.ndim - 1))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

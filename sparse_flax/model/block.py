@@ -126,7 +126,8 @@ class Block(nnx.Module):
       bits = self.keep_bits(x, seeds_of(dropout_key))
     weights = self.weights()
     if weights is not None and x.dtype == self.attention.key.dtype:
-      return self.run(x, residual.row_sums(x, self.options), weights, bits)[0]
+      stream = residual.start(x, self.options, drops=bits is not None)
+      return residual.end(self.run(stream, weights, bits), self.options)
     of_attention, of_feed_forward = (None, None) if bits is None else bits
     x = x + masked(self.attention(self._normed(x)), of_attention, self.dropout)
     x = checkpoint_name(x, "residual_h")
@@ -141,9 +142,9 @@ class Block(nnx.Module):
   def weights(self) -> Weights | None:
     """Folded and in the dtype of the stream, once for all rows and all that is computed again.
 
-    None where `run` does not serve: nobody asked for it (`residual.override`), norms or turns stand
-    between the projections and attention, there are no biases or no dtype, or the axes of a mesh
-    are explicit, whose products of gradients would need a sharding each.
+    None where `run` does not serve: by `residual.choose`, or since norms or turns stand between
+    the projections and attention, there are no biases or no dtype, or the axes of a mesh are
+    explicit, whose products of gradients would need a sharding each.
     """
     a, f = self.attention, self.feed_forward
     linears = (a.query, a.key, a.value, a.out, f.up, f.down)
@@ -172,29 +173,20 @@ class Block(nnx.Module):
     a = self.attention
     widths = tuple(layer.kernel.shape[-1] for layer in (a.query, a.key, a.value))
     E, F = self.feed_forward.up.kernel.shape[-2:]
-    name = residual.choose(a.key.dtype, E, F, widths, "quick_gelu")
-    return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name)
+    axes = sharding.row_axes()
+    how = dict(implementation=a.implementation, row_axes=axes)
+    name = residual.choose(a.key.dtype, E, F, widths, "quick_gelu", **how)
+    return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name, axes)
 
-  def run(
-    self,
-    x: Float[Array, "B T E"],
-    stats: Float[Array, "B T n 2"],
-    weights: Weights,
-    bits: Bits | None,
-  ) -> tuple[Float[Array, "B T E"], Float[Array, "B T n 2"]]:
+  def run(self, stream: residual.Stream, weights: Weights, bits: Bits | None) -> residual.Stream:
     """`__call__` by weights of `weights`, which may be those of one of many blocks like this one.
 
     Args:
-      x: the residual stream.
-      stats: its row sums, of `residual.row_sums` or of the block before.
+      stream: of `residual.start`, or of the block before.
       weights: of this block.
       bits: of `keep_bits`; None turns dropout off.
-
-    Returns:
-      The residual stream behind the block, and its row sums.
     """
-    x, _, after = self._halves(x, stats, weights, bits)
-    return x, after
+    return self._halves(stream, weights, bits)[0]
 
   def with_weights(
     self, x: Float[Array, "B T E"], rows: Integer[np.ndarray, "Q"]
@@ -208,8 +200,9 @@ class Block(nnx.Module):
     """`__call__`, and the block's cache, for `length` steps, as P of them leave it."""
     weights = self.weights()
     if weights is not None and x.dtype == self.attention.key.dtype:
-      x, (k, v), _ = self._halves(x, residual.row_sums(x, self.options), weights, None)
-      return x, self.attention.filled(k, v, length, sparse=sparse)
+      stream, (k, v) = self._halves(residual.start(x, self.options, drops=False), weights, None)
+      cache = self.attention.filled(k, v, length, sparse=sparse)
+      return residual.end(stream, self.options), cache
     a, cache = self.attention.prefill(self._normed(x), length, sparse=sparse)
     x = x + a
     return x + self._feed(x), cache
@@ -227,14 +220,13 @@ class Block(nnx.Module):
     x = x + a
     return x + self._feed(x), cache
 
-  def _halves(self, x, stats, weights, bits):
-    """The block's output, its keys and values, and the row sums of the output."""
+  def _halves(self, stream, weights, bits):
+    """The stream behind the block, and the block's keys and values."""
     options = self.options
-    q, k, v, x = residual.enter(x, stats, weights.enter, options)
+    q, k, v, x = residual.enter(stream, weights.enter, options)
     q, k, v = self.attention.split(q, k, v)
     o = self.attention.attended(q, k, v)
-    x, after = residual.leave(o, x, weights.leave, bits, options)
-    return x, (k, v), after
+    return residual.leave(o, x, weights.leave, bits, options), (k, v)
 
   def _normed(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
     return self.attention_norm(x).astype(x.dtype)

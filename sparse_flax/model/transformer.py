@@ -201,24 +201,37 @@ class SparseTransformer(nnx.Module):
       seeds = block.seeds_of(jax.random.split(layers_key, (self.num_groups, cycle)))
     # Folded and cast here, once: within the scan, and computed again, it would be for every layer.
     arrays = [layer.weights() for layer in self.groups]
-    if any(weights is None for weights in arrays):
-      arrays, stats = self.groups, None
-      blocks = [lambda x, stats, layer, bits: (layer(x, bits=bits), stats)] * cycle
+    options = self.groups[0].options
+    modules = any(weights is None for weights in arrays)
+    if modules:
+      arrays, stream = self.groups, x
+      blocks = [lambda x, layer, bits: layer(x, bits=bits)] * cycle
     else:
-      stats = residual.row_sums(x, self.groups[0].options)
+      stream = residual.start(x, options, drops=seeds is not None and self.groups[0].dropout > 0)
       blocks = [layer.run for layer in self.groups]  # with the weights that they are given
-    again = functools.partial(_rematerialised, remat=self.remat, one_by_one=cycle > 1)
+    # Of what kernels make and a scan keeps, it makes copies: into its stacks, and out of them.
+    in_loop = not modules and options.implementation == "mosaic_gpu"
+    again = functools.partial(_rematerialised, remat=self.remat, one_by_one=in_loop or cycle > 1)
     blocks = [again(run_block) for run_block in blocks]
 
-    def run_group(carry, arrays_and_seeds):
-      (x, stats), (arrays, seeds) = carry, arrays_and_seeds
-      for n, run_block in enumerate(blocks):
-        # Outside of what is computed again: bits take little room, and hashes time.
-        bits = self.groups[n].keep_bits(x, None if seeds is None else seeds[n])
-        x, stats = run_block(x, stats, arrays[n], bits)
-      return (x, stats), None
+    # Outside of what is computed again: bits take little room, and hashes time.
+    def bits_of(seeds):
+      return [layer.keep_bits(x, seed) for layer, seed in zip(self.groups, seeds, strict=True)]
 
-    (x, _), _ = jax.lax.scan(run_group, (x, stats), (arrays, seeds))
+    def run_group(stream, arrays_and_bits):
+      for run_block, arrays, bits in zip(blocks, *arrays_and_bits, strict=True):
+        stream = run_block(stream, arrays, bits)
+      return stream, None
+
+    seeds = [None] * cycle if seeds is None else list(jnp.moveaxis(seeds, 1, 0))
+    if in_loop:
+      # Of all layers at once: hashes are most of a program's operations, and slow to compile.
+      bits = seeds if seeds[0] is None else jax.lax.optimization_barrier(jax.vmap(bits_of)(seeds))
+      stream, _ = _loop(run_group, stream, (arrays, bits))
+    else:
+      with_bits = lambda stream, xs: run_group(stream, (xs[0], bits_of(xs[1])))
+      stream, _ = jax.lax.scan(with_bits, stream, (arrays, seeds))
+    x = stream if modules else residual.end(stream, options)
     return self.logits(self.final_norm(x))
 
   def attention_weights(
@@ -331,11 +344,23 @@ def graph_and_shapes(**model) -> tuple[nnx.GraphDef, dict]:
   return graph, nnx.to_pure_dict(shapes)
 
 
+def _loop(run_group: Callable, carry: Any, stacks: Any) -> tuple[Any, None]:
+  """As `lax.scan` of a function without results, and without stacks of what it keeps."""
+  # Traced, differentiated and lowered once for all groups.
+  run_group = jax.jit(run_group)
+  leaves, structure = jax.tree.flatten(stacks)
+  # By split, whose gradient is one concatenation; those of x[n] are as many whole stacks.
+  parts = [jax.lax.split(x, [1] * len(x)) for x in leaves]
+  for group in zip(*parts, strict=True):
+    carry, _ = run_group(carry, jax.tree.unflatten(structure, [x[0] for x in group]))
+  return carry, None
+
+
 def _rematerialised(run_block, remat: str, *, one_by_one: bool):
   """`run_block`, with the backward pass told what to compute again.
 
   Args:
-    run_block: (x, row sums, weights, bits) -> x, row sums.
+    run_block: (residual stream, weights, bits) -> residual stream.
     remat: what the forward pass keeps.
     one_by_one: whether there are several blocks in the body of a scan, of which a compiler would
       compute all again at once, and need memory for all.

@@ -144,7 +144,9 @@ def train(
       if step < steps:
         upcoming = reader.submit(batch, step)
       if step == first + 1:
-        say(f"  {'computed':<11}attention by {', '.join(api.implementations_in(program.jaxpr))}")
+        parts = ((of, api.implementations_in(program.jaxpr, of)) for of in ("attention", "blocks"))
+        by_part = (f"{of} by {', '.join(names)}" for of, names in parts if names)
+        say(f"  {'computed':<11}{', '.join(by_part)}")
         say("compiling ...")
       with profiler.step(step, settle=lambda: records.settle(leave=0, saved=saved)):
         state, record = program.step(state, tokens, program.dropout_key)

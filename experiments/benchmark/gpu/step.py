@@ -4,9 +4,8 @@ The step is the one that `experiments.train` runs for the recipe: dropout, recom
 recipe has it, AdamW with clipping, averaged weights, the state given up. The batch is what one GPU
 gets. "pytorch" and "jax_cudnn" compute the same bodies with the tools of those libraries: the first
 the same patterns, by FlexAttention, the second, as they have no other, dense attention. They
-recompute their blocks unless ours keeps everything. "ours_fused" computes what is around attention
-by kernels of ours too, which the commands do not take yet. "baseline" is the step of another
-checkout.
+recompute their blocks unless ours keeps everything. "ours_modules" has our kernels for attention
+alone. "baseline" is the step of another checkout.
 
 A process for each row: no memory is shared, and one that dies takes no other with it. Time is that
 from the end of a step to the end of the next, while the host is a step ahead, as in training. MFU
@@ -77,10 +76,10 @@ ATTENTION: dict[str, dict[str, Any]] = {
 # In this order, so that a run that is stopped has ours.
 WAYS = {
   "ours": Way("ours"),
-  "ours_fused": Way("ours", residual="mosaic_gpu"),
   "baseline": Way("ours"),
   "pytorch": Way("pytorch"),
   "jax_cudnn": Way("plain_jax", "dense"),
+  "ours_modules": Way("ours", residual="modules", default=False),
   "ours_merged": Way("ours", "merged", default=False),
   "ours_dense": Way("ours", "dense", default=False),
   "pytorch_dense": Way("pytorch", "dense", default=False),
@@ -120,8 +119,8 @@ class Case(NamedTuple):
     """What the program of the row is given."""
     if WAYS[self.way].program == "ours":
       job = dict(recipe=BODIES[self.body].recipe, changes=self.changes())
-      fused = WAYS[self.way].residual
-      return job | (dict(residual=fused) if fused else {})
+      asked_for = WAYS[self.way].residual
+      return job | (dict(residual=asked_for) if asked_for else {})
     config = self.config()
     model = config.model.to_dict() | {"remat": "none" if config.model.remat == "none" else "full"}
     return dict(
@@ -160,21 +159,41 @@ def packages(checkout: pathlib.Path | None) -> Iterator[str]:
 
 
 def figures_of(case: Case, checkout: pathlib.Path | None) -> dict[str, Any]:
-  """What the program of a row tells, with an `error` where it did not come to its end."""
-  name = f"experiments.benchmark.gpu.steps.{WAYS[case.way].program}"
-  command = (sys.executable, "-P", "-m", name, json.dumps(case.job()))
+  """What the program of a row tells."""
+  return told_by(WAYS[case.way].program, case.job(), checkout, seconds=CHILD_SECONDS)
+
+
+def told_by(
+  program: str,
+  job: dict[str, Any],
+  checkout: pathlib.Path | None = None,
+  *,
+  seconds: float,
+  memory: dict[str, str] = MEMORY,
+) -> dict[str, Any]:
+  """What a program of `steps` tells, with an `error` where it did not come to its end.
+
+  Args:
+    program: the name of its module.
+    job: what it is given.
+    checkout: whose libraries are measured; None: these.
+    seconds: after which it is killed.
+    memory: JAX's variables of the environment for its share of the device.
+  """
+  name = f"experiments.benchmark.gpu.steps.{program}"
+  command = (sys.executable, "-P", "-m", name, json.dumps(job))
   with packages(checkout) as path:
     env = {key: x for key, x in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
-    env = MEMORY | env | {"PYTHONPATH": os.pathsep.join((path, env.get("PYTHONPATH", "")))}
+    env = memory | env | {"PYTHONPATH": os.pathsep.join((path, env.get("PYTHONPATH", "")))}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     # A session of its own: compilers of PyTorch are processes too, and end with it.
     process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
     try:
-      output, errors = process.communicate(timeout=CHILD_SECONDS)
+      output, errors = process.communicate(timeout=seconds)
       last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
       error = f"exit status {process.returncode}: {last.strip()}"[:1_000]
     except subprocess.TimeoutExpired:
-      error = f"not done within {CHILD_SECONDS} s"
+      error = f"not done within {seconds} s"
     finally:
       with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

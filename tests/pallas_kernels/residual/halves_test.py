@@ -83,9 +83,11 @@ def got_of(given: dict, rate: float, activation: str, dtype=None, implementation
   x, o = (given[name].astype(dtype or given[name].dtype) for name in ("x", "o"))
   entering, leaving = folded(given, x.dtype)
   options = residual.Options(EPSILON, activation, rate, implementation)
-  q, k, v, through = residual.enter(x, residual.row_sums(x, options), entering, options)
-  y, _ = residual.leave((o + v).reshape(R, 4, V // 4), through, leaving, bits_of(rate), options)
-  return q, k, v, y
+  stream = residual.start(x, options, drops=rate > 0)
+  q, k, v, through = residual.enter(stream, entering, options)
+  heads = (o + v).reshape(R, 4, V // 4)
+  stream = residual.leave(heads, through, leaving, bits_of(rate), options)
+  return q, k, v, residual.end(stream, options)
 
 
 def relative(got, expected) -> float:
@@ -151,11 +153,11 @@ def test_row_sums_go_on_with_the_rows_and_have_no_gradient(dtype):
   run = lambda x: residual.leave(
     given["o"][:, None], x, leaving, bits_of(0.4), residual.Options(EPSILON, "relu", 0.4, "xla")
   )
-  y, stats = run(given["x"])
+  y, *_, stats, _ = run(given["x"])
   exact = np.asarray(y, np.float64)
   expected = np.stack([exact.sum(1), (exact**2).sum(1)], axis=1)[:, None]
   np.testing.assert_allclose(stats, expected, rtol=1e-5, atol=1e-4)
-  assert not np.any(jax.grad(lambda x: run(x)[1].sum().astype(jnp.float32))(given["x"]))
+  assert not np.any(jax.grad(lambda x: run(x).stats.sum().astype(jnp.float32))(given["x"]))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -172,14 +174,6 @@ def test_gradients_of_weights_are_never_rounded_to_the_dtype_of_the_stream(dtype
     name = jax.tree_util.keystr(path)
     assert grad.dtype == jnp.float32
     assert name in ("['x']", "['o']") or np.mean(rounded != grad) > 0.5, name
-
-
-def test_both_ways_to_sum_columns_agree(monkeypatch):
-  dy = jax.random.normal(jax.random.key(0), (3, 37, 20))
-  expected = np.asarray(dy, np.float64).sum((0, 1))
-  for way in ("sum", "product"):
-    monkeypatch.setattr(xla, "COLUMN_SUMS", way)
-    np.testing.assert_allclose(xla.column_sums(dy), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", activations.ACTIVATIONS)
@@ -203,3 +197,29 @@ def test_kernels_that_cannot_run_are_refused_and_not_replaced(monkeypatch):
     pass
   with pytest.raises(ValueError, match="'cuda': must be None or one"), residual.override("cuda"):
     pass
+
+
+def chosen(E=256, *, dtype="bfloat16", widths=(128, 128, 256), implementation=None) -> str | None:
+  return residual.choose(
+    dtype, E, 2 * E, widths, "quick_gelu", implementation=implementation
+  )  # fmt: skip
+
+
+def test_kernels_serve_where_they_run_and_nobody_asked_for_others(monkeypatch, caplog):
+  assert chosen() is None  # a CPU
+  monkeypatch.setattr(hardware, "platform", lambda: "gpu")
+  monkeypatch.setattr(hardware, "why_not_hopper", lambda: "an A100")
+  assert chosen() is None
+  monkeypatch.setattr(hardware, "why_not_hopper", lambda: None)
+  assert chosen() == chosen(implementation="mosaic_gpu") == "mosaic_gpu"
+  assert chosen(implementation="xla") is None
+  for _ in range(2):
+    assert chosen(384) is None
+  assert [x.message for x in caplog.records].count(
+    "blocks by their modules: width=384: the kernels have (256, 512)"
+  ) == 1
+  for name in ("modules", "xla"):
+    with residual.override(name):
+      assert chosen() == {"modules": None}.get(name, name)
+  with residual.override("mosaic_gpu"), pytest.raises(NotImplementedError, match="bfloat16"):
+    chosen(dtype="float32")
