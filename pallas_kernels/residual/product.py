@@ -18,6 +18,11 @@ accumulator, in slices of 64 columns:
         consumer 0  A0 B ..  | epilogue | A0 B ..          one multiplies while the other one is
         consumer 1             A1 B ..  | epilogue | ..    in its epilogue
 
+In a cluster, what its thread blocks have in common is copied once for all of them: weights that
+stream (`Sizes.together`), or A of blocks with neighbouring columns (`beside`). A slot is then free
+when the readers in all blocks have released it, and a producer ends after all these releases: no
+block leaves while another one still copies or arrives in it.
+
 What else an epilogue reads, its warpgroup loads itself, ahead: the slices of second inputs
 [rows, columns] (`ahead` of them), and per tile what belongs to rows. It sends its results on their
 way from shared memory; the next slice, or the next product, runs meanwhile.
