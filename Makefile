@@ -30,7 +30,8 @@ NEWEST_TESTS = $(addprefix $(KERNEL_TESTS)/,mosaic_gpu/programs_test.py \
   $(addprefix $(MODEL_TESTS)/,recorded_test.py linen_class_test.py evaluate_test.py export_test.py \
   train/tracing_test.py train/step_test.py)
 
-# PART=residual, the kernels around attention, which nothing uses unasked, is run when named.
+# Run when named: PART=residual, the kernels around attention alone, and
+# PART=steps, gradients of whole models by them, and runs that go on with the same bits.
 # What the GPU's own tests need, with whatever else that machine has: its Python, no .venv. Each part
 # is meant to take less than 9 minutes on one GPU, which several processes share.
 PART ?= attention lists decode commands
@@ -41,6 +42,7 @@ GPU_TESTS_attention = $(KERNEL_TESTS)/attention_test.py
 GPU_TESTS_lists = $(addprefix $(KERNEL_TESTS)/,random_calls_test.py mosaic_gpu/lists_test.py \
   mosaic_gpu/stream_test.py)
 GPU_TESTS_residual = $(KERNEL_TESTS)/residual/product_test.py $(KERNEL_TESTS)/residual/halves_test.py
+GPU_TESTS_steps = $(MODEL_TESTS)/model/gradients_gpu_test.py tests/experiments/resume_gpu_test.py
 GPU_TESTS_decode = $(KERNEL_TESTS)/decode
 GPU_TESTS_commands = tests/experiments/commands_gpu_test.py
 # The type checks of the other targets need beartype, and their warnings are errors: neither is
@@ -52,7 +54,8 @@ GPU_KERNELS = XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" \
   JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTEST)
 
 .PHONY: quickstart check test test-long test-newest soak test-tpu-aot test-gpu \
-  test-gpu-attention test-gpu-lists test-gpu-residual test-gpu-decode test-gpu-commands bench lint
+  test-gpu-attention test-gpu-lists test-gpu-residual test-gpu-steps test-gpu-decode \
+  test-gpu-commands bench lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples and attention
@@ -90,6 +93,9 @@ test-gpu-lists:
 
 test-gpu-residual:
 	$(GPU_KERNELS) $(GPU_TESTS_residual)
+
+test-gpu-steps:  ## prints the errors of all gradients
+	$(GPU_KERNELS) -rP $(GPU_TESTS_steps)
 
 test-gpu-decode:
 	$(GPU_KERNELS) $(GPU_TESTS_decode)

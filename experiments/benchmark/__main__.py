@@ -12,6 +12,7 @@ BENCHMARKS = {
   "attention": "attention on a GPU beside cuDNN and the roofline",
   "block_sparse": "block-sparse attention on a GPU beside cuDNN's dense attention",
   "checkpoints": "a save and a restore of a state of 2.4 GB, with digests",
+  "curves": "200 steps of each recipe by its modules and by kernels, on a GPU; only when named",
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
   "residual": "the products around attention on a GPU, each alone, beside cuBLAS and the roofline",
@@ -25,15 +26,24 @@ BENCHMARKS = {
 MODULES = {
   **{
     name: f"gpu.{name}"
-    for name in ("attention", "block_sparse", "mesh", "residual", "sample", "step", "tune")
+    for name in (
+      "attention",
+      "block_sparse",
+      "curves",
+      "mesh",
+      "residual",
+      "sample",
+      "step",
+      "tune",
+    )
   },
   **{name: f"cpu.{name}" for name in ("checkpoints", "memory", "xla")},
   "tables": "tables",
   "tpu_aot": "tpu.aot",
 }
-ONLY_NAMED = ("mesh", "tables", "tpu_aot", "tune")
-ON_GPU = ("attention", "block_sparse", "residual", "step", "tune")
-IN_WORKERS = {"attention", "block_sparse", "residual", "step", "tune"}
+ONLY_NAMED = ("curves", "mesh", "tables", "tpu_aot", "tune")
+ON_GPU = ("attention", "block_sparse", "curves", "residual", "step", "tune")
+IN_WORKERS = {"attention", "block_sparse", "curves", "residual", "step", "tune"}
 
 
 def main(argv: list[str] | None = None) -> int:

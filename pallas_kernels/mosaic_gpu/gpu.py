@@ -36,6 +36,7 @@ barrier_arrive = plgpu.barrier_arrive
 barrier_wait = plgpu.barrier_wait
 commit_smem = plgpu.commit_smem
 load = plgpu.load
+prefetch = plgpu.async_prefetch
 set_max_registers = plgpu.set_max_registers
 to_gmem = plgpu.copy_smem_to_gmem
 to_smem = plgpu.copy_gmem_to_smem

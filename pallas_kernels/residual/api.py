@@ -30,6 +30,7 @@ from pallas_kernels import hardware
 from pallas_kernels.residual import dropout
 from pallas_kernels.residual import fold
 from pallas_kernels.residual import options as options_lib
+from pallas_kernels.residual import sharded
 from pallas_kernels.residual import xla
 
 Options = options_lib.Options
@@ -82,6 +83,7 @@ def choose(
   activation: str,
   *,
   implementation: str | None = None,
+  row_axes: tuple[tuple[str, ...], ...] = (),
 ) -> str | None:
   """The implementation of the two halves that serves; None: the modules of the layers.
 
@@ -95,6 +97,7 @@ def choose(
     activation: a name of `activations.ACTIVATIONS`.
     implementation: of attention, as it was asked for; who names another than our kernels there
       has none of ours here either.
+    row_axes: as in `Options`; kernels serve on a mesh of several devices only where it has some.
 
   Raises:
     NotImplementedError: `override` asks for kernels that do not have these sizes.
@@ -103,7 +106,7 @@ def choose(
   if asked_for in ("modules", "xla"):
     return None if asked_for == "modules" else asked_for
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.size > 1 or mesh.manual_axes:
+  if mesh.manual_axes or (mesh.size > 1 and not row_axes):
     return None
   runs_here = hardware.platform() == "gpu" and hardware.why_not_hopper() is None
   if asked_for is None and not (runs_here and implementation in (None, "mosaic_gpu")):
@@ -193,7 +196,7 @@ def _enter(x, branch, bias, stats, bits, weights, options):
 def _enter_forward(x, branch, bias, stats, bits, weights, options):
   q, k, v = _backend(options).enter(x, stats, weights, options)
   named = (checkpoint_name(y, f"residual_{name}") for name, y in zip("qkv", (q, k, v), strict=True))
-  return (*named, x), (x, stats, bits, _without_masters(weights))
+  return (*named, x), (x, stats, bits, fold.without_masters(weights))
 
 
 def _enter_backward(options, kept, cotangents):
@@ -218,7 +221,7 @@ def _leave_forward(o, x, weights, bits, options):
   y, stats, kept = _backend(options).leave(_beside(o), x, weights, bits, options)
   names = ("h", "stats", "u", "g")[: len(kept)]
   kept = tuple(checkpoint_name(x, f"residual_{name}") for x, name in zip(kept, names, strict=True))
-  return (y, y, _zeros(x), stats), (o, kept, _without_masters(weights), bits)
+  return (y, y, _zeros(x), stats), (o, kept, fold.without_masters(weights), bits)
 
 
 def _leave_backward(options, kept, cotangents):
@@ -255,19 +258,13 @@ def _beside(o: Float[Array, "*B H D"]) -> Float[Array, "*B V"]:
 
 
 def _backend(options: Options) -> Any:
-  return xla if options.implementation == "xla" else _kernels()
+  inner = xla if options.implementation == "xla" else _kernels()
+  return sharded.Sharded(inner, options.row_axes) if options.row_axes else inner
 
 
 def _kernels() -> Any:
   """Imported where it is asked for: most who import this package have no such GPU."""
   return importlib.import_module("pallas_kernels.residual.mosaic_gpu")
-
-
-def _without_masters(weights: Any) -> Any:
-  """What backward passes read: nobody the values of the masters."""
-  is_linear = lambda x: isinstance(x, fold.Linear)
-  cut = lambda x: x._replace(master=None) if is_linear(x) else x
-  return jax.tree.map(cut, weights, is_leaf=is_linear)
 
 
 def _gradients(pairs: tuple[tuple[Array, Array], ...]) -> list[Any]:

@@ -7,6 +7,7 @@ columns, dshift = W db'. Nothing passes over activations, and no gain is divided
 """
 
 import functools
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ class Linear(NamedTuple):
 
   kernel: Float[Array, "*L E N"]
   bias: Float[Array, "*L N"]
-  master: Float[Array, "*L E N"]
+  master: Float[Array, "*L E N"] | None
   sums: Float[Array, "*L N"] | None = None
 
 
@@ -83,6 +84,13 @@ def joint(*layers: Linear) -> Joint:
   """Layers of one norm, side by side."""
   beside = lambda name: jnp.concatenate([getattr(x, name) for x in layers], axis=-1)
   return Joint(*(jax.lax.stop_gradient(beside(name)) for name in Joint._fields))
+
+
+def without_masters(weights: Any) -> Any:
+  """EnterWeights or LeaveWeights without what nobody reads."""
+  is_linear = lambda x: isinstance(x, Linear)
+  cut = lambda x: x._replace(master=None) if is_linear(x) else x
+  return jax.tree.map(cut, weights, is_leaf=is_linear)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

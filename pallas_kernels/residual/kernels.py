@@ -369,16 +369,16 @@ def enter_back(
     strip.wait_rows()
     mean, rstd = epilogues.moments(*strip.row_pairs("stats"), E, eps)
     scaled = lambda j: strip.part(j) * epilogues.over_columns(rstd, SLICE)
-    xhat = lambda j: epilogues.normalised(strip.read("x", j), mean, rstd)
+    twice = strip.block.sizes.twice
+    xhat = lambda x: epilogues.normalised(x, mean, rstd)
     pair = _no_sums()
     for j in strip.slices:
-      strip.wait("x", j)
+      x = strip.take("x", j, again=True) if twice else strip.first("x", j)
       grad = scaled(j)
-      pair = _add(pair, (grad.sum(axis=1), (grad * xhat(j)).sum(axis=1)))
+      pair = _add(pair, (grad.sum(axis=1), (grad * xhat(x)).sum(axis=1)))
     means = [value * (1 / E) for value in strip.meet(*pair)]
     for j in strip.slices:
-      normal = xhat(j)
-      strip.done("x", j)
+      normal = xhat(strip.take("x", j) if twice else strip.last("x", j))
       values = {}
 
       def dx(j: int = j, normal: Traced = normal, values: dict = values) -> Traced:

@@ -15,9 +15,13 @@ class Options:
   activation: a name of `activations.ACTIVATIONS`.
   rate: of dropout where there are bits.
   implementation: "xla" or "mosaic_gpu"; None: neither, the modules of the layers serve.
+  row_axes: of the mesh, over which the leading axes of rows are sharded, B and T by (("data",
+    "fsdp"), ("sequence",)), and over no other of more than one device; (): none shards them, or
+    the compiler knows.
   """
 
   epsilon: float
   activation: str
   rate: float
   implementation: str | None
+  row_axes: tuple[tuple[str, ...], ...] = ()

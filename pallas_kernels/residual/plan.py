@@ -32,13 +32,18 @@ class Sizes:
     stays: whether the weights of a thread block stay in shared memory.
     across: whether the consumers share 64 rows and halve the columns, rather than halve 128 rows:
       a tile may then span rows of 512 columns.
+    prefetch: whether the next tile's rows of A and of second inputs are brought into the L2 cache
+      meanwhile: a ring that is short for the memory's latency may do for the cache's.
     ahead: slices of each second input that are in shared memory.
     behind: slices of each result that may be on their way.
+    in_turn: whether the results of a slice share `behind` places in shared memory, one after the
+      other, rather than have as many each.
+    twice: whether an input that is read twice is loaded twice, by slices, rather than whole.
     consumers: warpgroups that compute.
     together: thread blocks of a cluster, which work on neighbouring rows at the same pace: weights
       that stream are copied once for all of them. Not simulated.
-    beside: thread blocks of a cluster that have all columns of the same rows: A is copied once for
-      them, and they add their sums over columns. Not simulated.
+    beside: thread blocks of a cluster that have neighbouring columns of the same rows: A is copied
+      once for them. Where an epilogue meets, they have all columns. Not simulated.
   """
 
   columns: int = 256
@@ -46,8 +51,11 @@ class Sizes:
   stages: int = 3
   stays: bool = False
   across: bool = False
+  prefetch: bool = False
   ahead: int = 1
   behind: int = 1
+  in_turn: bool = False
+  twice: bool = False
   consumers: int = 2
   together: int = 1
   beside: int = 1
@@ -73,7 +81,8 @@ class Epilogue:
     outputs: widths of the results [R, N], by name; several where N is cut into arrays.
     row_sums: whether a pair of sums over columns is stored as well.
     column_sums: how many sums over rows.
-    whole: second inputs of which a strip is in shared memory at once; others have `Sizes.ahead`.
+    whole: second inputs that are read twice: a strip of them is in shared memory at once, unless
+      `Sizes.twice`; others have `Sizes.ahead`.
     meets: whether it wants sums over whole rows before it ends.
   """
 
@@ -115,7 +124,7 @@ class Plan:
 
   @property
   def row_tiles(self) -> int:
-    return -(-self.R // self.sizes.rows)
+    return num_row_tiles(self.R, self.sizes)
 
   @property
   def walkers(self) -> int:
@@ -156,7 +165,8 @@ class Plan:
     for name, num in self.ahead.items():
       scratch[f"{name}_s"] = tile(num)
       scratch[f"{name}_full"] = gpu.Barrier(num_barriers=num * consumers)
-    scratch |= {f"{name}_s": tile(sizes.behind) for name in self.epilogue.outputs}
+    staged = ("staged",) if sizes.in_turn else self.epilogue.outputs
+    scratch |= {f"{name}_s": tile(sizes.behind) for name in staged}
     scratch |= {f"{name}_s": gpu.vector(consumers, n, TILE) for name, n in self.rows.items()}
     scratch |= {f"{name}_s": gpu.vector(sizes.columns) for name in self.columns}
     if self.has_words:
@@ -171,11 +181,11 @@ class Plan:
     if num := self.epilogue.column_sums:
       scratch["column_sums_s"] = gpu.vector(consumers, num, sizes.width)
       scratch["weights_s"] = gpu.vector(consumers, num, TILE)
-    if sizes.across:
+    if sizes.across and self.epilogue.meets:
       # Two places: who is a tile ahead must not write over what the other one still reads.
       scratch["met_s"] = gpu.vector(2, consumers, 2, TILE)
       scratch["met_full"] = gpu.Barrier(num_arrivals=consumers)
-    elif sizes.beside > 1:
+    elif sizes.beside > 1 and self.epilogue.meets:
       # As tiles of 8 columns, which stores into another thread block want.
       scratch["met_s"] = gpu.smem(2, consumers, TILE, 8, dtype=jnp.float32)
       scratch["met_full"] = gpu.Barrier(num_barriers=2 * consumers)
@@ -207,6 +217,12 @@ class Plan:
     return types
 
 
+def num_row_tiles(R: int, sizes: Sizes) -> int:
+  """Tiles that R rows are cut into: numbers of the rows that pad these are made as well."""
+  padded = -(-R // PAD_ROWS) * PAD_ROWS
+  return -(-padded // sizes.rows)
+
+
 def check(plan: Plan) -> None:
   """Raises what is wrong with the sizes of a product."""
   sizes = plan.sizes
@@ -216,19 +232,25 @@ def check(plan: Plan) -> None:
     raise ValueError(f"{sizes}: sums over parts of rows, of {plan.N} columns")
   if sizes.across and sizes.consumers != 2:
     raise ValueError(f"{sizes}: two consumers share rows")
-  if sizes.beside > 1 and (sizes.beside != 2 or sizes.together > 1 or sizes.across):
-    raise ValueError(f"{sizes}: two thread blocks beside each other, and no other clusters")
-  if sizes.beside > 1 and plan.column_tiles != sizes.beside:
-    raise ValueError(f"{sizes}: not all of {plan.N} columns")
-  if sizes.stays and max(sizes.together, sizes.beside) > 1:
-    raise ValueError(f"{sizes}: clusters are for weights that stream")
+  if sizes.beside > 1 and (sizes.together > 1 or sizes.across):
+    raise ValueError(f"{sizes}: a cluster has blocks beside each other, or together, not both")
+  if plan.column_tiles % sizes.beside:
+    raise ValueError(
+      f"{sizes}: {plan.column_tiles} tiles of columns, no multiple of {sizes.beside=}"
+    )
+  if plan.epilogue.meets and sizes.beside > 2:
+    raise ValueError(f"{sizes}: sums over rows are exchanged by two thread blocks")
+  if sizes.stays and sizes.together > 1:
+    raise ValueError(f"{sizes}: weights are copied for several blocks where they stream")
   for K in plan.depths:
     if K % sizes.depth:
       raise ValueError(f"{K=} must be a multiple of {sizes.depth=}")
   if plan.N % sizes.columns or sizes.width % SLICE:
     raise ValueError(f"N={plan.N} must be a multiple of {sizes.columns=}, these of {SLICE}")
-  for name, num in [*plan.ahead.items(), ("results", sizes.behind)]:
-    if plan.slices % num:
-      raise ValueError(f"{plan.slices} slices are no multiple of the {num} places of {name}")
+  results = plan.slices * (len(plan.epilogue.outputs) if sizes.in_turn else 1)
+  places = {name: (plan.slices, num) for name, num in plan.ahead.items()}
+  for name, (slices, num) in (places | dict(results=(results, sizes.behind))).items():
+    if slices % num:
+      raise ValueError(f"{slices} slices are no multiple of the {num} places of {name}")
   if (used := plan.shared_bytes()) > SHARED_BYTES:
     raise ValueError(f"{used} bytes of shared memory, of {SHARED_BYTES}: {sizes}")

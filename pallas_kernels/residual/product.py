@@ -18,6 +18,11 @@ accumulator, in slices of 64 columns:
         consumer 0  A0 B ..  | epilogue | A0 B ..          one multiplies while the other one is
         consumer 1             A1 B ..  | epilogue | ..    in its epilogue
 
+In a cluster, what its thread blocks have in common is copied once for all of them: weights that
+stream (`Sizes.together`), or A of blocks with neighbouring columns (`beside`). A slot is then free
+when the readers in all blocks have released it, and a producer ends after all these releases: no
+block leaves while another one still copies or arrives in it.
+
 What else an epilogue reads, its warpgroup loads itself, ahead: the slices of second inputs
 [rows, columns] (`ahead` of them), and per tile what belongs to rows. It sends its results on their
 way from shared memory; the next slice, or the next product, runs meanwhile.
@@ -26,6 +31,7 @@ Rows past the end read as zeros and are not stored. No mask is needed: sums over
 there, because what belongs to rows is padded with finite numbers.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -44,6 +50,7 @@ from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.residual.plan import check
 from pallas_kernels.residual.plan import CLUSTER
 from pallas_kernels.residual.plan import Epilogue
+from pallas_kernels.residual.plan import num_row_tiles
 from pallas_kernels.residual.plan import Plan
 from pallas_kernels.residual.plan import Sizes
 from pallas_kernels.residual.plan import SLICE
@@ -52,6 +59,8 @@ from pallas_kernels.residual.strip import Strip
 # Registers of a thread that loads and of one that computes, by consumers: in sum no more than all
 # warpgroups have at launch, 168 each of three, 128 of four.
 REGISTERS = {2: (40, 232), 3: (24, 160)}
+GROUP = 16  # multiprocessors among which a cluster must find its place, or two more
+PREFETCHED = 256  # columns, at most, that are asked for at once
 COPY_ROWS = 8  # the copy engine's tiles have 8 rows: an array has whole ones of them
 
 
@@ -108,6 +117,8 @@ class Block:
 
     @gpu.loop(0, self.num)
     def _(i: Traced) -> None:
+      if self.sizes.prefetch:
+        gpu.when(i + 1 < self.num)(lambda: self.prefetch(i + 1))
       for lane in range(self.sizes.consumers) if self.sizes.stays else [None]:
         first = self.row_of(i) + (0 if lane is None else lane * TILE)
         rows = gpu.ds(first, self.sizes.rows if lane is None else TILE)
@@ -133,6 +144,23 @@ class Block:
           before += K // depth
 
     ring.drain(self.step(self.num, 0, 0), self.ring)
+
+  def prefetch(self, i: Traced) -> None:
+    """Brings the rows of tile i into the cache: of A a share, what neighbours read as well."""
+    plan, tiles = self.plan, self.plan.column_tiles
+    rows = gpu.ds(self.row_of(i), self.sizes.rows)
+    for n, K in enumerate(plan.depths):
+      width = math.gcd(K, PREFETCHED)
+      left = K // width - self.column_tile
+
+      @gpu.loop(0, lax.div(left + (tiles - 1), jnp.int32(tiles)))
+      def _(c: Traced, a: Ref = self.refs[f"a{n}"], width: int = width) -> None:
+        gpu.prefetch(a.at[rows, gpu.ds((self.column_tile + c * tiles) * width, width)])
+
+    for name in plan.ahead:
+      width = min(self.sizes.columns, PREFETCHED)
+      for first in range(0, self.sizes.columns, width):
+        gpu.prefetch(self.refs[name].at[rows, gpu.ds(self.n0 + first, width)])
 
   def step(self, i: Traced, c: Traced, lane: Traced | None) -> Traced:
     """Number of a step of the ring: chunk c of tile i, of one consumer where weights stay."""
@@ -252,11 +280,16 @@ def launch(
   padded = -(-R // COPY_ROWS) * COPY_ROWS
   whole = lambda x: jnp.pad(x, [(0, padded - R), (0, 0)]) if padded > R else x
   column_tiles = N // sizes.columns
-  most = -(-padded // sizes.rows)
+  most = num_row_tiles(padded, sizes)
   together = sizes.together
-  walkers = min(gpu.num_multiprocessors() // column_tiles, most + most % together)
+  blocks = together * sizes.beside
+  # Groups of multiprocessors of 16 to 18 hold the clusters: what does not fit would run at the end.
+  most_blocks = gpu.num_multiprocessors()
+  most_blocks -= most_blocks % GROUP if blocks > 2 else 0
+  walkers = min(most_blocks // column_tiles, most + most % together)
   walkers = max(together, walkers - walkers % together)
   slices = sizes.width // SLICE
+  whole_strips = () if sizes.twice else epilogue.whole
   plan = Plan(
     sizes=sizes,
     epilogue=epilogue,
@@ -264,7 +297,7 @@ def launch(
     N=N,
     depths=tuple(x.shape[1] for x in a),
     transposed=transposed,
-    ahead={x: slices if x in epilogue.whole else min(sizes.ahead, slices) for x in inputs},
+    ahead={x: slices if x in whole_strips else min(sizes.ahead, slices) for x in inputs},
     rows={x: values.shape[0] for x, values in rows.items()},
     columns=tuple(columns),
     has_words=words is not None,
@@ -276,7 +309,6 @@ def launch(
   if words is not None:
     arrays |= dict(words=jnp.pad(words, [(0, 0), (0, padded - R)]) if padded > R else words)
   outputs = plan.out_types()
-  blocks = together * sizes.beside
   cluster = dict(cluster=(blocks,), cluster_names=(CLUSTER,)) if blocks > 1 else {}
   results = gpu.launch(
     name,

@@ -30,6 +30,7 @@ class Strip:
     self.slices = range(block.plan.slices)
     across, self.consumers = block.sizes.across, block.sizes.consumers
     self.acc: Any = None
+    self.places: dict[str, int] = {}  # of results that share them
     self.n0 = block.n0 + (self.wg * block.sizes.width if across else 0)
     self.tile_of_sums = (
       block.column_tile * self.consumers + self.wg if across else block.column_tile
@@ -118,19 +119,32 @@ class Strip:
     ref = self.refs[f"{name}_s"].at[slot, self.wg]
     return gpu.load(ref, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
 
-  def done(self, name: str, j: int) -> None:
-    """Slice j is not read again: the next one that has its place is loaded."""
+  def done(self, name: str, j: int, *, again: bool = False) -> None:
+    """Slice j is not read again, or after all others: the next one that has its place is loaded."""
     gpu.commit_reads()
     after = j + self.plan.ahead[name]
     if after in self.slices:
       self.load(name, after, self.i)
+    elif again:
+      self.load(name, after - len(self.slices), self.i)
     else:
       load = lambda: self.load(name, after - len(self.slices), self.i + 1)
       gpu.when(self.i + 1 < self.block.num)(load)
 
-  def take(self, name: str, j: int) -> Traced:
-    """`wait`, `read` and `done` of a slice that is read once."""
+  def take(self, name: str, j: int, *, again: bool = False) -> Traced:
+    """`wait`, `read` and `done` of a slice."""
     self.wait(name, j)
+    value = self.read(name, j)
+    self.done(name, j, again=again)
+    return value
+
+  def first(self, name: str, j: int) -> Traced:
+    """`wait` and `read` of a slice that stays."""
+    self.wait(name, j)
+    return self.read(name, j)
+
+  def last(self, name: str, j: int) -> Traced:
+    """`read` and `done` of a slice that stayed."""
     value = self.read(name, j)
     self.done(name, j)
     return value
@@ -142,6 +156,9 @@ class Strip:
   # ------------------------------------------------------------------------------------ results
 
   def stage(self, name: str, j: int) -> Ref:
+    """Where slice j of a result is."""
+    if self.block.sizes.in_turn:
+      return self.refs["staged_s"].at[self.places[name], self.wg]
     return self.refs[f"{name}_s"].at[j % self.block.sizes.behind, self.wg]
 
   def put(self, j: int, **values: Traced | Callable) -> None:
@@ -149,6 +166,10 @@ class Strip:
 
     What a function makes has its registers back before the next one is called.
     """
+    if self.block.sizes.in_turn:
+      for n, (name, value) in enumerate(values.items()):
+        self._put_next(j, j * len(values) + n, name, value)
+      return
     # Those that may be under way are of the slices since this place was last used.
     under_way = (self.block.sizes.behind - 1) * len(values)
     gpu.wait_to_gmem(under_way, wait_read_only=True)
@@ -156,8 +177,22 @@ class Strip:
       value = value() if callable(value) else value
       self.stage(name, j)[...] = value.astype(jnp.bfloat16)
     gpu.commit_smem()
+    self._send(j, *values)
+
+  def _put_next(self, j: int, number: int, name: str, value: Traced | Callable) -> None:
+    """`put` of a slice of a result, in the place that comes next."""
+    behind = self.block.sizes.behind
+    value = value() if callable(value) else value
+    self.places[name] = number % behind
+    gpu.wait_to_gmem(behind - 1, wait_read_only=True)
+    self.stage(name, j)[...] = value.astype(jnp.bfloat16)
+    gpu.commit_smem()
+    self._send(j, name)
+
+  def _send(self, j: int, *names: str) -> None:
+    """Starts to store slice j of results, as it is staged."""
     rows = self.rows_of(self.i)
-    for name in values:
+    for name in names:
       first = 0
       for n, width in enumerate(self.plan.epilogue.outputs[name]):
         column = self.n0 + j * SLICE - first
@@ -174,7 +209,9 @@ class Strip:
   def put_rows(self, first: Traced, second: Traced) -> None:
     """Stores a pair of sums over this strip's columns."""
     stage = self.refs["row_sums_s"].at[self.wg]
-    gpu.wait_to_gmem(0, wait_read_only=True)
+    # The copies since these sums of the tile before are of all slices: one each of all results.
+    results = len(self.plan.epilogue.outputs)
+    gpu.wait_to_gmem(len(self.slices) * results, wait_read_only=True)
     for n, value in enumerate((first, second)):
       stage.at[n][...] = value
     gpu.commit_smem()

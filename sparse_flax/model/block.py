@@ -173,8 +173,10 @@ class Block(nnx.Module):
     a = self.attention
     widths = tuple(layer.kernel.shape[-1] for layer in (a.query, a.key, a.value))
     E, F = self.feed_forward.up.kernel.shape[-2:]
-    name = residual.choose(a.key.dtype, E, F, widths, "quick_gelu", implementation=a.implementation)
-    return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name)
+    axes = sharding.row_axes()
+    how = dict(implementation=a.implementation, row_axes=axes)
+    name = residual.choose(a.key.dtype, E, F, widths, "quick_gelu", **how)
+    return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name, axes)
 
   def run(self, stream: residual.Stream, weights: Weights, bits: Bits | None) -> residual.Stream:
     """`__call__` by weights of `weights`, which may be those of one of many blocks like this one.

@@ -214,16 +214,23 @@ class SparseTransformer(nnx.Module):
     again = functools.partial(_rematerialised, remat=self.remat, one_by_one=in_loop or cycle > 1)
     blocks = [again(run_block) for run_block in blocks]
 
-    def run_group(stream, arrays_and_seeds):
-      arrays, seeds = arrays_and_seeds
-      for n, run_block in enumerate(blocks):
-        # Outside of what is computed again: bits take little room, and hashes time.
-        bits = self.groups[n].keep_bits(x, None if seeds is None else seeds[n])
-        stream = run_block(stream, arrays[n], bits)
+    # Outside of what is computed again: bits take little room, and hashes time.
+    def bits_of(seeds):
+      return [layer.keep_bits(x, seed) for layer, seed in zip(self.groups, seeds, strict=True)]
+
+    def run_group(stream, arrays_and_bits):
+      for run_block, arrays, bits in zip(blocks, *arrays_and_bits, strict=True):
+        stream = run_block(stream, arrays, bits)
       return stream, None
 
-    run_all = _loop if in_loop else jax.lax.scan
-    stream, _ = run_all(run_group, stream, (arrays, seeds))
+    seeds = [None] * cycle if seeds is None else list(jnp.moveaxis(seeds, 1, 0))
+    if in_loop:
+      # Of all layers at once: hashes are most of a program's operations, and slow to compile.
+      bits = seeds if seeds[0] is None else jax.lax.optimization_barrier(jax.vmap(bits_of)(seeds))
+      stream, _ = _loop(run_group, stream, (arrays, bits))
+    else:
+      with_bits = lambda stream, xs: run_group(stream, (xs[0], bits_of(xs[1])))
+      stream, _ = jax.lax.scan(with_bits, stream, (arrays, seeds))
     x = stream if modules else residual.end(stream, options)
     return self.logits(self.final_norm(x))
 

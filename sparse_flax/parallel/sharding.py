@@ -21,6 +21,8 @@ from pallas_kernels import sparse_attention
 from pallas_kernels.patterns import Pattern
 from sparse_flax.parallel import sequence
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = ("data", "fsdp")  # the axes that sequences are sharded over
 
@@ -117,17 +119,17 @@ def _arranged(shape: tuple[int, ...]) -> np.ndarray:
   )
 
 
-def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+def replicated(mesh: AnyMesh) -> jax.NamedSharding:
   """A copy on every device."""
   return jax.NamedSharding(mesh, jax.P())
 
 
-def by_batch(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+def by_batch(mesh: AnyMesh) -> jax.NamedSharding:
   """A batch [B, T]: sequences over data and fsdp, their tokens over sequence."""
   return jax.NamedSharding(mesh, jax.P(BATCH, "sequence"))
 
 
-def by_rules(shapes: dict, mesh: jax.sharding.Mesh) -> dict:
+def by_rules(shapes: dict, mesh: AnyMesh) -> dict:
   """The sharding of every leaf of a state (arrays or shapes) by RULES.
 
   An axis that does not come out even is not cut.
@@ -273,6 +275,18 @@ def of_rows(x: Float[Array, "*B E"]) -> jax.NamedSharding | None:
   even = x.shape[0] % size(*BATCH) == 0, x.shape[1] % size("sequence") == 0
   axes = (name if whole else None for name, whole in zip((BATCH, "sequence"), even, strict=True))
   return jax.NamedSharding(mesh, jax.P(*axes, None))
+
+
+def row_axes() -> tuple[tuple[str, ...], ...]:
+  """The axes over which B and T of a residual stream are sharded, where devices share no row.
+
+  () elsewhere: on one device, in another mesh than those of `make_mesh`, in one whose axis tensor
+  cuts the weights of a row, under explicit axes, or within a function that each device runs.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size == 1 or mesh.manual_axes or mesh.axis_names != AXES or mesh.shape["tensor"] > 1:
+    return ()
+  return () if AxisType.Explicit in mesh.axis_types else (BATCH, ("sequence",))
 
 
 def _tuple_of(axes) -> tuple[str, ...]:

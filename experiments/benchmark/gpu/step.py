@@ -159,21 +159,41 @@ def packages(checkout: pathlib.Path | None) -> Iterator[str]:
 
 
 def figures_of(case: Case, checkout: pathlib.Path | None) -> dict[str, Any]:
-  """What the program of a row tells, with an `error` where it did not come to its end."""
-  name = f"experiments.benchmark.gpu.steps.{WAYS[case.way].program}"
-  command = (sys.executable, "-P", "-m", name, json.dumps(case.job()))
+  """What the program of a row tells."""
+  return told_by(WAYS[case.way].program, case.job(), checkout, seconds=CHILD_SECONDS)
+
+
+def told_by(
+  program: str,
+  job: dict[str, Any],
+  checkout: pathlib.Path | None = None,
+  *,
+  seconds: float,
+  memory: dict[str, str] = MEMORY,
+) -> dict[str, Any]:
+  """What a program of `steps` tells, with an `error` where it did not come to its end.
+
+  Args:
+    program: the name of its module.
+    job: what it is given.
+    checkout: whose libraries are measured; None: these.
+    seconds: after which it is killed.
+    memory: JAX's variables of the environment for its share of the device.
+  """
+  name = f"experiments.benchmark.gpu.steps.{program}"
+  command = (sys.executable, "-P", "-m", name, json.dumps(job))
   with packages(checkout) as path:
     env = {key: x for key, x in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
-    env = MEMORY | env | {"PYTHONPATH": os.pathsep.join((path, env.get("PYTHONPATH", "")))}
+    env = memory | env | {"PYTHONPATH": os.pathsep.join((path, env.get("PYTHONPATH", "")))}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     # A session of its own: compilers of PyTorch are processes too, and end with it.
     process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
     try:
-      output, errors = process.communicate(timeout=CHILD_SECONDS)
+      output, errors = process.communicate(timeout=seconds)
       last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
       error = f"exit status {process.returncode}: {last.strip()}"[:1_000]
     except subprocess.TimeoutExpired:
-      error = f"not done within {CHILD_SECONDS} s"
+      error = f"not done within {seconds} s"
     finally:
       with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -147,6 +147,7 @@ def test_kernels_are_added_up_by_name():
     ours_ms=3.0,
     ours_share=0.375,
     ours={"window_forward_mosaic_gpu_kernel": 1.5, "window_backward_mosaic_gpu_kernel": 1.5},
+    others={"gemm": 5.0},
   )
   assert ours.kernel_shares([])["ours_share"] is None
 

@@ -176,14 +176,6 @@ def test_gradients_of_weights_are_never_rounded_to_the_dtype_of_the_stream(dtype
     assert name in ("['x']", "['o']") or np.mean(rounded != grad) > 0.5, name
 
 
-def test_both_ways_to_sum_columns_agree(monkeypatch):
-  dy = jax.random.normal(jax.random.key(0), (3, 37, 20))
-  expected = np.asarray(dy, np.float64).sum((0, 1))
-  for way in ("sum", "product"):
-    monkeypatch.setattr(xla, "COLUMN_SUMS", way)
-    np.testing.assert_allclose(xla.column_sums(dy), expected, atol=1e-4)
-
-
 @pytest.mark.parametrize("name", activations.ACTIVATIONS)
 def test_derivatives_of_activations(name):
   f, u = activations.ACTIVATIONS[name], jnp.linspace(-30, 30, 1_001) + 0.013

@@ -112,6 +112,14 @@ def test_drop_add(R, body, dropped):
   stats_close(stats, y)
 
 
+def test_numbers_of_rows_that_pad_are_finite():
+  """Tiles of 192 rows: one holds all 150 rows, not all 256 that these are padded to."""
+  a, w, x = normal(0, 150, 64), weights(1, 64, 128), normal(2, 150, 128)
+  bias = normal(3, 128, dtype=jnp.float32)
+  y, stats = kernels.drop_add(a, w, bias, x, sizes=BODIES["three consumers"])
+  stats_close(stats, y)
+
+
 @some
 @by_body
 def test_widen(R, body):
@@ -177,11 +185,12 @@ SPANNING = {
   "streams": Sizes(columns=128, depth=32),
   "stays": Sizes(columns=128, depth=32, stays=True),
   "across": Sizes(columns=128, depth=32, across=True),
+  "twice": Sizes(columns=128, depth=32, twice=True, in_turn=True, prefetch=True),
 }
 SPAN_CASES = [(R, name) for R in ROWS for name in SPANNING]
 
 
-@pytest.mark.smoke("streams-333-True", "across-712-True", "stays-333-False")
+@pytest.mark.smoke("twice-712-True", "streams-333-True", "across-712-True", "stays-333-False")
 @pytest.mark.parametrize("dropped", [True, False])
 @pytest.mark.parametrize("R,body", SPAN_CASES, ids=[f"{name}-{R}" for R, name in SPAN_CASES])
 def test_enter_back(R, body, dropped):
@@ -327,6 +336,7 @@ CLUSTERS = {
   "2 together": dict(together=2),
   "4 together": dict(together=4),
   "beside": dict(beside=2),
+  "beside, twice": dict(beside=2, twice=True, in_turn=True, behind=2, stages=6, prefetch=True),
   "across": dict(columns=512, across=True, stages=2, together=2),
 }
 
@@ -345,7 +355,7 @@ def spanning(R, clusters):
   return run, dx, np.where(keep, dx / (1 - RATE), 0), xhat
 
 
-@pytest.mark.parametrize("clusters", ["beside", "across"])
+@pytest.mark.parametrize("clusters", ["beside", "beside, twice", "across"])
 def test_clusters_that_span_rows_lower(clusters):
   """The simulator has no clusters."""
   run, *_ = spanning(200, clusters)
@@ -359,6 +369,42 @@ def test_clusters_lower(clusters):
   assert lowered(call, array(1_000, 1_024), array(512, 1_024)).count("mosaic_gpu_v2") == 1
 
 
+STAY = {
+  "2": dict(stages=6, beside=2, prefetch=True),
+  "4": dict(stages=8, ahead=2, behind=2, beside=4),
+  "2, three consumers": dict(stages=4, consumers=3, beside=2),
+}
+
+
+def beside(R, clusters):
+  """`narrow_back`, of weights that stay and have 512 columns, and what it shall give."""
+  dm, w, u, h = normal(0, R, 256), weights(1, 512, 256), normal(2, R, 512), normal(3, R, 64)
+  norm = norm_of(h, weights(4, 64, 512), 5)
+  sizes = Sizes(columns=128, stays=True, **STAY[clusters])
+  run = lambda: kernels.narrow_back(dm, w, u, norm, sizes)
+  grad = (wide(dm) @ wide(w).T) * gelu_slope(wide(u))
+  du = grad * normalised(h)[2]
+  rows = np.stack([du @ wide(norm.sums), (du * (wide(u) - wide(norm.bias))).sum(1)])
+  return run, du, rows, grad.sum(0)
+
+
+@pytest.mark.parametrize("clusters", STAY)
+def test_clusters_of_weights_that_stay_lower(clusters):
+  run, *_ = beside(200, clusters)
+  assert lowered(run).count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [1_000, 20_000, 333])
+@pytest.mark.parametrize("clusters", STAY)
+def test_clusters_of_weights_that_stay(clusters, R):
+  run, du, rows, columns = beside(R, clusters)
+  got = run()
+  close(got.du, du)
+  close(wide(got.back).sum(0)[:, :R], rows, 1e-4)
+  close(wide(got.sums).sum(0)[0], columns)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("R", [1_000, 20_000, 333])
 @pytest.mark.parametrize("clusters", ["2 together", "4 together"])
@@ -370,7 +416,7 @@ def test_clusters(clusters, R):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("R", [1_000, 20_000, 333])
-@pytest.mark.parametrize("clusters", ["beside", "across"])
+@pytest.mark.parametrize("clusters", ["beside", "beside, twice", "across"])
 def test_clusters_that_span_rows(clusters, R):
   run, *wants = spanning(R, clusters)
   *gots, sums = run()

@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from configs import cifar10
+from pallas_kernels import api
+from pallas_kernels import residual
 from sparse_flax import evaluate
 from sparse_flax import train
 from sparse_flax.model import transformer
@@ -141,9 +144,10 @@ def test_a_step_moves_what_the_formula_says(mesh, layers):
 
 
 @pytest.mark.one_day_in_three(1)
-@pytest.mark.smoke("(2, 2, 2, 1)", daily=0)
-@pytest.mark.parametrize("mesh", [(2, 2, 2, 1), (1, 2, 1, 4)], ids=str)
-def test_a_step_with_dropout_is_that_of_one_device(mesh):
+@pytest.mark.smoke("modules-(2, 2, 2, 1)", "xla-(2, 2, 1, 2)", daily=0)
+@pytest.mark.parametrize("mesh", [(2, 2, 2, 1), (1, 2, 1, 4), (2, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize("blocks", ["modules", "xla"])
+def test_a_step_with_dropout_is_that_of_one_device(mesh, blocks):
   """Also the masks, which every device makes for its own share."""
   model = dict(num_heads=4, num_layers=2, attention_layers=("local",), dropout=0.3)
   records = []
@@ -154,7 +158,7 @@ def test_a_step_with_dropout_is_that_of_one_device(mesh):
     mesh = sharding.make_mesh(**config.mesh)
     layout = sharding.by_rules(jax.eval_shape(init, jax.random.key(0)), mesh)
     tokens = np.random.RandomState(0).randint(97, 123, (8, 32)).astype(np.uint8)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), residual.override(blocks):
       state = jax.jit(init, out_shardings=layout)(jax.random.key(0))
       program = jax.jit(step, out_shardings=(layout, sharding.replicated(mesh)))
       tokens = jax.device_put(tokens, sharding.by_batch(mesh))
@@ -163,6 +167,51 @@ def test_a_step_with_dropout_is_that_of_one_device(mesh):
         records.append((float(record["loss"]), float(record["grad_norm"])))
   np.testing.assert_allclose(records[3:], records[:3], rtol=2e-5)
   assert records[2][0] < records[0][0]
+
+
+def test_rows_are_sharded_by_our_meshes_alone():
+  rows = (("data", "fsdp"), ("sequence",))
+  for shape, expected in (((2, 2, 1, 2), rows), ((1, 1, 1, 8), rows), ((2, 2, 2, 1), ())):
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
+    with jax.set_mesh(mesh):
+      assert sharding.row_axes() == expected
+      inside = []
+      jax.shard_map(
+        lambda x: inside.append(sharding.row_axes()) or x,
+        in_specs=jax.P(),
+        out_specs=jax.P(),
+        check_vma=False,
+      )(jnp.ones(1))
+      assert inside == [()]
+  assert sharding.row_axes() == ()
+  with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))):
+    assert sharding.row_axes() == ()
+
+
+@pytest.mark.one_day_in_three(0)
+def test_a_step_on_a_mesh_of_gpus_has_the_kernels():
+  config = cifar10.get_config()
+  with config.unlocked():
+    config.model.update(num_layers=1, attention_layers=("local",), remat="none")
+    config.data.batch_size = 4
+  init, step = train.make_step(config)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  device = jax.sharding.AbstractDevice(
+    device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+  )
+  mesh = jax.sharding.AbstractMesh(
+    (2, 2, 1, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=device
+  )
+  layout = sharding.by_rules(shapes, mesh)
+  tokens = jax.ShapeDtypeStruct((4, 3_072), jnp.uint8, sharding=sharding.by_batch(mesh))
+  with jax.sharding.use_abstract_mesh(mesh):
+    program = jax.jit(step, out_shardings=(layout, sharding.replicated(mesh)))
+    traced = program.trace(checkpoint.laid_out(shapes, layout), tokens, jax.random.key(0))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert api.implementations_in(traced.jaxpr, "blocks") == ("mosaic_gpu",)
+  assert text.count("custom_call @mosaic_gpu") >= 9  # of the blocks seven, and of attention two
+  # One sequence of 4 in a device, half of its tokens.
+  assert "tensor<1536x256xbf16>" in text and "tensor<12288x256xbf16>" not in text
 
 
 # ------------------------------------------------------------------------------------------- pmap

@@ -7,6 +7,7 @@ may lie as they lay before these had rooms.
 import collections
 import contextlib
 import importlib
+import re
 import sys
 import time
 from typing import Any
@@ -20,6 +21,7 @@ from experiments.benchmark.gpu import training
 from experiments.benchmark.gpu.steps import child
 from pallas_kernels import api
 
+OTHERS = 16  # kernels of others that are told of
 OUR_KERNELS = "mosaic"  # part of the names of all kernels in Mosaic, which XLA's own do not have
 
 
@@ -38,24 +40,31 @@ def _tuples(value: Any) -> Any:
 
 
 def kernel_shares(kernels: list[tuple[str, float]]) -> dict[str, Any]:
-  """Time of all kernels of a step, and that of ours, by name and together; None where none ran."""
+  """Time of all kernels of a step, of ours and of the others by name; None where none ran.
+
+  XLA numbers its kernels: those that differ in nothing else are summed, and the longest are told.
+  """
   if not kernels:
-    return dict(num_kernels=0, kernel_ms=None, ours_ms=None, ours_share=None, ours={})
-  ours = collections.Counter()
+    return dict(num_kernels=0, kernel_ms=None, ours_ms=None, ours_share=None, ours={}, others={})
+  ours, others = collections.Counter(), collections.Counter()
   for name, ms in kernels:
     if OUR_KERNELS in name:
       ours[name] += ms
-  total = sum(ms for _, ms in kernels)
+    else:
+      others[re.sub(r"[_.]?\d+$", "", name)] += ms
+  total = ours.total() + others.total()
+  rounded = lambda pairs: {name: round(ms, 3) for name, ms in pairs}
   return dict(
     num_kernels=len(kernels),
     kernel_ms=round(total, 3),
     ours_ms=round(ours.total(), 3),
     ours_share=round(ours.total() / total, 4),
-    ours={name: round(ms, 3) for name, ms in ours.most_common()},
+    ours=rounded(ours.most_common()),
+    others=rounded(others.most_common(OTHERS)),
   )
 
 
-def _residual_by(implementation: str | None) -> contextlib.AbstractContextManager:
+def residual_by(implementation: str | None) -> contextlib.AbstractContextManager:
   """For checkouts that have it."""
   if implementation is None:
     return contextlib.nullcontext()
@@ -74,7 +83,7 @@ def measure(job: dict[str, Any]) -> None:
   begin = time.perf_counter()
   config = config_of(job["recipe"], job["changes"])
   made = training.prepare(config)
-  with jax.set_mesh(made.mesh), _residual_by(job.get("residual")):
+  with jax.set_mesh(made.mesh), residual_by(job.get("residual")):
     traced = made.step.trace(*made.shapes)
     program = traced.lower().compile()
     state, tokens, key = made.first_state(), made.tokens(), jax.random.key(1)
