@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 from jaxtyping import Float
 
@@ -264,32 +262,18 @@ def _add_summaries(
 ) -> Float[Array, "B T Hg D"]:
   """x with the gradients of summaries `[B, rows, width, Hg, D]` added where their keys are."""
   (B, T, H, D), starts = x.shape, pass_.starts
-  # Head h has starts[h % n]: heads [.., n] lie beside each other, one write for each start.
+  # Head h has starts[h % n]: heads [.., n] lie beside each other, a part of them for each start.
   starts = starts if H % len(starts) == 0 else tuple(starts[h % len(starts)] for h in range(H))
   split = lambda x: x.reshape(*x.shape[:-2], H // len(starts), len(starts), D)
   x, summaries = split(x.reshape(B, -1, pass_.stride, H, D)), split(summaries)
+  parts = []
   for n, start in enumerate(starts):
-    old = x[:, :, start : start + pass_.width, :, n : n + 1]
-    new = old.astype(jnp.float32) + summaries[..., n : n + 1, :].astype(jnp.float32)
-    x = _written(x, new.astype(x.dtype), (0, 0, start, 0, n, 0))
-  return x.reshape(B, T, H, D)
-
-
-def _written(x: Array, update: Array, start: tuple[int, ...]) -> Array:
-  """`lax.dynamic_update_slice`, which XLA does in place; vmap would make it a scatter."""
-
-  @custom_vmap
-  def write(x: Array, update: Array) -> Array:
-    return lax.dynamic_update_slice(x, update, start)
-
-  @write.def_vmap
-  def batched(size: int, is_batched: Any, *arrays: Array) -> tuple[Array, bool]:
-    # A new leading axis, written whole: still one slice, in place.
-    whole = zip(arrays, is_batched, strict=True)
-    arrays = (x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in whole)
-    return _written(*arrays, (0, *start)), True
-
-  return write(x, update)
+    after = pass_.stride - start - pass_.width
+    around = [(start, after) if axis == 2 else (0, 0) for axis in range(x.ndim)]
+    parts.append(jnp.pad(summaries[..., n : n + 1, :], around))
+  # One pass over x: XLA copies all of it for each slice that is written where it was read.
+  sums = x.astype(jnp.float32) + jnp.concatenate(parts, axis=-2).astype(jnp.float32)
+  return sums.astype(x.dtype).reshape(B, T, H, D)
 
 
 def _with_zeros(x: Array | None, length: int, axis: int = 1) -> Array | None:

@@ -75,10 +75,7 @@ def enter_back(
   dx, dm, normed, of_dm = kernels.enter_back(
     grads, kernel, _flat(x), stats, _flat(dx), words, rate, eps=options.epsilon
   )
-  of_q, of_k, of_v = (xla.outer(normed, dy) for dy in grads)
-  # A row's softmax does not feel what is added to all of its scores, as a bias of keys is.
-  no_bias = jnp.zeros(of_k.shape[1:], of_k.dtype)
-  dweights = (of_q, xla.column_sums(grads[0])), (of_k, no_bias), (of_v, xla.column_sums(grads[2]))
+  dweights = tuple((xla.outer(normed, dy), xla.column_sums(dy)) for dy in grads)
   return _like(dx, x), _like(dm, x), of_dm.sum(axis=(0, 1)), dweights
 
 

@@ -162,7 +162,10 @@ class Block(nnx.Module):
       dtype=a.key.dtype,
     )
     alone = lambda layer: residual.linear(layer.kernel[...], layer.bias[...], a.key.dtype)
-    entering = [after(self.attention_norm, layer) for layer in (a.query, a.key, a.value)]
+    query, key, value = (after(self.attention_norm, layer) for layer in (a.query, a.key, a.value))
+    # A bias of keys adds the same to all scores of a row, which its softmax does not feel: the sum
+    # over rows that would be its gradient is zero, and need not be computed.
+    entering = query, key._replace(bias=jax.lax.stop_gradient(key.bias)), value
     leaving = (alone(a.out), after(self.feed_forward_norm, f.up), alone(f.down))
     beside = residual.joint(*entering) if self.options.implementation == "mosaic_gpu" else None
     return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving))
