@@ -31,6 +31,9 @@ MODALITIES = ("image", "text", "audio")
 REMATS = ("full", "attention", "block", "hidden", "dots", "none")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 PARAM_DTYPES = ("float32", "bfloat16")
+# Implementations of blocks whose layers are in a loop of Python: of what a kernel makes and a scan
+# keeps, it makes copies, into its stacks and out of them. XLA's own results are made in the stacks.
+LOOPED = ("mosaic_gpu",)
 
 Tokens = UInt8[Array, "B T"] | Integer[Array, "B T"]
 
@@ -209,8 +212,7 @@ class SparseTransformer(nnx.Module):
     else:
       stream = residual.start(x, options, drops=seeds is not None and self.groups[0].dropout > 0)
       blocks = [layer.run for layer in self.groups]  # with the weights that they are given
-    # Of what kernels make and a scan keeps, it makes copies: into its stacks, and out of them.
-    in_loop = not modules and options.implementation == "mosaic_gpu"
+    in_loop = not modules and options.implementation in LOOPED
     again = functools.partial(_rematerialised, remat=self.remat, one_by_one=in_loop or cycle > 1)
     blocks = [again(run_block) for run_block in blocks]
 

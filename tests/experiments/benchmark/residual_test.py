@@ -23,7 +23,9 @@ def no_gpu(monkeypatch):
   monkeypatch.setattr(timing, "kernel_ms", lambda program, *args: (2.0, ["kernel"]))
   for name in kernels.SIZES:
     depth = 32 if name == "enter_back" else 64
-    monkeypatch.setitem(kernels.SIZES, name, {4096: Sizes(columns=128, depth=depth, stages=2)})
+    monkeypatch.setitem(
+      kernels.SIZES, name, {(4096, 4096): Sizes(columns=128, depth=depth, stages=2)}
+    )
 
 
 @pytest.mark.one_day_in_three(1)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from pallas_kernels import residual
 from sparse_flax import SparseTransformer
+from sparse_flax.model import transformer
 from tests.helpers import jaxprs
 from tests.helpers.models import initial_model
 from tests.helpers.models import nnx_mode  # noqa: F401
@@ -219,6 +220,30 @@ def kept_loss_and_gradient(remat, implementation, halves):
     loss, backward = jax.jit(lambda params: jax.vjp(run, params))(params)
   kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
   return kept, loss, jax.jit(lambda backward: backward(jnp.float32(1.0))[0])(backward)
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_layers_in_a_loop_are_those_of_the_scan(remat, monkeypatch):
+  """In two groups of two layers: loss, logits without dropout, and every gradient."""
+  cycle = ("local", "column")
+  model = small_model(remat=remat, num_layers=4, dropout=0.2, attention_layers=cycle)
+  graphdef, params = plain(model)
+  params["logits"]["kernel"] = 0.1 * jax.random.normal(QUICK_KEY, params["logits"]["kernel"].shape)
+
+  def run(params):
+    model, tokens = nnx.merge(graphdef, params), random_tokens()
+    return losses_of(model, tokens, QUICK_KEY).mean(), model(tokens)
+
+  def results():
+    with residual.override("xla"):
+      return jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+
+  scanned = results()
+  monkeypatch.setattr(transformer, "LOOPED", ("xla",))
+  with residual.override("xla"):
+    assert not jaxprs.scans_of(jax.make_jaxpr(run)(params).jaxpr, 2)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, results(), scanned)
 
 
 @pytest.mark.one_day_in_three(0)
