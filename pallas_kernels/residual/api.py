@@ -97,7 +97,8 @@ def choose(
     activation: a name of `activations.ACTIVATIONS`.
     implementation: of attention, as it was asked for; who names another than our kernels there
       has none of ours here either.
-    row_axes: as in `Options`; kernels serve on a mesh of several devices only where it has some.
+    row_axes: as in `Options`. On a mesh of several devices, where the kernels have not run yet,
+      they serve if they are asked for and it has some.
 
   Raises:
     NotImplementedError: `override` asks for kernels that do not have these sizes.
@@ -109,7 +110,8 @@ def choose(
   if mesh.manual_axes or (mesh.size > 1 and not row_axes):
     return None
   runs_here = hardware.platform() == "gpu" and hardware.why_not_hopper() is None
-  if asked_for is None and not (runs_here and implementation in (None, "mosaic_gpu")):
+  serves = runs_here and mesh.size == 1 and implementation in (None, "mosaic_gpu")
+  if asked_for is None and not serves:
     return None
   reason = _kernels().unsupported(jnp.dtype(dtype), E, F, widths, activation)
   if reason is None:

@@ -124,11 +124,13 @@ def test_kernels_on_a_mesh_of_h100s_lower_for_the_rows_of_a_device():
     assert "tensor<1024x" not in kernel
 
 
-def test_kernels_serve_on_meshes_whose_rows_are_sharded_alone():
+def test_kernels_serve_on_a_mesh_if_they_are_asked_for_and_rows_alone_are_sharded():
   choose = functools.partial(residual.choose, "bfloat16", 256, 512, (128, 128, 256), "quick_gelu")
   how = dict(axis_types=(AxisType.Auto,) * 4, abstract_device=H100)
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 1, 2), AXES, **how)):
-    assert choose(row_axes=ROW_AXES) == "mosaic_gpu"
-    assert choose() is None  # nobody knows where the rows are
+    assert choose(row_axes=ROW_AXES) is None
+    with residual.override("mosaic_gpu"):
+      assert choose(row_axes=ROW_AXES) == "mosaic_gpu"
+      assert choose() is None  # nobody knows where the rows are
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 1, 1), AXES, **how)):
     assert choose() == "mosaic_gpu"

@@ -204,7 +204,7 @@ def test_a_step_on_a_mesh_of_gpus_has_the_kernels():
   )
   layout = sharding.by_rules(shapes, mesh)
   tokens = jax.ShapeDtypeStruct((4, 3_072), jnp.uint8, sharding=sharding.by_batch(mesh))
-  with jax.sharding.use_abstract_mesh(mesh):
+  with jax.sharding.use_abstract_mesh(mesh), residual.override("mosaic_gpu"):
     program = jax.jit(step, out_shardings=(layout, sharding.replicated(mesh)))
     traced = program.trace(checkpoint.laid_out(shapes, layout), tokens, jax.random.key(0))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
