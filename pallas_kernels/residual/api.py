@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import UInt32
@@ -84,6 +83,7 @@ def choose(
   *,
   implementation: str | None = None,
   row_axes: tuple[tuple[str, ...], ...] = (),
+  refused: str | None = None,
 ) -> str | None:
   """The implementation of the two halves that serves; None: the modules of the layers.
 
@@ -97,28 +97,45 @@ def choose(
     activation: a name of `activations.ACTIVATIONS`.
     implementation: of attention, as it was asked for; who names another than our kernels there
       has none of ours here either.
-    row_axes: as in `Options`. On a mesh of several devices, where the kernels have not run yet,
-      they serve if they are asked for and it has some.
+    row_axes: as in `Options`. On several devices, where the kernels have not run yet, they serve
+      if they are asked for and it has some.
+    refused: why no halves can compute a block; None: they can.
 
   Raises:
-    NotImplementedError: `override` asks for kernels that do not have these sizes.
+    NotImplementedError: `override` asks for an implementation that cannot; the message says why.
   """
-  asked_for = _asked_for.value
-  if asked_for in ("modules", "xla"):
-    return None if asked_for == "modules" else asked_for
+  asked_for, dtype = _asked_for.value, jnp.dtype(dtype)
+  if asked_for == "modules" or (asked_for is None and not _kernels_serve(implementation)):
+    return None
+  name, unsupported = asked_for or "mosaic_gpu", None
+  if name == "mosaic_gpu":
+    refused = refused or _why_no_rows(row_axes)
+    unsupported = _kernels().unsupported(dtype, E, F, widths, activation)
+  if reason := refused or unsupported:
+    if asked_for is not None:
+      raise NotImplementedError(f"blocks by {name}: {reason}")
+    if refused is None and dtype == jnp.bfloat16:  # who computes in another dtype knows it
+      _say_once(f"blocks by their modules: {reason}")
+    return None
+  return name
+
+
+def _kernels_serve(implementation: str | None) -> bool:
+  """Where nobody asked for blocks by them: whether they run, on the only device."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.manual_axes or (mesh.size > 1 and not row_axes):
-    return None
-  runs_here = hardware.platform() == "gpu" and hardware.why_not_hopper() is None
-  serves = runs_here and mesh.size == 1 and implementation in (None, "mosaic_gpu")
-  if asked_for is None and not serves:
-    return None
-  reason = _kernels().unsupported(jnp.dtype(dtype), E, F, widths, activation)
-  if reason is None:
-    return "mosaic_gpu"
-  if asked_for is not None:
-    raise NotImplementedError(reason)
-  _say_once(f"blocks by their modules: {reason}")
+  # Without a mesh, arrays may be on several devices all the same, and nothing here would tell.
+  alone = mesh.size == 1 or (mesh.empty and jax.device_count() == 1)
+  runs = hardware.platform() == "gpu" and hardware.why_not_hopper() is None
+  return runs and alone and implementation in (None, "mosaic_gpu")
+
+
+def _why_no_rows(row_axes: tuple[tuple[str, ...], ...]) -> str | None:
+  """Why the devices of the mesh do not each have rows of their own; None: they have."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.manual_axes:
+    return "within a shard_map of the caller's"
+  if mesh.size > 1 and not row_axes:
+    return f"a mesh of {dict(mesh.shape)}, where devices share rows or their axes are unknown"
   return None
 
 
@@ -128,7 +145,9 @@ def _say_once(message: str) -> None:
 
 
 class Stream(NamedTuple):
-  """The residual stream between two blocks.
+  """The residual stream between two blocks: it goes to one `enter`, or to `end`, nowhere else.
+
+  What comes back for `x` and for `branch` belongs together; any other use would part them.
 
   Attributes:
     x: its rows.
@@ -156,7 +175,7 @@ def start(x: Rows, options: Options, *, drops: bool) -> Stream:
 
 def end(stream: Stream, options: Options) -> Rows:
   """The rows behind the last block."""
-  return _end(*stream[:3], stream.bits, options)
+  return _end(stream.x, stream.branch, stream.bias, stream.bits, options)
 
 
 def enter(
@@ -164,7 +183,8 @@ def enter(
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"], Float[Array, "*B V"], Rows]:
   """Queries, keys and values of the normalised rows, and the rows."""
   with jax.named_scope(f"blocks_by_{options.implementation}"):
-    return _enter(*stream, weights, options)
+    x, branch, bias, stats, bits = stream
+    return _enter(x, branch, bias, stats, bits, weights, options)
 
 
 def leave(
@@ -197,8 +217,8 @@ def _enter(x, branch, bias, stats, bits, weights, options):
 
 def _enter_forward(x, branch, bias, stats, bits, weights, options):
   q, k, v = _backend(options).enter(x, stats, weights, options)
-  named = (checkpoint_name(y, f"residual_{name}") for name, y in zip("qkv", (q, k, v), strict=True))
-  return (*named, x), (x, stats, bits, fold.without_masters(weights))
+  q, k, v = (options_lib.named(name, y) for name, y in zip("qkv", (q, k, v), strict=True))
+  return (q, k, v, x), (x, stats, bits, fold.without_masters(weights))
 
 
 def _enter_backward(options, kept, cotangents):
@@ -221,8 +241,6 @@ def _leave(o, x, weights, bits, options):
 
 def _leave_forward(o, x, weights, bits, options):
   y, stats, kept = _backend(options).leave(_beside(o), x, weights, bits, options)
-  names = ("h", "stats", "u", "g")[: len(kept)]
-  kept = tuple(checkpoint_name(x, f"residual_{name}") for x, name in zip(kept, names, strict=True))
   return (y, y, _zeros(x), stats), (o, kept, fold.without_masters(weights), bits)
 
 

@@ -13,6 +13,7 @@ tiles of 128 rows, as F2 and F4 leave it; `stats_of` makes it of any array.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,12 +35,13 @@ from pallas_kernels.residual.plan import SLICE
 from pallas_kernels.residual.strip import Strip
 
 EPS = 1e-5  # of the models' norms
+MOST_PARTS = 16  # of sums over columns that an epilogue adds itself: they take shared memory
 
 # By kernel, and by what K and N are at most, smallest first: the fastest of those measured
 # (docs/notes/residual.md). Weights stay where a range of columns of them fits beside the rings. An
 # epilogue waits least where both slices of 128 columns are loaded while its product runs, and may
 # be on their way while the next one does (`ahead`, `behind` = 2).
-_ANY = 4096
+_ANY = math.inf
 _cut = functools.partial(Sizes, columns=128, stays=True)
 SIZES = {
   "enter": {
@@ -286,6 +288,8 @@ def widen_back(
   Without `words` nothing is dropped, and da is dh.
   """
   names = ("dh", "da") if words is not None else ("dh",)
+  if back.shape[0] > MOST_PARTS:
+    back = back.sum(axis=0, keepdims=True)
 
   def run(strip: Strip, sums: tuple) -> tuple:
     strip.wait_rows()

@@ -18,6 +18,7 @@ from pallas_kernels.residual import kernels
 from pallas_kernels.residual import options as options_lib
 from pallas_kernels.residual import xla
 
+named = options_lib.named
 Options = options_lib.Options
 Bits = options_lib.Bits
 Rows = BFloat16[Array, "*B E"]
@@ -37,7 +38,7 @@ def unsupported(dtype: jnp.dtype, E: int, F: int, widths: tuple[int, ...], activ
   if E not in WIDTHS:
     return f"width={E}: the kernels have {WIDTHS}"
   if any(width % UNIT for width in (F, *widths)):
-    return f"widths {widths} and {F}: must be multiples of {UNIT}"
+    return f"queries, keys and values of {widths}, hidden {F}: must be multiples of {UNIT}"
   if activation != "quick_gelu":
     return f"activation={activation}: the kernels have quick_gelu"
   return None
@@ -91,7 +92,10 @@ def leave(
   of_a, of_m, rate = (None, None, 0.0) if bits is None else (*map(_words, bits), _rate(options))
   out, down = weights.out, weights.down
   h, stats = kernels.drop_add(_flat(o), out.kernel, out.bias, _flat(x), of_a, rate)
+  # Here, not by who calls this: what a policy keeps is then not only kept, but read.
+  h, stats = named("h", h), named("stats", stats)
   u, g = kernels.widen(h, weights.up.kernel, _norm(stats, weights, x, options))
+  u, g = named("u", u), named("g", g)
   y, after = kernels.drop_add(g, down.kernel, down.bias, h, of_m, rate)
   return _like(y, x), after.sum(axis=0, keepdims=True), (_like(h, x), stats, u, g)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import UInt32
 
@@ -25,3 +27,8 @@ class Options:
   rate: float
   implementation: str | None
   row_axes: tuple[tuple[str, ...], ...] = ()
+
+
+def named(name: str, x: jax.Array) -> jax.Array:
+  """x, with its name in `api.KEPT`: what is made of it is then not made from anew."""
+  return checkpoint_name(x, f"residual_{name}")

@@ -18,6 +18,7 @@ from pallas_kernels.residual import dropout
 from pallas_kernels.residual import fold
 from pallas_kernels.residual import options as options_lib
 
+named = options_lib.named
 Options = options_lib.Options
 Bits = options_lib.Bits
 Rows = Float[Array, "*B E"]
@@ -77,10 +78,10 @@ def leave(
   """y and its row sums; and h, its row sums and u, of which the backward pass is made."""
   of_a, of_m = bits or (None, None)
   a = _product(o, weights.out)
-  h = (fold.wide(x) + dropped(a, of_a, options)).astype(x.dtype)
-  stats = row_sums(h)
+  h = named("h", (fold.wide(x) + dropped(a, of_a, options)).astype(x.dtype))
+  stats = named("stats", row_sums(h))
   normed, _ = _normalised(h, stats, options.epsilon)
-  u = _product(normed, weights.up).astype(x.dtype)
+  u = named("u", _product(normed, weights.up).astype(x.dtype))
   m = _product(_activation(options).value(fold.wide(u)).astype(x.dtype), weights.down)
   y = (fold.wide(h) + dropped(m, of_m, options)).astype(x.dtype)
   return y, row_sums(y), (h, stats, u)

@@ -142,16 +142,9 @@ class Block(nnx.Module):
   def weights(self) -> Weights | None:
     """Folded and in the dtype of the stream, once for all rows and all that is computed again.
 
-    None where `run` does not serve: by `residual.choose`, or since norms or turns stand between
-    the projections and attention, there are no biases or no dtype, or the axes of a mesh are
-    explicit, whose products of gradients would need a sharding each.
+    None where `run` does not serve, by `residual.choose`.
     """
     a, f = self.attention, self.feed_forward
-    linears = (a.query, a.key, a.value, a.out, f.up, f.down)
-    plain = a.rope is None and a.query_norm is None and a.key.dtype is not None
-    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-    if not plain or explicit or any(layer.bias is None for layer in linears):
-      return None
     if self.options.implementation is None:
       return None
     after = lambda norm, layer: residual.after_norm(
@@ -173,13 +166,33 @@ class Block(nnx.Module):
   @property
   def options(self) -> residual.Options:
     """Of the two halves."""
-    a = self.attention
+    a, axes = self.attention, sharding.row_axes()
     widths = tuple(layer.kernel.shape[-1] for layer in (a.query, a.key, a.value))
     E, F = self.feed_forward.up.kernel.shape[-2:]
-    axes = sharding.row_axes()
-    how = dict(implementation=a.implementation, row_axes=axes)
-    name = residual.choose(a.key.dtype, E, F, widths, "quick_gelu", **how)
+    name = residual.choose(
+      a.key.dtype or a.key.param_dtype,
+      E,
+      F,
+      widths,
+      "quick_gelu",
+      implementation=a.implementation,
+      row_axes=axes,
+      refused=self._why_no_halves(),
+    )
     return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name, axes)
+
+  def _why_no_halves(self) -> str | None:
+    """What keeps this block from two functions around attention; None: nothing does."""
+    a, f = self.attention, self.feed_forward
+    if a.rope is not None or a.query_norm is not None:
+      return "rope and qk_norm stand between the projections and attention"
+    if any(layer.bias is None for layer in (a.query, a.key, a.value, a.out, f.up, f.down)):
+      return "a layer has no bias"
+    if a.key.dtype is None:
+      return "the layers have no dtype"
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+      return "under explicit axes each product of gradients would need a sharding"
+    return None
 
   def run(self, stream: residual.Stream, weights: Weights, bits: Bits | None) -> residual.Stream:
     """`__call__` by weights of `weights`, which may be those of one of many blocks like this one.

@@ -40,8 +40,9 @@ def arrays(dtype="float32", *, gain: float | None = None, offset: float = 0.0) -
   )
 
 
-def bits_of(rate: float):
-  seeds = jnp.array([[1, 2], [3, 4]], jnp.uint32)
+def bits_of(rate: float, n: int = 0):
+  """Of block n."""
+  seeds = jnp.array([[1 + n, 2], [3 + n, 4]], jnp.uint32)
   return tuple(dropout.keep_bits(seed, rate, (R, E)) for seed in seeds) if rate else None
 
 
@@ -53,17 +54,20 @@ def mixed(values, seed: int = 1):
 
 
 def expected_of(given: dict, rate: float, activation: str):
-  """q, k, v and y of the reference, with o that depends on them."""
-  q, k, v = reference.enter(given["x"], given["norms"][0], given["projections"], epsilon=EPSILON)
-  bits = bits_of(rate)
-  y = reference.leave(
-    given["o"] + v, given["x"], given["out"], given["norms"][1], given["up"], given["down"],
-    kept=bits and tuple(dropout.unpack(x, E) for x in bits),
-    keep_probability=dropout.keep_probability(rate),
-    activation=activations.ACTIVATIONS[activation].value,
-    epsilon=EPSILON,
-  )  # fmt: skip
-  return q, k, v, y
+  """q, k and v of two blocks, and what comes out of them; attention's result depends on v."""
+  x, results = given["x"], []
+  for n in range(2):
+    q, k, v = reference.enter(x, given["norms"][0], given["projections"], epsilon=EPSILON)
+    bits = bits_of(rate, n)
+    x = reference.leave(
+      given["o"] + v, x, given["out"], given["norms"][1], given["up"], given["down"],
+      kept=bits and tuple(dropout.unpack(words, E) for words in bits),
+      keep_probability=dropout.keep_probability(rate),
+      activation=activations.ACTIVATIONS[activation].value,
+      epsilon=EPSILON,
+    )  # fmt: skip
+    results += [q, k, v]
+  return *results, x
 
 
 def folded(given: dict, dtype):
@@ -83,11 +87,13 @@ def got_of(given: dict, rate: float, activation: str, dtype=None, implementation
   x, o = (given[name].astype(dtype or given[name].dtype) for name in ("x", "o"))
   entering, leaving = folded(given, x.dtype)
   options = residual.Options(EPSILON, activation, rate, implementation)
-  stream = residual.start(x, options, drops=rate > 0)
-  q, k, v, through = residual.enter(stream, entering, options)
-  heads = (o + v).reshape(R, 4, V // 4)
-  stream = residual.leave(heads, through, leaving, bits_of(rate), options)
-  return q, k, v, residual.end(stream, options)
+  stream, results = residual.start(x, options, drops=rate > 0), []
+  for n in range(2):
+    q, k, v, x = residual.enter(stream, entering, options)
+    heads = (o + v).reshape(R, 4, V // 4)
+    stream = residual.leave(heads, x, leaving, bits_of(rate, n), options)
+    results += [q, k, v]
+  return *results, residual.end(stream, options)
 
 
 def relative(got, expected) -> float:
@@ -199,28 +205,49 @@ def test_kernels_that_cannot_run_are_refused_and_not_replaced(monkeypatch):
     pass
 
 
-def chosen(E=256, *, dtype="bfloat16", widths=(128, 128, 256), implementation=None) -> str | None:
-  return residual.choose(
-    dtype, E, 2 * E, widths, "quick_gelu", implementation=implementation
-  )  # fmt: skip
+def chosen(E=256, *, dtype="bfloat16", widths=(128, 128, 256), **how) -> str | None:
+  return residual.choose(dtype, E, 2 * E, widths, "quick_gelu", **how)
 
 
-def test_kernels_serve_where_they_run_and_nobody_asked_for_others(monkeypatch, caplog):
-  monkeypatch.setattr(hardware, "platform", lambda: "cpu")
-  assert chosen() is None
+@pytest.fixture
+def one_gpu(monkeypatch):
+  """The mesh of one device, which says that it is a Hopper GPU."""
   monkeypatch.setattr(hardware, "platform", lambda: "gpu")
-  monkeypatch.setattr(hardware, "why_not_hopper", lambda: "an A100")
-  assert chosen() is None
   monkeypatch.setattr(hardware, "why_not_hopper", lambda: None)
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",))):
+    yield
+
+
+def test_kernels_serve_where_they_run_and_nobody_asked_for_others(one_gpu, monkeypatch):
   assert chosen() == chosen(implementation="mosaic_gpu") == "mosaic_gpu"
   assert chosen(implementation="xla") is None
-  for _ in range(2):
-    assert chosen(384) is None
-  assert [x.message for x in caplog.records].count(
-    "blocks by their modules: width=384: the kernels have (256, 512)"
-  ) == 1
-  for name in ("modules", "xla"):
+  for name, expected in dict(modules=None, xla="xla", mosaic_gpu="mosaic_gpu").items():
     with residual.override(name):
-      assert chosen() == {"modules": None}.get(name, name)
+      assert chosen(implementation="xla") == expected
+  monkeypatch.setattr(hardware, "why_not_hopper", lambda: "an A100")
+  assert chosen() is None
+  monkeypatch.setattr(hardware, "platform", lambda: "cpu")
+  assert chosen() is None
+
+
+def test_without_a_mesh_kernels_serve_the_only_device(one_gpu, monkeypatch):
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    for num, expected in ((1, "mosaic_gpu"), (8, None)):
+      monkeypatch.setattr(jax, "device_count", lambda num=num: num)
+      assert chosen() == expected
+
+
+def test_sizes_that_kernels_do_not_have_are_said_once_or_refused(one_gpu, caplog):
+  assert chosen(384) is chosen(384) is chosen(dtype="float32") is None
+  assert chosen(512, widths=(64, 64, 256)) is None
+  said = [record.message for record in caplog.records]
+  assert said == [
+    "blocks by their modules: width=384: the kernels have (256, 512)",
+    "blocks by their modules: queries, keys and values of (64, 64, 256), hidden 1024: "
+    "must be multiples of 128",
+  ]
   with residual.override("mosaic_gpu"), pytest.raises(NotImplementedError, match="bfloat16"):
     chosen(dtype="float32")
+  with residual.override("xla"), pytest.raises(NotImplementedError, match="by xla: no biases"):
+    chosen(refused="no biases")
+  assert chosen(refused="no biases") is None
