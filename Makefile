@@ -68,14 +68,14 @@ check: .venv lint  ## for every save: patterns, lowering, errors, configs, comma
 	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow" $(CHECKS)
 
 test-long: .venv lint  ## everything that does not fit there, in full
-	$(RUN) pytest -q -n $(WORKERS) -m "not gpu"
+	USERS_XLA=1 $(RUN) pytest -q -n $(WORKERS) -m "not gpu"
 
 soak: .venv  ## a run with SOAK_RESTARTS faults, 200 by default, ends like one without
 	SOAK_RESTARTS=$(SOAK_RESTARTS) $(RUN) pytest -q tests/sparse_flax/run/soak_test.py
 
 test-newest: .venv-newest/installed  ## with the newest JAX allowed: kernels lower, and a smoke set
 	.venv-newest/bin/python -m pip list --disable-pip-version-check | grep -E "^(jax|flax|numpy|optax|orbax)"
-	.venv-newest/bin/python -m pytest -q -n $(WORKERS) -m "not gpu and not slow" $(NEWEST_TESTS)
+	USERS_XLA=1 .venv-newest/bin/python -m pytest -q -n $(WORKERS) -m "not gpu and not slow" $(NEWEST_TESTS)
 
 test-tpu-aot: .venv  ## kernels and training steps through the TPU compiler; no TPU is needed
 	$(RUN) pytest -q tests/pallas_kernels/mosaic_tpu/aot_test.py tests/pallas_kernels/mosaic_tpu/table_test.py

@@ -185,12 +185,14 @@ def computed_by(name: str) -> Any:
 
 
 def implementations_in(program: Jaxpr, of: str = "attention") -> tuple[str, ...]:
-  """Those that compute the attention of a traced program, `jax.jit(f).trace(...).jaxpr`.
+  """Those that compute attention, or blocks, in a traced program, `jax.jit(f).trace(...).jaxpr`.
 
   Read from the program itself: also where `xla` serves what a kernel does not support, and where
   cuDNN serves dense attention ("cudnn"). `of="blocks"`: those of the residual blocks, if their
   modules do not serve.
   """
+  if of not in ("attention", "blocks"):
+    raise ValueError(f"{of=}: must be 'attention' or 'blocks'")
   names_in_program = set()
   for equation in program.eqns:
     names = re.findall(rf"{of}_by_(\w+)", str(equation.source_info.name_stack))

@@ -167,7 +167,8 @@ class Stream(NamedTuple):
 
 def start(x: Rows, options: Options, *, drops: bool) -> Stream:
   """The stream in front of the first block; `drops`: whether the blocks have bits."""
-  # There is no branch in front of it: what comes back for one goes nowhere.
+  # There is no branch in front of it: what comes back for one goes nowhere, and is made all the
+  # same, so that the first block is like all others.
   branch = jax.lax.stop_gradient(x)
   all_ones = jnp.full(dropout.words_of(x.shape), 0xFFFFFFFF, jnp.uint32) if drops else None
   return Stream(x, branch, _zeros(x), _backend(options).row_sums(branch), all_ones)

@@ -40,7 +40,8 @@ MOST_PARTS = 16  # of sums over columns that an epilogue adds itself: they take 
 # By kernel, and by what K and N are at most, smallest first: the fastest of those measured
 # (docs/notes/residual.md). Weights stay where a range of columns of them fits beside the rings. An
 # epilogue waits least where both slices of 128 columns are loaded while its product runs, and may
-# be on their way while the next one does (`ahead`, `behind` = 2).
+# be on their way while the next one does (`ahead`, `behind` = 2). The simulator has no clusters:
+# what changes here runs on a card first, `make test-gpu PART=residual`.
 _ANY = math.inf
 _cut = functools.partial(Sizes, columns=128, stays=True)
 SIZES = {

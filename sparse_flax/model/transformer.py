@@ -1,4 +1,4 @@
-"""The Sparse Transformer: embeddings, groups of residual blocks under one scan, logits."""
+"""The Sparse Transformer: embeddings, groups of residual blocks one after the other, logits."""
 
 import functools
 import math
@@ -95,12 +95,15 @@ class SparseTransformer(nnx.Module):
       the second.
     remat: what the forward pass keeps for the backward pass. "full" keeps the input of each block
       and computes all else again, "attention" keeps attention's result too, "block" also q, k, v
-      and the residual stream between the two branches, "hidden" also the argument of f, "dots"
-      products with weights and attention's result, "none" everything.
+      and the residual stream between the two branches, "hidden" also the argument of f and f of
+      it, "dots" products with weights and attention's result (of blocks by kernels the latter
+      alone, as "attention" does), "none" everything.
     compute_dtype: of activations; norms, softmax and logits are in float32.
     param_dtype: of the weights. Training keeps averages, moments and sums of gradients in
       float32.
-    implementation: of `sparse_attention`; None is the best one that works here.
+    implementation: of `sparse_attention`; None is the best one that works here. Blocks are
+      computed by kernels, where these run, with None and "mosaic_gpu"; `residual.override` chooses
+      for them alone.
     rngs: source of the initial values.
 
     Raises:
@@ -202,7 +205,7 @@ class SparseTransformer(nnx.Module):
     seeds = None
     if layers_key is not None:
       seeds = block.seeds_of(jax.random.split(layers_key, (self.num_groups, cycle)))
-    # Folded and cast here, once: within the scan, and computed again, it would be for every layer.
+    # Folded and cast here, once, not for every layer, nor again where layers are computed again.
     arrays = [layer.weights() for layer in self.groups]
     options = self.groups[0].options
     modules = any(weights is None for weights in arrays)
@@ -364,8 +367,8 @@ def _rematerialised(run_block, remat: str, *, one_by_one: bool):
   Args:
     run_block: (residual stream, weights, bits) -> residual stream.
     remat: what the forward pass keeps.
-    one_by_one: whether there are several blocks in the body of a scan, of which a compiler would
-      compute all again at once, and need memory for all.
+    one_by_one: whether there are several blocks in the body of a scan, or no scan, so that a
+      compiler would compute all again at once, and need memory for all.
   """
   if remat == "none":
     return run_block

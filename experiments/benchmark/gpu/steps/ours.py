@@ -65,7 +65,7 @@ def kernel_shares(kernels: list[tuple[str, float]]) -> dict[str, Any]:
 
 
 def residual_by(implementation: str | None) -> contextlib.AbstractContextManager:
-  """For checkouts that have it."""
+  """`residual.override`, of checkouts that have it; None leaves them as they are."""
   if implementation is None:
     return contextlib.nullcontext()
   return importlib.import_module("pallas_kernels.residual").override(implementation)
