@@ -30,5 +30,5 @@ class Options:
 
 
 def named(name: str, x: jax.Array) -> jax.Array:
-  """x, with its name in `api.KEPT`: what is made of it is then not made from anew."""
+  """x under the name by which `api.KEPT` keeps it; what follows has to read this result."""
   return checkpoint_name(x, f"residual_{name}")

@@ -4,10 +4,8 @@ Each case is a run: train, stop by SIGTERM, go on, evaluate, sample, visualize, 
 command a process of its own. Only batch, steps and warm-up are less than the recipe's.
 """
 
-import json
 import math
 import pathlib
-import signal
 
 import jax
 import numpy as np
@@ -39,12 +37,6 @@ VARIANT_LAYERS = 8
 NOT_SAMPLED = {"enwik8:dense"}
 
 
-def bits(workdir: pathlib.Path) -> dict[int, float]:
-  """The loss of every step, in bits."""
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return {line["step"]: line["loss"] / math.log(2) for line in lines if "loss" in line}
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_from_training_to_export(name, tmp_path):
   recipe, batch, workdir = name.partition(":")[0], RUNS[name], tmp_path / "run"
@@ -63,19 +55,11 @@ def test_a_run_from_training_to_export(name, tmp_path):
   training = [f"--config=configs/{recipe}.py{name.removeprefix(recipe)}", f"--workdir={workdir}"]
   training += [f"--config.{field}={value}" for field, value in changes.items()]
 
-  lines = []
-  with commands.start("train", *training) as child:
-    for line in child.stdout:
-      lines.append(line)
-      if f"step 4/{STEPS}" in line:
-        child.send_signal(signal.SIGTERM)
-  said = "".join(lines)
-  print(said)
-  assert child.returncode == 75 and "STOPPED at step" in said, said
+  said = commands.train_until(f"step 4/{STEPS}", *training)
   assert "attention by mosaic_gpu, blocks by mosaic_gpu\n" in said
   said = commands("train", *training)
   assert "RESUMING" in said
-  losses = bits(workdir)
+  losses = {step: nats / math.log(2) for step, nats in commands_lib.losses(workdir).items()}
   assert list(losses) == list(range(1, STEPS + 1))
   assert losses[1] == pytest.approx(8.0, abs=1e-5)
   assert losses[STEPS] <= losses[1] - 0.1, losses

@@ -1,12 +1,10 @@
 """Two runs of a recipe on a GPU, one of them stopped half-way: the same bits, without a flag.
 
-Every process compiles for itself, so that each measures anew which algorithms are the fastest.
+Every process compiles for itself, so that each measures again which algorithms are the fastest.
 """
 
 import concurrent.futures
-import json
 import pathlib
-import signal
 
 import jax
 import numpy as np
@@ -47,15 +45,7 @@ def run_to_its_end(cache: pathlib.Path, args: list[str]) -> str:
 
 def run_in_two_processes(caches: tuple[pathlib.Path, pathlib.Path], args: list[str]) -> str:
   """What the second one said."""
-  lines = []
-  with commands.Commands(caches[0]).start("train", *args) as child:
-    for line in child.stdout:
-      lines.append(line)
-      if f"step {HALF}/{STEPS}" in line:
-        child.send_signal(signal.SIGTERM)
-  said = "".join(lines)
-  print(said)
-  assert child.returncode == 75 and "STOPPED at step" in said, said
+  commands.Commands(caches[0]).train_until(f"step {HALF}/{STEPS}", *args)
   return run_to_its_end(caches[1], args)
 
 
@@ -70,11 +60,6 @@ def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
-def losses(workdir: pathlib.Path) -> dict[int, float]:
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(name, tmp_path):
   whole, halved = tmp_path / "whole", tmp_path / "halved"
@@ -87,7 +72,7 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(name, tmp
     waiting = pool.submit(run_to_its_end, cache(0), args[0])
     assert "RESUMING" in run_in_two_processes((cache(1), cache(2)), args[1])
     assert "blocks by mosaic_gpu\n" in waiting.result()
-  a, b = losses(whole), losses(halved)
+  a, b = commands.losses(whole), commands.losses(halved)
   print(f"{name}: losses {a}, {b}")
   expected, got = arrays_of(whole), arrays_of(halved)
   assert expected.keys() == got.keys()

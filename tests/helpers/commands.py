@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import numpy as np
 from sparse_flax.data import audio
 from sparse_flax.data import samples
 from tests.helpers import data_files
+from tests.helpers import pod
 from tests.helpers.paths import ROOT
 
 SECONDS = 400  # of one command
@@ -68,3 +70,21 @@ class Commands:
     print(f"$ {name} {' '.join(map(str, args))}  [{time.monotonic() - start:.0f} s]\n{said}")
     assert child.returncode == 0, said
     return said
+
+  def train_until(self, text: str, *args) -> str:
+    """What `train` said until it was stopped, by SIGTERM once it had said `text`."""
+    lines = []
+    with self.start("train", *args) as child:
+      for line in child.stdout:
+        lines.append(line)
+        if text in line:
+          child.send_signal(signal.SIGTERM)
+    said = "".join(lines)
+    print(said)
+    assert child.returncode == 75 and "STOPPED at step" in said, said
+    return said
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+  """By step, in nats."""
+  return {line["step"]: line["loss"] for line in pod.records(workdir) if "loss" in line}

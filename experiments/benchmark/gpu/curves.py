@@ -45,12 +45,11 @@ COLORS = ("#0072b2", "#56b4e9", "#d55e00")
 
 def job_of(run: Run) -> dict[str, Any]:
   """What `steps.losses` is given."""
-  alone = dict.fromkeys(("data", "fsdp", "tensor", "sequence"), 1)
   changes = dict(
     data=dict(batch_size=BATCHES[run.recipe]),
     train=dict(accumulation=1),
     optim=dict(warmup_steps=WARM_UP),
-    mesh=alone,
+    mesh=step.ALONE,
   )
   by = dict(residual=run.implementation, seed=run.seed)
   return dict(recipe=run.recipe, changes=changes, steps=STEPS, **by)

@@ -85,6 +85,7 @@ WAYS = {
   "pytorch_dense": Way("pytorch", "dense", default=False),
 }
 PARTS = (*BODIES, *WAYS)
+ALONE = dict.fromkeys(("data", "fsdp", "tensor", "sequence"), 1)  # config.mesh of one device
 
 
 class Case(NamedTuple):
@@ -100,12 +101,11 @@ class Case(NamedTuple):
     changes = {group: dict(values) for group, values in (body.changes or {}).items()}
     model = changes.get("model", {}) | ATTENTION[WAYS[self.way].attention]
     model |= {"remat": self.remat} if self.remat else {}
-    alone = dict.fromkeys(("data", "fsdp", "tensor", "sequence"), 1)
     return changes | {
       "model": model,
       "data": changes.get("data", {}) | dict(batch_size=body.batch),
       "train": changes.get("train", {}) | dict(accumulation=1),
-      "mesh": alone,
+      "mesh": ALONE,
     }
 
   def config(self) -> ml_collections.ConfigDict:

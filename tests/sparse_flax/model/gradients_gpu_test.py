@@ -128,13 +128,13 @@ def compare(name: str, model: dict, length: int, *, kernels: str = "mosaic_gpu")
   nats, expected = gradients(exact, params, tokens, by="modules")
   for key, x in jax.tree.leaves_with_path(expected):
     assert jnp.all(jnp.isfinite(x)) and jnp.any(x), jax.tree_util.keystr(key)
-  found = {}
+  off = {}
   for by in ("modules", kernels):
     loss, grads = gradients(model, params, tokens, by=by)
     print(f"{name} by {by}: {loss:.6f} nats, float32 {nats:.6f}")
-    found[by] = errors(grads, expected)
+    off[by] = errors(grads, expected)
     del grads
-  own, modules = found[kernels], found["modules"]
+  own, modules = off[kernels], off["modules"]
   print(table_of(own, modules))
   over = {key: x[0] for key, x in own.items() if x[0] > max(BOUND, OVER_MODULES * modules[key][0])}
   assert not over, over
