@@ -32,12 +32,16 @@ class BlockSizes:
       than its queries see where a CTA walks along a sequence.
     stages: steps in flight, where there is more than one.
     warpgroups: those that compute.
+    at_once: of windows forward, tiles of logits that a warpgroup has in registers.
+    together: short sequences that a thread block works on at a time.
   """
 
   block_q: int
   block_k: int
   stages: int
   warpgroups: int
+  at_once: int = 2
+  together: int = 1
 
 
 class Key(NamedTuple):
@@ -62,7 +66,8 @@ class Key(NamedTuple):
 
 def read(path: pathlib.Path = PATH) -> dict[Key, BlockSizes]:
   """The table in a file: a list of rows with the fields of `Key` and `BlockSizes`."""
-  pick = lambda row, names: {name: row[name] for name in names}
+  # Sizes that came later are not in all files.
+  pick = lambda row, names: {name: row[name] for name in names if name in row}
   sizes = [field.name for field in dataclasses.fields(BlockSizes)]
   rows = json.loads(path.read_text())
   return {Key(**pick(row, Key._fields)): BlockSizes(**pick(row, sizes)) for row in rows}

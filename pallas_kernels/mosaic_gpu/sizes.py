@@ -19,10 +19,13 @@ from pallas_kernels.mosaic_gpu.window import schedule
 from pallas_kernels.mosaic_gpu.window import share
 
 SHARED_BYTES = 226 * 1024  # of 227 that a thread block can have; the last one is for barriers
+MAX_CONSUMERS = 4  # of windows forward; as many need steps of few registers
 MAX_REACH = 4  # tiles before a query's own in a window whose steps are unrolled
 # dk and dv of a key tile are accumulators of one warpgroup, (Dk + Dv) / 2 registers of a thread:
 # 128, beside 64 for S and dP. Wider heads stream, dk and dv in a launch each.
 MAX_HEADS_SIZE = 256
+MAX_WARPGROUPS = 8  # of a thread block
+TEAM_BYTES = 1024  # of lse and other small things, where several teams share a thread block
 DS_BYTES = 2 * TILE * TILE  # a tile of dS^T
 ROW_BYTES = 2 * 4 * TILE  # lse and delta of a tile
 
@@ -96,8 +99,13 @@ def resident(sweep: Sweep, merged: bool) -> dict[str, int] | None:
   if view.kind == "natural" or sweep.tiles(2 * nt, of_v) > SHARED_BYTES:
     return None
   if tuned := sweep.tuned("fwd"):
-    return dict(warpgroups=min(tuned.warpgroups, nt))
-  return dict(warpgroups=2 if nt >= 4 and Dk >= 64 else 1)
+    W = min(tuned.warpgroups, nt)
+    # Teams of a thread block, each with all that one has: as many as there is memory for. Of v as
+    # much as of k; q and the result have whole tiles.
+    keys = 2 * nt * view.even_rows * (Dk + Dv)
+    fits = SHARED_BYTES // (sweep.tiles(nt, of_v - nt) + keys + TEAM_BYTES)
+    return dict(warpgroups=W, together=max(1, min(tuned.together, fits, MAX_WARPGROUPS // W)))
+  return dict(warpgroups=2 if nt >= 4 and Dk >= 64 else 1, together=1)
 
 
 def window(sweep: Sweep) -> dict[str, int] | None:
@@ -107,13 +115,14 @@ def window(sweep: Sweep) -> dict[str, int] | None:
     return None
   D = max(sweep.Dk, sweep.Dv)
   # Wider heads leave shared memory for fewer warpgroups.
-  most = tuned.warpgroups if tuned else 1 if D > 64 else 2 if D > 32 else 3
+  most = min(tuned.warpgroups, MAX_CONSUMERS) if tuned else 1 if D > 64 else 2 if D > 32 else 3
+  at_once = max(1, tuned.at_once) if tuned else 2
   for W in range(most, 0, -1):
     walks = tuned.block_k < (W + reach) * TILE if tuned else D > 64 or reach > 2
     for stages in range(tuned.stages if tuned else 3 if walks else 2, 0, -1):
       _, keys = schedule.tiles_of_keys(reach, W, stages, walks)
       if sweep.tiles(schedule.QUERY_STEPS * W + keys, W + keys) <= SHARED_BYTES:
-        return dict(warpgroups=W, stages=stages, walks=walks)
+        return dict(warpgroups=W, stages=stages, walks=walks, at_once=at_once)
   return None
 
 

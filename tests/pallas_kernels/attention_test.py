@@ -287,6 +287,28 @@ def test_windows(direction, block_k, stages, warpgroups, case):
   check_windows(direction, block_k, stages, warpgroups, case)
 
 
+# Short sequences of which a thread block works on several, in turn and side by side: one or two
+# warpgroups for each; numbers of them that do not divide.
+TEAMS = [
+  (1, 2, _kernel(patterns.Column(2), T=192, Dk=32, Dv=32)),
+  (2, 2, _single(patterns.Column(5), T=400)),
+  (1, 4, _kernel(patterns.Column(3), T=72, B=2, Dk=32, Dv=64)),
+]
+
+
+@pytest.mark.parametrize("warpgroups,together,case", TEAMS, ids=str)
+def test_teams(warpgroups, together, case):
+  sizes = tuning.BlockSizes(64, 64, 1, warpgroups, together=together)
+  with tuning.override("column", "fwd", sizes):
+    check_kernels(case)
+
+
+def test_four_warpgroups_of_a_window():
+  sizes = tuning.BlockSizes(256, 256, 2, 4, at_once=1)
+  with tuning.override("local", "fwd", sizes):
+    check_kernels(_single(patterns.Local(100), T=200))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", LONG_WALKS, ids=str)
 def test_windows_on_a_gpu(direction, block_k, stages, warpgroups, case):

@@ -79,15 +79,23 @@ def _wishes(kind: str, shape: timing.Shape, direction: tuning.Direction) -> list
     reach = of.band.last(of.view.num_tiles)
     if direction == "bwd":
       return [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2)]
+    # Two tiles of logits at a time spill where four warpgroups share the registers.
+    several = (3, 4) if shape.D <= 32 else (2, 3) if shape.D <= 64 else (1, 2)
     return [
-      tuning.BlockSizes(TILE * warpgroups, TILE * keys, stages, warpgroups)
-      for warpgroups in (1, 2, 3)
+      tuning.BlockSizes(TILE * warpgroups, TILE * keys, stages, warpgroups, at_once)
+      for warpgroups in several
       for keys in (warpgroups, warpgroups + reach)  # in walks; all at once
-      for stages in (1, 2, 3)
+      for stages in (1, 2, 3)[keys == warpgroups :][:2]
+      for at_once in ((1,) if warpgroups == 4 else (2, 1))
     ]
   if kind in ("column", "block"):
     if direction == "fwd":
-      return [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2)]
+      alone = [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2, 4)]
+      several = itertools.product((4, 5, 6, 7), (1,)) if ROWS[kind](shape) <= 128 else [(2, 2)]
+      return alone + [
+        tuning.BlockSizes(TILE, TILE, 1, warpgroups, together=together)
+        for together, warpgroups in several
+      ]
     pairs = itertools.product((1, 2, 4), (1, 2))
     return [tuning.BlockSizes(TILE * own, TILE, 1, warpgroups) for own, warpgroups in pairs]
   return _near_default(kind, shape, direction)

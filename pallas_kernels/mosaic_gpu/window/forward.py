@@ -45,8 +45,9 @@ from pallas_kernels.mosaic_gpu.window import share
 from pallas_kernels.mosaic_gpu.window import tile
 
 # Of a thread, by consumers: with the producer's no more than what a thread block is launched with
-# (share.py), 24 + 2 * 232 of 504, 24 + 3 * 160 of 512. One consumer starts with all it can have.
-CONSUMER_REGISTERS = {2: 232, 3: 160}
+# (share.py), 24 + 2 * 232 of 504, 24 + 3 * 160 of 512, 24 + 4 * 112 of 480. One consumer starts
+# with all it can have.
+CONSUMER_REGISTERS = {2: 232, 3: 160, 4: 112}
 
 
 def forward(
@@ -64,6 +65,7 @@ def forward(
   warpgroups: int,
   stages: int,
   walks: bool,
+  at_once: int,
 ) -> tuple[Float[Array, "B T Hg Dv"], Float[Array, "B Hg R Mp"]]:
   """Attention to a window of the keys before each query.
 
@@ -79,13 +81,14 @@ def forward(
     warpgroups: consumers of a thread block.
     stages: steps whose new keys fit in memory together.
     walks: whether a thread block walks along a share of a sequence, or takes steps in turn.
+    at_once: tiles of logits that a consumer has in registers.
 
   Returns:
     out, and lse of base 2 in rows of the view, float32.
   """
   (B, _, H, Dk), Dv, Hg = q.shape, v.shape[3], len(heads)
   sizes = schedule.Sizes(
-    view, band, B, heads, H // k.shape[2], warpgroups, stages, walks, Dv, scale
+    view, band, B, heads, H // k.shape[2], warpgroups, stages, walks, Dv, scale, at_once
   )
   inputs = dict(q=q, k=k, v=v, ids=ids, kv_ids=kv_ids)
   if prev is not None:
@@ -233,7 +236,8 @@ class _Consumer:
     places = [self.steps.place(n, number(distance)) for distance in range(sizes.reach + 1)]
     q = refs["q_s"].at[query_slot.index * sizes.warpgroups + self.wg]
     keys, values = ([refs[name].at[x] for x in places] for name in ("k_s", "v_s"))
-    window = tile.Window(sizes.band, t, q, keys, values, same, self.near, sizes.scale, self.p_s)
+    options = dict(scale=sizes.scale, at_once=sizes.at_once, scratch=self.p_s)
+    window = tile.Window(sizes.band, t, q, keys, values, same, self.near, **options)
     state = window.attend(state)
     # As soon as the products are done, before the result is stored: the producer waits for this.
     query_slot.release()

@@ -50,6 +50,7 @@ class Sizes:
     walks: whether keys that the next step needs stay.
     Dv: size of values.
     scale: of the logits.
+    at_once: tiles of logits that a consumer has in registers.
   """
 
   view: View
@@ -62,6 +63,7 @@ class Sizes:
   walks: bool
   Dv: int
   scale: float
+  at_once: int
 
   @property
   def num_tiles(self) -> int:

@@ -22,10 +22,6 @@ from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
 from pallas_kernels.mosaic_gpu.views import Band
 
-# Tiles of logits in registers, 32 each: one maximum and one rescaling for both. All of a window at
-# once took 187 registers at D = 32, two thread blocks of a multiprocessor instead of three.
-AT_ONCE = 2
-
 
 def lower_triangle() -> Traced:
   """int16 that takes two folded tiles apart: -1 where the key is no later than the query, or 0."""
@@ -46,6 +42,7 @@ class Window:
     same: per tile, which pairs share a segment, or None.
     near: `lower_triangle`, where the nearest and the farthest tile are folded, or None.
     scale: of the logits.
+    at_once: tiles of logits in registers, 32 each: one maximum and one rescaling for them.
     scratch: shared memory for weights, for the simulator.
   """
 
@@ -57,6 +54,7 @@ class Window:
   same: list
   near: Any
   scale: float
+  at_once: int
   scratch: Any
 
   @property
@@ -72,8 +70,8 @@ class Window:
     tiles = [(n,) for n in range(self.last + 1)]
     if self.near is not None:
       tiles = [(0, self.last), *tiles[1:-1]]
-    for first in range(0, len(tiles), AT_ONCE):
-      chosen = tiles[first : first + AT_ONCE]
+    for first in range(0, len(tiles), self.at_once):
+      chosen = tiles[first : first + self.at_once]
       xs = [self.logits(distances, difference) for distances in chosen]
       ps, state = softmax.rescale(state, xs, self.scale, Dv)
       factors = [
