@@ -33,7 +33,8 @@ class BlockSizes:
     stages: steps in flight, where there is more than one.
     warpgroups: those that compute.
     at_once: of windows forward, tiles of logits that a warpgroup has in registers.
-    together: short sequences that a thread block works on at a time.
+    together: short sequences that a thread block works on at a time; backward 0: those of the
+      kernel for all lengths.
   """
 
   block_q: int
@@ -41,7 +42,7 @@ class BlockSizes:
   stages: int
   warpgroups: int
   at_once: int = 2
-  together: int = 1
+  together: int = 0
 
 
 class Key(NamedTuple):

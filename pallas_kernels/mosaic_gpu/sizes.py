@@ -12,6 +12,7 @@ from pallas_kernels import tuning
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.resident import short
 from pallas_kernels.mosaic_gpu.resident.tiles import MAX_TILES_WITH_DS
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
@@ -131,7 +132,10 @@ def resident_backward(sweep: Sweep) -> dict[str, int] | None:
   view, nt, (Dk, Dv) = sweep.view, sweep.view.num_tiles, (sweep.Dk, sweep.Dv)
   if view.kind == "natural" or Dk + Dv > MAX_HEADS_SIZE:
     return None
-  if tuned := sweep.tuned("bwd"):
+  tuned, together = sweep.tuned("bwd"), 0
+  if tuned and tuned.together and short.takes(view, sweep.band, Dk, Dv):
+    together = min(tuned.together, short.num_teams(view.M, Dk))
+  if tuned:
     own_tiles, warpgroups = tuned.block_q // TILE, tuned.warpgroups
   else:
     own_tiles, warpgroups = 2, 2 if Dk >= 128 or nt >= 4 else 1
@@ -142,7 +146,7 @@ def resident_backward(sweep: Sweep) -> dict[str, int] | None:
     num_ds = nt * (nt + 1) // 2 if own >= nt and nt <= MAX_TILES_WITH_DS else 0
     shared = sweep.tiles(nt + own + (W if Dk != Dv else 0), nt + own + W)
     if shared + DS_BYTES * num_ds + ROW_BYTES * nt <= SHARED_BYTES:
-      return dict(own_tiles=own, warpgroups=W)
+      return dict(own_tiles=own, warpgroups=W, together=together)
   return None
 
 

@@ -37,6 +37,7 @@ from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
+from pallas_kernels.mosaic_gpu.resident import short
 from pallas_kernels.mosaic_gpu.resident import tiles
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
@@ -63,6 +64,7 @@ def backward(
   heads: range | tuple[int, ...],
   own_tiles: int,
   warpgroups: int,
+  together: int = 0,
 ) -> tuple[Array, Array, Array, Float[Array, "B Hg R Mp"]]:
   """Gradients of attention to a causal band of keys inside each sequence of a view.
 
@@ -75,10 +77,15 @@ def backward(
     prev: dq, dk, dv [B, T, Hg, D] of other keys to add to, or None.
     own_tiles: of a thread block.
     warpgroups: of a thread block.
+    together: sequences that a thread block works on at a time by another kernel (`short`), where
+      there are no segments; 0: by this one.
 
   Returns:
     dq, dk, dv [B, T, Hg, D], k's and v's for each query head; and delta.
   """
+  if together and ids is None:
+    rows, options = (lse, dout, dlse, delta), dict(scale=scale, heads=heads, together=together)
+    return short.backward(view, band, q, k, v, out, *rows, prev, **options)
   (B, T, H, Dk), Dv, Hg = q.shape, v.shape[3], len(heads)
   nt = view.num_tiles
   # Equal parts for each thread block and warpgroup: bounds that ptxas knows save registers.

@@ -193,11 +193,13 @@ class Team:
     """To sequence n of all: heads are the fastest axis, as they are of a grid."""
     sizes, (H, R) = self.sizes, (jnp.int32(len(self.sizes.heads)), jnp.int32(self.sizes.view.R))
     row = lax.div(n, H)
-    place = lax.div(row, R), lax.rem(row, R), lax.rem(n, H), self.wg
+    # Opaque: addresses that the loop does not change are hoisted out of it, and then spilled.
+    team, wg = lax.optimization_barrier((self.team, self.wg))
+    place = lax.div(row, R), lax.rem(row, R), lax.rem(n, H), wg
     # Every warpgroup has left the sequence before, and what it stored has left shared memory.
     left = self.refs["left"].at[self.team]
     gpu.when((n > self.first) & (self.wg == 0))(lambda: gpu.barrier_wait(left))
-    Sequence(sizes, self.refs, place, self.team).run()
+    Sequence(sizes, self.refs, place, team).run()
     gpu.commit_reads()  # before the copy engine writes where we have read
     # After the last one nobody waits.
     gpu.when(n + self.step < sizes.num_sequences)(lambda: gpu.barrier_arrive(left))
