@@ -29,7 +29,8 @@ class BlockSizes:
   Attributes:
     block_q: rows that a CTA owns: queries, backward keys too.
     block_k: keys of a step, where they stream; of windows forward those that a step brings: fewer
-      than its queries see where a CTA walks along a sequence.
+      than its queries see where a CTA walks along a sequence; of short sequences backward the
+      rows up to which dS stays in memory.
     stages: steps in flight, where there is more than one.
     warpgroups: those that compute.
     at_once: of windows forward, tiles of logits that a warpgroup has in registers.

@@ -13,7 +13,6 @@ from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.resident import short
-from pallas_kernels.mosaic_gpu.resident.tiles import MAX_TILES_WITH_DS
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import schedule
@@ -27,6 +26,9 @@ MAX_REACH = 4  # tiles before a query's own in a window whose steps are unrolled
 MAX_HEADS_SIZE = 256
 MAX_WARPGROUPS = 8  # of a thread block
 TEAM_BYTES = 1024  # of lse and other small things, where several teams share a thread block
+# Of a sequence whose dS^T is kept, nt (nt + 1) / 2 tiles of 8 KiB: three would take 48 KiB from the
+# thread blocks that load while this one computes.
+TILES_WITH_DS = 2
 DS_BYTES = 2 * TILE * TILE  # a tile of dS^T
 ROW_BYTES = 2 * 4 * TILE  # lse and delta of a tile
 
@@ -139,14 +141,16 @@ def resident_backward(sweep: Sweep) -> dict[str, int] | None:
     own_tiles, warpgroups = tuned.block_q // TILE, tuned.warpgroups
   else:
     own_tiles, warpgroups = 2, 2 if Dk >= 128 or nt >= 4 else 1
+  tiles_with_ds = max(TILES_WITH_DS, tuned.block_k // TILE if tuned else 0)
   for own in range(min(own_tiles, nt), 0, -1):
     # A warpgroup without a tile of its own would wait for the others.
     W = min(warpgroups, own)
     # Of every pair of tiles, where one thread block owns a whole sequence.
-    num_ds = nt * (nt + 1) // 2 if own >= nt and nt <= MAX_TILES_WITH_DS else 0
+    keeps_ds = own >= nt and nt <= tiles_with_ds
+    num_ds = nt * (nt + 1) // 2 if keeps_ds else 0
     shared = sweep.tiles(nt + own + (W if Dk != Dv else 0), nt + own + W)
     if shared + DS_BYTES * num_ds + ROW_BYTES * nt <= SHARED_BYTES:
-      return dict(own_tiles=own, warpgroups=W, together=together)
+      return dict(own_tiles=own, warpgroups=W, keeps_ds=keeps_ds, together=together)
   return None
 
 

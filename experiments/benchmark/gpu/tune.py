@@ -98,6 +98,7 @@ def _wishes(kind: str, shape: timing.Shape, direction: tuning.Direction) -> list
       ]
     pairs = itertools.product((1, 2, 4), (1, 2))
     own = [tuning.BlockSizes(TILE * own, TILE, 1, warpgroups) for own, warpgroups in pairs]
+    own.append(tuning.BlockSizes(4 * TILE, 4 * TILE, 1, 2))  # all of four tiles, with their dS
     # Of long sequences no kernel has several together: these are the default then, and left out.
     return own + [tuning.BlockSizes(2 * TILE, TILE, 1, 1, together=n) for n in (1, 2, 3, 4, 5)]
   return _near_default(kind, shape, direction)

@@ -64,6 +64,7 @@ def backward(
   heads: range | tuple[int, ...],
   own_tiles: int,
   warpgroups: int,
+  keeps_ds: bool,
   together: int = 0,
 ) -> tuple[Array, Array, Array, Float[Array, "B Hg R Mp"]]:
   """Gradients of attention to a causal band of keys inside each sequence of a view.
@@ -77,6 +78,7 @@ def backward(
     prev: dq, dk, dv [B, T, Hg, D] of other keys to add to, or None.
     own_tiles: of a thread block.
     warpgroups: of a thread block.
+    keeps_ds: whether dS^T stays in shared memory, if the thread block has all tiles.
     together: sequences that a thread block works on at a time by another kernel (`short`), where
       there are no segments; 0: by this one.
 
@@ -100,7 +102,9 @@ def backward(
   inputs = {name: x for name, x in inputs.items() if x is not None}
   like = lambda D: jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], Hg, D), q.dtype)
   rows = jax.ShapeDtypeStruct((B, Hg, view.R, nt * TILE), jnp.float32)
-  sizes = tiles.Sizes(view, band, tuple(heads), H // k.shape[2], own_tiles, W, Dk, Dv, scale)
+  sizes = tiles.Sizes(
+    view, band, tuple(heads), H // k.shape[2], own_tiles, W, keeps_ds, Dk, Dv, scale
+  )
   dq, dk, dv, new_delta = gpu.launch(
     "resident_backward",
     lambda refs: Gradients(sizes, refs).run(),

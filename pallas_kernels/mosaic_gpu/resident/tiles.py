@@ -22,10 +22,6 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
-# Of a sequence whose dS^T is kept, nt (nt + 1) / 2 tiles of 8 KiB: three would take 48 KiB from the
-# thread blocks that load while this one computes.
-MAX_TILES_WITH_DS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -37,6 +33,7 @@ class Sizes:
   group: int
   own_tiles: int
   warpgroups: int
+  allows_ds: bool
   Dk: int
   Dv: int
   scale: float
@@ -58,7 +55,7 @@ class Sizes:
   @property
   def keeps_ds(self) -> bool:
     """Whether dS^T stays in shared memory, so that dq needs no weights of its own."""
-    return self.num_groups == 1 and self.num_tiles <= MAX_TILES_WITH_DS
+    return self.num_groups == 1 and self.allows_ds
 
   @property
   def num_pairs(self) -> int:
