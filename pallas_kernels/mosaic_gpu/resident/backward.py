@@ -164,7 +164,7 @@ class Gradients(tiles.Tiles):
     else:
       gpu.loop(0, self.num_q)(lambda n: gpu.barrier_wait(refs["out_full"].at[n]))
     # Keys only now: making delta takes part of the time that they need to come.
-    gpu.loop(0, self.end)(lambda t: gpu.barrier_wait(refs["k_full"].at[self.k_slot(t)]))
+    self.wait_for_keys(self.begin, self.end)
     if self.sizes.keeps_ds:
       self.each_own_tile(self.store_key_gradients)
       # dS^T of a query tile and the keys before it comes from all warpgroups, and is read by the
@@ -176,6 +176,10 @@ class Gradients(tiles.Tiles):
     else:
       self.each_own_tile(self.store_gradients)
     gpu.wait_to_gmem(0)
+
+  def wait_for_keys(self, first: Traced, end: Traced) -> None:
+    full = self.refs["k_full"]
+    gpu.loop(first, end)(lambda t: gpu.barrier_wait(full.at[self.k_slot(t)]))
 
   def each_own_tile(self, body: Callable) -> None:
     """Calls body(tile) for every W-th own tile: those of this warpgroup."""
@@ -265,6 +269,8 @@ class Gradients(tiles.Tiles):
 
   def store_gradients(self, own: Traced) -> None:
     self.store_key_gradients(own)
+    # Keys before the own ones are for dq alone.
+    gpu.when(own == self.begin + self.wg)(lambda: self.wait_for_keys(0, self.begin))
     self.store_query_gradient(own)
 
   def store_key_gradients(self, own: Traced) -> None:

@@ -125,8 +125,10 @@ class Tiles:
       else:
         gpu.to_smem(self.rows("delta", t), refs["delta_s"].at[n], refs["out_full"].at[n])
 
+    # From the last on: dk and dv need the own ones alone.
     @gpu.loop(0, self.end)
-    def _(t: Traced) -> None:
+    def _(distance: Traced) -> None:
+      t = self.end - 1 - distance
       n = self.k_slot(t)
       full = refs["k_full"].at[n]
       gpu.to_smem(self.box("k", self.kv_head, t), refs["qk_s"].at[n], full)
