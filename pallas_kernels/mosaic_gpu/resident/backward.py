@@ -37,6 +37,7 @@ from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import ROW
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
+from pallas_kernels.mosaic_gpu.resident import last_first
 from pallas_kernels.mosaic_gpu.resident import short
 from pallas_kernels.mosaic_gpu.resident import tiles
 from pallas_kernels.mosaic_gpu.views import Band
@@ -107,7 +108,7 @@ def backward(
   )
   dq, dk, dv, new_delta = gpu.launch(
     "resident_backward",
-    lambda refs: Gradients(sizes, refs).run(),
+    lambda refs: (LastFirst if sizes.last_first else Gradients)(sizes, refs).run(),
     inputs=inputs,
     outputs=dict(dq=like(Dk), dk=like(Dk), dv=like(Dv), new_delta=rows),
     scratch=_scratch(sizes, q.dtype, adds=prev is not None),
@@ -133,8 +134,11 @@ def _scratch(sizes: tiles.Sizes, dtype: jax.typing.DTypeLike, adds: bool) -> dic
     q_full=gpu.Barrier(num_barriers=nt, num_arrivals=3),  # q, dout, lse
     k_full=gpu.Barrier(num_barriers=sizes.num_slots, num_arrivals=2),  # k, v
     out_full=gpu.Barrier(num_barriers=nt),
-    delta_full=gpu.Barrier(num_arrivals=W),
   )
+  if sizes.last_first:
+    scratch |= dict(delta_full=gpu.Barrier(num_barriers=nt))
+  else:
+    scratch |= dict(delta_full=gpu.Barrier(num_arrivals=W))
   if Dk != Dv:
     scratch |= dict(stage_s=gpu.smem(W, TILE, Dk, dtype=dtype))
   if sizes.keeps_ds:
@@ -296,6 +300,10 @@ class Gradients(tiles.Tiles):
     stage[...] = value.astype(stage.dtype)
     gpu.commit_smem()
     gpu.to_gmem(stage, self.box(name, self.h, t))
+
+
+class LastFirst(last_first.LastFirst, Gradients):
+  """The same in another order."""
 
 
 def products(*factors: tuple[Ref, Ref]) -> tuple[Traced, ...]:

@@ -58,6 +58,11 @@ class Sizes:
     return self.num_groups == 1 and self.allows_ds
 
   @property
+  def last_first(self) -> bool:
+    """Whether the last tiles come first (`last_first`); results leave from where v was."""
+    return self.keeps_ds and self.num_tiles > 2 and self.Dk == self.Dv
+
+  @property
   def num_pairs(self) -> int:
     """Causal pairs of tiles."""
     return self.num_tiles * (self.num_tiles + 1) // 2
@@ -65,6 +70,8 @@ class Sizes:
 
 class Tiles:
   """The own tiles of a thread block: some of one sequence of one head."""
+
+  step_of_out = 1  # delta is made of the first tiles first
 
   def __init__(self, sizes: Sizes, refs: dict):
     self.sizes, self.refs = sizes, refs
@@ -109,30 +116,30 @@ class Tiles:
 
   def load(self) -> None:
     """Starts the copies of all tiles; out through a room a warpgroup, as `make_delta` goes on."""
-    refs = self.refs
-
     # Queries before keys: delta, which is made first, needs no key.
-    @gpu.loop(self.begin, self.sizes.num_tiles)
-    def _(t: Traced) -> None:
-      n = self.q_slot(t)
-      full = refs["q_full"].at[n]
-      gpu.to_smem(self.box("dout", self.h, t), refs["dout_v_s"].at[n], full)
-      gpu.to_smem(self.box("q", self.head, t), refs["qk_s"].at[n], full)
-      gpu.to_smem(self.rows("lse", t), refs["lse_s"].at[n], full)
-      if self.makes_delta:
-        # There is room for W tiles of out, from which delta is made in turn: the first W now.
-        gpu.when(n < self.sizes.warpgroups)(lambda: self.load_out(t))
-      else:
-        gpu.to_smem(self.rows("delta", t), refs["delta_s"].at[n], refs["out_full"].at[n])
-
+    W = self.sizes.warpgroups
+    queries = gpu.loop(self.begin, self.sizes.num_tiles)
+    queries(lambda t: self.load_queries(t, self.q_slot(t) < W))
     # From the last on: dk and dv need the own ones alone.
-    @gpu.loop(0, self.end)
-    def _(distance: Traced) -> None:
-      t = self.end - 1 - distance
-      n = self.k_slot(t)
-      full = refs["k_full"].at[n]
-      gpu.to_smem(self.box("k", self.kv_head, t), refs["qk_s"].at[n], full)
-      gpu.to_smem(self.box("v", self.kv_head, t), refs["dout_v_s"].at[n], full)
+    gpu.loop(0, self.end)(lambda distance: self.load_keys(self.end - 1 - distance))
+
+  def load_queries(self, t: Traced, with_out: Traced) -> None:
+    """`with_out`: there is room for W tiles of out, from which delta is made in turn."""
+    refs, n = self.refs, self.q_slot(t)
+    full = refs["q_full"].at[n]
+    gpu.to_smem(self.box("dout", self.h, t), refs["dout_v_s"].at[n], full)
+    gpu.to_smem(self.box("q", self.head, t), refs["qk_s"].at[n], full)
+    gpu.to_smem(self.rows("lse", t), refs["lse_s"].at[n], full)
+    if self.makes_delta:
+      gpu.when(with_out)(lambda: self.load_out(t))
+    else:
+      gpu.to_smem(self.rows("delta", t), refs["delta_s"].at[n], refs["out_full"].at[n])
+
+  def load_keys(self, t: Traced) -> None:
+    refs, n = self.refs, self.k_slot(t)
+    full = refs["k_full"].at[n]
+    gpu.to_smem(self.box("k", self.kv_head, t), refs["qk_s"].at[n], full)
+    gpu.to_smem(self.box("v", self.kv_head, t), refs["dout_v_s"].at[n], full)
 
   def load_out(self, t: Traced) -> None:
     n, refs = self.q_slot(t), self.refs
@@ -147,7 +154,11 @@ class Tiles:
     dout, out = pairs.load(refs["dout_v_s"].at[n]), pairs.load(refs["out_s"].at[self.wg])
     delta = (dout * out).sum(axis=1)
     gpu.commit_reads()  # before the copy engine writes where we have read
-    gpu.when(n + W < self.num_q)(lambda: self.load_out(t + W))  # into the room just read
+    # Into the room just read.
+    if self.step_of_out > 0:
+      gpu.when(n + W < self.num_q)(lambda: self.load_out(t + W))
+    else:
+      gpu.when(n >= W)(lambda: self.load_out(t - W))
     if "dlse" in refs:
       delta = delta - gpu.load(self.rows("dlse", t), layout=ROW, optimized=False)
     # Both are changed in place: marked here once, rows without keys weigh nothing in every product.
