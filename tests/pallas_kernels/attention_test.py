@@ -307,6 +307,14 @@ def test_teams(kind, direction, warpgroups, together, case):
     check_kernels(case)
 
 
+@pytest.mark.parametrize(
+  "pattern,T", [(patterns.Column(2), 512), (patterns.Strided(2), 400)], ids=str
+)
+def test_four_tiles_with_their_derivatives_in_memory(pattern, T):
+  with tuning.override("column", "bwd", tuning.BlockSizes(256, 256, 1, 2)):
+    check_kernels(_kernel(pattern, T=T, H=1, Dk=64, Dv=64))
+
+
 def test_four_warpgroups_of_a_window():
   sizes = tuning.BlockSizes(256, 256, 2, 4, at_once=1)
   with tuning.override("local", "fwd", sizes):
