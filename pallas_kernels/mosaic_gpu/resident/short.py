@@ -152,7 +152,7 @@ class Sizes:
     """Thread blocks, by axis."""
     if self.together > 1:
       return dict(cta=min(gpu.num_multiprocessors(), -(-self.num_sequences // self.together)))
-    return dict(cta=self.num_sequences)
+    return dict(b=self.batch, r=self.view.R, h=len(self.heads))
 
 
 def _scratch(sizes: Sizes, dtype: jax.typing.DTypeLike, inputs: set[str]) -> dict:
@@ -184,6 +184,9 @@ def _scratch(sizes: Sizes, dtype: jax.typing.DTypeLike, inputs: set[str]) -> dic
 def _run(sizes: Sizes, refs: dict) -> None:
   """A team: every n-th of all sequences, heads the fastest axis, as they lie in memory."""
   team = lax.axis_index("wg")
+  if sizes.together == 1:  # without a loop, for 20 registers less
+    Gradients(sizes, refs, team * 0, *(lax.axis_index(name) for name in sizes.grid)).run()
+    return
   first, step = lax.axis_index("cta") * sizes.together + team, sizes.grid["cta"] * sizes.together
   left, H, R = refs["left"].at[team], jnp.int32(len(sizes.heads)), jnp.int32(sizes.view.R)
 
