@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Float32
 
@@ -81,5 +82,6 @@ def by_kernels(
   # What has most parts takes longest, so it comes first.
   groups = parts, of_biases, of_weights
   results = iter(totals.totals([x for group in groups for x in group]))
-  others, biases, weights = (list(itertools.islice(results, len(group))) for group in groups)
-  return Sums(weights, biases, others)
+  others, joint, weights = (list(itertools.islice(results, len(group))) for group in groups)
+  ends = itertools.accumulate(b.shape[1] for _, bs in products for b in bs)
+  return Sums(weights, [b for x in joint for b in jnp.split(x, list(ends)[:-1])], others)

@@ -146,7 +146,7 @@ class Plan:
     part = lambda *shape: jax.ShapeDtypeStruct((self.ranges, *shape), jnp.float32)
     types = {f"out{n}": part(*piece.shape) for n, piece in enumerate(self.pieces)}
     if self.sums:
-      types |= {f"sums{n}": part(piece.shape[1]) for n, piece in enumerate(self.pieces)}
+      types["sums"] = part(sum(piece.shape[1] for piece in self.pieces))
     return types
 
 
@@ -281,8 +281,10 @@ class Block:
     gpu.commit_smem()
 
     def send(place: Place) -> None:
-      columns = gpu.ds(place.n0 + self.wg * self.plan.columns, self.plan.columns)
-      copy = lambda: gpu.to_gmem(stage, self.refs[f"sums{place.number}"].at[self.range, columns])
+      before = sum(piece.shape[1] for piece in self.plan.pieces[: place.number])
+      first = before + place.n0 + self.wg * self.plan.columns
+      columns = gpu.ds(first, self.plan.columns)
+      copy = lambda: gpu.to_gmem(stage, self.refs["sums"].at[self.range, columns])
       gpu.when(place.m0 == 0)(copy)  # tiles below each other have the same columns of B
 
     self.where(send)
@@ -337,7 +339,7 @@ def plan_of(products: Sequence[Product], cut: Cut, sums: bool) -> Plan:
 def parts(
   products: Sequence[Product], cut: Cut, *, sums: bool = False
 ) -> tuple[list[Float32[Array, "ranges _ _"]], list[Float32[Array, "ranges _"]]]:
-  """A^T B for each B of each product, and with `sums` those of B's columns, of ranges of rows."""
+  """A^T B for each B of each product, and with `sums` those of all columns of B, of ranges of R."""
   if gpu.simulated():
     cut = dataclasses.replace(cut, cluster=1)
   plan = plan_of(products, cut, sums)

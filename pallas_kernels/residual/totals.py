@@ -11,6 +11,7 @@ import operator
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 from jaxtyping import Float32
@@ -19,7 +20,9 @@ from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.gpu import Ref
 
 THREADS = 128  # of a thread block, a warpgroup
-MOST_PARTS = 48  # whose loads of 16 bytes a thread has registers for
+# Loads of a thread that are under way at once, by the values of each. More take long to lower: the
+# time grows with the square of all loads that are written out.
+AT_ONCE = {4: 16, 2: 24, 1: 48}
 SIMULATED = 128  # values of a thread: thread blocks are what takes time in the simulator
 
 
@@ -35,10 +38,14 @@ def totals(parts: Sequence[Float32[Array, "_ ..."]]) -> list[Float32[Array, "...
 
     def add(n: int) -> None:
       own = gpu.ds((core - firsts[n]) * sizes[n], sizes[n])
-      layout = gpu.in_turn(sizes[n], sizes[n] // THREADS)
-      load = lambda i: gpu.load(refs[f"part{n}"].at[i, own], layout=layout, optimized=False)
-      total = functools.reduce(operator.add, map(load, range(flat[n].shape[0])))
-      refs[f"total{n}"].at[own][...] = total
+      ref, layout = refs[f"part{n}"], gpu.in_turn(sizes[n], sizes[n] // THREADS)
+      load = lambda i: gpu.load(ref.at[i, own], layout=layout, optimized=False)
+      num, count = _batches(flat[n].shape[0], sizes[n] // THREADS)
+      add = lambda total, places: functools.reduce(operator.add, map(load, places), total)
+      batch = lambda i, total: add(total, [i * count + j for j in range(count)])
+      total = gpu.zeros((sizes[n],), layout)
+      total = lax.fori_loop(jnp.int32(0), jnp.int32(num), batch, total)
+      refs[f"total{n}"].at[own][...] = add(total, range(num * count, flat[n].shape[0]))
 
     for n in range(len(flat)):
       gpu.when((core >= firsts[n]) & (core < firsts[n + 1]))(functools.partial(add, n))
@@ -58,10 +65,18 @@ def totals(parts: Sequence[Float32[Array, "_ ..."]]) -> list[Float32[Array, "...
 def _size_of(num_parts: int, size: int) -> int:
   """Values of a part that a thread block adds.
 
-  All loads of a thread shall be under way at once: 16 bytes of each part where it has registers
-  for so many, less where there are more parts.
+  A thread takes 16 bytes of each part, or less where there are many parts, of which more can then
+  be under way at once.
   """
   if size % THREADS:
     raise ValueError(f"{size} values are no multiple of {THREADS}")
-  values = 4 if num_parts <= MOST_PARTS else 2 if num_parts <= 2 * MOST_PARTS else 1
+  values = next(n for n, most in AT_ONCE.items() if num_parts <= 3 * most or n == 1)
   return math.gcd(size, THREADS * (SIMULATED if gpu.simulated() else values))
+
+
+def _batches(num_parts: int, values: int) -> tuple[int, int]:
+  """Of how many parts a loop adds how many at once; fewer than these are left."""
+  most = AT_ONCE.get(values, num_parts)
+  num = -(-num_parts // most)
+  count = num_parts // num
+  return num_parts // count, count
