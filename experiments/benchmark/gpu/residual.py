@@ -189,7 +189,7 @@ def gradients_of(shape: Shape) -> dict[str, Kernel]:
       make=with_parts(("x", "dq", "dk", "dv"), (264, 1, E)), of_product=(E, N), **of_enter
     ),
     "leave_gradients": Kernel(
-      make=with_parts(("o", "dy", "h", "du", "g", "dm"), (66, 2, F), (132, 1, E)),
+      make=with_parts(("o", "dy", "h", "du", "g", "dm"), (99, 2, F), (132, 1, E)),
       of_product=(E, E + 2 * F),
       **ways("leave", pairs),
     ),
