@@ -57,7 +57,7 @@ def _shared() -> dict:
       dropout=0.0,
       embed_dropout=0.0,  # d
       init_scheme="default",  # u: the paper's embeddings, the published code's matrices
-      remat="full",  # p: only the input of each block is kept
+      remat="auto",  # u: the most that fits where blocks are kernels'; else the paper's "full"
       compute_dtype="bfloat16",  # u: the paper has float16
       param_dtype="float32",  # p
       implementation=config_dict.placeholder(str),  # None: the fastest that works here

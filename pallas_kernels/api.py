@@ -193,13 +193,18 @@ def implementations_in(program: Jaxpr, of: str = "attention") -> tuple[str, ...]
   """
   if of not in ("attention", "blocks"):
     raise ValueError(f"{of=}: must be 'attention' or 'blocks'")
+  return scopes_in(program, f"{of}_by_")
+
+
+def scopes_in(program: Jaxpr, prefix: str) -> tuple[str, ...]:
+  """What follows `prefix` in the names of a traced program's scopes, sorted, each once."""
   names_in_program = set()
   for equation in program.eqns:
-    names = re.findall(rf"{of}_by_(\w+)", str(equation.source_info.name_stack))
+    names = re.findall(rf"{prefix}(\w+)", str(equation.source_info.name_stack))
     names_in_program.update(names)
     if not names:
       inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
-      names_in_program.update(*(implementations_in(x, of) for x in inner if _is_program(x)))
+      names_in_program.update(*(scopes_in(x, prefix) for x in inner if _is_program(x)))
   return tuple(sorted(names_in_program))
 
 

@@ -58,6 +58,14 @@ def num_cores() -> int:
   return cores
 
 
+def memory() -> int | None:
+  """Bytes that JAX gives programs of a device; None where it is not here, or does not tell."""
+  here = jax.local_devices()[0]
+  if not is_here() or here.device_kind != device_kind():
+    return None
+  return (here.memory_stats() or {}).get("bytes_limit")
+
+
 def max_active_clusters(*, blocks: int, threads: int, smem: int) -> int | None:
   """How many clusters of thread blocks the GPU runs at once, as its driver says.
 

@@ -139,6 +139,11 @@ def full(shape: tuple[int, ...], value: float, layout: Any = ROW) -> Traced:
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def in_turn(size: int, num_values: int) -> Any:
+  """A layout of `size` values: each thread has so many neighbours, the next ones follow."""
+  return plgpu.Layout.WG_STRIDED((size,), vec_size=num_values)
+
+
 def over_columns(rows: Traced, num_columns: int) -> Traced:
   """One value per row -> the same in every column."""
   return lax.broadcast_in_dim(rows, (rows.shape[0], num_columns), [0])

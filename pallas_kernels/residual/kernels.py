@@ -46,7 +46,8 @@ _ANY = math.inf
 _cut = functools.partial(Sizes, columns=128, stays=True)
 SIZES = {
   "enter": {
-    (256, _ANY): Sizes(stays=True, stages=6, behind=2),
+    (256, _ANY): _cut(stages=8, behind=2, consumers=3),
+    (512, _ANY): _cut(stages=8, beside=2),
     (_ANY, _ANY): Sizes(behind=2),
   },
   "drop_add": {
@@ -55,10 +56,10 @@ SIZES = {
     (512, 512): _cut(stages=6),
     (_ANY, _ANY): Sizes(ahead=2, behind=2),
   },
-  "widen": {(256, _ANY): _cut(stages=8, ahead=2, behind=2), (_ANY, _ANY): Sizes()},
+  "widen": {(512, _ANY): _cut(stages=7, prefetch=True, beside=2), (_ANY, _ANY): Sizes()},
   "narrow_back": {
-    (256, _ANY): _cut(stages=8, ahead=2, behind=2),
-    (512, _ANY): _cut(stages=5, ahead=2),
+    (256, _ANY): _cut(stages=4, consumers=3),
+    (512, _ANY): _cut(stages=5, ahead=2, prefetch=True),
   },
   "widen_back": {
     (512, _ANY): Sizes(together=2),
@@ -66,11 +67,11 @@ SIZES = {
   },
   "multiply": {
     (256, _ANY): Sizes(stays=True, stages=6, behind=2),
-    (512, _ANY): _cut(stages=8, ahead=2, behind=2),
+    (512, _ANY): _cut(stages=8, ahead=2, behind=2, prefetch=True),
   },
   "enter_back": {
-    (_ANY, 256): Sizes(depth=32, together=2),
-    (_ANY, 512): Sizes(depth=32, beside=2),
+    (_ANY, 256): Sizes(in_turn=True, twice=True),
+    (_ANY, 512): Sizes(depth=32, stages=6, in_turn=True, twice=True, beside=2),
   },
 }
 
@@ -84,7 +85,8 @@ def sizes_of(name: str, K: int, N: int) -> Sizes:
   columns = sizes.columns
   while columns > SLICE and N % columns:
     columns //= 2
-  return dataclasses.replace(sizes, columns=columns)
+  beside = 1 if N // columns % sizes.beside else sizes.beside
+  return dataclasses.replace(sizes, columns=columns, beside=beside)
 
 
 class Norm(NamedTuple):

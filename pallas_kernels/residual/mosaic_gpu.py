@@ -1,6 +1,6 @@
 """The halves of a residual block by the kernels for Hopper: the functions of xla.py, for bfloat16.
 
-What is left to XLA: gradients of weights, and sums over rows of what no kernel has made.
+What is left to XLA: gradients of wide weights, and sums over rows of what no kernel has made.
 """
 
 import functools
@@ -14,9 +14,10 @@ from jaxtyping import UInt32
 
 from pallas_kernels.residual import dropout
 from pallas_kernels.residual import fold
+from pallas_kernels.residual import gradients
 from pallas_kernels.residual import kernels
 from pallas_kernels.residual import options as options_lib
-from pallas_kernels.residual import xla
+from pallas_kernels.residual import outer
 
 named = options_lib.named
 Options = options_lib.Options
@@ -76,8 +77,12 @@ def enter_back(
   dx, dm, normed, of_dm = kernels.enter_back(
     grads, kernel, _flat(x), stats, _flat(dx), words, rate, eps=options.epsilon
   )
-  dweights = tuple((xla.outer(normed, dy), xla.column_sums(dy)) for dy in grads)
-  return _like(dx, x), _like(dm, x), of_dm.sum(axis=(0, 1)), dweights
+  products = [outer.Product(normed, grads)]
+  of_weights, of_biases, (of_dm,) = gradients.over_rows(
+    "enter", x.shape[-1], products, [of_dm], biases=True
+  )
+  dweights = tuple(zip(of_weights, of_biases, strict=True))
+  return _like(dx, x), _like(dm, x), of_dm[0], dweights
 
 
 @_once
@@ -119,14 +124,14 @@ def leave_back(
     du, weights.up.kernel, rows, norm, back, _flat(dy), words, rate
   )
   do = kernels.multiply(da, weights.out.kernel)
-  of_up, of_mean = sums.sum(axis=0)
-  # du has the factor rstd, and rows are not normalised: of each the mean is taken off here.
-  dup = xla.outer(rows, du) - of_mean[None]
-  dweights = (
-    (xla.outer(_flat(o), da), of_da.sum(axis=(0, 1))),
-    (dup, of_up),
-    xla.outer(g, dm),
+  pairs = (_flat(o), da), (rows, du), (g, dm)
+  products = [outer.Product(a, (b,)) for a, b in pairs]
+  (dout, dup, ddown), _, (sums, of_da) = gradients.over_rows(
+    "leave", h.shape[-1], products, [sums, of_da]
   )
+  of_up, of_mean = sums
+  # du has the factor rstd, and rows are not normalised: of each the mean is taken off here.
+  dweights = (dout, of_da[0]), (dup - of_mean[None], of_up), ddown
   return _like(do, o), _like(dh, h), dweights
 
 

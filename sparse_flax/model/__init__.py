@@ -11,11 +11,12 @@ from sparse_flax.model.embedding import VOCABULARY
 from sparse_flax.model.initialization import INIT_SCHEMES
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
+from sparse_flax.model.remat import level_in
+from sparse_flax.model.remat import REMATS
 from sparse_flax.model.transformer import COMPUTE_DTYPES
 from sparse_flax.model.transformer import graph_and_shapes
 from sparse_flax.model.transformer import MODALITIES
 from sparse_flax.model.transformer import PARAM_DTYPES
-from sparse_flax.model.transformer import REMATS
 from sparse_flax.model.transformer import SparseTransformer
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
   "cache",
   "check_bytes",
   "graph_and_shapes",
+  "level_in",
   "patterns_of",
 ]

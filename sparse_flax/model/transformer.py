@@ -1,6 +1,5 @@
 """The Sparse Transformer: embeddings, groups of residual blocks one after the other, logits."""
 
-import functools
 import math
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from sparse_flax.model import block
 from sparse_flax.model import cache as cache_lib
 from sparse_flax.model import embedding
 from sparse_flax.model import initialization
+from sparse_flax.model import remat as remat_lib
 from sparse_flax.model.layer_patterns import Entry
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
 
 MODALITIES = ("image", "text", "audio")
-REMATS = ("full", "attention", "block", "hidden", "dots", "none")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 PARAM_DTYPES = ("float32", "bfloat16")
 # Implementations of blocks whose layers are in a loop of Python: of what a kernel makes and a scan
@@ -97,7 +96,8 @@ class SparseTransformer(nnx.Module):
       and computes all else again, "attention" keeps attention's result too, "block" also q, k, v
       and the residual stream between the two branches, "hidden" also the argument of f and f of
       it, "dots" products with weights and attention's result (of blocks by kernels the latter
-      alone, as "attention" does), "none" everything.
+      alone, as "attention" does), "none" everything. "auto" is the first of "hidden", "block" and
+      "attention" that fits the device's memory where blocks are computed by kernels, else "full".
     compute_dtype: of activations; norms, softmax and logits are in float32.
     param_dtype: of the weights. Training keeps averages, moments and sums of gradients in
       float32.
@@ -111,7 +111,7 @@ class SparseTransformer(nnx.Module):
     """
     _check_choice("modality", modality, MODALITIES)
     _check_choice("init_scheme", init_scheme, initialization.INIT_SCHEMES)
-    _check_choice("remat", remat, REMATS)
+    _check_choice("remat", remat, remat_lib.REMATS)
     _check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
     _check_choice("param_dtype", param_dtype, PARAM_DTYPES)
     _check_choice("implementation", implementation, (None, *api.IMPLEMENTATIONS))
@@ -216,8 +216,8 @@ class SparseTransformer(nnx.Module):
       stream = residual.start(x, options, drops=seeds is not None and self.groups[0].dropout > 0)
       blocks = [layer.run for layer in self.groups]  # with the weights that they are given
     in_loop = not modules and options.implementation in LOOPED
-    again = functools.partial(_rematerialised, remat=self.remat, one_by_one=in_loop or cycle > 1)
-    blocks = [again(run_block) for run_block in blocks]
+    one_by_one, level = in_loop or cycle > 1, self._level(x, in_loop=in_loop)
+    blocks = [remat_lib.rematerialised(run, level, one_by_one=one_by_one) for run in blocks]
 
     # Outside of what is computed again: bits take little room, and hashes time.
     def bits_of(seeds):
@@ -238,6 +238,18 @@ class SparseTransformer(nnx.Module):
       stream, _ = jax.lax.scan(with_bits, stream, (arrays, seeds))
     x = stream if modules else residual.end(stream, options)
     return self.logits(self.final_norm(x))
+
+  def _level(self, x: Float[Array, "B T E"], *, in_loop: bool) -> str:
+    """What is kept of blocks: `remat`, or what "auto" means for these rows."""
+    if self.remat != "auto":
+      return self.remat
+    if not in_loop:
+      return "full"  # keeping more has not paid in a scan, which copies what it keeps
+    attention, hidden = self.groups[0].attention, self.groups[0].feed_forward.up.kernel.shape[-1]
+    E, Q = attention.query.kernel.shape[-2:]
+    widths = remat_lib.Widths(E=E, Q=Q, V=attention.value.kernel.shape[-1], F=hidden)
+    B, T, _ = x.shape
+    return remat_lib.most_that_fits(widths, B * T * self.num_layers * x.dtype.itemsize)
 
   def attention_weights(
     self,
@@ -359,29 +371,6 @@ def _loop(run_group: Callable, carry: Any, stacks: Any) -> tuple[Any, None]:
   for group in zip(*parts, strict=True):
     carry, _ = run_group(carry, jax.tree.unflatten(structure, [x[0] for x in group]))
   return carry, None
-
-
-def _rematerialised(run_block, remat: str, *, one_by_one: bool):
-  """`run_block`, with the backward pass told what to compute again.
-
-  Args:
-    run_block: (residual stream, weights, bits) -> residual stream.
-    remat: what the forward pass keeps.
-    one_by_one: whether there are several blocks in the body of a scan, or no scan, so that a
-      compiler would compute all again at once, and need memory for all.
-  """
-  if remat == "none":
-    return run_block
-  policies = jax.checkpoint_policies
-  if remat == "dots":
-    policy = policies.save_from_both_policies(
-      policies.dots_with_no_batch_dims_saveable,  # products with weights, not scores of attention
-      policies.save_only_these_names("attention_out", "attention_lse"),
-    )
-  else:
-    policy = policies.save_only_these_names(*residual.KEPT[remat])
-  # scan already keeps the compiler from merging the two computations; barriers keep an order.
-  return jax.checkpoint(run_block, prevent_cse=one_by_one, policy=policy)
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

@@ -289,6 +289,12 @@ def row_axes() -> tuple[tuple[str, ...], ...]:
   return () if AxisType.Explicit in mesh.axis_types else (BATCH, ("sequence",))
 
 
+def num_row_shards() -> int:
+  """Devices among which the rows of a residual stream are divided, as far as `row_axes` knows."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axes in row_axes() for axis in axes)
+
+
 def _tuple_of(axes) -> tuple[str, ...]:
   """Of one entry of a PartitionSpec."""
   return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

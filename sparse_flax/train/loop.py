@@ -20,6 +20,7 @@ from jaxtyping import Key
 from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import evaluate
+from sparse_flax import model as model_lib
 from sparse_flax import run
 from sparse_flax.parallel import sharding
 from sparse_flax.train import flops
@@ -145,8 +146,9 @@ def train(
         upcoming = reader.submit(batch, step)
       if step == first + 1:
         parts = ((of, api.implementations_in(program.jaxpr, of)) for of in ("attention", "blocks"))
-        by_part = (f"{of} by {', '.join(names)}" for of, names in parts if names)
-        say(f"  {'computed':<11}{', '.join(by_part)}")
+        by_part = [f"{of} by {', '.join(names)}" for of, names in parts if names]
+        kept = f"remat {model_lib.level_in(program.jaxpr)}"
+        say(f"  {'computed':<11}{', '.join((*by_part, kept))}")
         say("compiling ...")
       with profiler.step(step, settle=lambda: records.settle(leave=0, saved=saved)):
         state, record = program.step(state, tokens, program.dropout_key)

@@ -110,7 +110,7 @@ def test_recipe_is_the_papers(name):
   assert (model["compute_dtype"], model["param_dtype"], model["remat"]) == (
     "bfloat16",
     "float32",
-    "full",
+    "auto",
   )
 
 

@@ -56,7 +56,7 @@ def test_a_run_from_training_to_export(name, tmp_path):
   training += [f"--config.{field}={value}" for field, value in changes.items()]
 
   said = commands.train_until(f"step 4/{STEPS}", *training)
-  assert "attention by mosaic_gpu, blocks by mosaic_gpu\n" in said
+  assert "attention by mosaic_gpu, blocks by mosaic_gpu, remat hidden\n" in said
   said = commands("train", *training)
   assert "RESUMING" in said
   losses = {step: nats / math.log(2) for step, nats in commands_lib.losses(workdir).items()}

@@ -71,7 +71,7 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(name, tmp
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     waiting = pool.submit(run_to_its_end, cache(0), args[0])
     assert "RESUMING" in run_in_two_processes((cache(1), cache(2)), args[1])
-    assert "blocks by mosaic_gpu\n" in waiting.result()
+    assert "blocks by mosaic_gpu, remat " in waiting.result()
   a, b = commands.losses(whole), commands.losses(halved)
   print(f"{name}: losses {a}, {b}")
   expected, got = arrays_of(whole), arrays_of(halved)

@@ -2,7 +2,8 @@
 
 Kernel times from CUPTI. The floor of a row is the larger of the time to move its arrays once at
 this device's copy bandwidth and of the time of its product at the rate of a large square product,
-both measured in this run; share: floor over ms. `matmul_ms` is cuBLAS's for the product alone.
+both measured in this run; share: floor over ms. `matmul_ms` is cuBLAS's for the product alone, and
+of gradients what XLA takes for all of them, sums included.
 Checked first: relative errors of all results against plain float32 formulas, at most 5e-3.
 `--only=sizes` measures every way to cut them as well.
 """
@@ -19,9 +20,11 @@ import numpy as np
 
 from experiments.benchmark import report
 from experiments.benchmark.gpu import attention
+from experiments.benchmark.gpu import residual_sizes
 from experiments.benchmark.gpu import timing
+from pallas_kernels.residual import gradients
 from pallas_kernels.residual import kernels
-from pallas_kernels.residual.plan import Sizes
+from pallas_kernels.residual import outer
 
 RATE = 0.25
 BOUND = 5e-3
@@ -102,7 +105,8 @@ class Kernel:
     reference: (*arrays) -> the same in float32; what results have in parts is summed.
     make: () -> arrays.
     of_product: K and N.
-    cut: name in `kernels.SIZES`.
+    cut: name in `kernels.SIZES`, of gradients in `gradients.CUTS`.
+    by_xla: (*arrays) -> results, of gradients.
   """
 
   run: Callable
@@ -110,6 +114,13 @@ class Kernel:
   make: Callable
   of_product: tuple[int, int]
   cut: str
+  by_xla: Callable | None = None
+
+  def default(self) -> kernels.Sizes | outer.Cut:
+    """How it is cut where nothing else is asked for."""
+    if self.by_xla:
+      return gradients.CUTS[self.cut]
+    return kernels.sizes_of(self.cut, *self.of_product)
 
 
 def _arrays(shape: Shape, *names: str) -> tuple[jax.Array, ...]:
@@ -132,6 +143,57 @@ def _arrays(shape: Shape, *names: str) -> tuple[jax.Array, ...]:
     | jax.random.bits(next(keys), (E // 32, R), jnp.uint32),
   )  # fmt: skip
   return tuple(make[name]() for name in names)
+
+
+def gradients_of(shape: Shape) -> dict[str, Kernel]:
+  """All sums of a half of a block, where kernels make them."""
+  E, F, N = shape.E, shape.F, sum(shape.widths)
+  if gradients.WIDEST < E:
+    return {}
+
+  def ways(half: str, products: Callable) -> dict[str, Callable]:
+    """Ways to make gradients: the products of arrays, and what other kernels leave in parts."""
+    biases = half == "enter"
+    rows = lambda sums: (*sums.weights, *(b[None] for b in sums.biases), *sums.totals)
+
+    def run(sizes, parts, *arrays):
+      cut = sizes or gradients.CUTS[half]
+      return rows(gradients.by_kernels(products(*arrays), parts, cut, biases=biases))
+
+    def by_xla(parts, *arrays):
+      E = gradients.WIDEST + 1
+      return rows(gradients.over_rows(half, E, products(*arrays), parts, biases=biases))
+
+    def plain(parts, *arrays):
+      pairs = [(a, b) for a, bs in products(*arrays) for b in bs]
+      weights = [dot(a.T, b) for a, b in pairs]
+      return (
+        *weights,
+        *(wide(b).sum(0)[None] for _, b in pairs if biases),
+        *(x.sum(0) for x in parts),
+      )
+
+    return dict(run=run, by_xla=by_xla, reference=plain, cut=half)
+
+  def with_parts(names: tuple[str, ...], *shapes: tuple[int, ...]) -> Callable:
+    parts = lambda: [jax.random.normal(jax.random.key(1), size) for size in shapes]
+    return lambda: (parts(), *_arrays(shape, *names))
+
+  pairs = lambda *arrays: [
+    outer.Product(a, (b,)) for a, b in zip(arrays[::2], arrays[1::2], strict=True)
+  ]
+  of_enter = ways("enter", lambda x, *grads: [outer.Product(x, grads)])
+  # Parts are as many as one H200 leaves.
+  return {
+    "enter_gradients": Kernel(
+      make=with_parts(("x", "dq", "dk", "dv"), (264, 1, E)), of_product=(E, N), **of_enter
+    ),
+    "leave_gradients": Kernel(
+      make=with_parts(("o", "dy", "h", "du", "g", "dm"), (99, 2, F), (132, 1, E)),
+      of_product=(E, E + 2 * F),
+      **ways("leave", pairs),
+    ),
+  }
 
 
 def kernels_of(shape: Shape) -> dict[str, Kernel]:
@@ -250,122 +312,23 @@ def kernels_of(shape: Shape) -> dict[str, Kernel]:
       (N, E),
       "enter_back",
     ),
-  }
+  } | gradients_of(shape)
 
 
 NAMES = tuple(kernels_of(SHAPES["cifar10"]))
+CANDIDATES = residual_sizes.CANDIDATES
 PARTS = (*SHAPES, *NAMES, SIZES)
-
-# Other ways to cut a product, by kernel; those that do not fit a shape say so in their rows.
-_STREAMS = (Sizes(), Sizes(behind=2), Sizes(together=2))
-_stays = functools.partial(Sizes, columns=128, stays=True)
-_STAYS = (
-  Sizes(stays=True, stages=6),
-  Sizes(stays=True, stages=6, behind=2),
-  Sizes(stays=True, stages=3, ahead=2, behind=2),
-  _stays(stages=6),
-  _stays(stages=8, ahead=2, behind=2),
-  _stays(stages=5, ahead=2),
-  _stays(stages=8, ahead=2, behind=2, consumers=3),
-  _stays(stages=5, behind=2, consumers=3),
-  _stays(stages=4, consumers=3),
-)
-# A of several blocks' columns is copied once: what it costs the cache is shared by them.
-_BESIDE = (
-  _stays(stages=6, beside=2),
-  _stays(stages=7, beside=2),
-  _stays(stages=8, beside=2),
-  _stays(stages=8, ahead=2, behind=2, beside=2),
-  _stays(stages=5, ahead=2, beside=2),
-  _stays(stages=6, behind=2, beside=2),
-  _stays(stages=4, consumers=3, beside=2),
-  _stays(stages=5, behind=2, consumers=3, beside=2),
-  _stays(stages=6, beside=4),
-  _stays(stages=7, beside=4),
-  _stays(stages=5, ahead=2, beside=4),
-  _stays(stages=4, consumers=3, beside=4),
-  Sizes(behind=2, beside=2),
-)
-# The next tile's rows are on their way from memory meanwhile.
-_far = functools.partial(_stays, prefetch=True)
-_FAR = (
-  Sizes(behind=2, prefetch=True),
-  Sizes(prefetch=True),
-  _far(stages=5, ahead=2),
-  _far(stages=6),
-  _far(stages=8, ahead=2, behind=2),
-  _far(stages=4, consumers=3),
-  _far(stages=5, behind=2, consumers=3),
-  _far(stages=6, beside=2),
-  _far(stages=7, beside=2),
-  _far(stages=5, ahead=2, beside=2),
-  _far(stages=4, consumers=3, beside=2),
-  _far(stages=8, ahead=2, behind=2, beside=2),
-  # Steps are half as long: less of the ring is held by the products under way.
-  _far(depth=32, stages=12),
-  _far(depth=32, stages=12, beside=2),
-  _stays(depth=32, stages=12, beside=2),
-)
-_twice = functools.partial(Sizes, twice=True, in_turn=True)
-_TWICE = (
-  dict(depth=32, stages=6),
-  dict(depth=32, stages=6, prefetch=True),
-  dict(depth=32, stages=6, behind=2, prefetch=True),
-  dict(depth=64, stages=3),
-  dict(depth=64, stages=3, prefetch=True),
-  dict(depth=64, stages=3, behind=2, prefetch=True),
-  dict(depth=32, stages=5, ahead=2, prefetch=True),
-)
-_BACK = (
-  Sizes(depth=32, stages=5),
-  Sizes(depth=32, stages=4, ahead=2, together=2),
-  Sizes(depth=32, stages=5, together=2),
-  Sizes(depth=32, stages=5, prefetch=True),
-  Sizes(together=2),
-  Sizes(prefetch=True),
-  Sizes(columns=128, stages=4),
-  Sizes(columns=128, stages=4, prefetch=True),
-  Sizes(columns=128, stages=4, beside=2),
-  Sizes(columns=128, stages=4, beside=2, prefetch=True),
-  Sizes(stages=3, in_turn=True, prefetch=True),
-  Sizes(stages=3, in_turn=True, behind=2),
-  _stays(stages=3),
-)
-CANDIDATES: dict[str, tuple[Sizes, ...]] = {
-  "enter": _STREAMS + _STAYS + _BESIDE + _FAR,
-  "drop_add_attention": _STREAMS + _STAYS + _BESIDE + _FAR,
-  "widen": _STREAMS + _STAYS + _BESIDE + _FAR,
-  "drop_add": (
-    *_STREAMS,
-    Sizes(depth=32, stages=6),
-    Sizes(ahead=2, behind=2, prefetch=True),
-    Sizes(prefetch=True),
-    Sizes(depth=32, stages=6, together=2),
-    Sizes(ahead=2, behind=2, together=2),
-  ),
-  "narrow_back": _STREAMS + _STAYS + _BESIDE + _FAR,
-  "widen_back": _BACK,
-  "multiply": _STREAMS + _STAYS + _BESIDE + _FAR,
-  "enter_back": (
-    Sizes(depth=32, together=2),
-    Sizes(depth=32, prefetch=True),
-    Sizes(depth=32, beside=2),
-    Sizes(depth=32, beside=2, prefetch=True),
-    *(_twice(**how) for how in _TWICE),
-    *(_twice(beside=2, **how) for how in _TWICE),
-  ),
-}
 
 # ------------------------------------------------------------------------------------------ jobs
 
 
-def build(shape: Shape, name: str, sizes: Sizes | None):
+def build(shape: Shape, name: str, sizes: kernels.Sizes | outer.Cut | None):
   """The kernel alone."""
   kernel = kernels_of(shape)[name]
   return functools.partial(kernel.run, sizes), kernel.make
 
 
-def build_check(shape: Shape, name: str, sizes: Sizes | None):
+def build_check(shape: Shape, name: str, sizes: kernels.Sizes | outer.Cut | None):
   """Relative errors of all results."""
   kernel = kernels_of(shape)[name]
 
@@ -379,6 +342,12 @@ def build_check(shape: Shape, name: str, sizes: Sizes | None):
     return jnp.stack([differs(*pair) for pair in pairs])
 
   return errors, kernel.make
+
+
+def build_by_xla(shape: Shape, name: str):
+  """Gradients as they are made where no kernel serves."""
+  kernel = kernels_of(shape)[name]
+  return kernel.by_xla, kernel.make
 
 
 def build_matmul(R: int, K: int, N: int):
@@ -401,7 +370,7 @@ def num_bytes(shape: Shape, name: str) -> int:
   size = lambda x: math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
   # What only makes the reference is not read; results are bfloat16, their sums are small.
   unread = {"narrow_back": (3, 4), "enter": (), "widen": ()}.get(name, ())
-  read = sum(size(x) for n, x in enumerate(args) if n not in unread)
+  read = sum(size(x) for x in jax.tree.leaves([x for n, x in enumerate(args) if n not in unread]))
   return read + sum(2 * math.prod(x.shape) for x in results if x.shape[0] == shape.R)
 
 
@@ -412,9 +381,11 @@ def jobs_of(shapes: list[str], names: list[str], all_sizes: bool) -> dict[tuple,
   jobs["square",] = timing.Job(build_matmul, (SQUARE,) * 3, 0.1)
   for shape in shapes:
     for name in names:
-      of = SHAPES[shape], name
-      K, N = kernels_of(SHAPES[shape])[name].of_product
-      jobs["matmul", shape, name] = timing.Job(build_matmul, (SHAPES[shape].R, K, N), 0.2)
+      of, kernel = (SHAPES[shape], name), kernels_of(SHAPES[shape]).get(name)
+      if kernel is None:
+        continue
+      alone = (build_by_xla, of) if kernel.by_xla else (build_matmul, (of[0].R, *kernel.of_product))
+      jobs["matmul", shape, name] = timing.Job(*alone, 0.2)
       for sizes in (None, *(CANDIDATES[name] if all_sizes else ())):
         jobs["check", shape, name, sizes] = timing.Job(
           build_check, (*of, sizes), 1.5, look=errors_of
@@ -451,8 +422,8 @@ def row_of(key: tuple, measured: Callable, rates: dict[str, float]) -> dict:
   """Of a kernel at a shape, cut in one way."""
   shape_name, name, sizes = key
   shape = SHAPES[shape_name]
-  K, N = kernels_of(shape)[name].of_product
-  cut = sizes or kernels.sizes_of(kernels_of(shape)[name].cut, K, N)
+  kernel = kernels_of(shape)[name]
+  (K, N), cut = kernel.of_product, sizes or kernel.default()
   row = dict(shape=shape_name, kernel=name, default=sizes is None, sizes=dataclasses.asdict(cut))
   check = measured(("check", *key))
   if check.error:

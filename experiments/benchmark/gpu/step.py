@@ -1,11 +1,11 @@
 """Training steps of the paper's models on one GPU: ours, and those of what a user could take.
 
-The step is the one that `experiments.train` runs for the recipe: dropout, recomputation as the
-recipe has it, AdamW with clipping, averaged weights, the state given up. The batch is what one GPU
-gets. "pytorch" and "jax_cudnn" compute the same bodies with the tools of those libraries: the first
-the same patterns, by FlexAttention, the second, as they have no other, dense attention. They
-recompute their blocks unless ours keeps everything. "ours_modules" has our kernels for attention
-alone. "baseline" is the step of another checkout.
+The step is the one that `experiments.train` runs for the recipe: dropout, what the recipe keeps for
+the backward pass, AdamW with clipping, averaged weights, the state given up. The batch is what one
+GPU gets. "pytorch" and "jax_cudnn" compute the same bodies with the tools of those libraries: the
+first the same patterns, by FlexAttention, the second, as they have no other, dense attention. Each
+has two rows: one keeps everything, one recomputes its blocks. "ours_modules" has our kernels for
+attention alone. "baseline" is the step of another checkout.
 
 A process for each row: no memory is shared, and one that dies takes no other with it. Time is that
 from the end of a step to the end of the next, while the host is a step ahead, as in training. MFU
@@ -39,7 +39,7 @@ from sparse_flax.train import flops
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 LIBRARIES = ("configs", "pallas_kernels", "sparse_flax")  # what is measured of a checkout
-CHILD_SECONDS = 240  # of one row: importing, compiling, running
+CHILD_SECONDS = 420  # of one row: importing, compiling, running
 # Of JAX in the children, which have the device to themselves but for what this process holds.
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
 
@@ -85,6 +85,7 @@ WAYS = {
   "pytorch_dense": Way("pytorch", "dense", default=False),
 }
 PARTS = (*BODIES, *WAYS)
+PEERS_REMAT = ("none", "full")  # what their steps keep of a block: everything, or its input
 ALONE = dict.fromkeys(("data", "fsdp", "tensor", "sequence"), 1)  # config.mesh of one device
 
 
@@ -122,7 +123,8 @@ class Case(NamedTuple):
       asked_for = WAYS[self.way].residual
       return job | (dict(residual=asked_for) if asked_for else {})
     config = self.config()
-    model = config.model.to_dict() | {"remat": "none" if config.model.remat == "none" else "full"}
+    model = config.model.to_dict()
+    model |= {"remat": model["remat"] if model["remat"] in PEERS_REMAT else PEERS_REMAT[-1]}
     return dict(
       model=model,
       patterns=[masks.described(pattern) for pattern in layer_patterns.patterns_of(**model)],
@@ -139,7 +141,7 @@ def cases_of(only: tuple[str, ...], remats: tuple[str, ...], baseline: bool) -> 
   cases = {}
   for way in [name for name in WAYS if name in only] or default:
     for body in bodies:
-      for remat in remats or (None,):
+      for remat in remats or ((None,) if WAYS[way].program == "ours" else PEERS_REMAT):
         case = Case(body, way, None if way == "baseline" else remat)
         cases.setdefault(json.dumps([case.way, case.job()], sort_keys=True), case)
   return list(cases.values())

@@ -7,10 +7,12 @@ import pytest
 from experiments.benchmark.gpu import attention
 from experiments.benchmark.gpu import residual
 from experiments.benchmark.gpu import timing
+from pallas_kernels.residual import gradients
 from pallas_kernels.residual import kernels
+from pallas_kernels.residual.outer import Cut
 from pallas_kernels.residual.plan import Sizes
 
-TINY = residual.Shape(R=136, E=128, F=128, widths=(64, 64, 128))
+TINY = residual.Shape(R=136, E=128, F=128, widths=(128, 128, 128))
 
 
 @pytest.fixture
@@ -21,6 +23,8 @@ def no_gpu(monkeypatch):
   monkeypatch.setattr(residual, "SHAPES", {"tiny": TINY})
   monkeypatch.setattr(timing, "WORKERS", 0)
   monkeypatch.setattr(timing, "kernel_ms", lambda program, *args: (2.0, ["kernel"]))
+  for half in gradients.CUTS:
+    monkeypatch.setitem(gradients.CUTS, half, Cut(height=128, ranges=2))
   for name in kernels.SIZES:
     depth = 32 if name == "enter_back" else 64
     monkeypatch.setitem(
@@ -52,7 +56,7 @@ def test_wrong_results_are_failures(no_gpu, monkeypatch, tmp_path):
   ("name", "units"),
   # U = [R, E]: what is read and written once, as counted by hand at E = 256 and F = 512.
   dict(enter=3, drop_add_attention=3, widen=5, drop_add=4, narrow_back=5, widen_back=6, multiply=2,
-       enter_back=7).items(),
+       enter_back=7, enter_gradients=3, leave_gradients=8).items(),
 )  # fmt: skip
 def test_bytes(name, units):
   shape = residual.SHAPES["cifar10"]

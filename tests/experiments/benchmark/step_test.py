@@ -72,12 +72,13 @@ def test_every_way_has_its_row(tiny_body, monkeypatch, tmp_path, capsys):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["TEST_CACHE"])
   monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-  step.run(tmp_path, ("tiny", "ours", "baseline", "jax_cudnn"), baseline=ROOT)
+  ways = ("ours", "baseline", "jax_cudnn")
+  step.run(tmp_path, ("tiny", *ways), remats=("full",), baseline=ROOT)
   result = json.loads((tmp_path / "step_cpu.json").read_text())
   assert {"device", "versions", "date", "commit", "bodies", "baseline"} <= result.keys()
   own, baseline, peer = result["rows"]
   names = [row["implementation"] for row in result["rows"]]
-  assert names == ["ours", "baseline", "jax_cudnn"]
+  assert names == list(ways)
   assert own["patterns"] == ["Fixed(stride=8, summary=2, num_subblocks=2)"]
   assert peer["patterns"] == ["Dense(causal=True)"]
   for row in result["rows"]:
@@ -96,7 +97,7 @@ def test_rows_that_fail_say_why_and_the_others_go_on(tiny_body, monkeypatch, tmp
   ways = {"ours": step.Way("no_such_program"), "pytorch": step.Way("child")}
   monkeypatch.setattr(step, "WAYS", ways)
   monkeypatch.setattr(step, "CHILD_SECONDS", 100)
-  assert not step.run(tmp_path)
+  assert not step.run(tmp_path, remats=("full",))
   first, second = json.loads((tmp_path / "step_cpu.json").read_text())["rows"]
   assert first["ms"] is None and "no_such_program" in first["error"]
   assert "error" not in second and second["ms"] is None  # a program that tells nothing
@@ -178,7 +179,8 @@ def test_rows_are_of_the_recipes_on_one_device(name):
 def test_ours_come_first_and_peers_once_for_what_they_recompute():
   cases = step.cases_of(("cifar10", "audio"), (), baseline=False)
   assert cases[:2] == [step.Case("cifar10", "ours", None), step.Case("audio", "ours", None)]
-  assert cases[2].way == "pytorch" and len(cases) == 6
+  assert cases[2:4] == [step.Case("cifar10", "pytorch", remat) for remat in ("none", "full")]
+  assert len(cases) == 10
   cases = step.cases_of(("audio",), ("full", "dots", "none"), baseline=True)
   told = [(case.way, case.remat) for case in cases]
   assert told == [
@@ -213,7 +215,7 @@ print(sparse_flax.__file__, experiments.__file__)
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
-    (["step", "--remat=some"], "argument --remat: 'some': must be names of full, "),
+    (["step", "--remat=some"], "argument --remat: 'some': must be names of auto, full, "),
     (["step", "--baseline=/no"], "argument --baseline: '/no': must be the folder of a checkout"),
     (["xla", "--remat=full"], "--remat and --baseline: only step reads them"),
     (["step"], "step: needs an NVIDIA GPU"),

@@ -295,41 +295,6 @@ def test_a_level_computes_again_what_it_does_not_keep(remat):
   assert jaxprs.count_of(backward, "dot_general") == products
 
 
-H100 = jax.sharding.AbstractDevice(
-  device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
-)
-# How often a step of two layers runs the kernels of the forward pass.
-KERNELS = {
-  "full": dict(enter=4, window_forward=4, drop_add=6, widen=4),
-  "attention": dict(enter=4, window_forward=2, drop_add=6, widen=4),
-  "block": dict(enter=2, window_forward=2, drop_add=4, widen=4),
-  "hidden": dict(enter=2, window_forward=2, drop_add=4, widen=2),
-  "none": dict(enter=2, window_forward=2, drop_add=4, widen=2),
-}
-
-
-@pytest.mark.smoke("block", daily=1)
-@pytest.mark.parametrize("remat", KERNELS)
-def test_kernels_run_again_for_what_a_level_does_not_keep(remat):
-  sizes = dict(width=256, seq_len=256, num_layers=2, stride=32, position_shape=(8, 32))
-  of_blocks = dict(
-    attention_layers=("local",), dropout=0.2, compute_dtype="bfloat16", implementation=None
-  )
-  auto = dict(axis_types=(jax.sharding.AxisType.Auto,), abstract_device=H100)
-  mesh = jax.sharding.AbstractMesh((1,), ("x",), **auto)
-  with jax.sharding.use_abstract_mesh(mesh):
-    graphdef, params = nnx.split(
-      nnx.eval_shape(lambda: initial_model(**sizes, **of_blocks, remat=remat)), nnx.Param
-    )
-    tokens = jax.ShapeDtypeStruct((1, 256), jnp.uint8)
-    run = lambda params, tokens: nnx.merge(graphdef, params)(tokens, dropout_key=QUICK_KEY).sum()
-    program = jax.make_jaxpr(jax.grad(run))(params, tokens).jaxpr
-  # Functions that are jitted have names, too.
-  kernels = (x for x in jaxprs.equations(program) if x.primitive.name != "jit")
-  names = [x.params.get("name") for x in kernels]
-  assert {name: names.count(name) for name in KERNELS[remat]} == KERNELS[remat]
-
-
 @functools.cache
 def kept_features():
   """What dropout keeps of the one branch whose every feature is 1, as a function of biases, key."""

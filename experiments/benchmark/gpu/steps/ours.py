@@ -93,7 +93,11 @@ def measure(job: dict[str, Any]) -> None:
     peak_gb=round(report.num_bytes(program) / 1e9, 6),
     temp_bytes=program.memory_analysis().temp_size_in_bytes,
   )
-  if implementations_in := getattr(api, "implementations_in", None):  # later than some commits
+  # What is told here is later than some commits.
+  if hasattr(api, "scopes_in"):
+    level_in = importlib.import_module("sparse_flax.model").level_in
+    child.tell(remat=level_in(traced.jaxpr))  # what "auto" is
+  if implementations_in := getattr(api, "implementations_in", None):
     child.tell(attention_by=", ".join(implementations_in(traced.jaxpr)))
     with contextlib.suppress(TypeError):  # it told of attention alone
       child.tell(blocks_by=", ".join(implementations_in(traced.jaxpr, "blocks")) or "modules")

@@ -93,7 +93,9 @@ class Model(nn.Module):
     table = lambda rows: nn.Parameter(std * torch.randn(rows, E))
     self.tokens, self.start = table(256), table(1)
     self.positions = nn.ParameterList(table(rows) for rows in model["position_shape"])
-    cycle = [attention_of(pattern, T, model["num_heads"]) for pattern in patterns]
+    # One function for equal patterns: each has its blocks compiled once more.
+    functions = {str(pattern): attention_of(pattern, T, model["num_heads"]) for pattern in patterns}
+    cycle = [functions[str(pattern)] for pattern in patterns]
     self.blocks = nn.ModuleList(
       Block(model, cycle[n % len(cycle)]) for n in range(model["num_layers"])
     )

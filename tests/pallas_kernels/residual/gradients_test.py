@@ -1,0 +1,164 @@
+"""Sums over rows in Pallas's simulator beside plain formulas; as an H100 has them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.residual import gradients
+from pallas_kernels.residual import outer
+from pallas_kernels.residual import totals
+from pallas_kernels.residual.outer import Cut
+from pallas_kernels.residual.outer import Product
+
+H100 = jax.sharding.AbstractDevice(
+  device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+)
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16):
+  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def wide(x):
+  return np.asarray(x, np.float64)
+
+
+def close(got, want, bound):
+  got, want = wide(got), wide(want)
+  assert got.shape == want.shape
+  assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
+
+
+def compare(products, parts, cut, bound):
+  """The sums by the kernels beside those in float64."""
+  got = gradients.by_kernels(products, parts, cut, biases=True)
+  pairs = [(a, b) for a, bs in products for b in bs]
+  for dw, (a, b) in zip(got.weights, pairs, strict=True):
+    close(dw, wide(a).T @ wide(b), bound)
+  for db, (_, b) in zip(got.biases, pairs, strict=True):
+    close(db, wide(b).sum(0), bound)
+  for total, x in zip(got.totals, parts, strict=True):
+    close(total, wide(x).sum(0), bound)
+  return got
+
+
+def products_of(R, *shapes):
+  """A [R, M] and several B [R, N], by (M, (N, ...))."""
+  seeds = iter(range(100))
+  return [
+    Product(normal(next(seeds), R, M), tuple(normal(next(seeds), R, N) for N in widths))
+    for M, widths in shapes
+  ]
+
+
+CUTS = {
+  "tall": (Cut(ranges=2), [(256, (128,))]),
+  "wide": (Cut(height=128, width=256, ranges=3, stages=2), [(128, (256,))]),
+  "several": (Cut(height=128, ranges=1, step=32), [(128, (128, 256)), (256, (128,))]),
+}
+
+
+@pytest.mark.smoke("333-several", daily=1)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("R", [333, 40])
+def test_sums_over_rows(R, cut):
+  """Of a last step that is not full, and of fewer steps than ranges."""
+  sizes, shapes = CUTS[cut]
+  compare(products_of(R, *shapes), [], sizes, 1e-6)
+
+
+def test_sums_of_parts():
+  """Of so many that a thread takes 4, 2 or 1 values of each."""
+  parts = [normal(n, *shape, dtype=jnp.float32) for n, shape in enumerate([
+    (1, 128), (48, 2, 512), (49, 384), (97, 1, 256),
+  ])]  # fmt: skip
+  for total, x in zip(totals.totals(parts), parts, strict=True):
+    close(total, wide(x).sum(0), 1e-6)
+
+
+def test_thread_blocks_share_an_array_of_parts(monkeypatch):
+  monkeypatch.setattr(totals, "SIMULATED", 2)
+  x = normal(0, 3, 4, 128, dtype=jnp.float32)
+  close(totals.totals([x])[0], wide(x).sum(0), 1e-6)
+
+
+@pytest.mark.parametrize("cut,shapes,reason", [
+  (Cut(), [(128, (128,))], "no multiple of the tiles"),
+  (Cut(), [(256, (128, 256))], "no multiple of the clusters"),
+  (Cut(stages=1), [(256, (256,))], "in another slot"),
+  (Cut(stages=5), [(256, (256,))], "bytes of shared memory"),
+])  # fmt: skip
+def test_cuts_that_do_not_fit_are_refused(cut, shapes, reason):
+  with pytest.raises(ValueError, match=reason):
+    outer.plan_of(products_of(64, *shapes), cut, False)
+
+
+def test_all_widths_have_a_cut():
+  """The fast one where tiles fit."""
+  cut = lambda half, *shapes: gradients.cut_of(half, products_of(8, *shapes))
+  assert cut("enter", (256, (128, 128, 256))) == gradients.CUTS["enter"]
+  assert cut("leave", (256, (256,)), (256, (512,)), (512, (256,))) == gradients.CUTS["leave"]
+  assert cut("enter", (256, (128, 128, 128))).cluster == 1
+  assert cut("leave", (128, (256,)), (256, (384,)), (384, (256,))).cluster == 1
+
+
+def test_wide_streams_are_left_to_xla(monkeypatch):
+  monkeypatch.setattr(gradients, "by_kernels", None)
+  products, part = products_of(40, (512, (128,))), normal(9, 3, 128, dtype=jnp.float32)
+  got = gradients.over_rows("enter", 512, products, [part], biases=True)
+  ((x, (dq,)),) = products
+  close(got.weights[0], wide(x).T @ wide(dq), 1e-6)
+  close(got.biases[0], wide(dq).sum(0), 1e-6)
+  close(got.totals[0], wide(part).sum(0), 1e-6)
+
+
+# -------------------------------------------------------------------------------------- lowering
+
+HALVES = {
+  "enter": [(256, (128, 128, 256))],
+  "leave": [(256, (256,)), (256, (512,)), (512, (256,))],
+}
+OTHERS = {
+  "enter": (Cut(cluster=4), Cut(step=32, stages=9)),
+  "leave": (Cut(), Cut(height=128, width=256, step=32, stages=9), Cut(height=128)),
+}
+ALL = [(half, cut) for half in HALVES for cut in (gradients.CUTS[half], *OTHERS[half])]
+by_cut = pytest.mark.parametrize("half,cut", ALL, ids=[f"{x}-{n}" for n, (x, _) in enumerate(ALL)])
+
+
+def parts_of(half):
+  """What the other kernels of a half leave in parts."""
+  shapes = [(264, 1, 256)] if half == "enter" else [(99, 2, 512), (132, 1, 256)]
+  return [normal(n, *shape, dtype=jnp.float32) for n, shape in enumerate(shapes)]
+
+
+@pytest.mark.smoke("enter-0")
+@by_cut
+def test_lowers_for_an_h100_without_copies(half, cut):
+  products = jax.eval_shape(lambda: products_of(49_152, *HALVES[half]))
+  call = functools.partial(gradients.by_kernels, cut=cut, biases=half == "enter")
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
+  with jax.sharding.use_abstract_mesh(mesh):
+    parts = jax.eval_shape(lambda: parts_of(half))
+    program = jax.jit(call).trace(products, parts).lower(lowering_platforms=("cuda",)).as_text()
+  assert program.count("mosaic_gpu_v2") == 2
+  for copy in ("stablehlo.transpose", "stablehlo.pad", "stablehlo.reduce"):
+    assert copy not in program
+
+
+# ----------------------------------------------------------------------------------------- a card
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [20_000, 333, 40])
+@by_cut
+def test_gradients_on_a_card(half, cut, R):
+  """As in the simulator, and equal bits in two runs."""
+  products, parts = products_of(R, *HALVES[half]), parts_of(half)
+  first = compare(products, parts, cut, 1e-4)
+  second = gradients.by_kernels(products, parts, cut, biases=True)
+  for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+    np.testing.assert_array_equal(x, y)
