@@ -21,9 +21,7 @@ from pallas_kernels.residual.outer import Cut
 from pallas_kernels.residual.outer import Product
 
 WIDEST = 256  # of streams whose gradients are made here
-# By half of a block; then what fits all widths that are multiples of 128.
-CUTS = {"enter": Cut(), "leave": Cut(height=128, width=256)}
-ANY = Cut(height=128, cluster=2), Cut(height=128, cluster=1)
+CUTS = Cut(), Cut(height=128)  # the second fits all widths that are multiples of 128
 
 
 class Sums(NamedTuple):
@@ -39,7 +37,6 @@ class Sums(NamedTuple):
 
 
 def over_rows(
-  half: str,
   E: int,
   products: Sequence[Product],
   parts: Sequence[Float32[Array, "_ ..."]],
@@ -49,14 +46,13 @@ def over_rows(
   """All sums of a half of a block, in float32.
 
   Args:
-    half: "enter" or "leave".
     E: width of the stream.
     products: the gradients of weights.
     parts: what is to be summed over its first axis.
     biases: whether the columns of B are summed.
   """
   if E <= WIDEST:
-    return by_kernels(products, parts, cut_of(half, products), biases=biases)
+    return by_kernels(products, parts, cut_of(products), biases=biases)
   pairs = [(a, b) for a, bs in products for b in bs]
   return Sums(
     [xla.outer(a, b) for a, b in pairs],
@@ -65,9 +61,9 @@ def over_rows(
   )
 
 
-def cut_of(half: str, products: Sequence[Product]) -> Cut:
+def cut_of(products: Sequence[Product]) -> Cut:
   """How the products of a half of a block are cut."""
-  return next(cut for cut in (CUTS[half], *ANY) if outer.misfit(products, cut) is None)
+  return next(cut for cut in CUTS if outer.misfit(products, cut) is None)
 
 
 def by_kernels(

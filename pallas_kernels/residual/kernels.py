@@ -56,14 +56,18 @@ SIZES = {
     (512, 512): _cut(stages=6),
     (_ANY, _ANY): Sizes(ahead=2, behind=2),
   },
-  "widen": {(512, _ANY): _cut(stages=7, prefetch=True, beside=2), (_ANY, _ANY): Sizes()},
+  "widen": {
+    (256, _ANY): _cut(stages=7, prefetch=True, beside=2),
+    (512, _ANY): _cut(stages=7, prefetch=True, beside=2, behind=2, in_turn=True),
+    (_ANY, _ANY): Sizes(),
+  },
   "narrow_back": {
     (256, _ANY): _cut(stages=4, consumers=3),
     (512, _ANY): _cut(stages=5, ahead=2, prefetch=True),
   },
   "widen_back": {
     (512, _ANY): Sizes(together=2),
-    (_ANY, _ANY): Sizes(columns=128, stages=4),
+    (_ANY, _ANY): Sizes(in_turn=True),
   },
   "multiply": {
     (256, _ANY): Sizes(stays=True, stages=6, behind=2),

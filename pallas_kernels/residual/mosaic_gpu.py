@@ -78,9 +78,7 @@ def enter_back(
     grads, kernel, _flat(x), stats, _flat(dx), words, rate, eps=options.epsilon
   )
   products = [outer.Product(normed, grads)]
-  of_weights, of_biases, (of_dm,) = gradients.over_rows(
-    "enter", x.shape[-1], products, [of_dm], biases=True
-  )
+  of_weights, of_biases, (of_dm,) = gradients.over_rows(x.shape[-1], products, [of_dm], biases=True)
   dweights = tuple(zip(of_weights, of_biases, strict=True))
   return _like(dx, x), _like(dm, x), of_dm[0], dweights
 
@@ -126,9 +124,7 @@ def leave_back(
   do = kernels.multiply(da, weights.out.kernel)
   pairs = (_flat(o), da), (rows, du), (g, dm)
   products = [outer.Product(a, (b,)) for a, b in pairs]
-  (dout, dup, ddown), _, (sums, of_da) = gradients.over_rows(
-    "leave", h.shape[-1], products, [sums, of_da]
-  )
+  (dout, dup, ddown), _, (sums, of_da) = gradients.over_rows(h.shape[-1], products, [sums, of_da])
   of_up, of_mean = sums
   # du has the factor rstd, and rows are not normalised: of each the mean is taken off here.
   dweights = (dout, of_da[0]), (dup - of_mean[None], of_up), ddown

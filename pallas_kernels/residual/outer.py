@@ -10,9 +10,8 @@
 
 At its end a launch writes as much as all registers hold, whatever it sums: it had better sum all
 that there is to be summed. Neighbouring thread blocks have the tiles of one range, so that a row
-comes from memory once; those of a cluster share the larger of their two operands, which is copied
-once for all of them. Tiles and ranges have fixed places and there are no atomics: equal bits in
-each run.
+comes from memory once, and from the cache for all others. Tiles and ranges have fixed places and
+there are no atomics: equal bits in each run.
 
 Rows past the end read as zeros and add nothing.
 """
@@ -37,9 +36,7 @@ from pallas_kernels.mosaic_gpu import ring
 from pallas_kernels.mosaic_gpu.gpu import Ref
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.gpu import Traced
-from pallas_kernels.residual.plan import CLUSTER
 from pallas_kernels.residual.plan import COPY_ROWS
-from pallas_kernels.residual.plan import GROUP
 from pallas_kernels.residual.plan import SHARED_BYTES
 
 CONSUMERS = 2
@@ -62,8 +59,6 @@ class Cut:
     width: of a tile, columns of B.
     step: rows of a step of the ring.
     stages: steps that the ring holds.
-    cluster: thread blocks that share the columns of A, or those of B where a tile is wider than
-      high. Not simulated.
     ranges: of the rows; None: as many as the device has multiprocessors for.
   """
 
@@ -71,12 +66,7 @@ class Cut:
   width: int = 128
   step: int = 64
   stages: int = 4
-  cluster: int = 2
   ranges: int | None = None
-
-  @property
-  def shares_a(self) -> bool:
-    return self.height >= self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +75,7 @@ class Piece:
 
   Attributes:
     a: number of A.
-    first: number of the cluster of tiles with which its product begins.
+    first: number of the tile with which its product begins.
     tiles: of its product, along the height and along the width.
     columns: of its product that come before those of B.
     shape: of the result.
@@ -105,7 +95,7 @@ class Plan:
   cut: Cut
   R: int
   pieces: tuple[Piece, ...]
-  clusters: int  # of a range
+  tiles: int  # of a range
   ranges: int
   sums: bool
 
@@ -131,12 +121,6 @@ class Plan:
     cut = self.cut
     tile = functools.partial(gpu.smem, cut.stages, cut.step, dtype=jnp.bfloat16, beside=cut.step)
     scratch = self.ring.scratch(a=tile(cut.height), b=tile(cut.width))
-    if cut.cluster > 1:
-      # A copy fills the slot of every thread block: it waits for the readers in all of them.
-      free = scratch["a_free"]
-      scratch["a_free"] = gpu.ClusterBarrier(
-        collective_axes=(CLUSTER,), num_barriers=free.num_barriers, num_arrivals=free.num_arrivals
-      )
     if self.sums:
       scratch["sums_s"] = gpu.vector(CONSUMERS, self.columns)
     return scratch
@@ -175,10 +159,9 @@ class Block:
     self.plan, self.refs, self.cut = plan, refs, plan.cut
     self.ring = plan.ring.of(refs)
     self.wg = lax.axis_index("wg")
-    self.turn = lax.axis_index(CLUSTER) if self.cut.cluster > 1 else 0
-    core, clusters = lax.axis_index("core"), jnp.int32(plan.clusters)
+    core, tiles = lax.axis_index("core"), jnp.int32(plan.tiles)
     # Neighbours work on the same rows at the same time.
-    self.tile, self.range = lax.rem(core, clusters), lax.div(core, clusters)
+    self.tile, self.range = lax.rem(core, tiles), lax.div(core, tiles)
     first = lambda n: lax.div(n * plan.steps, jnp.int32(plan.ranges))
     self.first = first(self.range)
     self.num = first(self.range + 1) - self.first
@@ -203,29 +186,24 @@ class Block:
     for number, piece in enumerate(self.plan.pieces):
       high, wide = piece.tiles
       local = self.tile - piece.first
-      # The tiles of a cluster are neighbours along the operand that they do not share.
-      along = jnp.int32((wide if cut.shares_a else high) // cut.cluster)
-      slow, fast = lax.div(local, along), lax.rem(local, along) * cut.cluster + self.turn
-      m, n = (slow, fast) if cut.shares_a else (fast, slow)
+      m, n = lax.div(local, jnp.int32(wide)), lax.rem(local, jnp.int32(wide))
       n0 = n * cut.width - piece.columns
-      own = (local >= 0) & (local < high * wide // cut.cluster)
+      own = (local >= 0) & (local < high * wide)
       own &= (n0 >= 0) & (n0 < piece.shape[1])
       a, b = self.refs[f"a{piece.a}"], self.refs[f"b{number}"]
       gpu.when(own)(functools.partial(body, Place(number, a, b, m * cut.height, n0)))
 
   def produce(self, place: Place) -> None:
     cut = self.cut
-    copied = dict(collective_axes=CLUSTER) if cut.cluster > 1 else {}
-    of_a, of_b = (copied, {}) if cut.shares_a else ({}, copied)
 
     @gpu.loop(0, self.num)
     def _(c: Traced) -> None:
       self.ring.wait_until_free(c)
       slot, rows = self.ring.slot(c), gpu.ds((self.first + c) * cut.step, cut.step)
       a = place.a.at[rows, gpu.ds(place.m0, cut.height)]
-      gpu.to_smem(a, slot["a"], slot.full(), **of_a)
+      gpu.to_smem(a, slot["a"], slot.full())
       b = place.b.at[rows, gpu.ds(place.n0, cut.width)]
-      gpu.to_smem(b, slot["b"], slot.full(), **of_b)
+      gpu.to_smem(b, slot["b"], slot.full())
 
   def consume(self) -> None:
     plan = self.plan
@@ -297,9 +275,6 @@ def misfit(products: Sequence[Product], cut: Cut) -> str | None:
     M, widths = a.shape[1], [b.shape[1] for b in bs]
     if M % cut.height or any(N % cut.width for N in widths):
       return f"[{M}, {widths}] is no multiple of the tiles of {cut}"
-    tiles = sum(widths) // cut.width if cut.shares_a else M // cut.height
-    if tiles % cut.cluster:
-      return f"{tiles} tiles beside each other are no multiple of the clusters of {cut}"
   return None
 
 
@@ -321,16 +296,14 @@ def plan_of(products: Sequence[Product], cut: Cut, sums: bool) -> Plan:
     for b in bs:
       pieces.append(Piece(n, first, tiles, columns, (M, b.shape[1])))
       columns += b.shape[1]
-    first += tiles[0] * tiles[1] // cut.cluster
+    first += tiles[0] * tiles[1]
   R = products[0].a.shape[0]
-  cores = gpu.num_multiprocessors()
-  cores -= cores % GROUP if cut.cluster > 2 else 0
-  ranges = cut.ranges or max(1, cores // (first * cut.cluster))
+  ranges = cut.ranges or max(1, gpu.num_multiprocessors() // first)
   return Plan(
     cut=cut,
     R=-(-R // COPY_ROWS) * COPY_ROWS,
     pieces=tuple(pieces),
-    clusters=first,
+    tiles=first,
     ranges=min(ranges, -(-R // cut.step)),  # none is empty
     sums=sums,
   )
@@ -340,23 +313,19 @@ def parts(
   products: Sequence[Product], cut: Cut, *, sums: bool = False
 ) -> tuple[list[Float32[Array, "ranges _ _"]], list[Float32[Array, "ranges _"]]]:
   """A^T B for each B of each product, and with `sums` those of all columns of B, of ranges of R."""
-  if gpu.simulated():
-    cut = dataclasses.replace(cut, cluster=1)
   plan = plan_of(products, cut, sums)
   extra = plan.R - products[0].a.shape[0]
   whole = lambda x: jnp.pad(x, [(0, extra), (0, 0)]) if extra else x
   inputs = {f"a{n}": whole(a) for n, (a, _) in enumerate(products)}
   inputs |= {f"b{n}": whole(b) for n, b in enumerate(b for _, bs in products for b in bs)}
-  cluster = dict(cluster=(cut.cluster,), cluster_names=(CLUSTER,)) if cut.cluster > 1 else {}
   results = gpu.launch(
     "outer",
     lambda refs: Block(plan, refs).run(),
     inputs=inputs,
     outputs=plan.out_types(),
     scratch=plan.scratch(),
-    grid=(plan.clusters * plan.ranges,),
+    grid=(plan.tiles * plan.ranges,),
     grid_names=("core",),
-    **cluster,
     num_threads=CONSUMERS + 1,
     thread_name="wg",
   )

@@ -19,7 +19,6 @@ PAD_ROWS = 128  # what numbers of rows are padded to
 SHARED_BYTES = 227 * 1024
 BARRIER_BYTES = 8
 CLUSTER = "together"  # the axis of thread blocks in a cluster
-GROUP = 16  # multiprocessors among which a cluster must find its place, or two more
 COPY_ROWS = 8  # the copy engine's tiles have 8 rows: an array has whole ones of them
 
 

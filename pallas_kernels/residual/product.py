@@ -51,7 +51,6 @@ from pallas_kernels.residual.plan import check
 from pallas_kernels.residual.plan import CLUSTER
 from pallas_kernels.residual.plan import COPY_ROWS
 from pallas_kernels.residual.plan import Epilogue
-from pallas_kernels.residual.plan import GROUP
 from pallas_kernels.residual.plan import num_row_tiles
 from pallas_kernels.residual.plan import Plan
 from pallas_kernels.residual.plan import Sizes
@@ -61,6 +60,7 @@ from pallas_kernels.residual.strip import Strip
 # Registers of a thread that loads and of one that computes, by consumers: in sum no more than all
 # warpgroups have at launch, 168 each of three, 128 of four.
 REGISTERS = {2: (40, 232), 3: (24, 160)}
+GROUP = 16  # multiprocessors among which a cluster must find its place, or two more
 PREFETCHED = 256  # columns, at most, that are asked for at once
 
 

@@ -105,7 +105,7 @@ class Kernel:
     reference: (*arrays) -> the same in float32; what results have in parts is summed.
     make: () -> arrays.
     of_product: K and N.
-    cut: name in `kernels.SIZES`, of gradients in `gradients.CUTS`.
+    cut: name in `kernels.SIZES`; gradients have one of `gradients.CUTS`.
     by_xla: (*arrays) -> results, of gradients.
   """
 
@@ -119,7 +119,7 @@ class Kernel:
   def default(self) -> kernels.Sizes | outer.Cut:
     """How it is cut where nothing else is asked for."""
     if self.by_xla:
-      return gradients.CUTS[self.cut]
+      return gradients.CUTS[0]
     return kernels.sizes_of(self.cut, *self.of_product)
 
 
@@ -151,18 +151,17 @@ def gradients_of(shape: Shape) -> dict[str, Kernel]:
   if gradients.WIDEST < E:
     return {}
 
-  def ways(half: str, products: Callable) -> dict[str, Callable]:
+  def ways(products: Callable, *, biases: bool) -> dict[str, Callable]:
     """Ways to make gradients: the products of arrays, and what other kernels leave in parts."""
-    biases = half == "enter"
     rows = lambda sums: (*sums.weights, *(b[None] for b in sums.biases), *sums.totals)
 
     def run(sizes, parts, *arrays):
-      cut = sizes or gradients.CUTS[half]
+      cut = sizes or gradients.CUTS[0]
       return rows(gradients.by_kernels(products(*arrays), parts, cut, biases=biases))
 
     def by_xla(parts, *arrays):
       E = gradients.WIDEST + 1
-      return rows(gradients.over_rows(half, E, products(*arrays), parts, biases=biases))
+      return rows(gradients.over_rows(E, products(*arrays), parts, biases=biases))
 
     def plain(parts, *arrays):
       pairs = [(a, b) for a, bs in products(*arrays) for b in bs]
@@ -173,7 +172,7 @@ def gradients_of(shape: Shape) -> dict[str, Kernel]:
         *(x.sum(0) for x in parts),
       )
 
-    return dict(run=run, by_xla=by_xla, reference=plain, cut=half)
+    return dict(run=run, by_xla=by_xla, reference=plain, cut="")
 
   def with_parts(names: tuple[str, ...], *shapes: tuple[int, ...]) -> Callable:
     parts = lambda: [jax.random.normal(jax.random.key(1), size) for size in shapes]
@@ -182,7 +181,7 @@ def gradients_of(shape: Shape) -> dict[str, Kernel]:
   pairs = lambda *arrays: [
     outer.Product(a, (b,)) for a, b in zip(arrays[::2], arrays[1::2], strict=True)
   ]
-  of_enter = ways("enter", lambda x, *grads: [outer.Product(x, grads)])
+  of_enter = ways(lambda x, *grads: [outer.Product(x, grads)], biases=True)
   # Parts are as many as one H200 leaves.
   return {
     "enter_gradients": Kernel(
@@ -191,7 +190,7 @@ def gradients_of(shape: Shape) -> dict[str, Kernel]:
     "leave_gradients": Kernel(
       make=with_parts(("o", "dy", "h", "du", "g", "dm"), (99, 2, F), (132, 1, E)),
       of_product=(E, E + 2 * F),
-      **ways("leave", pairs),
+      **ways(pairs, biases=False),
     ),
   }
 

@@ -76,43 +76,31 @@ _BACK = (
   Sizes(columns=128, stages=4, prefetch=True),
   Sizes(columns=128, stages=4, beside=2),
   Sizes(columns=128, stages=4, beside=2, prefetch=True),
+  Sizes(in_turn=True),
+  Sizes(depth=32, stages=6, in_turn=True),
   Sizes(stages=3, in_turn=True, prefetch=True),
   Sizes(stages=3, in_turn=True, behind=2),
   _stays(stages=3),
 )
-_low = functools.partial(Cut, height=128, width=256)
+_CUTS = (
+  Cut(stages=3),
+  Cut(step=32, stages=9),
+  Cut(step=32, stages=7),
+  Cut(height=128),
+)
+# Results share places, so that the ring has more.
+_TURNS = (
+  _far(stages=7, behind=2, in_turn=True),
+  _far(stages=7, behind=2, in_turn=True, beside=2),
+  _stays(stages=10, in_turn=True),
+  _far(stages=10, in_turn=True),
+)
 CANDIDATES: dict[str, tuple[Sizes, ...] | tuple[Cut, ...]] = {
-  "enter_gradients": (
-    Cut(),
-    Cut(stages=3),
-    Cut(cluster=1),
-    Cut(cluster=4),
-    Cut(step=32, stages=9),
-    Cut(step=32, stages=9, cluster=4),
-    Cut(step=32, stages=7),
-    Cut(ranges=32),
-    Cut(ranges=22),
-    Cut(height=128, cluster=2),
-  ),
-  "leave_gradients": (
-    Cut(),
-    Cut(stages=3),
-    Cut(cluster=1),
-    Cut(step=32, stages=9),
-    Cut(ranges=12),
-    Cut(ranges=26),
-    Cut(height=128, cluster=2),
-    _low(),
-    _low(stages=3),
-    _low(cluster=1),
-    _low(step=32, stages=9),
-    _low(step=32, stages=7),
-    _low(ranges=12),
-    _low(ranges=26),
-  ),
-  "enter": _STREAMS + _STAYS + _BESIDE + _FAR,
+  "enter_gradients": (*_CUTS, Cut(ranges=32), Cut(ranges=22)),
+  "leave_gradients": (*_CUTS, Cut(ranges=12), Cut(ranges=26)),
+  "enter": _STREAMS + _STAYS + _BESIDE + _FAR + _TURNS,
   "drop_add_attention": _STREAMS + _STAYS + _BESIDE + _FAR,
-  "widen": _STREAMS + _STAYS + _BESIDE + _FAR,
+  "widen": _STREAMS + _STAYS + _BESIDE + _FAR + _TURNS,
   "drop_add": (
     *_STREAMS,
     Sizes(depth=32, stages=6),
@@ -123,7 +111,7 @@ CANDIDATES: dict[str, tuple[Sizes, ...] | tuple[Cut, ...]] = {
   ),
   "narrow_back": _STREAMS + _STAYS + _BESIDE + _FAR,
   "widen_back": _BACK,
-  "multiply": _STREAMS + _STAYS + _BESIDE + _FAR,
+  "multiply": _STREAMS + _STAYS + _BESIDE + _FAR + _TURNS,
   "enter_back": (
     Sizes(depth=32, together=2),
     Sizes(depth=32, prefetch=True),

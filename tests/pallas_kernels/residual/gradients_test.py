@@ -55,8 +55,8 @@ def products_of(R, *shapes):
 
 
 CUTS = {
-  "tall": (Cut(ranges=2), [(256, (128,))]),
-  "wide": (Cut(height=128, width=256, ranges=3, stages=2), [(128, (256,))]),
+  "one tile": (Cut(ranges=2), [(256, (128,))]),
+  "two beside each other": (Cut(height=128, ranges=3, stages=2), [(128, (256,))]),
   "several": (Cut(height=128, ranges=1, step=32), [(128, (128, 256)), (256, (128,))]),
 }
 
@@ -87,7 +87,6 @@ def test_thread_blocks_share_an_array_of_parts(monkeypatch):
 
 @pytest.mark.parametrize("cut,shapes,reason", [
   (Cut(), [(128, (128,))], "no multiple of the tiles"),
-  (Cut(), [(256, (128, 256))], "no multiple of the clusters"),
   (Cut(stages=1), [(256, (256,))], "in another slot"),
   (Cut(stages=5), [(256, (256,))], "bytes of shared memory"),
 ])  # fmt: skip
@@ -98,17 +97,17 @@ def test_cuts_that_do_not_fit_are_refused(cut, shapes, reason):
 
 def test_all_widths_have_a_cut():
   """The fast one where tiles fit."""
-  cut = lambda half, *shapes: gradients.cut_of(half, products_of(8, *shapes))
-  assert cut("enter", (256, (128, 128, 256))) == gradients.CUTS["enter"]
-  assert cut("leave", (256, (256,)), (256, (512,)), (512, (256,))) == gradients.CUTS["leave"]
-  assert cut("enter", (256, (128, 128, 128))).cluster == 1
-  assert cut("leave", (128, (256,)), (256, (384,)), (384, (256,))).cluster == 1
+  cut = lambda *shapes: gradients.cut_of(products_of(8, *shapes))
+  fast, other = gradients.CUTS
+  assert cut((256, (128, 128, 256))) == fast
+  assert cut((256, (256,)), (256, (512,)), (512, (256,))) == fast
+  assert cut((128, (256,)), (256, (384,)), (384, (256,))) == other
 
 
 def test_wide_streams_are_left_to_xla(monkeypatch):
   monkeypatch.setattr(gradients, "by_kernels", None)
   products, part = products_of(40, (512, (128,))), normal(9, 3, 128, dtype=jnp.float32)
-  got = gradients.over_rows("enter", 512, products, [part], biases=True)
+  got = gradients.over_rows(512, products, [part], biases=True)
   ((x, (dq,)),) = products
   close(got.weights[0], wide(x).T @ wide(dq), 1e-6)
   close(got.biases[0], wide(dq).sum(0), 1e-6)
@@ -121,11 +120,8 @@ HALVES = {
   "enter": [(256, (128, 128, 256))],
   "leave": [(256, (256,)), (256, (512,)), (512, (256,))],
 }
-OTHERS = {
-  "enter": (Cut(cluster=4), Cut(step=32, stages=9)),
-  "leave": (Cut(), Cut(height=128, width=256, step=32, stages=9), Cut(height=128)),
-}
-ALL = [(half, cut) for half in HALVES for cut in (gradients.CUTS[half], *OTHERS[half])]
+CUTS_OF = (*gradients.CUTS, Cut(step=32, stages=9))
+ALL = [(half, cut) for half in HALVES for cut in CUTS_OF]
 by_cut = pytest.mark.parametrize("half,cut", ALL, ids=[f"{x}-{n}" for n, (x, _) in enumerate(ALL)])
 
 
