@@ -135,8 +135,8 @@ def resident_backward(sweep: Sweep) -> dict[str, int] | None:
   if view.kind == "natural" or Dk + Dv > MAX_HEADS_SIZE:
     return None
   tuned, together = sweep.tuned("bwd"), 0
-  if tuned and tuned.together and short.takes(view, sweep.band, Dk, Dv):
-    together = min(tuned.together, short.num_teams(view.M, Dk))
+  if short.takes(view, sweep.band, Dk, Dv):
+    together = min(tuned.together if tuned else 1, short.num_teams(view.M, Dk))
   if tuned:
     own_tiles, warpgroups = tuned.block_q // TILE, tuned.warpgroups
   else:

@@ -1,6 +1,7 @@
 """Every implementation on every pattern against `reference`, and `reference` against numpy."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from pallas_kernels import sparse_attention
 from pallas_kernels import tuning
 from pallas_kernels import xla
 from pallas_kernels.lowering.plan import of_call
+from pallas_kernels.mosaic_gpu.resident import short
 from pallas_kernels.scores import Scores
 from pallas_kernels.xla import sizes as xla_sizes
 from tests.helpers.arrays import assert_close
@@ -305,6 +307,14 @@ def test_teams(kind, direction, warpgroups, together, case):
   sizes = tuning.BlockSizes(64, 64, 1, warpgroups, together=together)
   with tuning.override(kind, direction, sizes):
     check_kernels(case)
+
+
+@pytest.mark.parametrize("T,by_short", [(48, True), (128, True), (192, False), (256, False)])
+def test_short_sequences_of_wide_heads(T, by_short):
+  case = _kernel(patterns.Column(2), T=T, H=1, Dk=128, Dv=128)  # 24, 64, 96 and 128 rows
+  with mock.patch.object(short, "backward", wraps=short.backward) as backward:
+    check_kernels(case)
+  assert backward.called == by_short
 
 
 @pytest.mark.parametrize(

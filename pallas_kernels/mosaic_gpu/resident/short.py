@@ -46,7 +46,9 @@ GRADIENTS = ("dq", "dk", "dv")
 
 def takes(view: View, band: Band, Dk: int, Dv: int) -> bool:
   """Whether the kernel is for such sequences: also none whose nearest key is far away."""
-  short = view.kind != "natural" and view.M <= MOST_ROWS and Dk == Dv <= 128
+  # Above 64 features dk and dv go where k and v were before a second slice has read these.
+  num_rows = MOST_ROWS if Dk <= 64 else TILE
+  short = view.kind != "natural" and Dk == Dv <= 128 and num_rows >= view.M
   return short and band.far is None and band.near <= 1
 
 
