@@ -34,8 +34,6 @@ class BlockSizes:
     stages: steps in flight, where there is more than one.
     warpgroups: those that compute.
     at_once: of windows forward, tiles of logits that a warpgroup has in registers.
-    together: short sequences that a thread block works on at a time; backward 0: those of the
-      kernel for all lengths.
   """
 
   block_q: int
@@ -43,7 +41,6 @@ class BlockSizes:
   stages: int
   warpgroups: int
   at_once: int = 2
-  together: int = 0
 
 
 class Key(NamedTuple):

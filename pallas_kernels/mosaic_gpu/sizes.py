@@ -12,7 +12,6 @@ from pallas_kernels import tuning
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.gpu import TILE
-from pallas_kernels.mosaic_gpu.resident import short
 from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import schedule
@@ -24,8 +23,6 @@ MAX_REACH = 4  # tiles before a query's own in a window whose steps are unrolled
 # dk and dv of a key tile are accumulators of one warpgroup, (Dk + Dv) / 2 registers of a thread:
 # 128, beside 64 for S and dP. Wider heads stream, dk and dv in a launch each.
 MAX_HEADS_SIZE = 256
-MAX_WARPGROUPS = 8  # of a thread block
-TEAM_BYTES = 1024  # of lse and other small things, where several teams share a thread block
 # Of a sequence whose dS^T is kept, nt (nt + 1) / 2 tiles of 8 KiB: three would take 48 KiB from the
 # thread blocks that load while this one computes.
 TILES_WITH_DS = 2
@@ -102,13 +99,8 @@ def resident(sweep: Sweep, merged: bool) -> dict[str, int] | None:
   if view.kind == "natural" or sweep.tiles(2 * nt, of_v) > SHARED_BYTES:
     return None
   if tuned := sweep.tuned("fwd"):
-    W = min(tuned.warpgroups, nt)
-    # Teams of a thread block, each with all that one has: as many as there is memory for. Of v as
-    # much as of k; q and the result have whole tiles.
-    keys = 2 * nt * view.even_rows * (Dk + Dv)
-    fits = SHARED_BYTES // (sweep.tiles(nt, of_v - nt) + keys + TEAM_BYTES)
-    return dict(warpgroups=W, together=max(1, min(tuned.together, fits, MAX_WARPGROUPS // W)))
-  return dict(warpgroups=2 if nt >= 4 and Dk >= 64 else 1, together=1)
+    return dict(warpgroups=min(tuned.warpgroups, nt))
+  return dict(warpgroups=2 if nt >= 4 and Dk >= 64 else 1)
 
 
 def window(sweep: Sweep) -> dict[str, int] | None:
@@ -134,9 +126,7 @@ def resident_backward(sweep: Sweep) -> dict[str, int] | None:
   view, nt, (Dk, Dv) = sweep.view, sweep.view.num_tiles, (sweep.Dk, sweep.Dv)
   if view.kind == "natural" or Dk + Dv > MAX_HEADS_SIZE:
     return None
-  tuned, together = sweep.tuned("bwd"), 0
-  if short.takes(view, sweep.band, Dk, Dv):
-    together = min(tuned.together if tuned else 1, short.num_teams(view.M, Dk))
+  tuned = sweep.tuned("bwd")
   if tuned:
     own_tiles, warpgroups = tuned.block_q // TILE, tuned.warpgroups
   else:
@@ -150,7 +140,7 @@ def resident_backward(sweep: Sweep) -> dict[str, int] | None:
     num_ds = nt * (nt + 1) // 2 if keeps_ds else 0
     shared = sweep.tiles(nt + own + (W if Dk != Dv else 0), nt + own + W)
     if shared + DS_BYTES * num_ds + ROW_BYTES * nt <= SHARED_BYTES:
-      return dict(own_tiles=own, warpgroups=W, keeps_ds=keeps_ds, together=together)
+      return dict(own_tiles=own, warpgroups=W, keeps_ds=keeps_ds)
   return None
 
 

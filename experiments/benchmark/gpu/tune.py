@@ -23,6 +23,7 @@ from pallas_kernels import tuning
 from pallas_kernels.lowering import passes
 from pallas_kernels.mosaic_gpu import sizes
 from pallas_kernels.mosaic_gpu.gpu import TILE
+from pallas_kernels.mosaic_gpu.resident import short
 
 # Kernels, and the sequence that each sees. The merged patterns run the same ones.
 ROWS = {
@@ -90,17 +91,13 @@ def _wishes(kind: str, shape: timing.Shape, direction: tuning.Direction) -> list
     ]
   if kind in ("column", "block"):
     if direction == "fwd":
-      alone = [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2, 4)]
-      several = itertools.product((4, 5, 6, 7), (1,)) if ROWS[kind](shape) <= 128 else [(2, 2)]
-      return alone + [
-        tuning.BlockSizes(TILE, TILE, 1, warpgroups, together=together)
-        for together, warpgroups in several
-      ]
+      return [tuning.BlockSizes(TILE, TILE, 1, warpgroups) for warpgroups in (1, 2, 4)]
+    of = problem(kind, shape)
+    if short.takes(of.view, of.band, shape.D, shape.D):
+      return []
     pairs = itertools.product((1, 2, 4), (1, 2))
     own = [tuning.BlockSizes(TILE * own, TILE, 1, warpgroups) for own, warpgroups in pairs]
-    own.append(tuning.BlockSizes(4 * TILE, 4 * TILE, 1, 2))  # all of four tiles, with their dS
-    # Of long sequences no kernel has several together: these are the default then, and left out.
-    return own + [tuning.BlockSizes(2 * TILE, TILE, 1, 1, together=n) for n in (1, 2, 3, 4, 5)]
+    return [*own, tuning.BlockSizes(4 * TILE, 4 * TILE, 1, 2)]  # all of four tiles, with their dS
   return _near_default(kind, shape, direction)
 
 

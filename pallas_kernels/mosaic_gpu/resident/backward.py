@@ -66,7 +66,6 @@ def backward(
   own_tiles: int,
   warpgroups: int,
   keeps_ds: bool,
-  together: int = 0,
 ) -> tuple[Array, Array, Array, Float[Array, "B Hg R Mp"]]:
   """Gradients of attention to a causal band of keys inside each sequence of a view.
 
@@ -80,15 +79,13 @@ def backward(
     own_tiles: of a thread block.
     warpgroups: of a thread block.
     keeps_ds: whether dS^T stays in shared memory, if the thread block has all tiles.
-    together: sequences that a thread block works on at a time by another kernel (`short`), where
-      there are no segments; 0: by this one.
 
   Returns:
     dq, dk, dv [B, T, Hg, D], k's and v's for each query head; and delta.
   """
-  if together and ids is None:
-    rows, options = (lse, dout, dlse, delta), dict(scale=scale, heads=heads, together=together)
-    return short.backward(view, band, q, k, v, out, *rows, prev, **options)
+  if ids is None and short.takes(view, band, q.shape[-1], v.shape[-1]):
+    rows = lse, dout, dlse, delta
+    return short.backward(view, band, q, k, v, out, *rows, prev, scale=scale, heads=heads)
   (B, T, H, Dk), Dv, Hg = q.shape, v.shape[3], len(heads)
   nt = view.num_tiles
   # Equal parts for each thread block and warpgroup: bounds that ptxas knows save registers.

@@ -9,11 +9,6 @@ A sequence is read once, so there is no ring: warpgroup 0 starts all copies befo
 each tile has a barrier, which whoever needs the tile waits for. All warpgroups wait for k and v of
 the tiles they meet, for q only of their own. Nothing is freed but the room of a query tile, where
 its result is staged on its way out.
-
-With `together` > 1 a thread block has as many teams of warpgroups, each with memory and barriers of
-its own, which go from sequence to sequence. This is for registers: ptxas gives a thread no more
-than all threads of a thread block can have, and it can be told no other limit. Five teams of one
-warpgroup have 96 registers, where one by itself takes 109, so that four thread blocks fit.
 """
 
 import dataclasses
@@ -54,7 +49,6 @@ def forward(
   scale: float,
   heads: range | tuple[int, ...],
   warpgroups: int,
-  together: int = 1,
 ) -> tuple[Float[Array, "B T Hg Dv"], Float[Array, "B Hg R Mp"]]:
   """Attention inside each sequence of a view.
 
@@ -67,8 +61,7 @@ def forward(
     prev: out and lse over other keys, which share the softmax.
     scale: of the logits, positive.
     heads: the query heads to work on, Hg of them.
-    warpgroups: of a sequence, which share keys and values.
-    together: sequences that a thread block works on at a time.
+    warpgroups: of a thread block, which share keys and values.
 
   Returns:
     out, and lse of base 2 in rows of the view, float32.
@@ -86,16 +79,18 @@ def forward(
   inputs = {name: x for name, x in inputs.items() if x is not None}
   out = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], Hg, Dv), q.dtype)
   lse = jax.ShapeDtypeStruct((B, Hg, view.R, nt * TILE), jnp.float32)
-  sizes = Sizes(view, band, B, tuple(heads), H // k.shape[2], W, together, stage, Dv, scale)
+  sizes = Sizes(view, band, tuple(heads), H // k.shape[2], W, stage, Dv, scale)
   out, lse = gpu.launch(
     "resident_forward",
-    lambda refs: Team(sizes, refs).run() if together > 1 else Sequence(sizes, refs).run(),
+    lambda refs: Sequence(sizes, refs).run(),
     inputs=inputs,
     outputs=dict(out=out, lse=lse),
     scratch=_scratch(sizes, Dk, q.dtype),
-    grid=tuple(sizes.grid.values()),
-    grid_names=tuple(sizes.grid),
-    num_threads=W * together,
+    # Heads are the fastest axis: they are neighbours in memory, so that thread blocks that run at
+    # the same time read whole pages.
+    grid=(B, view.R, Hg),
+    grid_names=("b", "r", "h"),
+    num_threads=W,
     thread_name="wg",
   )
   return out.reshape(B, T, Hg, Dv), lse
@@ -106,18 +101,15 @@ class Sizes:
   """What is known before the kernel runs; attributes as in `forward`, but for these.
 
   Attributes:
-    batch: rows of the batch.
     group: query heads that share a key head.
     stage: whose room the result is staged in, "o" for its own.
   """
 
   view: View
   band: Band
-  batch: int
   heads: tuple[int, ...]
   group: int
   warpgroups: int
-  together: int
   stage: str
   Dv: int
   scale: float
@@ -136,23 +128,9 @@ class Sizes:
     """Rows of lse that no tile covers where tiles have less than 64 rows."""
     return self.num_tiles * (TILE - self.rows)
 
-  @property
-  def num_sequences(self) -> int:
-    return self.batch * self.view.R * len(self.heads)
-
-  @property
-  def grid(self) -> dict[str, int]:
-    """Thread blocks, by axis."""
-    if self.together > 1:
-      return dict(cta=min(gpu.num_multiprocessors(), -(-self.num_sequences // self.together)))
-    # Heads are the fastest axis: they are neighbours in memory, so that thread blocks that run at
-    # the same time read whole pages.
-    return dict(b=self.batch, r=self.view.R, h=len(self.heads))
-
 
 def _scratch(sizes: Sizes, Dk: int, dtype: jax.typing.DTypeLike) -> dict:
-  teams, rows, Dv = sizes.together, sizes.rows, sizes.Dv
-  nt, W = sizes.num_tiles * teams, sizes.warpgroups * teams
+  nt, rows, Dv, W = sizes.num_tiles, sizes.rows, sizes.Dv, sizes.warpgroups
   loads = ["q", "k", "v"] + ["prev"] * (sizes.stage == "prev")
   scratch = {f"{name}_full": gpu.Barrier(num_barriers=nt) for name in loads}
   scratch |= dict(
@@ -167,55 +145,21 @@ def _scratch(sizes: Sizes, Dk: int, dtype: jax.typing.DTypeLike) -> dict:
     scratch[f"{sizes.stage}_s"] = gpu.smem(nt, TILE, Dv, dtype=dtype)
   if sizes.padding:
     # Zeros, for rows of lse that no tile covers.
-    scratch |= dict(tail_s=gpu.vector(teams, TILE))
-  if teams > 1:
-    scratch |= dict(left=gpu.Barrier(num_barriers=teams, num_arrivals=sizes.warpgroups))
+    scratch |= dict(tail_s=gpu.vector(TILE))
   if gpu.simulated():
     scratch |= dict(p_s=gpu.smem(W, TILE, rows, dtype=dtype))
   return dict(sorted(scratch.items()))  # a place in memory does not depend on the order above
 
 
-class Team:
-  """Warpgroups that go from sequence to sequence, beside others of the same thread block."""
+class Sequence:
+  """One sequence of one head: what a thread block works on."""
 
   def __init__(self, sizes: Sizes, refs: dict):
     self.sizes, self.refs = sizes, refs
-    wg, W = lax.axis_index("wg"), jnp.int32(sizes.warpgroups)
-    self.team, self.wg = lax.div(wg, W), lax.rem(wg, W)
-    # Those that run at the same time are neighbours in memory.
-    self.first = lax.axis_index("cta") * sizes.together + self.team
-    self.step = sizes.grid["cta"] * sizes.together
-
-  def run(self) -> None:
-    gpu.loop(self.first, self.sizes.num_sequences, step=self.step)(self.attend)
-
-  def attend(self, n: Traced) -> None:
-    """To sequence n of all: heads are the fastest axis, as they are of a grid."""
-    sizes, (H, R) = self.sizes, (jnp.int32(len(self.sizes.heads)), jnp.int32(self.sizes.view.R))
-    row = lax.div(n, H)
-    # Opaque: addresses that the loop does not change are hoisted out of it, and then spilled.
-    team, wg = lax.optimization_barrier((self.team, self.wg))
-    place = lax.div(row, R), lax.rem(row, R), lax.rem(n, H), wg
-    # Every warpgroup has left the sequence before, and what it stored has left shared memory.
-    left = self.refs["left"].at[self.team]
-    gpu.when((n > self.first) & (self.wg == 0))(lambda: gpu.barrier_wait(left))
-    Sequence(sizes, self.refs, place, team).run()
-    gpu.commit_reads()  # before the copy engine writes where we have read
-    # After the last one nobody waits.
-    gpu.when(n + self.step < sizes.num_sequences)(lambda: gpu.barrier_arrive(left))
-
-
-class Sequence:
-  """One sequence of one head: what a team of warpgroups works on, or all of a thread block."""
-
-  def __init__(self, sizes: Sizes, refs: dict, place: tuple | None = None, team: Traced = 0):
-    self.sizes, self.refs, self.team = sizes, refs, team
-    axes = ("b", "r", "h", "wg")
-    self.b, self.r, self.h, self.wg = place or [lax.axis_index(name) for name in axes]
+    self.b, self.r, self.h, self.wg = (lax.axis_index(name) for name in ("b", "r", "h", "wg"))
     self.head = head_of(sizes.heads, self.h)
     self.kv_head = self.head // sizes.group
-    self.own_s = team * sizes.warpgroups + self.wg  # among rooms of warpgroups
-    self.p_s = refs["p_s"].at[self.own_s] if gpu.simulated() else None
+    self.p_s = refs["p_s"].at[self.wg] if gpu.simulated() else None
     self.valid = gpu.ds(0, sizes.rows)  # the rows of a tile of 64 that exist
 
   def run(self) -> None:
@@ -228,10 +172,6 @@ class Sequence:
     gpu.loop(0, sizes.num_tiles // W)(self.attend)
     gpu.wait_to_gmem(0)  # shared memory is another's when the thread block ends
 
-  def slot(self, t: Traced) -> Traced:
-    """Where tile t lies, among those of all teams."""
-    return self.team * self.sizes.num_tiles + t
-
   def box(self, name: str, head: Traced, t: Traced) -> Ref:
     rows = self.sizes.rows
     return self.sizes.view.box(self.refs[name], self.b, self.r, head, t * rows, rows)
@@ -243,16 +183,15 @@ class Sequence:
     @gpu.loop(0, self.sizes.num_tiles)
     def _(t: Traced) -> None:
       # k and v of a tile are waited for by all warpgroups, its q and `prev` by one alone.
-      n = self.slot(t)
-      full = lambda name: refs[f"{name}_full"].at[n]
-      gpu.to_smem(self.box("q", self.head, t), refs["q_s"].at[n, self.valid], full("q"))
-      gpu.to_smem(self.box("k", self.kv_head, t), refs["k_s"].at[n], full("k"))
-      gpu.to_smem(self.box("v", self.kv_head, t), refs["v_s"].at[n], full("v"))
+      full = lambda name: refs[f"{name}_full"].at[t]
+      gpu.to_smem(self.box("q", self.head, t), refs["q_s"].at[t, self.valid], full("q"))
+      gpu.to_smem(self.box("k", self.kv_head, t), refs["k_s"].at[t], full("k"))
+      gpu.to_smem(self.box("v", self.kv_head, t), refs["v_s"].at[t], full("v"))
       if "prev" in refs:
-        gpu.to_smem(self.box("prev", self.h, t), refs["prev_s"].at[n, self.valid], full("prev"))
+        gpu.to_smem(self.box("prev", self.h, t), refs["prev_s"].at[t, self.valid], full("prev"))
 
   def fill_tail(self) -> None:
-    self.refs["tail_s"].at[self.team][...] = gpu.full((TILE,), 0.0)
+    self.refs["tail_s"][...] = gpu.full((TILE,), 0.0)
 
   def attend(self, turn: Traced) -> None:
     """Attends with this warpgroup's query tile of a turn, and stores the result."""
@@ -262,9 +201,8 @@ class Sequence:
     # once here, and a second wait for it would be for a completion that never comes.
     waited = jnp.where(turn == 0, 0, own - sizes.warpgroups + 1 - sizes.band.first(sizes.rows))
     rows = gpu.ds(own * sizes.rows, TILE)
-    slot = self.slot(own)
-    gpu.barrier_wait(refs["q_full"].at[slot])
-    q = refs["q_s"].at[slot]
+    gpu.barrier_wait(refs["q_full"].at[own])
+    q = refs["q_s"].at[own]
     query_ids = self.ids(refs["ids"], own, TILE, ROW) if "ids" in refs else None
     if "prev" not in refs:
       state = softmax.start(sizes.Dv)
@@ -272,17 +210,17 @@ class Sequence:
       lse = refs["prev_lse"].at[self.b, self.h, self.r, rows]
       # Straight from device memory, while the copy of `prev` is under way: nobody else reads it.
       lse = gpu.load(lse, layout=ROW, optimized=False)
-      gpu.barrier_wait(refs["prev_full"].at[slot])
-      state = softmax.resume(refs["prev_s"].at[slot], lse, sizes.scale)
+      gpu.barrier_wait(refs["prev_full"].at[own])
+      state = softmax.resume(refs["prev_s"].at[own], lse, sizes.scale)
 
     def step(t: Traced, state: softmax.State, masked: bool) -> softmax.State:
       @gpu.when(t >= waited)
       def _() -> None:
-        gpu.barrier_wait(refs["k_full"].at[self.slot(t)])
-        gpu.barrier_wait(refs["v_full"].at[self.slot(t)])
+        gpu.barrier_wait(refs["k_full"].at[t])
+        gpu.barrier_wait(refs["v_full"].at[t])
 
       mask = self.mask(own, t, masked, query_ids)
-      k, v = refs["k_s"].at[self.slot(t)], refs["v_s"].at[self.slot(t)]
+      k, v = refs["k_s"].at[t], refs["v_s"].at[t]
       return add_keys(state, q, k, v, mask, sizes.scale, self.p_s)
 
     self.store(own, sweep(own, sizes.num_tiles, sizes.band, sizes.rows, step, state))
@@ -307,17 +245,16 @@ class Sequence:
   def store(self, own: Traced, state: softmax.State) -> None:
     """Sends out and lse of a query tile on their way."""
     refs, size, nt = self.refs, self.sizes.rows, self.sizes.num_tiles
-    slot, rooms = self.slot(own), refs[f"{self.sizes.stage}_s"]
-    stage, lse_s = rooms.at[slot], refs["lse_s"].at[self.own_s]
+    stage, lse_s = refs[f"{self.sizes.stage}_s"].at[own], refs["lse_s"].at[self.wg]
     # lse has one room a warpgroup, from which that of the turn before may still leave.
     gpu.wait_to_gmem(0, wait_read_only=True)
     lse_s[...] = softmax.store(state, stage, self.sizes.scale)
     gpu.commit_smem()  # what threads wrote, before the copy engine reads it
-    gpu.to_gmem(rooms.at[slot, self.valid], self.box("out", self.h, own))
+    gpu.to_gmem(refs[f"{self.sizes.stage}_s"].at[own, self.valid], self.box("out", self.h, own))
     lse_rows = lambda start, rows: refs["lse"].at[self.b, self.h, self.r, gpu.ds(start, rows)]
-    gpu.to_gmem(refs["lse_s"].at[self.own_s, self.valid], lse_rows(own * size, size))
+    gpu.to_gmem(refs["lse_s"].at[self.wg, self.valid], lse_rows(own * size, size))
     if padding := self.sizes.padding:  # `View.rows` has zeros there
-      tail = refs["tail_s"].at[self.team, gpu.ds(0, padding)]
+      tail = refs["tail_s"].at[gpu.ds(0, padding)]
       gpu.when(own == nt - 1)(lambda: gpu.to_gmem(tail, lse_rows(nt * size, padding)))
 
 

@@ -12,9 +12,6 @@ Results leave from where tensors were that nothing reads any more (`rooms`):
     k_q      [k 0][k 1][q 0][q 1]          dk 0 for k 0, dq 0 for q 0
     v_dout   [v 0][v 1][dout 0][dout 1]    dv 0 for v 0, dq 1 from v 1 on, dv 1 at the end
     out      [out 0][out 1]                dk 1
-
-A thread block has several warpgroups with memory of their own ("teams"), which go from sequence to
-sequence: that bounds the registers of a thread, see `forward`.
 """
 
 import dataclasses
@@ -39,7 +36,6 @@ from pallas_kernels.mosaic_gpu.views import Band
 from pallas_kernels.mosaic_gpu.views import head_of
 from pallas_kernels.mosaic_gpu.views import View
 
-SHARED_BYTES = 226 * 1024  # of a thread block, but for barriers
 MOST_ROWS = 2 * TILE
 GRADIENTS = ("dq", "dk", "dv")
 
@@ -57,14 +53,6 @@ def padded_rows(M: int) -> int:
   return -(-M // 32) * 32
 
 
-def num_teams(M: int, D: int, *, with_dlse: bool = False) -> int:
-  """Teams of a thread block that there is shared memory for, no more than 8."""
-  rows = padded_rows(M)
-  tiles, vectors = 2 * D * (4 * rows + max(rows, TILE)), 4 * max(rows, TILE)
-  team = tiles + 2 * TILE * TILE + (3 if with_dlse else 2) * vectors
-  return min(SHARED_BYTES // team, 8)
-
-
 def backward(
   view: View,
   band: Band,
@@ -80,29 +68,24 @@ def backward(
   *,
   scale: float,
   heads: range | tuple[int, ...],
-  together: int,
 ) -> tuple[Array, Array, Array, Float[Array, "B Hg R Mp"]]:
-  """As `resident.backward`, without segment ids; `together`: teams of a thread block."""
+  """As `resident.backward`, without segment ids."""
   (B, T, H, D), Hg = q.shape, len(heads)
-  if dlse is not None:  # it takes memory, of which the number of teams may have left nothing
-    together = max(1, min(together, num_teams(view.M, D, with_dlse=True)))
   inputs = dict(q=view(q), k=view(k), v=view(v), dout=view(dout), lse=lse, dlse=dlse, delta=delta)
   inputs |= dict(out=None if out is None else view(out))
   if prev is not None:
     inputs |= {f"prev_{name}": view(x) for name, x in zip(GRADIENTS, prev, strict=True)}
   inputs = {name: x for name, x in inputs.items() if x is not None}
   like = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], Hg, D), q.dtype)
-  sizes = Sizes(view, band, B, tuple(heads), H // k.shape[2], together, D, scale)
+  sizes = Sizes(view, band, tuple(heads), H // k.shape[2], D, scale)
   dq, dk, dv, new_delta = gpu.launch(
     "short_backward",
-    lambda refs: _run(sizes, refs),
+    lambda refs: Gradients(sizes, refs).run(),
     inputs=inputs,
     outputs=dict(dq=like, dk=like, dv=like, new_delta=jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
     scratch=_scratch(sizes, q.dtype, set(inputs)),
-    grid=tuple(sizes.grid.values()),
-    grid_names=tuple(sizes.grid),
-    num_threads=together,
-    thread_name="wg",
+    grid=(B, view.R, Hg),
+    grid_names=("b", "r", "h"),
   )
   dq, dk, dv = (x.reshape(B, T, Hg, D) for x in (dq, dk, dv))
   return dq, dk, dv, new_delta if delta is None else delta
@@ -114,10 +97,8 @@ class Sizes:
 
   view: View
   band: Band
-  batch: int
   heads: tuple[int, ...]
   group: int
-  together: int
   D: int
   scale: float
 
@@ -145,72 +126,39 @@ class Sizes:
     """First rows of tiles that have all rows, the last ones twice if need be."""
     return sorted({min(start, self.rows - TILE) for start, _ in self.slices})
 
-  @property
-  def num_sequences(self) -> int:
-    return self.batch * self.view.R * len(self.heads)
-
-  @property
-  def grid(self) -> dict[str, int]:
-    """Thread blocks, by axis."""
-    if self.together > 1:
-      return dict(cta=min(gpu.num_multiprocessors(), -(-self.num_sequences // self.together)))
-    return dict(b=self.batch, r=self.view.R, h=len(self.heads))
-
 
 def _scratch(sizes: Sizes, dtype: jax.typing.DTypeLike, inputs: set[str]) -> dict:
-  teams, D, all_rows = sizes.together, sizes.D, sizes.before + sizes.rows
-  tiles = lambda rows: gpu.smem(teams, rows, D, dtype=dtype, beside=sizes.span)
-  barrier = lambda arrivals=1: gpu.Barrier(num_barriers=teams, num_arrivals=arrivals)
+  D, all_rows = sizes.D, sizes.before + sizes.rows
+  tiles = lambda rows: gpu.smem(rows, D, dtype=dtype, beside=sizes.span)
+  barrier = lambda arrivals=1: gpu.Barrier(num_arrivals=arrivals)
   scratch = dict(
     k_q_s=tiles(2 * sizes.rows),
     v_dout_s=tiles(2 * sizes.rows),
     out_s=tiles(all_rows),
-    ds_s=gpu.smem(teams, TILE, TILE, dtype=dtype, beside=sizes.span),
-    lse_s=gpu.vector(teams, all_rows),
-    delta_s=gpu.vector(teams, all_rows),
+    ds_s=gpu.smem(TILE, TILE, dtype=dtype, beside=sizes.span),
+    lse_s=gpu.vector(all_rows),
+    delta_s=gpu.vector(all_rows),
     dout_full=barrier(2),  # dout, lse
     out_full=barrier(2 if "dlse" in inputs else 1),  # out and dlse, or delta
     k_q_full=barrier(3),  # q, k, v
     delta_full=barrier(),
-    left=barrier(),
   )
   if "dlse" in inputs:
-    scratch |= dict(dlse_s=gpu.vector(teams, all_rows))
+    scratch |= dict(dlse_s=gpu.vector(all_rows))
   if "prev_dq" in inputs:
     scratch |= dict(prev_full=barrier())
   if gpu.simulated():
-    scratch |= dict(p_s=gpu.smem(teams, TILE, TILE, dtype=dtype))
+    scratch |= dict(p_s=gpu.smem(TILE, TILE, dtype=dtype))
   return dict(sorted(scratch.items()))  # a place in memory does not depend on the order above
-
-
-def _run(sizes: Sizes, refs: dict) -> None:
-  """A team: every n-th of all sequences, heads the fastest axis, as they lie in memory."""
-  team = lax.axis_index("wg")
-  if sizes.together == 1:  # without a loop, for 20 registers less
-    Gradients(sizes, refs, team * 0, *(lax.axis_index(name) for name in sizes.grid)).run()
-    return
-  first, step = lax.axis_index("cta") * sizes.together + team, sizes.grid["cta"] * sizes.together
-  left, H, R = refs["left"].at[team], jnp.int32(len(sizes.heads)), jnp.int32(sizes.view.R)
-
-  @gpu.loop(first, sizes.num_sequences, step=step)
-  def _(n: Traced) -> None:
-    # All threads have read what they read of the sequence before.
-    gpu.when(n > first)(lambda: gpu.barrier_wait(left))
-    row = lax.div(n, H)
-    # Opaque: addresses that the loop does not change are hoisted out of it, and then spilled.
-    own = lax.optimization_barrier(team)
-    Gradients(sizes, refs, own, lax.div(row, R), lax.rem(row, R), lax.rem(n, H)).run()
-    gpu.commit_reads()  # before the copy engine writes where we have read
-    gpu.when(n + step < sizes.num_sequences)(lambda: gpu.barrier_arrive(left))
 
 
 class Gradients:
   """One sequence of one head."""
 
-  def __init__(self, sizes: Sizes, refs: dict, team: Traced, b: Traced, r: Traced, h: Traced):
-    self.sizes, self.team, self.b, self.r, self.h = sizes, team, b, r, h
-    self.refs = refs
-    self.full = {name: ref.at[team] for name, ref in refs.items() if name.endswith("_full")}
+  def __init__(self, sizes: Sizes, refs: dict):
+    self.sizes, self.refs = sizes, refs
+    self.b, self.r, self.h = (lax.axis_index(name) for name in ("b", "r", "h"))
+    self.full = {name: ref for name, ref in refs.items() if name.endswith("_full")}
     self.c = sizes.scale * gpu.LOG2E
     self.makes_delta = "out" in refs
 
@@ -241,7 +189,7 @@ class Gradients:
     return self.refs[name].at[self.b, self.h, self.r, gpu.ds(start, size)]
 
   def pool(self, name: str, start: int, size: int) -> Ref:
-    return self.refs[f"{name}_s"].at[self.team, gpu.ds(start, size)]
+    return self.refs[f"{name}_s"].at[gpu.ds(start, size)]
 
   def load(self) -> None:
     """Starts all copies, in the order in which they are waited for."""
@@ -342,11 +290,11 @@ class Gradients:
 
   @property
   def ds_s(self) -> Ref:
-    return self.refs["ds_s"].at[self.team]
+    return self.refs["ds_s"]
 
   def p_s(self, size: int) -> Ref | None:
     """For weights in the simulator."""
-    return self.refs["p_s"].at[self.team, :, gpu.ds(0, size)] if gpu.simulated() else None
+    return self.refs["p_s"].at[:, gpu.ds(0, size)] if gpu.simulated() else None
 
   # -------------------------------------------------------------------------------- results
 
