@@ -119,7 +119,8 @@ def test_kernels_on_a_mesh_of_h100s_lower_for_the_rows_of_a_device():
   )
   with jax.sharding.use_abstract_mesh(mesh):
     text = jax.jit(run).trace(given).lower(lowering_platforms=("cuda",)).as_text()
-  kernels = re.findall(r"custom_call @mosaic_gpu[^\n]*", text)
+  # Sums of parts have no rows, and nothing in bfloat16.
+  kernels = [x for x in re.findall(r"custom_call @mosaic_gpu[^\n]*", text) if "xbf16>" in x]
   assert len(kernels) >= 7  # four forward, and three of four backward or more: some share a form
   for kernel in kernels:  # a device has 1 sequence of 4, and half of its 256 tokens
     assert "tensor<128x256xbf16>" in kernel or "tensor<128x512xbf16>" in kernel
