@@ -59,9 +59,12 @@ def num_cores() -> int:
 
 
 def memory() -> int | None:
-  """Bytes that JAX gives programs of a device; None where it is not here, or does not tell."""
+  """Bytes that JAX gives programs of a device; None where it is not here, or does not tell.
+
+  Nor where there are several processes, whose limits may differ: they must trace one program.
+  """
   here = jax.local_devices()[0]
-  if not is_here() or here.device_kind != device_kind():
+  if jax.process_count() > 1 or not is_here() or here.device_kind != device_kind():
     return None
   return (here.memory_stats() or {}).get("bytes_limit")
 

@@ -97,7 +97,8 @@ class SparseTransformer(nnx.Module):
       and the residual stream between the two branches, "hidden" also the argument of f and f of
       it, "dots" products with weights and attention's result (of blocks by kernels the latter
       alone, as "attention" does), "none" everything. "auto" is the first of "hidden", "block" and
-      "attention" that fits the device's memory where blocks are computed by kernels, else "full".
+      "attention" that takes at most 0.6 of the device's memory, where blocks are computed by
+      kernels; else, and where the memory is unknown, "full". Under `jax.vmap` it sees one example.
     compute_dtype: of activations; norms, softmax and logits are in float32.
     param_dtype: of the weights. Training keeps averages, moments and sums of gradients in
       float32.
