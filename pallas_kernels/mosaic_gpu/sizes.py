@@ -111,7 +111,7 @@ def window(sweep: Sweep) -> dict[str, int] | None:
   D = max(sweep.Dk, sweep.Dv)
   # Wider heads leave shared memory for fewer warpgroups.
   most = min(tuned.warpgroups, MAX_CONSUMERS) if tuned else 1 if D > 64 else 2 if D > 32 else 3
-  at_once = max(1, tuned.at_once) if tuned else 2
+  at_once = tuned.at_once if tuned else 2
   for W in range(most, 0, -1):
     walks = tuned.block_k < (W + reach) * TILE if tuned else D > 64 or reach > 2
     for stages in range(tuned.stages if tuned else 3 if walks else 2, 0, -1):

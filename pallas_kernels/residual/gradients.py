@@ -53,17 +53,27 @@ def over_rows(
   """
   if E <= WIDEST:
     return by_kernels(products, parts, cut_of(products), biases=biases)
+  return by_xla(products, parts, biases=biases)
+
+
+def cut_of(products: Sequence[Product]) -> Cut:
+  """How the products of a half of a block are cut."""
+  return next(cut for cut in CUTS if outer.misfit(products, cut) is None)
+
+
+def by_xla(
+  products: Sequence[Product],
+  parts: Sequence[Float32[Array, "_ ..."]],
+  *,
+  biases: bool = False,
+) -> Sums:
+  """`over_rows` by XLA: a product for each weight, and a sum for each of all else."""
   pairs = [(a, b) for a, bs in products for b in bs]
   return Sums(
     [xla.outer(a, b) for a, b in pairs],
     [xla.column_sums(b) for _, b in pairs] if biases else [],
     [x.sum(axis=0) for x in parts],
   )
-
-
-def cut_of(products: Sequence[Product]) -> Cut:
-  """How the products of a half of a block are cut."""
-  return next(cut for cut in CUTS if outer.misfit(products, cut) is None)
 
 
 def by_kernels(

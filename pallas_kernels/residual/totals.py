@@ -40,12 +40,13 @@ def totals(parts: Sequence[Float32[Array, "_ ..."]]) -> list[Float32[Array, "...
       own = gpu.ds((core - firsts[n]) * sizes[n], sizes[n])
       ref, layout = refs[f"part{n}"], gpu.in_turn(sizes[n], sizes[n] // THREADS)
       load = lambda i: gpu.load(ref.at[i, own], layout=layout, optimized=False)
-      num, count = _batches(flat[n].shape[0], sizes[n] // THREADS)
-      add = lambda total, places: functools.reduce(operator.add, map(load, places), total)
-      batch = lambda i, total: add(total, [i * count + j for j in range(count)])
+      num_parts = flat[n].shape[0]
+      num_batches, size = _batches(num_parts, sizes[n] // THREADS)
+      plus = lambda total, places: functools.reduce(operator.add, map(load, places), total)
+      batch = lambda i, total: plus(total, [i * size + j for j in range(size)])
       total = gpu.zeros((sizes[n],), layout)
-      total = lax.fori_loop(jnp.int32(0), jnp.int32(num), batch, total)
-      refs[f"total{n}"].at[own][...] = add(total, range(num * count, flat[n].shape[0]))
+      total = lax.fori_loop(jnp.int32(0), jnp.int32(num_batches), batch, total)
+      refs[f"total{n}"].at[own][...] = plus(total, range(num_batches * size, num_parts))
 
     for n in range(len(flat)):
       gpu.when((core >= firsts[n]) & (core < firsts[n + 1]))(functools.partial(add, n))

@@ -9,7 +9,6 @@ from jax.extend.core import Jaxpr
 from pallas_kernels import api
 from pallas_kernels import hardware
 from pallas_kernels import residual
-from sparse_flax.parallel import sharding
 
 REMATS = ("auto", "full", "attention", "block", "hidden", "dots", "none")
 # Of a device's memory, at most, by what "auto" keeps. Weights, gradients, moments and averages, the
@@ -32,16 +31,15 @@ class Widths(NamedTuple):
     return sum(parts[: ("full", "attention", "block", "hidden").index(level) + 1])
 
 
-def most_that_fits(widths: Widths, values: int) -> str:
+def most_that_fits(widths: Widths, column_bytes: int) -> str:
   """The level that keeps most, within `SHARE` of a device's memory; "full" where that is unknown.
 
   Args:
     widths: of a block.
-    values: bytes that one column of all blocks takes, of all sequences and devices.
+    column_bytes: what one column of all blocks takes on a device.
   """
   memory = hardware.memory() or 0
-  on_a_device = values // sharding.num_row_shards()
-  fits = lambda level: widths.kept(level) * on_a_device <= SHARE * memory
+  fits = lambda level: widths.kept(level) * column_bytes <= SHARE * memory
   return next(filter(fits, ("hidden", "block", "attention")), "full")
 
 

@@ -26,6 +26,7 @@ from sparse_flax.model import remat as remat_lib
 from sparse_flax.model.layer_patterns import Entry
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
+from sparse_flax.parallel import sharding
 
 MODALITIES = ("image", "text", "audio")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -249,8 +250,8 @@ class SparseTransformer(nnx.Module):
     attention, hidden = self.groups[0].attention, self.groups[0].feed_forward.up.kernel.shape[-1]
     E, Q = attention.query.kernel.shape[-2:]
     widths = remat_lib.Widths(E=E, Q=Q, V=attention.value.kernel.shape[-1], F=hidden)
-    B, T, _ = x.shape
-    return remat_lib.most_that_fits(widths, B * T * self.num_layers * x.dtype.itemsize)
+    rows = sharding.rows_on_a_device(*x.shape[:2])
+    return remat_lib.most_that_fits(widths, rows * self.num_layers * x.dtype.itemsize)
 
   def attention_weights(
     self,

@@ -289,10 +289,16 @@ def row_axes() -> tuple[tuple[str, ...], ...]:
   return () if AxisType.Explicit in mesh.axis_types else (BATCH, ("sequence",))
 
 
-def num_row_shards() -> int:
-  """Devices among which the rows of a residual stream are divided, as far as `row_axes` knows."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return math.prod(mesh.shape[axis] for axes in row_axes() for axis in axes)
+def rows_on_a_device(B: int, T: int) -> int:
+  """Rows of a residual stream [B, T, E] that each device has, as far as `row_axes` knows.
+
+  An axis of the mesh that does not divide a length is not used for it.
+  """
+  mesh, rows = jax.sharding.get_abstract_mesh(), B * T
+  for length, axes in zip((B, T), row_axes(), strict=False):
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    rows //= devices if length % devices == 0 else 1
+  return rows
 
 
 def _tuple_of(axes) -> tuple[str, ...]:

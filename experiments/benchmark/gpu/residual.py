@@ -160,8 +160,7 @@ def gradients_of(shape: Shape) -> dict[str, Kernel]:
       return rows(gradients.by_kernels(products(*arrays), parts, cut, biases=biases))
 
     def by_xla(parts, *arrays):
-      E = gradients.WIDEST + 1
-      return rows(gradients.over_rows(E, products(*arrays), parts, biases=biases))
+      return rows(gradients.by_xla(products(*arrays), parts, biases=biases))
 
     def plain(parts, *arrays):
       pairs = [(a, b) for a, bs in products(*arrays) for b in bs]

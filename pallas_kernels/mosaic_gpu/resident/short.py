@@ -7,7 +7,7 @@ are 32. Each tensor comes in one copy, and each slice of keys meets the queries 
     keys 1:   queries 1 (masked)                     --> dv 1, dk 1, dq 1
 
 dS^T of a pair goes through shared memory for dq, and its room serves the next pair: 5 products.
-Results leave from where tensors were that nothing reads any more (`rooms`):
+Results leave from where tensors were that nothing reads any more (`room`):
 
     k_q      [k 0][k 1][q 0][q 1]          dk 0 for k 0, dq 0 for q 0
     v_dout   [v 0][v 1][dout 0][dout 1]    dv 0 for v 0, dq 1 from v 1 on, dv 1 at the end
@@ -244,13 +244,13 @@ class Gradients:
       p, ds = self.weights(j, i)
       of_queries = sizes.slices[i]
       q, dout = (self.pool(x, rows + of_queries[0], of_queries[1]) for x in ("k_q", "v_dout"))
-      ds_by_query = pairs.transposed(self.ds_s.at[gpu.ds(0, size)])
+      ds_by_query = pairs.transposed(self.refs["ds_s"].at[gpu.ds(0, size)])
       dq = zeros() if dqs.get(i) is None else dqs[i]
       p_s = self.p_s(of_queries[1])
       if D <= 64:
         terms = (dv, (p, dout)), (dk, (ds, q)), (dq, (ds_by_query, k))
         dv, dk, dqs[i] = gpu.add_matmul(*terms, scratch=p_s)
-      else:  # one accumulator at a time: each leaves before the next
+      else:  # of one slice, one sum at a time: each leaves before the next
         (dv,) = gpu.add_matmul((dv, (p, dout)), scratch=p_s)
         self.store("dv", dv, j)
         (dk,) = gpu.add_matmul((dk, (ds, q)), scratch=p_s)
@@ -284,13 +284,9 @@ class Gradients:
     dtype = self.refs["q"].dtype
     ds = pairs.derivatives_by_key(p, dp, column("delta"), dtype)
     # Columns after a slice are what was there before: rows of dq that are not stored.
-    self.ds_s.at[gpu.ds(0, TILE), gpu.ds(0, q_size)][...] = ds
+    self.refs["ds_s"].at[gpu.ds(0, TILE), gpu.ds(0, q_size)][...] = ds
     gpu.commit_smem()
     return p.astype(dtype), ds
-
-  @property
-  def ds_s(self) -> Ref:
-    return self.refs["ds_s"]
 
   def p_s(self, size: int) -> Ref | None:
     """For weights in the simulator."""

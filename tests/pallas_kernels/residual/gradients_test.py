@@ -70,13 +70,22 @@ def test_sums_over_rows(R, cut):
   compare(products_of(R, *shapes), [], sizes, 1e-6)
 
 
-def test_sums_of_parts():
-  """Of so many that a thread takes 4, 2 or 1 values of each."""
+def test_sums_of_parts(monkeypatch):
+  """Where a thread takes 4, 2 or 1 values of each: in a loop, and what is left of it."""
+  monkeypatch.setattr(totals, "SIMULATED", 4)
   parts = [normal(n, *shape, dtype=jnp.float32) for n, shape in enumerate([
-    (1, 128), (48, 2, 512), (49, 384), (97, 1, 256),
+    (1, 128), (35, 2, 256), (51, 256), (97, 1, 128),
   ])]  # fmt: skip
   for total, x in zip(totals.totals(parts), parts, strict=True):
     close(total, wide(x).sum(0), 1e-6)
+
+
+def test_threads_take_less_of_more_parts(monkeypatch):
+  monkeypatch.setattr(totals.gpu, "simulated", lambda: False)
+  sizes = {(1, 512): 512, (48, 512): 512, (49, 512): 256, (72, 512): 256, (73, 512): 128}
+  assert {parts: totals._size_of(*parts) for parts in sizes} == sizes
+  # (batches of a loop, parts of each): what is left is less than one more.
+  assert [totals._batches(*x) for x in ((35, 4), (51, 2), (97, 1))] == [(3, 11), (3, 17), (3, 32)]
 
 
 def test_thread_blocks_share_an_array_of_parts(monkeypatch):

@@ -83,5 +83,5 @@ def test_auto_of_the_recipes_on_an_h200_and_an_h100(recipe, sequences, memory, l
   model = cli.recipe(recipe).model
   E = model.width
   widths = remat_lib.Widths(E=E, Q=round(model.qk_ratio * E), V=E, F=round(model.ff_mult * E))
-  values = 2 * sequences * model.seq_len * model.num_layers
-  assert remat_lib.most_that_fits(widths, values) == level
+  column_bytes = 2 * sequences * model.seq_len * model.num_layers
+  assert remat_lib.most_that_fits(widths, column_bytes) == level

@@ -171,10 +171,16 @@ def test_a_step_with_dropout_is_that_of_one_device(mesh, blocks):
 
 def test_rows_are_sharded_by_our_meshes_alone():
   rows = (("data", "fsdp"), ("sequence",))
-  for shape, expected in (((2, 2, 1, 2), rows), ((1, 1, 1, 8), rows), ((2, 2, 2, 1), ())):
+  for shape, expected, on_a_device in (
+    ((2, 2, 1, 2), rows, (8 * 6 // 8, 6 * 6 // 2, 8 * 7 // 4)),
+    ((1, 1, 1, 8), rows, (8 * 6, 6 * 6, 8 * 7)),
+    ((2, 2, 2, 1), (), (8 * 6, 6 * 6, 8 * 7)),
+  ):
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape, strict=True)))
     with jax.set_mesh(mesh):
       assert sharding.row_axes() == expected
+      lengths = (8, 6), (6, 6), (8, 7)  # all even, B or T not divided by its axes
+      assert tuple(sharding.rows_on_a_device(*x) for x in lengths) == on_a_device
       inside = []
       jax.shard_map(
         lambda x: inside.append(sharding.row_axes()) or x,
