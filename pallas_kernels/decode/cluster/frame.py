@@ -55,13 +55,12 @@ class Frame:
 
   # What arrives.
 
-  def arrival(self, on: Machine, name: str, parity: Number, num_bytes: int) -> None:
-    """Waits for what the others push, and makes ready for the next time."""
-    # It cannot complete again before that: this is the one arrival that it waits for.
-    barrier = on.base + self.memory.arrived[name]
-    on.wait(barrier, parity)
-    with on.when(on.thread == 0):
-      on.expect(barrier, num_bytes)
+  def renew(self, on: Machine, name: str) -> None:
+    """Makes the barrier of what arrived ready for the next time: after all have waited for it."""
+    # The last thread, which mostly has the least to do. The barrier cannot complete again before:
+    # this is the one arrival that it waits for.
+    with on.when(on.thread == sizes.THREADS - 1):
+      on.expect(on.base + self.memory.arrived[name], self.memory.arriving[name])
 
   def job_bytes(self, on: Machine) -> Number | int:
     """What arrives of queries, keys and values in a layer."""

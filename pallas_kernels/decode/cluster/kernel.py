@@ -126,7 +126,7 @@ class Step(machine.Kernel):
     on.sync()  # a thread's rows are read by all of its thread block
     on.loop(s.num_layers, functools.partial(self._layer, on), on.rank * 0)
     # Also so that no thread block ends while others still push into its memory.
-    frame.arrival(on, "x", on.rank * 0 + s.num_layers % 2, frame.memory.arriving["x"])
+    on.wait(on.base + frame.memory.arrived["x"], on.rank * 0 + s.num_layers % 2)
     self._write_x(on)
 
   def _layer(self, on: Machine, layer: Number, number: Number) -> Number:

@@ -20,6 +20,11 @@ _ONES = 0x3F803F80  # two of bfloat16
 _TILE_ROWS = 8  # sequences of a tile: the columns of an mma
 _WARP_BYTES = sizes.TILE_BYTES // sizes.WARPS  # of a tile
 _HALF_BYTES = _WARP_BYTES // 2  # of them for one mma: 16 bytes of each lane
+# Chunks of weights that wait in registers for the rows, 16 of each thread for a chunk; and as many
+# are on their way from shared memory while others are multiplied.
+_CHUNKS_AHEAD = 3
+# Blocks of K of which the words of the rows are kept; of more they are loaded for every chunk.
+_BLOCKS_KEPT = 2
 
 # (row, feature of the share, two numbers next to each other) -> these two, as they are to be
 Finish = Callable[[Number, Number, list[Number]], list[Number]]
@@ -55,7 +60,7 @@ class Product:
     """finish(rows @ the share + bias), staged in bfloat16 as [R, n].
 
     Args:
-      source: what the rows arrive as. What does not need them is read before they do.
+      source: what the rows arrive as.
       number: of the first slot of the ring.
       parity: of the layer.
       finish: what is done to each number.
@@ -64,45 +69,68 @@ class Product:
       The number of the slot after the last.
     """
     on, frame, matrix = self.on, self.frame, self.matrix
-    # Everything that does not need the rows comes before `arrival`: the way that they are on is
+    # Everything that does not need the rows comes before they arrive: the way that they are on is
     # the longest part of a piece.
-    headers = []
-    moments = [[self._zeros(), self._zeros()] for _ in self.rows]
-    for chunk, (_, _, tiles) in enumerate(matrix.chunks):
-      slot = frame.ring.read(on, number)
-      tile_at = slot + on.lane * 16 + on.warp * _WARP_BYTES
+    chunks = [tiles for _, _, tiles in matrix.chunks]
+    waiting = []  # the weights of chunks, in registers
+    for chunk in range(min(_CHUNKS_AHEAD, len(chunks))):
+      slot = frame.ring.read(on, number + chunk)
       # The first slot has the header as well. Its numbers are kept in registers to the end, for
       # the slot goes back before.
       if chunk == 0:
         headers = self._headers(slot)
-        tile_at = tile_at + matrix.header
-      weights = [
-        [on.load(tile_at + i * sizes.TILE_BYTES + half * _HALF_BYTES, 4) for half in range(2)]
-        for i in range(len(tiles))
-      ]
-      if chunk == 0:
-        frame.arrival(on, source, parity, frame.memory.arriving[source])
+      waiting.append(self._weights(slot, chunk))
+      frame.ring.release(on, number + chunk)
+    moments = [[self._zeros(), self._zeros()] for _ in self.rows]
+    on.wait(on.base + frame.memory.arrived[source], parity)
+    words = {}
+    for chunk, tiles in enumerate(chunks):
+      if matrix.k_blocks > _BLOCKS_KEPT:
+        words = {}
+      words |= {u: self._words(u) for _, u in tiles if u not in words}
+      weights, ahead = waiting.pop(0), chunk + _CHUNKS_AHEAD
+      # Loaded while those before are multiplied.
+      if ahead < len(chunks):
+        waiting.append(self._weights(frame.ring.read(on, number + ahead), ahead))
       for (m, u), halves in zip(tiles, weights, strict=True):
         # A tile of features is summed over all blocks of K before the next one begins: then few
         # accumulators are alive at a time.
         if u == 0:
           sums = [[self._zeros(), self._zeros()] for _ in self.rows]
         # All tiles of features meet the same rows: their moments are taken once.
-        self._multiply(sums, moments if matrix.norm and m == 0 else None, halves, u)
+        self._multiply(sums, moments if matrix.norm and m == 0 else None, halves, words[u])
         if u == matrix.k_blocks - 1:
           self._store_partial(sums, m)
-      frame.ring.release(on, number)
-      number = number + 1
+      if ahead < len(chunks):
+        frame.ring.release(on, number + ahead)
     if matrix.norm:
       for tile, of_tile in enumerate(moments):
         self._store_moments(of_tile, tile)
     on.sync()  # all warps' shares are there
+    frame.renew(on, source)
     self._sum_over_warps(headers, finish)
     on.sync()  # all is staged
-    return number
+    return number + len(chunks)
 
   def _zeros(self) -> list[Number]:
     return [self.on.zero() for _ in range(4)]
+
+  def _weights(self, slot: Number, chunk: int) -> list[list[list[Number]]]:
+    """For each tile of a chunk the words of both halves."""
+    on, matrix = self.on, self.matrix
+    tile_at = slot + on.lane * 16 + on.warp * _WARP_BYTES
+    if chunk == 0:
+      tile_at = tile_at + matrix.header
+    return [
+      [on.load(tile_at + i * sizes.TILE_BYTES + half * _HALF_BYTES, 4) for half in range(2)]
+      for i in range(len(matrix.chunks[chunk][2]))
+    ]
+
+  def _words(self, u: int) -> list[list[Number]]:
+    """The lane's words of a block of K, of the row of each tile."""
+    on, pitch = self.on, shared.pitch(self.matrix.K)
+    at = self.start + on.warp * 64 + self.t * 16 + u * (2 * sizes.K_BLOCK)
+    return [on.load(at + row * pitch, 4) for row in self.rows]
 
   def _headers(self, slot: Number) -> list[list[list[Number]]]:
     """For each pair of features that the thread will finish: its bias and column sums, two each."""
@@ -116,17 +144,18 @@ class Product:
     return headers
 
   def _multiply(
-    self, sums: list[Any], moments: list[Any] | None, halves: list[list[Number]], u: int
+    self,
+    sums: list[Any],
+    moments: list[Any] | None,
+    halves: list[list[Number]],
+    words: list[list[Number]],
   ) -> None:
     """Adds a tile's products, and the moments of the rows where they are asked for."""
-    on, matrix = self.on, self.matrix
-    for k, row in enumerate(self.rows):
-      # Every tile of features meets the same rows: read again, since registers are few.
-      start = self.start + row * shared.pitch(matrix.K) + on.warp * 64 + self.t * 16
-      words = on.load(start + u * (2 * sizes.K_BLOCK), 4)
+    on = self.on
+    for k, of_row in enumerate(words):
       # Two halves with sums of their own: an mma would wait for the one before it.
       for half, weights in enumerate(halves):
-        b = words[2 * half : 2 * half + 2]
+        b = of_row[2 * half : 2 * half + 2]
         sums[k][half] = on.multiply(sums[k][half], weights, b)
         if moments is not None:
           moments[k] = self._moments(moments[k], b)
