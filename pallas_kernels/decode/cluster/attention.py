@@ -1,10 +1,17 @@
 """The attention of a layer: each thread block has some jobs, a head of a sequence each.
 
-The warps share a round of jobs, so many of them each job; a warp takes every so many-th pass of a
-chunk of cached rows. For a pass the lanes are spread twice:
+The warps share a round of jobs, so many of them each job; a warp takes every so many-th octet of
+the rows of a chunk. Scores are products of tensor cores, with queries as the rows of an mma and
+keys as its columns, a part of 32 numbers of a key each:
 
-    scores: lane = [row of the pass, Dk / 8 lanes]   8 numbers of a key each
-    values: lane = [row of the pass, over lanes]     wide = Dv / over numbers of a value each
+    part      0    1    0    1    0    1    0    1      Dk = 64: of four keys; of Dk = 32, of eight
+    column    0    1    2    3    4    5    6    7
+    lanes t   0 . . . . 1 . . . . 2 . . . . 3 . . .     have the sums of columns 2 t and 2 t + 1
+
+The query's parts are so in the mma's rows that a lane's own sums are those of a part with itself.
+Of an octet of keys, lane 4 g + t then has the scores of two own rows, equal for all g.
+
+    values: lane = [row of the octet, over lanes]     wide = Dv / over numbers of a value each
 
 A warp's maximum, total and weighted sum of values go on from chunk to chunk, as in an online
 softmax; in the end those of a job's warps are joined. Scores are in base 2.
@@ -33,11 +40,12 @@ _LOWEST = -1e30  # below all scores, and finite: what is lower still, -inf, then
 _LEAST = 1e-30  # a total, so that a row without keys gives zeros
 # Chunks of each job that are read at once: their scores and rows stay in registers.
 _MOST_AT_ONCE = 4
+_OCTET = 8  # rows of which a lane has two
+_PART = 32  # numbers of a key for two mma: 16 bytes of each of four lanes
 
 # Chunks of cached rows that are read at once: (its first row among those of all pieces, rows).
 Bite = list[tuple[int, int]]
 Softmax = tuple[Number, Number, list[Number]]  # its maximum, its total, the weighted values
-Pass = tuple[Number, Number, Number | None]
 
 
 def attend(
@@ -95,36 +103,58 @@ def _warps_of_job(frame: Frame) -> int:
   return sizes.WARPS // frame.memory.jobs_at_once
 
 
-def _passes(frame: Frame, on: Machine, rows: int) -> Iterator[Pass]:
-  """(the warp's first row, the lane's own, whether it is there) for all rows of a chunk.
+def _octets(frame: Frame, on: Machine, rows: int) -> Iterator[tuple[Number, bool]]:
+  """(the first row of each of the warp's octets, whether all of it is there) of a chunk."""
+  step = _OCTET * _warps_of_job(frame)
+  for start in range(0, rows, step):
+    yield (on.warp % _warps_of_job(frame)) * _OCTET + start, start + step <= rows
 
-  None: it is there for sure.
-  """
-  # A lane has 8 numbers of a key: 16 bytes, the widest load.
-  sharing, Dk = _warps_of_job(frame), frame.sizes.Dk
-  at_once = WARP * 8 // Dk
-  for start in range(0, rows, sharing * at_once):
-    begin = (on.warp % sharing) * at_once + start
-    row, there = begin + on.lane * 8 // Dk, None
-    # A lane beyond the last row reads that one again, and its score is made -inf.
-    if start + sharing * at_once > rows:
-      there = row < rows
-      row = on.select(there, row, on.lane * 0 + (rows - 1))
-    yield begin, row, there
+
+def _own_rows(frame: Frame, t: Number) -> list[Number]:
+  """Of an octet, the two rows whose scores the lanes t have."""
+  keys = _Keys(frame)
+  if keys.parts == 1:
+    return [_shifted(2 * t + j) for j in range(2)]
+  return [t % keys.pairs * (4 // keys.pairs) + (t // keys.pairs + 4 * j) for j in range(2)]
+
+
+def _shifted(n: Number) -> Number:
+  """n, but of every other pair in the other order."""
+  # Lanes t then load rows at even and at odd distances, from all banks, for each of the own rows.
+  return n // 2 * 2 + (n + n // 2) % 2
+
+
+class _Keys:
+  """How keys lie in the columns of an mma."""
+
+  def __init__(self, frame: Frame):
+    Dk = frame.sizes.Dk
+    self.parts = max(1, Dk // _PART)
+    self.rows = _OCTET // self.parts  # of a tile of columns
+    # A lane has the sums of two columns, and so of two parts: lanes have the others.
+    self.pairs = max(1, self.parts // 2)
 
 
 def _biases(frame: Frame, on: Machine, n: Number, bite: Bite) -> list[Number]:
   """What is added to the lane's scores of a bite."""
   # Layers of a group have rows of one table: as wide as the one with most.
   width = max(sum(piece.size for piece in pieces) for pieces in frame.sizes.pieces)
+  own, none = _own_rows(frame, on.lane % 4), on.zero() + float("-inf")
   biases = []
   for first, rows in bite:
-    for _, row, there in _passes(frame, on, rows):
-      (word,) = on.load_global(frames.BIASES, n, width * 4, (row + first) * 4, 1)
-      bias = on.as_float(word)
-      none = on.zero() + float("-inf")
-      biases.append(bias if there is None else on.select(there, bias, none))
+    for begin, whole in _octets(frame, on, rows):
+      for row in own:
+        row = begin + row
+        at = row if whole else _clamped(on, row, rows)
+        (word,) = on.load_global(frames.BIASES, n, width * 4, (at + first) * 4, 1)
+        bias = on.as_float(word)
+        biases.append(bias if whole else on.select(row < rows, bias, none))
   return biases
+
+
+def _clamped(on: Machine, row: Number, rows: int) -> Number:
+  """The row, or the last where there are no more."""
+  return on.select(row < rows, row, on.lane * 0 + (rows - 1))
 
 
 class _Round:
@@ -138,15 +168,17 @@ class _Round:
     which = on.warp // self.sharing
     self.which = on.select(which < len(jobs), which, on.lane * 0 + (len(jobs) - 1))
     self.own = on.base + frame.memory.qkv + (self.which + jobs.start) * (s.head_width * 2)
-    self.across = s.Dk // 8  # lanes that share a key
+    self.g, self.t = on.lane // 4, on.lane % 4
+    self.keys = _Keys(frame)
+    # Keys of less than a part: other lanes load again what those before do, times zeros.
+    self.key_at = self.t * 16 if s.Dk >= _PART else self.t % (s.Dk // 8) * 16
     # Two numbers are a word, the narrowest load.
     self.wide = max(2, s.Dv // WARP)  # numbers of a value that a lane has
     self.over = s.Dv // self.wide  # lanes that share a value
-    self.key_at = on.lane % self.across * 16
     self.value_at = on.lane % self.over * (self.wide * 2)
     self.pitch = (s.Dv + shared.WORD_PADDING) * 4  # of a warp's parts
-    # The scale of scores, and that they are in base 2.
-    self.q = [x * (s.Dk**-0.5 * _LOG2E) for x in self._key(self.own + self.key_at)]
+    self.q = self._query()
+    self.scale = s.Dk**-0.5 * _LOG2E  # of scores, so that they are in base 2
 
   def run(
     self, bites: list[Bite], ahead: list[Number] | None, shown: Number, number: Number
@@ -185,9 +217,6 @@ class _Round:
 
   # A lane's numbers.
 
-  def _key(self, address: Number) -> list[Number]:
-    return [x for word in self.on.load(address, 4) for x in self.on.unpack(word)]
-
   def _value(self, address: Number) -> list[Number]:
     # Four words at once at most.
     on, words = self.on, self.wide // 2
@@ -198,19 +227,62 @@ class _Round:
       for x in on.unpack(word)
     ]
 
-  def _score(self, key: list[Number]) -> Number:
-    on = self.on
-    products = [on.zero(), on.zero()]  # two chains: one alone would wait for itself
-    for i, (a, b) in enumerate(zip(self.q, key, strict=True)):
-      products[i % 2] = on.fma(a, b, products[i % 2])
-    return _joined(on, products[0] + products[1], 1, self.across)
+  def _query(self) -> list[list[Number]]:
+    """The words of two mma: parts of the query, for rows g and g + 8."""
+    on, keys = self.on, self.keys
+    part = self.g % keys.pairs * 2
+    at = self.own + self.key_at
+    words = [on.load(at + part * (2 * _PART), 4)]
+    words.append(words[0] if keys.parts == 1 else on.load(at + (part + 1) * (2 * _PART), 4))
+    if self.frame.sizes.Dk < _PART:
+      there = self.t < self.frame.sizes.Dk // 8
+      words = [[on.select(there, x, 0) for x in of_row] for of_row in words]
+    return [[words[row][2 * half + k] for k in range(2) for row in range(2)] for half in range(2)]
+
+  def _products(self, words: list[Number]) -> list[Number]:
+    """The query times what a lane has of a tile of keys: the scores of its rows."""
+    on, keys = self.on, self.keys
+    sums = [on.zero() for _ in range(4)]
+    for half, q in enumerate(self.q):
+      sums = on.multiply(sums, q, words[2 * half : 2 * half + 2])
+    if keys.parts == 1:
+      return sums[:2]
+    # Columns 2 t and 2 t + 1 with rows g and g + 8, which have the same parts.
+    x = sums[0] + sums[3]
+    if keys.pairs > 1:
+      x = on.select(self.g % keys.pairs == self.t % keys.pairs, x, on.zero())
+      x = _joined(on, _joined(on, x, 1, keys.pairs), 4, 4 * keys.pairs)
+    return [x]
+
+  def _scores(self, slot: Number, begin: Number, rows: int, whole: bool) -> list[Number]:
+    """The scores of the lane's two rows of an octet, without their scale."""
+    on, keys, Dk = self.on, self.keys, self.frame.sizes.Dk
+    row, part = self.g // keys.parts, self.g % keys.parts
+    if keys.parts == 1:
+      row = _shifted(row)
+    found = []
+    for tile in range(keys.parts):
+      nth = begin + row + tile * keys.rows
+      nth = nth if whole else _clamped(on, nth, rows)
+      words = on.load(slot + nth * (Dk * 2) + part * (2 * _PART) + self.key_at, 4)
+      found += self._products(words)
+    # Of more tiles than two, lanes take those that are theirs.
+    return [self._chosen(found[j * keys.pairs : (j + 1) * keys.pairs]) for j in range(2)]
+
+  def _chosen(self, numbers: list[Number]) -> Number:
+    """numbers[t], if there are so many."""
+    chosen = numbers[0]
+    for n, x in enumerate(numbers[1:], start=1):
+      chosen = self.on.select(self.t % self.keys.pairs == n, x, chosen)
+    return chosen
 
   # The softmax: its maximum, its total, and the weighted sum of values.
 
   def _own_row(self, shown: Number) -> Softmax:
     """The first of a job's warps begins with the step's own row, if it is seen."""
-    on, Dk = self.on, self.frame.sizes.Dk
-    score = self._score(self._key(self.own + Dk * 2 + self.key_at))
+    on, keys, Dk = self.on, self.keys, self.frame.sizes.Dk
+    key = on.load(self.own + Dk * 2 + self.g % keys.parts * (2 * _PART) + self.key_at, 4)
+    score = self._products(key)[0] * self.scale
     begins = on.warp % self.sharing + (1 - shown) == 0
     top = on.select(begins, score, on.zero() + _LOWEST)
     total = on.select(begins, on.zero() + 1.0, on.zero())
@@ -227,26 +299,26 @@ class _Round:
     on, (top, total, out) = self.on, carry
     next_bias, scores, values = iter(biases), [], []
     for slot, (_, rows) in zip(self._slots(bite, several, number), bite, strict=True):
-      for begin, row, there in _passes(self.frame, on, rows):
-        key = self._key(slot + row * (self.frame.sizes.Dk * 2) + self.key_at)
-        scores.append(self._score(key) + next(next_bias))
-        start = slot + rows * self.frame.sizes.Dk * 2
-        values.append((start, begin, None if there is None else rows))
-    # Lanes that share a key have the same scores; the maximum and the total are over the others.
+      start = slot + rows * self.frame.sizes.Dk * 2
+      for begin, whole in _octets(self.frame, on, rows):
+        for score in self._scores(slot, begin, rows, whole):
+          scores.append(on.fma(score, on.zero() + self.scale, next(next_bias)))
+        values.append((start, begin, None if whole else rows))
+    # Lanes t have scores of other rows, lanes g the same.
     highest = top
     for x in scores:
       highest = on.maximum(highest, x)
-    highest = _joined(on, highest, self.across, WARP, on.maximum)
+    highest = _joined(on, highest, 1, 4, on.maximum)
     before = on.exp2(top - highest)
     weights = [on.exp2(x - highest) for x in scores]
     added = on.zero()
     for x in weights:
       added = added + x
-    added = _joined(on, added, self.across, WARP)
+    added = _joined(on, added, 1, 4)
     top, total = highest, on.fma(total, before, added)
     out = [x * before for x in out]
-    for weight, (start, begin, rows) in zip(weights, values, strict=True):
-      out = self._add_values(out, weight, start, begin, rows)
+    for n, (start, begin, rows) in enumerate(values):
+      out = self._add_values(out, weights[2 * n : 2 * n + 2], start, begin, rows)
     return top, total, out
 
   def _slots(self, bite: Bite, several: bool, number: Number) -> list[Number]:
@@ -260,20 +332,20 @@ class _Round:
     return [ring.read(on, number + self.which + k * jobs) for k in range(len(bite))]
 
   def _add_values(
-    self, out: list[Number], weight: Number, start: Number, begin: Number, rows: int | None
+    self, out: list[Number], weights: list[Number], start: Number, begin: Number, rows: int | None
   ) -> list[Number]:
-    """out + weights times values of a pass; `rows` of the chunk, if it may have fewer."""
-    # WARP / across rows of a pass were scored at once; of their values, WARP / over go at once. A
-    # row's weight is with the lanes that scored it.
+    """out + weights times values of an octet; `rows` of the chunk, if it may have fewer."""
     on = self.on
-    for j in range(0, WARP // self.across, WARP // self.over):
-      nth = on.lane // self.over + j
-      share = on.shuffle_from(weight, nth * self.across)
-      row = begin + nth
-      if rows is not None:
-        row = on.select(row < rows, row, on.lane * 0 + (rows - 1))
-      value = self._value(start + row * (self.frame.sizes.Dv * 2) + self.value_at)
-      out = [on.fma(share, x, y) for x, y in zip(value, out, strict=True)]
+    for j, weight in enumerate(weights):
+      for t in range(0, 4, WARP // self.over):
+        # The lane t whose row this is.
+        whose = on.lane // self.over + t
+        share = on.shuffle_from(weight, whose)
+        row = begin + _own_rows(self.frame, whose)[j]
+        if rows is not None:
+          row = _clamped(on, row, rows)
+        value = self._value(start + row * (self.frame.sizes.Dv * 2) + self.value_at)
+        out = [on.fma(share, x, y) for x, y in zip(value, out, strict=True)]
     return out
 
   # What the warps have becomes one.

@@ -108,8 +108,9 @@ class Piece:
 
   def chunks(self, row_bytes: int) -> list[tuple[int, int]]:
     """(first row, rows) of each slot of the ring."""
-    # Multiples of 8 rows: the warps that share them then mostly have as many of them each.
-    most = CHUNK_BYTES // row_bytes // 8 * 8
+    # Octets of rows, as many for each of up to four warps that share them.
+    most = CHUNK_BYTES // row_bytes
+    most = most // 32 * 32 or most // 8 * 8
     return [(at, min(most, self.size - at)) for at in range(0, self.size, most)]
 
 
