@@ -11,10 +11,15 @@ keys as its columns, a part of 32 numbers of a key each:
 The query's parts are so in the mma's rows that a lane's own sums are those of a part with itself.
 Of an octet of keys, lane 4 g + t then has the scores of two own rows, equal for all g.
 
-    values: lane = [row of the octet, over lanes]     wide = Dv / over numbers of a value each
+Weighted values are products too: features of values as the rows of an mma, rows of the cache as the
+axis that is summed, the own rows of lanes t where they have it. Columns 2 t and 2 t + 1 have the
+weights of these rows and zeros for those of other lanes, so that a lane's sums are of what it has
+loaded itself, and lanes may load as shared memory likes it. The two columns are the two bfloat16
+that a weight is split into.
 
 A warp's maximum, total and weighted sum of values go on from chunk to chunk, as in an online
-softmax; in the end those of a job's warps are joined. Scores are in base 2.
+softmax; in the end those of a job's warps are joined, with the step's own row. Scores are in base
+2.
 """
 
 import functools
@@ -32,7 +37,6 @@ from pallas_kernels.decode.cluster.frame import Frame
 from pallas_kernels.decode.cluster.machine import Machine
 from pallas_kernels.decode.cluster.machine import Number
 from pallas_kernels.decode.cluster.machine import Table
-from pallas_kernels.decode.cluster.machine import WARP
 from pallas_kernels.decode.cluster.sizes import Piece
 
 _LOG2E = math.log2(math.e)
@@ -45,7 +49,8 @@ _PART = 32  # numbers of a key for two mma: 16 bytes of each of four lanes
 
 # Chunks of cached rows that are read at once: (its first row among those of all pieces, rows).
 Bite = list[tuple[int, int]]
-Softmax = tuple[Number, Number, list[Number]]  # its maximum, its total, the weighted values
+# Its maximum, the lane's total, the sums of each mma of values; of no rows these are None.
+Softmax = tuple[Number, Number, list[list[Number]] | None]
 
 
 def attend(
@@ -172,11 +177,12 @@ class _Round:
     self.keys = _Keys(frame)
     # Keys of less than a part: other lanes load again what those before do, times zeros.
     self.key_at = self.t * 16 if s.Dk >= _PART else self.t % (s.Dk // 8) * 16
-    # Two numbers are a word, the narrowest load.
-    self.wide = max(2, s.Dv // WARP)  # numbers of a value that a lane has
-    self.over = s.Dv // self.wide  # lanes that share a value
-    self.value_at = on.lane % self.over * (self.wide * 2)
-    self.pitch = (s.Dv + shared.WORD_PADDING) * 4  # of a warp's parts
+    # A lane has an eighth of a value, in units of 16 bytes if there are so many.
+    self.unit = min(16, s.Dv // 4)
+    self.units = s.Dv // 4 // self.unit
+    self.unit_at = self._unit(self.g, self.t) * self.unit
+    self.pitch = (s.Dv + shared.WORD_PADDING) * 4  # of a warp's part
+    self.part = on.base + frame.memory.parts + on.warp * self.pitch
     self.q = self._query()
     self.scale = s.Dk**-0.5 * _LOG2E  # of scores, so that they are in base 2
 
@@ -194,8 +200,8 @@ class _Round:
     Returns:
       The number of the slot after the last.
     """
-    # The step's own row is not taken from the cache, to which it is written last.
-    carry = self._own_row(shown)
+    self._store_own(shown)
+    carry = self.on.zero() + _LOWEST, self.on.zero(), None
     for bite in bites:
       biases = _biases(self.frame, self.on, self.n, bite) if ahead is None else ahead
       ahead = None
@@ -203,10 +209,7 @@ class _Round:
       for k in range(len(bite) * len(self.jobs)):
         self.frame.ring.release(self.on, number + k)
       number = number + len(bite) * len(self.jobs)
-    # Lanes that have the same numbers of different rows.
-    top, total, out = carry
-    out = [_joined(self.on, x, self.over, WARP) for x in out]
-    self._store_parts(top, total, out)
+    self._store_parts(carry)
     self.on.sync()
     self._join_warps()
     self.on.sync()
@@ -217,15 +220,12 @@ class _Round:
 
   # A lane's numbers.
 
-  def _value(self, address: Number) -> list[Number]:
-    # Four words at once at most.
-    on, words = self.on, self.wide // 2
-    return [
-      x
-      for start in range(0, words, 4)
-      for word in on.load(address + start * 4, min(words, 4))
-      for x in on.unpack(word)
-    ]
+  def _unit(self, g: Number, t: Number) -> Number:
+    """Which unit of the first eight of a value a lane has."""
+    # Lanes that load at the same time are those of neighbouring g and all t. Rows of values mostly
+    # begin in the same bank, so that lanes t have other units; narrow ones in two.
+    turn = {16: 2 * t, 8: t // 2 * 4}.get(self.unit, 0)
+    return (g + turn) % 8
 
   def _query(self) -> list[list[Number]]:
     """The words of two mma: parts of the query, for rows g and g + 8."""
@@ -278,19 +278,16 @@ class _Round:
 
   # The softmax: its maximum, its total, and the weighted sum of values.
 
-  def _own_row(self, shown: Number) -> Softmax:
-    """The first of a job's warps begins with the step's own row, if it is seen."""
-    on, keys, Dk = self.on, self.keys, self.frame.sizes.Dk
-    key = on.load(self.own + Dk * 2 + self.g % keys.parts * (2 * _PART) + self.key_at, 4)
+  def _store_own(self, shown: Number) -> None:
+    """The score of the step's own row, which is not taken from the cache, and if it is seen."""
+    on, s = self.on, self.frame.sizes
+    part = self.g % self.keys.parts
+    key = on.load(self.own + s.Dk * 2 + part * (2 * _PART) + self.key_at, 4)
     score = self._products(key)[0] * self.scale
-    begins = on.warp % self.sharing + (1 - shown) == 0
-    top = on.select(begins, score, on.zero() + _LOWEST)
-    total = on.select(begins, on.zero() + 1.0, on.zero())
-    value = self._value(self.own + 4 * Dk + self.value_at)
-    out = [on.select(begins, x, on.zero()) for x in value]
-    if self.over < WARP:  # the lanes are joined in the end: only some of them have it
-      out = [on.select(on.lane < self.over, x, on.zero()) for x in out]
-    return top, total, out
+    score = on.select(shown == 1, score, _LOWEST)
+    seen = on.select(shown == 1, on.zero() + 1.0, 0.0)
+    with on.when(on.lane == 0):
+      on.store(self.part + s.Dv * 4 + 8, [score, seen])
 
   def _bite(
     self, bite: Bite, biases: Iterable[Number], several: bool, carry: Softmax, number: Number
@@ -311,15 +308,14 @@ class _Round:
     highest = _joined(on, highest, 1, 4, on.maximum)
     before = on.exp2(top - highest)
     weights = [on.exp2(x - highest) for x in scores]
-    added = on.zero()
+    total = total * before
     for x in weights:
-      added = added + x
-    added = _joined(on, added, 1, 4)
-    top, total = highest, on.fma(total, before, added)
-    out = [x * before for x in out]
-    for n, (start, begin, rows) in enumerate(values):
-      out = self._add_values(out, weights[2 * n : 2 * n + 2], start, begin, rows)
-    return top, total, out
+      total = total + x
+    if out is not None:
+      out = [[x * before for x in sums] for sums in out]
+    for n in range(0, len(values), 2):
+      out = self._add_values(out, weights[2 * n : 2 * n + 4], values[n : n + 2])
+    return highest, total, out
 
   def _slots(self, bite: Bite, several: bool, number: Number) -> list[Number]:
     """The addresses of the job's chunks."""
@@ -332,38 +328,81 @@ class _Round:
     return [ring.read(on, number + self.which + k * jobs) for k in range(len(bite))]
 
   def _add_values(
-    self, out: list[Number], weights: list[Number], start: Number, begin: Number, rows: int | None
-  ) -> list[Number]:
-    """out + weights times values of an octet; `rows` of the chunk, if it may have fewer."""
+    self,
+    out: list[list[Number]] | None,
+    weights: list[Number],
+    values: list[tuple[Number, Number, int | None]],
+  ) -> list[list[Number]]:
+    """out + weights times values of one or two octets: (address, first row, rows of the chunk)."""
     on = self.on
-    for j, weight in enumerate(weights):
-      for t in range(0, 4, WARP // self.over):
-        # The lane t whose row this is.
-        whose = on.lane // self.over + t
-        share = on.shuffle_from(weight, whose)
-        row = begin + _own_rows(self.frame, whose)[j]
-        if rows is not None:
-          row = _clamped(on, row, rows)
-        value = self._value(start + row * (self.frame.sizes.Dv * 2) + self.value_at)
-        out = [on.fma(share, x, y) for x, y in zip(value, out, strict=True)]
-    return out
+    rows = [row for octet in values for row in self._own_values(*octet)]
+    b = [self._column(*weights[n : n + 2]) for n in range(0, len(weights), 2)]
+    none = on.lane * 0
+    if len(values) == 1:
+      b.append(none)
+    sums = []
+    for n, words in enumerate(zip(*rows, strict=True)):
+      a = on.halves(*words[:2])
+      a += on.halves(*words[2:]) if len(values) > 1 else [none, none]
+      before = [on.zero() for _ in range(4)] if out is None else out[n]
+      sums.append(on.multiply(before, a, b))
+    return sums
+
+  def _own_values(self, start: Number, begin: Number, rows: int | None) -> list[list[Number]]:
+    """What a lane has of the values of its two rows of an octet."""
+    found = []
+    for row in _own_rows(self.frame, self.t):
+      row = begin + row if rows is None else _clamped(self.on, begin + row, rows)
+      at = start + row * (self.frame.sizes.Dv * 2) + self.unit_at
+      units = [self.on.load(at + n * 8 * self.unit, self.unit // 4) for n in range(self.units)]
+      found.append([word for unit in units for word in unit])
+    return found
+
+  def _column(self, low: Number, high: Number) -> Number:
+    """The word of two weights in the lane's column: their upper parts, their lower, or zeros."""
+    on = self.on
+    upper = on.pack(low, high)
+    rest = [x - y for x, y in zip((low, high), on.unpack(upper), strict=True)]
+    word = on.select(self.g % 2 == 0, upper, on.pack(*rest))
+    return on.select(self.g // 2 == self.t, word, on.lane * 0)
 
   # What the warps have becomes one.
 
-  def _store_parts(self, top: Number, total: Number, out: list[Number]) -> None:
-    on, Dv = self.on, self.frame.sizes.Dv
-    share = on.base + self.frame.memory.parts + on.warp * self.pitch
-    # All lanes have the sum now: the first write it.
-    with on.when(on.lane < self.over):
-      for start in range(0, self.wide, 4):
-        on.store(share + on.lane * (self.wide * 4) + start * 4, out[start : start + 4])
+  def _store_parts(self, carry: Softmax) -> None:
+    """The warp's values, maximum and total."""
+    on, (top, total, out) = self.on, carry
+    total = _joined(on, total, 1, 4)
     with on.when(on.lane == 0):
-      on.store(share + Dv * 4, [top, total])
+      on.store(self.part + self.frame.sizes.Dv * 4, [top, total])
+    at, sums = self._over_rows([x for c in out for x in (c[0] + c[1], c[2] + c[3])])
+    for start in range(0, len(sums), 4):
+      on.store(self.part + at * 4 + start * 4, sums[start : start + 4])
+
+  def _over_rows(self, sums: list[Number]) -> tuple[Number, list[Number]]:
+    """Sums over the lanes t, each of which gets some of them: the first one's feature, and they."""
+    on, per_unit = self.on, self.unit // 2
+    first = on.lane * 0
+    for distance in (1, 2):
+      upper = self.t // distance % 2 == 1
+      other = (self.t + 2) % 4 if distance == 2 else self.t + 1 - self.t % 2 * 2
+      # The lane g of these that has the same unit.
+      g = (self._unit(self.g, self.t) + 8 - self._unit(on.lane * 0, other)) % 8
+      half = len(sums) // 2
+      if half == 0:
+        sums = [x + on.shuffle_from(x, g * 4 + other) for x in sums]
+        continue
+      kept = [on.select(upper, b, a) for a, b in zip(sums[:half], sums[half:], strict=True)]
+      given = [on.select(upper, a, b) for a, b in zip(sums[:half], sums[half:], strict=True)]
+      sums = [x + on.shuffle_from(y, g * 4 + other) for x, y in zip(kept, given, strict=True)]
+      first = first + on.select(upper, on.lane * 0 + half, 0)
+    unit = self._unit(self.g, self.t) + first // per_unit * 8
+    return unit * per_unit + first % per_unit, sums
 
   def _join_warps(self) -> None:
     """One softmax of what the warps of each job have, staged."""
     on, frame, pitch = self.on, self.frame, self.pitch
-    Dv, warps = frame.sizes.Dv, range(self.sharing)
+    s = frame.sizes
+    Dv, warps = s.Dv, range(self.sharing)
 
     def join_pair(number) -> None:
       job, pair = number // (Dv // 2), number % (Dv // 2)
@@ -371,6 +410,12 @@ class _Round:
       two = lambda address: [on.as_float(x) for x in on.load(address, 2)]
       ends = [two(start + (warp * pitch + Dv * 4)) for warp in warps]
       values = [two(start + pair * 8 + warp * pitch) for warp in warps]
+      # The step's own row: a part of one value.
+      ends.append(two(start + (Dv * 4 + 8)))
+      own = on.base + frame.memory.qkv + (job + self.jobs.start) * (s.head_width * 2)
+      (word,) = on.load(own + 4 * s.Dk + pair * 4, 1)
+      ((_, seen), value) = ends[-1], on.unpack(word)
+      values.append([x * seen for x in value])
       # A warp without rows has the lowest top and a total of 0.
       highest = ends[0][0]
       for top, _ in ends[1:]:

@@ -92,6 +92,10 @@ class Machine(abc.ABC):
   def pack(self, low: Number, high: Number) -> Number:
     """Two float32 rounded to the two bfloat16 of a word."""
 
+  @abc.abstractmethod
+  def halves(self, a: Number, b: Number) -> list[Number]:
+    """A word of the lower halves of two words, a's first, and one of their upper halves."""
+
   # Threads of a warp, all of which take part: not within a `when` that divides a warp.
 
   @abc.abstractmethod

@@ -177,6 +177,13 @@ class Gpu(machine.Machine):
     ptx = "cvt.rn.bf16x2.f32 $0, $1, $2;"  # the instruction names the upper half first
     return Value(utils.inline_ptx(ptx, high.x, low.x, result_types=self._i32))
 
+  def halves(self, a: Number, b: Number) -> list[Number]:
+    # Bytes of both words by their numbers, the last first: a has 0 to 3, b 4 to 7.
+    return [
+      Value(utils.inline_ptx(f"prmt.b32 $0, $1, $2, {which};", a.x, b.x, result_types=self._i32))
+      for which in ("0x5410", "0x7632")
+    ]
+
   # Threads of a warp, all of which take part.
 
   def _shuffle(self, kind: str, x: Value, lane: Value | int) -> Value:

@@ -109,6 +109,10 @@ class Simulated(machine.Machine):
     short = lambda x: np.asarray(x, np.float32).astype(jax.numpy.bfloat16).view(np.uint16)
     return short(low).astype(np.uint32) | short(high).astype(np.uint32) << 16
 
+  def halves(self, a: Number, b: Number) -> list[Number]:
+    a, b = (np.asarray(x, np.uint32) for x in (a, b))
+    return [a & 0xFFFF | b << 16, a >> 16 | b & _HIGH_HALF]
+
   # Threads of a warp.
 
   def shuffle_xor(self, x: Number, distance: int) -> Number:
