@@ -29,7 +29,6 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 
-from pallas_kernels.decode.cluster import frame as frames
 from pallas_kernels.decode.cluster import machine
 from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
@@ -142,8 +141,7 @@ class _Keys:
 
 def _biases(frame: Frame, on: Machine, n: Number, bite: Bite) -> list[Number]:
   """What is added to the lane's scores of a bite."""
-  # Layers of a group have rows of one table: as wide as the one with most.
-  width = max(sum(piece.size for piece in pieces) for pieces in frame.sizes.pieces)
+  start = on.base + frame.memory.biases + n * (frame.sizes.bias_width * 4)
   own, none = _own_rows(frame, on.lane % 4), on.zero() + float("-inf")
   biases = []
   for first, rows in bite:
@@ -151,7 +149,7 @@ def _biases(frame: Frame, on: Machine, n: Number, bite: Bite) -> list[Number]:
       for row in own:
         row = begin + row
         at = row if whole else _clamped(on, row, rows)
-        (word,) = on.load_global(frames.BIASES, n, width * 4, (at + first) * 4, 1)
+        (word,) = on.load(start + at * 4 + first * 4, 1)
         bias = on.as_float(word)
         biases.append(bias if whole else on.select(row < rows, bias, none))
   return biases

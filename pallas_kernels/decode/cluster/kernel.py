@@ -123,7 +123,8 @@ class Step(machine.Kernel):
   def compute(self, on: Machine) -> None:
     s, frame = self.sizes, self.frame
     self._read_x(on)
-    on.sync()  # a thread's rows are read by all of its thread block
+    self._read_biases(on)
+    on.sync()  # what a thread has read is used by all of its thread block
     on.loop(s.num_layers, functools.partial(self._layer, on), on.rank * 0)
     # Also so that no thread block ends while others still push into its memory.
     on.wait(on.base + frame.memory.arrived["x"], on.rank * 0 + s.num_layers % 2)
@@ -184,6 +185,16 @@ class Step(machine.Kernel):
       on.store(at, words)
 
     self.frame.each(on, s.R * vectors, read)
+
+  def _read_biases(self, on: Machine) -> None:
+    """All of them, once: they are of the step."""
+    count = len(self.sizes.pieces) * self.sizes.bias_width
+
+    def read(number) -> None:
+      words = on.load_global(frames.BIASES, on.lane * 0, count * 4, number * 4, 1)
+      on.store(on.base + self.frame.memory.biases + number * 4, words)
+
+    self.frame.each(on, count, read)
 
   def _write_x(self, on: Machine) -> None:
     """Each thread block its columns."""

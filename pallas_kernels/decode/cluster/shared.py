@@ -1,12 +1,14 @@
 """What a thread block keeps in shared memory, and the ring through which its weights and rows come.
 
-    x[0] | x[1] | stats | attended | hidden | qkv | partial | staged | parts | barriers | ring
+    x[0] | x[1] | biases | stats | attended | hidden | qkv | partial | staged | parts | barriers |
+    ring
 
 Rows of R sequences: `x[0]`, the residual stream before a layer's attention and after it, `x[1]`;
 what the heads gave, `attended`; the activated features, `hidden`. Others push into these. `qkv` are
-queries, keys and values of the thread block's own jobs. Its own are `stats`, the warps' shares of
-a row's moments; `partial`, their shares of a product; `parts`, their shares of the attention;
-and `staged`, what is pushed next. `ring`: weights and cached rows on their way.
+queries, keys and values of the thread block's own jobs. Its own are `biases`, what is added to the
+scores of all layers of a group; `stats`, the warps' shares of a row's moments; `partial`, their
+shares of a product; `parts`, their shares of the attention; and `staged`, what is pushed next.
+`ring`: weights and cached rows on their way.
 """
 
 from pallas_kernels.decode.cluster import machine
@@ -53,6 +55,7 @@ class SharedMemory:
     # A power of two, so that as many warps share each.
     self.jobs_at_once = min(sizes.WARPS, 1 << (s.jobs - 1).bit_length())
     self.x = [self._take(s.R * pitch(s.E)) for _ in range(2)]
+    self.biases = self._take(len(s.pieces) * s.bias_width * 4)  # of scores, as in global memory
     self.stats = self._take(sizes.WARPS * s.R * 8)  # the sum and the sum of squares, float32
     self.attended = self._take(s.R * pitch(s.H * s.Dv))
     self.hidden = self._take(s.R * pitch(s.F))

@@ -172,6 +172,12 @@ class Sizes:
     return len(self.pieces) * self.groups
 
   @property
+  def bias_width(self) -> int:
+    """Numbers that a layer of a group has in the table of what is added to scores."""
+    # Layers of a group have rows of one table: as wide as the one with most.
+    return max(sum(piece.size for piece in pieces) for pieces in self.pieces)
+
+  @property
   def jobs(self) -> int:
     """Heads of sequences that each thread block attends for."""
     # In order, so that the last thread blocks may have fewer, or none.
