@@ -22,12 +22,12 @@ softmax; in the end those of a job's warps are joined, with the step's own row. 
 2.
 """
 
+import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 
 from pallas_kernels.decode.cluster import machine
 from pallas_kernels.decode.cluster import shared
@@ -43,6 +43,8 @@ _LOWEST = -1e30  # below all scores, and finite: what is lower still, -inf, then
 _LEAST = 1e-30  # a total, so that a row without keys gives zeros
 # Chunks of each job that are read at once: their scores and rows stay in registers.
 _MOST_AT_ONCE = 4
+# Registers for cached rows that wait for the query.
+_ROWS_AHEAD = 72
 _OCTET = 8  # rows of which a lane has two
 _PART = 32  # numbers of a key for two mma: 16 bytes of each of four lanes
 
@@ -72,14 +74,15 @@ def attend(
   # Layers of a kind have equal pieces, so that all sizes are known while tracing.
   memory, pieces = frame.memory, frame.kinds[kind]
   bites = [_bites(frame, pieces, len(jobs)) for jobs in frame.rounds]
-  # Read before queries arrive: whether the own row is seen, where it goes, and the first biases.
+  # Before queries arrive: whether the own row is seen, where it goes, and the first rows.
   shown = frame.place(on, n, 0)
   slots = [frame.place(on, n, 2 + 2 * m) for m in range(len(pieces))]
-  ahead = _biases(frame, on, n, bites[0][0])
+  rounds = [_Round(frame, on, n, jobs) for jobs in frame.rounds]
+  ahead = rounds[0].ahead(bites[0], number)
   barrier = on.base + memory.arrived["qkv"]
   on.wait(barrier, parity)
-  for jobs, of_round in zip(frame.rounds, bites, strict=True):
-    number = _Round(frame, on, n, jobs).run(of_round, ahead, shown, number)
+  for of_round, its_bites in zip(rounds, bites, strict=True):
+    number = of_round.run(its_bites, ahead, shown, number)
     ahead = None  # of the first round only: more would take registers
   # Not before all threads have met: where nothing is to come, this completes the barrier at once,
   # and a thread that still waits would miss that.
@@ -107,19 +110,12 @@ def _warps_of_job(frame: Frame) -> int:
   return sizes.WARPS // frame.memory.jobs_at_once
 
 
-def _octets(frame: Frame, on: Machine, rows: int) -> Iterator[tuple[Number, bool]]:
-  """(the first row of each of the warp's octets, whether all of it is there) of a chunk."""
-  step = _OCTET * _warps_of_job(frame)
-  for start in range(0, rows, step):
-    yield (on.warp % _warps_of_job(frame)) * _OCTET + start, start + step <= rows
-
-
-def _own_rows(frame: Frame, t: Number) -> list[Number]:
-  """Of an octet, the two rows whose scores the lanes t have."""
-  keys = _Keys(frame)
-  if keys.parts == 1:
-    return [_shifted(2 * t + j) for j in range(2)]
-  return [t % keys.pairs * (4 // keys.pairs) + (t // keys.pairs + 4 * j) for j in range(2)]
+def _own_rows(frame: Frame, t: Number) -> list[tuple[Number, int]]:
+  """Of an octet, the two rows whose scores the lanes t have: a number, and what is added to it."""
+  tiles = _KeyTiles(frame)
+  if tiles.parts == 1:
+    return [(_shifted(2 * t + j), 0) for j in range(2)]
+  return [(t % tiles.pairs * (4 // tiles.pairs) + t // tiles.pairs, 4 * j) for j in range(2)]
 
 
 def _shifted(n: Number) -> Number:
@@ -128,7 +124,7 @@ def _shifted(n: Number) -> Number:
   return n // 2 * 2 + (n + n // 2) % 2
 
 
-class _Keys:
+class _KeyTiles:
   """How keys lie in the columns of an mma."""
 
   def __init__(self, frame: Frame):
@@ -139,25 +135,37 @@ class _Keys:
     self.pairs = max(1, self.parts // 2)
 
 
-def _biases(frame: Frame, on: Machine, n: Number, bite: Bite) -> list[Number]:
-  """What is added to the lane's scores of a bite."""
-  start = on.base + frame.memory.biases + n * (frame.sizes.bias_width * 4)
-  own, none = _own_rows(frame, on.lane % 4), on.zero() + float("-inf")
-  biases = []
-  for first, rows in bite:
-    for begin, whole in _octets(frame, on, rows):
-      for row in own:
-        row = begin + row
-        at = row if whole else _clamped(on, row, rows)
-        (word,) = on.load(start + at * 4 + first * 4, 1)
-        bias = on.as_float(word)
-        biases.append(bias if whole else on.select(row < rows, bias, none))
-  return biases
+@dataclasses.dataclass
+class _Octet:
+  """Rows of a chunk, as a lane reads them.
 
+  Attributes:
+    slot: address of the chunk.
+    values: address of its values.
+    biases: address of what is added to its scores.
+    begin: the octet's first row, but for `start`.
+    start: rows before, the same for all warps.
+    rows: of the chunk; None: it has all of the octet.
+    loaded: keys, of each tile, and values, of each own row; None: they are yet to be loaded.
+  """
 
-def _clamped(on: Machine, row: Number, rows: int) -> Number:
-  """The row, or the last where there are no more."""
-  return on.select(row < rows, row, on.lane * 0 + (rows - 1))
+  slot: Number
+  values: Number
+  biases: Number
+  begin: Number
+  start: int
+  rows: int | None
+  loaded: tuple[list[list[Number]], list[list[Number]]] | None = None
+
+  def address(self, on: Machine, first: Number, row: Number, plus: int, pitch: int) -> Number:
+    """Of a row of the octet, where rows of so many bytes begin at `first`."""
+    row, before = self.begin + row, self.start + plus
+    if self.rows is None:
+      # What is known is added last: it is part of the instruction then.
+      return first + row * pitch + before * pitch
+    # The last, where there are no more.
+    row = row + before
+    return first + on.select(row < self.rows, row, on.lane * 0 + (self.rows - 1)) * pitch
 
 
 class _Round:
@@ -172,42 +180,54 @@ class _Round:
     self.which = on.select(which < len(jobs), which, on.lane * 0 + (len(jobs) - 1))
     self.own = on.base + frame.memory.qkv + (self.which + jobs.start) * (s.head_width * 2)
     self.g, self.t = on.lane // 4, on.lane % 4
-    self.keys = _Keys(frame)
+    self.key_tiles = _KeyTiles(frame)
     # Keys of less than a part: other lanes load again what those before do, times zeros.
     self.key_at = self.t * 16 if s.Dk >= _PART else self.t % (s.Dk // 8) * 16
     # A lane has an eighth of a value, in units of 16 bytes if there are so many.
     self.unit = min(16, s.Dv // 4)
     self.units = s.Dv // 4 // self.unit
     self.unit_at = self._unit(self.g, self.t) * self.unit
-    self.pitch = (s.Dv + shared.WORD_PADDING) * 4  # of a warp's part
+    self.pitch = shared.part_bytes(s)  # of a warp's part
     self.part = on.base + frame.memory.parts + on.warp * self.pitch
-    self.q = self._query()
     self.scale = s.Dk**-0.5 * _LOG2E  # of scores, so that they are in base 2
 
+  def ahead(self, bites: list[Bite], number: Number) -> list[_Octet] | None:
+    """All cached rows in registers, whose slots go back at once; None: they are too many."""
+    s = self.frame.sizes
+    step = _OCTET * self.sharing
+    of_each = 4 * self.key_tiles.parts + 2 * s.Dv // 16
+    if len(bites) > 1 or of_each * sum(-(-rows // step) for _, rows in bites[0]) > _ROWS_AHEAD:
+      return None
+    octets = self._octets(bites[0], False, number)
+    for octet in octets:
+      octet.loaded = self._keys(octet), self._values(octet)
+    self._release(bites[0], number)
+    return octets
+
   def run(
-    self, bites: list[Bite], ahead: list[Number] | None, shown: Number, number: Number
+    self, bites: list[Bite], ahead: list[_Octet] | None, shown: Number, number: Number
   ) -> Number:
     """Attends and pushes what the jobs give to all thread blocks.
 
     Args:
       bites: of the cached rows.
-      ahead: the biases of the first bite, if they have been read.
+      ahead: of `ahead`.
       shown: 1 if the step's own row is seen, else 0.
       number: of the first slot of the ring.
 
     Returns:
       The number of the slot after the last.
     """
-    self._store_own(shown)
-    carry = self.on.zero() + _LOWEST, self.on.zero(), None
+    self.q = self._query()
+    own = self._own(shown)
+    carry = own[0], self.on.zero(), None
     for bite in bites:
-      biases = _biases(self.frame, self.on, self.n, bite) if ahead is None else ahead
-      ahead = None
-      carry = self._bite(bite, biases, len(bites) > 1, carry, number)
-      for k in range(len(bite) * len(self.jobs)):
-        self.frame.ring.release(self.on, number + k)
+      octets = ahead or self._octets(bite, len(bites) > 1, number)
+      carry = self._bite(octets, carry)
+      if ahead is None:
+        self._release(bite, number)
       number = number + len(bite) * len(self.jobs)
-    self._store_parts(carry)
+    self._store_parts(carry, own)
     self.on.sync()
     self._join_warps()
     self.on.sync()
@@ -216,7 +236,54 @@ class _Round:
       self.on.sync()  # before the next round's parts take the place of these
     return number
 
+  def _release(self, bite: Bite, number: Number) -> None:
+    for k in range(len(bite) * len(self.jobs)):
+      self.frame.ring.release(self.on, number + k)
+
   # A lane's numbers.
+
+  def _octets(self, bite: Bite, several: bool, number: Number) -> list[_Octet]:
+    """The warp's octets of a bite."""
+    on, s = self.on, self.frame.sizes
+    biases = on.base + self.frame.memory.biases + self.n * (s.bias_width * 4)
+    step, octets = _OCTET * self.sharing, []
+    for slot, (first, rows) in zip(self._slots(bite, several, number), bite, strict=True):
+      addresses = slot, slot + rows * (s.Dk * 2), biases + first * 4
+      for start in range(0, rows, step):
+        begin = on.warp % self.sharing * _OCTET
+        octets.append(_Octet(*addresses, begin, start, None if start + step <= rows else rows))
+    return octets
+
+  def _keys(self, octet: _Octet) -> list[list[Number]]:
+    """What a lane has of each tile of keys."""
+    on, tiles = self.on, self.key_tiles
+    row, part = self.g // tiles.parts, self.g % tiles.parts
+    if tiles.parts == 1:
+      row = _shifted(row)
+    first, pitch = octet.slot + part * (2 * _PART) + self.key_at, self.frame.sizes.Dk * 2
+    at = [octet.address(on, first, row, n * tiles.rows, pitch) for n in range(tiles.parts)]
+    return [on.load(address, 4) for address in at]
+
+  def _values(self, octet: _Octet) -> list[list[Number]]:
+    """What a lane has of the values of its two rows."""
+    on, found = self.on, []
+    for row, plus in _own_rows(self.frame, self.t):
+      at = octet.address(on, octet.values + self.unit_at, row, plus, self.frame.sizes.Dv * 2)
+      units = [on.load(at + n * 8 * self.unit, self.unit // 4) for n in range(self.units)]
+      found.append([word for unit in units for word in unit])
+    return found
+
+  def _biases(self, octet: _Octet) -> list[Number]:
+    """What is added to the scores of the lane's two rows."""
+    on, found = self.on, []
+    for row, plus in _own_rows(self.frame, self.t):
+      (word,) = on.load(octet.address(on, octet.biases, row, plus, 4), 1)
+      bias = on.as_float(word)
+      if octet.rows is not None:
+        there = octet.begin + row + (octet.start + plus) < octet.rows
+        bias = on.select(there, bias, on.zero() + float("-inf"))
+      found.append(bias)
+    return found
 
   def _unit(self, g: Number, t: Number) -> Number:
     """Which unit of the first eight of a value a lane has."""
@@ -227,7 +294,7 @@ class _Round:
 
   def _query(self) -> list[list[Number]]:
     """The words of two mma: parts of the query, for rows g and g + 8."""
-    on, keys = self.on, self.keys
+    on, keys = self.on, self.key_tiles
     part = self.g % keys.pairs * 2
     at = self.own + self.key_at
     words = [on.load(at + part * (2 * _PART), 4)]
@@ -239,7 +306,7 @@ class _Round:
 
   def _products(self, words: list[Number]) -> list[Number]:
     """The query times what a lane has of a tile of keys: the scores of its rows."""
-    on, keys = self.on, self.keys
+    on, keys = self.on, self.key_tiles
     sums = [on.zero() for _ in range(4)]
     for half, q in enumerate(self.q):
       sums = on.multiply(sums, q, words[2 * half : 2 * half + 2])
@@ -252,67 +319,52 @@ class _Round:
       x = _joined(on, _joined(on, x, 1, keys.pairs), 4, 4 * keys.pairs)
     return [x]
 
-  def _scores(self, slot: Number, begin: Number, rows: int, whole: bool) -> list[Number]:
-    """The scores of the lane's two rows of an octet, without their scale."""
-    on, keys, Dk = self.on, self.keys, self.frame.sizes.Dk
-    row, part = self.g // keys.parts, self.g % keys.parts
-    if keys.parts == 1:
-      row = _shifted(row)
-    found = []
-    for tile in range(keys.parts):
-      nth = begin + row + tile * keys.rows
-      nth = nth if whole else _clamped(on, nth, rows)
-      words = on.load(slot + nth * (Dk * 2) + part * (2 * _PART) + self.key_at, 4)
-      found += self._products(words)
+  def _scores(self, octet: _Octet) -> list[Number]:
+    """The scores of the lane's two rows of an octet."""
+    on, pairs = self.on, self.key_tiles.pairs
+    keys = octet.loaded[0] if octet.loaded else self._keys(octet)
+    found = [x for words in keys for x in self._products(words)]
     # Of more tiles than two, lanes take those that are theirs.
-    return [self._chosen(found[j * keys.pairs : (j + 1) * keys.pairs]) for j in range(2)]
+    own = [self._chosen(found[j * pairs : (j + 1) * pairs]) for j in range(2)]
+    scale = on.zero() + self.scale
+    return [on.fma(x, scale, bias) for x, bias in zip(own, self._biases(octet), strict=True)]
 
   def _chosen(self, numbers: list[Number]) -> Number:
     """numbers[t], if there are so many."""
     chosen = numbers[0]
     for n, x in enumerate(numbers[1:], start=1):
-      chosen = self.on.select(self.t % self.keys.pairs == n, x, chosen)
+      chosen = self.on.select(self.t % self.key_tiles.pairs == n, x, chosen)
     return chosen
 
   # The softmax: its maximum, its total, and the weighted sum of values.
 
-  def _store_own(self, shown: Number) -> None:
-    """The score of the step's own row, which is not taken from the cache, and if it is seen."""
-    on, s = self.on, self.frame.sizes
-    part = self.g % self.keys.parts
-    key = on.load(self.own + s.Dk * 2 + part * (2 * _PART) + self.key_at, 4)
-    score = self._products(key)[0] * self.scale
-    score = on.select(shown == 1, score, _LOWEST)
-    seen = on.select(shown == 1, on.zero() + 1.0, 0.0)
-    with on.when(on.lane == 0):
-      on.store(self.part + s.Dv * 4 + 8, [score, seen])
+  def _own(self, shown: Number) -> list[Number]:
+    """The score of the step's own row, which is not taken from the cache, and 1.0 if it is seen."""
+    on = self.on
+    part = self.g % self.key_tiles.parts
+    at = self.own + self.frame.sizes.Dk * 2 + part * (2 * _PART) + self.key_at
+    score = self._products(on.load(at, 4))[0] * self.scale
+    seen = shown == 1
+    return [on.select(seen, score, _LOWEST), on.select(seen, on.zero() + 1.0, 0.0)]
 
-  def _bite(
-    self, bite: Bite, biases: Iterable[Number], several: bool, carry: Softmax, number: Number
-  ) -> Softmax:
+  def _bite(self, octets: list[_Octet], carry: Softmax) -> Softmax:
     """The softmax with the rows of a bite."""
     on, (top, total, out) = self.on, carry
-    next_bias, scores, values = iter(biases), [], []
-    for slot, (_, rows) in zip(self._slots(bite, several, number), bite, strict=True):
-      start = slot + rows * self.frame.sizes.Dk * 2
-      for begin, whole in _octets(self.frame, on, rows):
-        for score in self._scores(slot, begin, rows, whole):
-          scores.append(on.fma(score, on.zero() + self.scale, next(next_bias)))
-        values.append((start, begin, None if whole else rows))
+    scores = [score for octet in octets for score in self._scores(octet)]
     # Lanes t have scores of other rows, lanes g the same.
     highest = top
     for x in scores:
       highest = on.maximum(highest, x)
     highest = _joined(on, highest, 1, 4, on.maximum)
-    before = on.exp2(top - highest)
     weights = [on.exp2(x - highest) for x in scores]
-    total = total * before
+    if out is not None:
+      before = on.exp2(top - highest)
+      total = total * before
+      out = [[x * before for x in sums] for sums in out]
     for x in weights:
       total = total + x
-    if out is not None:
-      out = [[x * before for x in sums] for sums in out]
-    for n in range(0, len(values), 2):
-      out = self._add_values(out, weights[2 * n : 2 * n + 4], values[n : n + 2])
+    for n in range(0, len(octets), 2):
+      out = self._add_values(out, weights[2 * n : 2 * n + 4], octets[n : n + 2])
     return highest, total, out
 
   def _slots(self, bite: Bite, several: bool, number: Number) -> list[Number]:
@@ -326,35 +378,24 @@ class _Round:
     return [ring.read(on, number + self.which + k * jobs) for k in range(len(bite))]
 
   def _add_values(
-    self,
-    out: list[list[Number]] | None,
-    weights: list[Number],
-    values: list[tuple[Number, Number, int | None]],
+    self, out: list[list[Number]] | None, weights: list[Number], octets: list[_Octet]
   ) -> list[list[Number]]:
-    """out + weights times values of one or two octets: (address, first row, rows of the chunk)."""
+    """out + weights times values of one or two octets."""
     on = self.on
-    rows = [row for octet in values for row in self._own_values(*octet)]
+    rows = [
+      row for octet in octets for row in (octet.loaded[1] if octet.loaded else self._values(octet))
+    ]
     b = [self._column(*weights[n : n + 2]) for n in range(0, len(weights), 2)]
     none = on.lane * 0
-    if len(values) == 1:
+    if len(octets) == 1:
       b.append(none)
     sums = []
     for n, words in enumerate(zip(*rows, strict=True)):
       a = on.halves(*words[:2])
-      a += on.halves(*words[2:]) if len(values) > 1 else [none, none]
+      a += on.halves(*words[2:]) if len(octets) > 1 else [none, none]
       before = [on.zero() for _ in range(4)] if out is None else out[n]
       sums.append(on.multiply(before, a, b))
     return sums
-
-  def _own_values(self, start: Number, begin: Number, rows: int | None) -> list[list[Number]]:
-    """What a lane has of the values of its two rows of an octet."""
-    found = []
-    for row in _own_rows(self.frame, self.t):
-      row = begin + row if rows is None else _clamped(self.on, begin + row, rows)
-      at = start + row * (self.frame.sizes.Dv * 2) + self.unit_at
-      units = [self.on.load(at + n * 8 * self.unit, self.unit // 4) for n in range(self.units)]
-      found.append([word for unit in units for word in unit])
-    return found
 
   def _column(self, low: Number, high: Number) -> Number:
     """The word of two weights in the lane's column: their upper parts, their lower, or zeros."""
@@ -366,12 +407,15 @@ class _Round:
 
   # What the warps have becomes one.
 
-  def _store_parts(self, carry: Softmax) -> None:
-    """The warp's values, maximum and total."""
+  def _store_parts(self, carry: Softmax, own: list[Number]) -> None:
+    """The warp's values, each lane's total, the maximum; and what `_own` gave."""
     on, (top, total, out) = self.on, carry
-    total = _joined(on, total, 1, 4)
+    ends = self.part + self.frame.sizes.Dv * 4
+    # Lanes g have the same.
+    with on.when(on.lane < 4):
+      on.store(ends + on.lane * 4, [total])
     with on.when(on.lane == 0):
-      on.store(self.part + self.frame.sizes.Dv * 4, [top, total])
+      on.store(ends + 16, [top, *own, on.zero()])
     at, sums = self._over_rows([x for c in out for x in (c[0] + c[1], c[2] + c[3])])
     for start in range(0, len(sums), 4):
       on.store(self.part + at * 4 + start * 4, sums[start : start + 4])
@@ -405,18 +449,20 @@ class _Round:
     def join_pair(number) -> None:
       job, pair = number // (Dv // 2), number % (Dv // 2)
       start = on.base + frame.memory.parts + job * (self.sharing * pitch)
-      two = lambda address: [on.as_float(x) for x in on.load(address, 2)]
-      ends = [two(start + (warp * pitch + Dv * 4)) for warp in warps]
-      values = [two(start + pair * 8 + warp * pitch) for warp in warps]
+      floats = lambda address, num: [on.as_float(x) for x in on.load(address, num)]
+      at = [start + warp * pitch for warp in warps]
+      values = [floats(address + pair * 8, 2) for address in at]
+      totals = [functools.reduce(operator.add, floats(x + Dv * 4, 4)) for x in at]
+      tops = [floats(x + (Dv * 4 + 16), 4) for x in at]
       # The step's own row: a part of one value.
-      ends.append(two(start + (Dv * 4 + 8)))
-      own = on.base + frame.memory.qkv + (job + self.jobs.start) * (s.head_width * 2)
-      (word,) = on.load(own + 4 * s.Dk + pair * 4, 1)
-      ((_, seen), value) = ends[-1], on.unpack(word)
-      values.append([x * seen for x in value])
-      # A warp without rows has the lowest top and a total of 0.
+      _, own, seen, _ = tops[0]
+      at = on.base + frame.memory.qkv + (job + self.jobs.start) * (s.head_width * 2)
+      (word,) = on.load(at + 4 * s.Dk + pair * 4, 1)
+      values.append([x * seen for x in on.unpack(word)])
+      ends = [*zip((top for top, *_ in tops), totals, strict=True), (own, seen)]
+      # All have the maximum with the own row, or the lowest where nothing is seen.
       highest = ends[0][0]
-      for top, _ in ends[1:]:
+      for top, _ in ends[1:-1]:
         highest = on.maximum(highest, top)
       whole, sums = on.zero(), [on.zero(), on.zero()]
       for (top, total), value in zip(ends, values, strict=True):

@@ -129,8 +129,8 @@ class Product:
   def _words(self, u: int) -> list[list[Number]]:
     """The lane's words of a block of K, of the row of each tile."""
     on, pitch = self.on, shared.pitch(self.matrix.K)
-    at = self.start + on.warp * 64 + self.t * 16 + u * (2 * sizes.K_BLOCK)
-    return [on.load(at + row * pitch, 4) for row in self.rows]
+    at = self.start + on.warp * 64 + self.t * 16
+    return [on.load(at + row * pitch + u * (2 * sizes.K_BLOCK), 4) for row in self.rows]
 
   def _headers(self, slot: Number) -> list[list[list[Number]]]:
     """For each pair of features that the thread will finish: its bias and column sums, two each."""

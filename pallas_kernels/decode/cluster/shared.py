@@ -22,8 +22,7 @@ _LINE = 128
 # Pads rows of bfloat16, whose widths are multiples of a line: 8 lanes at a time load 64 bytes each
 # of two rows, which half a line puts into different banks.
 _ROW_PADDING = 64
-# Pads rows of float32: 4 lanes with rows 2 apart store 8 columns each, in 32 different banks; and
-# with the attention's it is the place of a softmax's maximum and total.
+# Pads rows of float32: 4 lanes with rows 2 apart store 8 columns each, in 32 different banks.
 WORD_PADDING = 4
 # Chunks of cached rows of a head, whose instructions stand one after the other in the program.
 _MOST_CHUNKS = 16
@@ -63,7 +62,7 @@ class SharedMemory:
     self.partial = self._take(sizes.WARPS * s.R * (widest + WORD_PADDING) * 4)
     # Of a product or of a round of the attention: one after the other.
     self.staged = self._take(max(s.R * widest, self.jobs_at_once * s.Dv) * 2)
-    self.parts = self._take(sizes.WARPS * (s.Dv + WORD_PADDING) * 4)
+    self.parts = self._take(sizes.WARPS * part_bytes(s))
     barriers = self._take(_BARRIERS_BYTES)
     self.arrived = {name: barriers + machine.BARRIER_BYTES * n for n, name in enumerate(ARRIVALS)}
     self.full, self.free = barriers + _FULL_AT, barriers + _FREE_AT
@@ -86,6 +85,12 @@ class SharedMemory:
 def pitch(width: int) -> int:
   """Bytes from one row of so many bfloat16 to the next."""
   return 2 * width + _ROW_PADDING
+
+
+def part_bytes(s: Sizes) -> int:
+  """Of a warp's share of the attention: a sum of values, then the softmax's numbers."""
+  # Totals of four lanes; the maximum, the score of the step's own row, and whether it is seen.
+  return 4 * (s.Dv + 8)
 
 
 def unsupported(s: Sizes) -> str | None:
