@@ -287,9 +287,10 @@ class Gpu(machine.Machine):
     utils.inline_ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", barrier.x)
 
   def wait(self, barrier: Number, parity: Number) -> None:
-    # Acquires for the cluster: what arrived was written by other thread blocks.
+    # What is waited for lies in this thread block's shared memory, whoever wrote it. To acquire it
+    # for the cluster would empty the L1 cache of global memory at every barrier.
     ptx = (
-      "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
+      "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 "
       "done, [$0], $1; @!done bra again; }"
     )
     utils.inline_ptx(ptx, barrier.x, parity.x)
