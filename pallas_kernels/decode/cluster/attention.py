@@ -29,6 +29,7 @@ import operator
 from collections.abc import Callable
 from collections.abc import Iterable
 
+from pallas_kernels.decode.cluster import frame as frames
 from pallas_kernels.decode.cluster import machine
 from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
@@ -352,17 +353,14 @@ class _Round:
     on, (top, total, out) = self.on, carry
     scores = [score for octet in octets for score in self._scores(octet)]
     # Lanes t have scores of other rows, lanes g the same.
-    highest = top
-    for x in scores:
-      highest = on.maximum(highest, x)
+    highest = frames.in_pairs(on.maximum, [top, *scores])
     highest = _joined(on, highest, 1, 4, on.maximum)
     weights = [on.exp2(x - highest) for x in scores]
     if out is not None:
       before = on.exp2(top - highest)
       total = total * before
       out = [[x * before for x in sums] for sums in out]
-    for x in weights:
-      total = total + x
+    total = total + frames.in_pairs(operator.add, weights)
     for n in range(0, len(octets), 2):
       out = self._add_values(out, weights[2 * n : 2 * n + 4], octets[n : n + 2])
     return highest, total, out
@@ -411,14 +409,14 @@ class _Round:
     """The warp's values, each lane's total, the maximum; and what `_own` gave."""
     on, (top, total, out) = self.on, carry
     ends = self.part + self.frame.sizes.Dv * 4
+    at, sums = self._over_rows([x for c in out for x in (c[0] + c[1], c[2] + c[3])])
+    for start in range(0, len(sums), 4):
+      on.store(self.part + at * 4 + start * 4, sums[start : start + 4])
     # Lanes g have the same.
     with on.when(on.lane < 4):
       on.store(ends + on.lane * 4, [total])
     with on.when(on.lane == 0):
       on.store(ends + 16, [top, *own, on.zero()])
-    at, sums = self._over_rows([x for c in out for x in (c[0] + c[1], c[2] + c[3])])
-    for start in range(0, len(sums), 4):
-      on.store(self.part + at * 4 + start * 4, sums[start : start + 4])
 
   def _over_rows(self, sums: list[Number]) -> tuple[Number, list[Number]]:
     """Sums over the lanes t, each of which gets some of them: the first one's feature, and they."""
@@ -452,7 +450,7 @@ class _Round:
       floats = lambda address, num: [on.as_float(x) for x in on.load(address, num)]
       at = [start + warp * pitch for warp in warps]
       values = [floats(address + pair * 8, 2) for address in at]
-      totals = [functools.reduce(operator.add, floats(x + Dv * 4, 4)) for x in at]
+      totals = [frames.in_pairs(operator.add, floats(x + Dv * 4, 4)) for x in at]
       tops = [floats(x + (Dv * 4 + 16), 4) for x in at]
       # The step's own row: a part of one value.
       _, own, seen, _ = tops[0]
@@ -461,9 +459,7 @@ class _Round:
       values.append([x * seen for x in on.unpack(word)])
       ends = [*zip((top for top, *_ in tops), totals, strict=True), (own, seen)]
       # All have the maximum with the own row, or the lowest where nothing is seen.
-      highest = ends[0][0]
-      for top, _ in ends[1:-1]:
-        highest = on.maximum(highest, top)
+      highest = frames.in_pairs(on.maximum, [top for top, _ in ends[:-1]])
       whole, sums = on.zero(), [on.zero(), on.zero()]
       for (top, total), value in zip(ends, values, strict=True):
         scale = on.exp2(top - highest)

@@ -7,6 +7,7 @@ features of all sequences; for the attention each has some jobs, a job being a h
 import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 
 from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
@@ -160,3 +161,11 @@ class Frame:
     """The first row of a head of a sequence in a piece's tables."""
     s = self.sizes
     return ((g * s.B + b) * s.H + h) * piece.length
+
+
+def in_pairs(join: Callable[[Number, Number], Number], numbers: Sequence[Number]) -> Number:
+  """All of them joined, neighbours first: one after the other they would wait for each other."""
+  while len(numbers) > 1:
+    rest = numbers[len(numbers) // 2 * 2 :]
+    numbers = [*map(join, numbers[::2], numbers[1::2]), *rest]
+  return numbers[0]

@@ -6,9 +6,11 @@ product with the rows themselves, less mean times column sums, over the deviatio
 moments come from two more mma, so that nobody waits for them before.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
+from pallas_kernels.decode.cluster import frame as frames
 from pallas_kernels.decode.cluster import machine
 from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
@@ -204,12 +206,13 @@ class Product:
     def finish_pair(pair) -> None:
       header = next(next_header)
       r, f = pair // (n // 2), pair % (n // 2) * 2
-      # Always in the order of the warps: a row's result does not depend on what is beside it.
-      total = [on.zero(), on.zero()]
+      # Always in the same order: a row's result does not depend on what is beside it.
+      shares = []
       for warp in range(sizes.WARPS):
         share = on.base + (memory.partial + warp * s.R * self.partial_pitch)
         words = on.load(share + (r * (n + shared.WORD_PADDING) + f) * 4, 2)
-        total = [a + on.as_float(b) for a, b in zip(total, words, strict=True)]
+        shares.append([on.as_float(x) for x in words])
+      total = [frames.in_pairs(operator.add, x) for x in zip(*shares, strict=True)]
       if matrix.norm:
         scale, mean = self._statistics(r)
         total = [a * scale - mean * b for a, b in zip(total, header[1], strict=True)]
@@ -221,10 +224,10 @@ class Product:
   def _statistics(self, r: Number) -> tuple[Number, Number]:
     """1 / deviation and mean / deviation of a row."""
     on, s, memory = self.on, self.frame.sizes, self.frame.memory
-    moments = [on.zero(), on.zero()]
-    for warp in range(sizes.WARPS):
-      words = on.load(on.base + (memory.stats + warp * s.R * 8) + r * 8, 2)
-      moments = [a + on.as_float(b) for a, b in zip(moments, words, strict=True)]
+    at = on.base + memory.stats + r * 8
+    shares = [on.load(at + warp * s.R * 8, 2) for warp in range(sizes.WARPS)]
+    shares = [[on.as_float(x) for x in words] for words in shares]
+    moments = [frames.in_pairs(operator.add, x) for x in zip(*shares, strict=True)]
     mean, squares = (x * (1.0 / s.E) for x in moments)
     # Rounding may take the variance of equal numbers below zero.
     scale = on.rsqrt(on.maximum(squares - mean * mean, 0.0) + s.epsilon)

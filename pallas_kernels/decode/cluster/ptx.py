@@ -147,7 +147,8 @@ class Gpu(machine.Machine):
   def fma(self, a: Number, b: Number, c: Number) -> Number:
     return Value(math_dialect.fma(a.x, a.like(b), a.like(c)))
 
-  # One instruction each, right to about 22 bits: what follows is rounded to bfloat16 anyway.
+  # One instruction each, right to about 22 bits: what follows is rounded to bfloat16 anyway. The
+  # smallest numbers, which would take more instructions, are zeros.
 
   def _float_function(self, name: str, x: Value) -> Value:
     return Value(utils.inline_ptx(f"{name} $0, $1;", x.x, result_types=self._f32))
@@ -156,10 +157,10 @@ class Gpu(machine.Machine):
     return self._float_function("ex2.approx.ftz.f32", x)
 
   def rsqrt(self, x: Number) -> Number:
-    return self._float_function("rsqrt.approx.f32", x)
+    return self._float_function("rsqrt.approx.ftz.f32", x)
 
   def reciprocal(self, x: Number) -> Number:
-    return self._float_function("rcp.approx.f32", x)
+    return self._float_function("rcp.approx.ftz.f32", x)
 
   def as_float(self, word: Number) -> Number:
     return Value(arith.bitcast(self._f32, word.x))
