@@ -30,7 +30,6 @@ from collections.abc import Callable
 from collections.abc import Iterable
 
 from pallas_kernels.decode.cluster import frame as frames
-from pallas_kernels.decode.cluster import machine
 from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
 from pallas_kernels.decode.cluster.frame import Frame
@@ -231,8 +230,6 @@ class _Round:
     self._store_parts(carry, own)
     self.on.sync()
     self._join_warps()
-    self.on.sync()
-    self._push()
     if len(self.frame.rounds) > 1:
       self.on.sync()  # before the next round's parts take the place of these
     return number
@@ -439,12 +436,12 @@ class _Round:
     return unit * per_unit + first % per_unit, sums
 
   def _join_warps(self) -> None:
-    """One softmax of what the warps of each job have, staged."""
+    """One softmax of what the warps of each job have, pushed to all thread blocks."""
     on, frame, pitch = self.on, self.frame, self.pitch
     s = frame.sizes
     Dv, warps = s.Dv, range(self.sharing)
 
-    def join_pair(number) -> None:
+    def join_pair(number) -> Number:
       job, pair = number // (Dv // 2), number % (Dv // 2)
       start = on.base + frame.memory.parts + job * (self.sharing * pitch)
       floats = lambda address, num: [on.as_float(x) for x in on.load(address, num)]
@@ -466,29 +463,18 @@ class _Round:
         whole = on.fma(scale, total, whole)
         sums = [on.fma(scale, x, y) for x, y in zip(value, sums, strict=True)]
       divisor = on.reciprocal(on.maximum(whole, _LEAST))
-      staged = on.base + frame.memory.staged + number * 4
-      on.store(staged, [on.pack(*(x * divisor for x in sums))])
+      return on.pack(*(x * divisor for x in sums))
 
-    frame.each(on, len(self.jobs) * Dv // 2, join_pair)
-
-  def _push(self) -> None:
-    on, frame = self.on, self.frame
-    s, memory = frame.sizes, frame.memory
-    vectors = s.Dv // 8
-    total = len(self.jobs) * vectors
-
-    def push(number) -> None:
-      # Each begins with itself, as in `product.push_to_all`.
-      rank, vector = (number // total + on.rank) % s.C, number % total
-      job = vector // vectors + self.jobs.start
-      words = on.load(on.base + memory.staged + vector * machine.PUSH_BYTES, 4)
+    def push(vector, which, words) -> None:
+      job = vector // (Dv // 8) + self.jobs.start
       _, h, r = frame.job(on, job)
-      address = on.base + memory.attended + r * shared.pitch(s.H * s.Dv)
-      address = address + (h * s.Dv + vector % vectors * 8) * 2
-      arrived = on.base + memory.arrived["attended"]
-      frame.if_job(on, job, lambda: on.push(address, words, arrived, rank))
+      address = on.base + frame.memory.attended + r * shared.pitch(s.H * Dv)
+      address = address + (h * Dv + vector % (Dv // 8) * 8) * 2
+      arrived = on.base + frame.memory.arrived["attended"]
+      give = functools.partial(frame.push_to_all, on, which, words, address, arrived)
+      frame.if_job(on, job, give)
 
-    frame.each(on, total * s.C, push)
+    frame.push_each(on, len(self.jobs) * Dv // 2, join_pair, push)
 
 
 def _store_row(

@@ -4,6 +4,7 @@ The thread blocks of a cluster share its R sequences twice: for a product each h
 features of all sequences; for the attention each has some jobs, a job being a head of a sequence.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pallas_kernels.decode.cluster import sizes
 from pallas_kernels.decode.cluster.machine import Machine
 from pallas_kernels.decode.cluster.machine import Number
 from pallas_kernels.decode.cluster.machine import Table
+from pallas_kernels.decode.cluster.machine import WARP
 from pallas_kernels.decode.cluster.sizes import Sizes
 
 # The kernel's tables: x; places, for each layer of a group whether the step's own row is seen, then
@@ -86,6 +88,48 @@ class Frame:
       else:
         with on.when(number < count):
           body(number)
+
+  def push_each(
+    self,
+    on: Machine,
+    count: int,
+    word: Callable[[Number], Number],
+    push: Callable[[Number, Number, list[Number]], None],
+  ) -> None:
+    """What four neighbouring threads give goes to other thread blocks, from their registers.
+
+    Args:
+      on: what it runs on.
+      count: of words, a multiple of four.
+      word: number -> the word.
+      push: (number of the four words, which of the four threads this is, the words).
+    """
+
+    def part(number) -> None:
+      # Threads beyond the last, of a warp in which others are not, do its work again.
+      given = word(on.select(number < count, number, on.lane * 0 + (count - 1)))
+      words = [on.shuffle_from(given, on.lane // 4 * 4 + k) for k in range(4)]
+      with on.when(number < count):
+        push(number // 4, on.lane % 4, words)
+
+    for start in range(0, count, sizes.THREADS):
+      # Whole warps: lanes give each other their words.
+      with on.when(on.warp * WARP + start < count):
+        part(on.thread + start)
+
+  def push_to_all(
+    self, on: Machine, which: Number, words: list[Number], address: Number, barrier: Number
+  ) -> None:
+    """Four words to all thread blocks, by four threads; `which` is this one's number."""
+    C = self.sizes.C
+    for first in range(0, C, 4):
+      # Each thread block begins with itself: else all would push to the same at the same time.
+      push = functools.partial(on.push, address, words, barrier, (which + first + on.rank) % C)
+      if first + 4 <= C:
+        push()
+      else:
+        with on.when(which + first < C):
+          push()
 
   @property
   def rounds(self) -> list[range]:

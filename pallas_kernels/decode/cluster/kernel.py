@@ -135,26 +135,28 @@ class Step(machine.Kernel):
     s, memory, parity = self.sizes, self.frame.memory, layer % 2
     x, middle = (on.base + start for start in memory.x)
 
-    def multiply(name, source, start, number, finish=product.as_is):
+    def multiply(name, source, start, number, push, finish=product.as_is):
       with_matrix = product.Product(self.frame, on, name, start)
-      return with_matrix.run(source, number, parity=parity, finish=finish)
+      return with_matrix.run(source, number, parity=parity, finish=finish, push=push)
 
     add = lambda to: functools.partial(self._with_residual, on, to)
-    push = functools.partial(product.push_to_all, self.frame, on)
+    to_all = functools.partial(product.push_to_all, self.frame, on)
     attend = functools.partial(attention.attend, self.frame, parity=parity)
 
     # Residuals are added by whoever has the columns: two rows of x, since the sum after the
     # attention is needed again at the end.
-    number = multiply("qkv", "x", x, number)
-    product.push_to_jobs(self.frame, on)
+    number = multiply("qkv", "x", x, number, product.push_to_jobs(self.frame, on))
     # The jobs' outputs are pushed by the attention itself, round by round.
     number = self.frame.by_kind(on, layer, number, attend)
-    number = multiply("out", "attended", on.base + memory.attended, number, add(x))
-    push("out", memory.x[1], arriving="middle", width=s.E)
-    number = multiply("up", "middle", middle, number, functools.partial(self._activated, on))
-    push("up", memory.hidden, arriving="hidden", width=s.F)
-    number = multiply("down", "hidden", on.base + memory.hidden, number, add(middle))
-    push("down", memory.x[0], arriving="x", width=s.E)
+    to_middle = to_all("out", memory.x[1], arriving="middle", width=s.E)
+    number = multiply(
+      "out", "attended", on.base + memory.attended, number, to_middle, finish=add(x)
+    )
+    to_hidden = to_all("up", memory.hidden, arriving="hidden", width=s.F)
+    activate = functools.partial(self._activated, on)
+    number = multiply("up", "middle", middle, number, to_hidden, finish=activate)
+    to_x = to_all("down", memory.x[0], arriving="x", width=s.E)
+    number = multiply("down", "hidden", on.base + memory.hidden, number, to_x, finish=add(middle))
     return number
 
   def _activated(self, on: Machine, r: Number, f: Number, pair: list[Number]) -> list[Number]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels.decode.cluster import frame as frames
-from pallas_kernels.decode.cluster import machine
 from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
 from pallas_kernels.decode.cluster.frame import Frame
@@ -30,6 +29,8 @@ _BLOCKS_KEPT = 2
 
 # (row, feature of the share, two numbers next to each other) -> these two, as they are to be
 Finish = Callable[[Number, Number, list[Number]], list[Number]]
+# (row, feature of the share, which of four threads, 8 numbers from this one on): to others
+Push = Callable[[Number, Number, Number, list[Number]], None]
 
 
 class Product:
@@ -58,14 +59,17 @@ class Product:
       row = self.g + _TILE_ROWS * tile
       self.rows.append(on.select(row < s.R, row, on.lane * 0 + (s.R - 1)))
 
-  def run(self, source: str, number: Number, *, parity: Number, finish: Finish) -> Number:
-    """finish(rows @ the share + bias), staged in bfloat16 as [R, n].
+  def run(
+    self, source: str, number: Number, *, parity: Number, finish: Finish, push: Push
+  ) -> Number:
+    """Pushes finish(rows @ the share + bias) in bfloat16.
 
     Args:
       source: what the rows arrive as.
       number: of the first slot of the ring.
       parity: of the layer.
       finish: what is done to each number.
+      push: where the numbers go.
 
     Returns:
       The number of the slot after the last.
@@ -110,8 +114,8 @@ class Product:
         self._store_moments(of_tile, tile)
     on.sync()  # all warps' shares are there
     frame.renew(on, source)
-    self._sum_over_warps(headers, finish)
-    on.sync()  # all is staged
+    # The next to write shares comes after what all threads of all thread blocks push here.
+    self._sum_over_warps(headers, finish, push)
     return number + len(chunks)
 
   def _zeros(self) -> list[Number]:
@@ -198,12 +202,12 @@ class Product:
           at = on.base + memory.stats + (on.warp * s.R + row) * 8
           on.store(at, [sums[0][i], sums[1][i]])
 
-  def _sum_over_warps(self, headers: list[list[list[Number]]], finish: Finish) -> None:
+  def _sum_over_warps(self, headers: list[list[list[Number]]], finish: Finish, push: Push) -> None:
     on, frame, matrix = self.on, self.frame, self.matrix
     s, memory, n = frame.sizes, frame.memory, matrix.n
     next_header = iter(headers)
 
-    def finish_pair(pair) -> None:
+    def finish_pair(pair) -> Number:
       header = next(next_header)
       r, f = pair // (n // 2), pair % (n // 2) * 2
       # Always in the same order: a row's result does not depend on what is beside it.
@@ -217,9 +221,12 @@ class Product:
         scale, mean = self._statistics(r)
         total = [a * scale - mean * b for a, b in zip(total, header[1], strict=True)]
       total = [a + b for a, b in zip(total, header[0], strict=True)]
-      on.store(on.base + memory.staged + (r * n + f) * 2, [on.pack(*finish(r, f, total))])
+      return on.pack(*finish(r, f, total))
 
-    frame.each(on, s.R * n // 2, finish_pair)
+    def push_vector(vector, which, words) -> None:
+      push(vector // (n // 8), vector % (n // 8) * 8, which, words)
+
+    frame.push_each(on, s.R * n // 2, finish_pair, push_vector)
 
   def _statistics(self, r: Number) -> tuple[Number, Number]:
     """1 / deviation and mean / deviation of a row."""
@@ -241,33 +248,27 @@ def as_is(r: Number, f: Number, pair: list[Number]) -> list[Number]:
 
 def push_to_all(
   frame: Frame, on: Machine, name: str, to: int, *, arriving: str, width: int
-) -> None:
-  """What is staged of a product to its columns of [R, width], at offset `to`, in all blocks."""
-  s = frame.sizes
+) -> Push:
+  """To the columns of a product in [R, width], at offset `to`, in all thread blocks."""
   n = frame.matrices[name].n
-  vectors = s.R * n // 8
 
-  def push(number) -> None:
-    # Each thread block begins with itself: else all would push to the same at the same time.
-    rank, vector = (number // vectors + on.rank) % s.C, number % vectors
-    r, f = vector // (n // 8), vector % (n // 8) * 8
-    words = on.load(on.base + frame.memory.staged + vector * machine.PUSH_BYTES, 4)
+  def push(r: Number, f: Number, which: Number, words: list[Number]) -> None:
     address = on.base + to + r * shared.pitch(width) + (on.rank * n + f) * 2
-    on.push(address, words, on.base + frame.memory.arrived[arriving], rank)
+    frame.push_to_all(on, which, words, address, on.base + frame.memory.arrived[arriving])
 
-  frame.each(on, vectors * s.C, push)
+  return push
 
 
-def push_to_jobs(frame: Frame, on: Machine) -> None:
-  """Staged queries, keys and values to the thread blocks that attend with them."""
+def push_to_jobs(frame: Frame, on: Machine) -> Push:
+  """Queries, keys and values to the thread blocks that attend with them."""
   s = frame.sizes
   n = frame.matrices["qkv"].n
 
-  def push(vector) -> None:
-    r, f = vector // (n // 8), vector % (n // 8) * 8 + on.rank * n
+  def push(r: Number, f: Number, which: Number, words: list[Number]) -> None:
+    f = f + on.rank * n
     job = f // s.head_width * s.R + r
-    words = on.load(on.base + frame.memory.staged + vector * machine.PUSH_BYTES, 4)
     address = on.base + frame.memory.qkv + (job % s.jobs * s.head_width + f % s.head_width) * 2
-    on.push(address, words, on.base + frame.memory.arrived["qkv"], job // s.jobs)
+    with on.when(which == 0):
+      on.push(address, words, on.base + frame.memory.arrived["qkv"], job // s.jobs)
 
-  frame.each(on, s.R * n // 8, push)
+  return push

@@ -1,14 +1,13 @@
 """What a thread block keeps in shared memory, and the ring through which its weights and rows come.
 
-    x[0] | x[1] | biases | stats | attended | hidden | qkv | partial | staged | parts | barriers |
-    ring
+    x[0] | x[1] | biases | stats | attended | hidden | qkv | partial | parts | barriers | ring
 
 Rows of R sequences: `x[0]`, the residual stream before a layer's attention and after it, `x[1]`;
 what the heads gave, `attended`; the activated features, `hidden`. Others push into these. `qkv` are
 queries, keys and values of the thread block's own jobs. Its own are `biases`, what is added to the
 scores of all layers of a group; `stats`, the warps' shares of a row's moments; `partial`, their
-shares of a product; `parts`, their shares of the attention; and `staged`, what is pushed next.
-`ring`: weights and cached rows on their way.
+shares of a product; and `parts`, their shares of the attention. `ring`: weights and cached rows on
+their way.
 """
 
 from pallas_kernels.decode.cluster import machine
@@ -60,8 +59,6 @@ class SharedMemory:
     self.hidden = self._take(s.R * pitch(s.F))
     self.qkv = self._take(s.jobs * s.head_width * 2)
     self.partial = self._take(sizes.WARPS * s.R * (widest + WORD_PADDING) * 4)
-    # Of a product or of a round of the attention: one after the other.
-    self.staged = self._take(max(s.R * widest, self.jobs_at_once * s.Dv) * 2)
     self.parts = self._take(sizes.WARPS * part_bytes(s))
     barriers = self._take(_BARRIERS_BYTES)
     self.arrived = {name: barriers + machine.BARRIER_BYTES * n for n, name in enumerate(ARRIVALS)}
