@@ -84,8 +84,7 @@ def attend(
   for of_round, its_bites in zip(rounds, bites, strict=True):
     number = of_round.run(its_bites, ahead, shown, number)
     ahead = None  # of the first round only: more would take registers
-  # Not before all threads have met: where nothing is to come, this completes the barrier at once,
-  # and a thread that still waits would miss that.
+  # The barrier cannot complete again before: this is the one arrival that it waits for.
   with on.when(on.thread == 0):
     on.expect(barrier, frame.job_bytes(on))
   # Last, while the others wait for nothing of it.

@@ -166,19 +166,32 @@ class Frame:
   # Caches.
 
   def by_kind(self, on: Machine, layer: Number, number: Number, body: KindBody) -> Number:
-    """body(on, kind, layer of a group, group, number) -> number of the layer's kind."""
-    cycle = len(self.sizes.pieces)
+    """body(on, kind, layer of a group, group, number) -> number of the layer's kind.
+
+    Of a thread block without a job nothing is fetched and nothing computed.
+    """
+    s = self.sizes
+    cycle = len(s.pieces)
     n, g = layer % cycle, layer // cycle
-    if len(self.kinds) == 1:
+    all_attend = (s.C - 1) * s.jobs < s.R * s.H
+    if len(self.kinds) == 1 and all_attend:
       return body(on, 0, n, g, number)
-    # Instructions that lie far apart cost most: so one loop runs over all layers, and branches.
-    which = on.choose(self.kind_of, n)
-    slots = []
-    for kind in range(len(self.kinds)):
-      on.branch(which == kind, lambda kind=kind: body(on, kind, n, g, number))
-      # What `body` returns is a number within the branch only.
-      slots.append(self._slots_of(kind))
-    return number + on.choose([slots[kind] for kind in self.kind_of], n)
+
+    # What `body` returns is a number within a branch only.
+    slots = on.choose([self._slots_of(kind) for kind in self.kind_of], n)
+
+    def branches() -> None:
+      # Instructions that lie far apart cost most: so one loop runs over all layers, and branches.
+      which = on.choose(self.kind_of, n)
+      for kind in range(len(self.kinds)):
+        on.branch(which == kind, lambda kind=kind: body(on, kind, n, g, number))
+
+    if all_attend:
+      branches()
+      return number + slots
+    attends = on.rank * s.jobs < s.R * s.H
+    on.branch(attends, branches)
+    return number + on.select(attends, slots, 0)
 
   def _slots_of(self, kind: int) -> int:
     """Slots that the rows of a layer take."""
