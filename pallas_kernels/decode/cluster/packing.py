@@ -20,11 +20,12 @@ whose shift is in the bias. A tile lies as its eight warps take it, one after th
 A half is one mma, for which lane 4 g + t loads 16 bytes, four words of two numbers:
 
     word        0             1             2             3
-    feature     g             g + 8         g             g + 8
+    feature     2 g           2 g + 1       2 g           2 g + 1
     K           +0, +1        +0, +1        +2, +3        +2, +3         from 8 t + 4 half on
 
-So a lane's K of both halves are 8 neighbours, 8 t to 8 t + 7, which it loads of a row of x at once:
-in which order an mma adds up is all the same, as long as both sides have it.
+So a lane's K of both halves are 8 neighbours, 8 t to 8 t + 7, which it loads of a row of x at once,
+and the mma's rows g and g + 8, of which it has the sums, are features that it stores at once:
+which place of an mma is whose is all the same, as long as both sides have it.
 """
 
 import jax
@@ -37,8 +38,8 @@ from jaxtyping import UInt16
 
 from pallas_kernels.decode.cluster import sizes
 
-# [L, u, warp, t, half, pair, number, C, m, g // 8, g] of [L, K, N] as they lie, and back.
-_AS_READ = (0, 7, 8, 1, 2, 4, 10, 3, 5, 9, 6)
+# [L, u, warp, t, half, pair, number, C, m, g, row // 8] of [L, K, N] as they lie, and back.
+_AS_READ = (0, 7, 8, 1, 2, 4, 9, 3, 5, 10, 6)
 _AS_WRITTEN = tuple(_AS_READ.index(axis) for axis in range(len(_AS_READ)))
 
 
@@ -111,10 +112,10 @@ def unpack(
 
 
 def _axes(K: int, N: int, C: int) -> tuple[int, ...]:
-  """[K, N] as u, warp, t, half, pair of an mma's K, number; block of the cluster, m, g // 8, g."""
+  """[K, N] as u, warp, t, half, pair of an mma's K, number; block of the cluster, m, g, row / 8."""
   # K falls into blocks, warps, lanes' t, halves, and the two words and two numbers of each.
   of_k = (K // sizes.K_BLOCK, sizes.WARPS, 4, 2, 2, 2)
-  return *of_k, C, N // C // sizes.TILE_COLUMNS, 2, 8
+  return *of_k, C, N // C // sizes.TILE_COLUMNS, 8, 2
 
 
 def _words(x: Array) -> UInt16[Array, "..."]:

@@ -3,7 +3,7 @@
 Each warp sums over its 32 of 256 features, block after block, with features as the rows of an mma
 and sequences as its columns; then all threads sum over the warps. A product with normed rows is the
 product with the rows themselves, less mean times column sums, over the deviation: the rows'
-moments come from two more mma, so that nobody waits for them before.
+moments come from one more mma, so that nobody waits for them before.
 """
 
 import operator
@@ -48,7 +48,8 @@ class Product:
     s = frame.sizes
     self.frame, self.on, self.start = frame, on, start
     self.matrix = frame.matrices[name]
-    # Of a lane, as `multiply` spreads an mma's tiles: features g and g + 8, sequences 2 t, 2 t + 1.
+    # Of a lane, as `multiply` spreads an mma's tiles: rows g and g + 8, which are features 2 g and
+    # 2 g + 1, and sequences 2 t, 2 t + 1.
     self.g, self.t = on.lane // 4, on.lane % 4
     self.partial_pitch = (self.matrix.n + shared.WORD_PADDING) * 4
     share = s.R * self.partial_pitch  # of a warp
@@ -87,7 +88,7 @@ class Product:
         headers = self._headers(slot)
       waiting.append(self._weights(slot, chunk))
       frame.ring.release(on, number + chunk)
-    moments = [[self._zeros(), self._zeros()] for _ in self.rows]
+    moments = [self._zeros() for _ in self.rows]
     on.wait(on.base + frame.memory.arrived[source], parity)
     words = {}
     for chunk, tiles in enumerate(chunks):
@@ -166,41 +167,39 @@ class Product:
         if moments is not None:
           moments[k] = self._moments(moments[k], b)
 
-  def _moments(self, sums: list[list[Number]], b: list[Number]) -> list[list[Number]]:
-    """sums + sums and sums of squares of rows: products with ones, and with the rows themselves."""
-    # As the first operand, which has 16 rows where the second has 8 columns, ones and the words of
-    # the rows themselves are rows 0 to 7, zeros the others.
-    on = self.on
-    zero, ones = on.lane * 0, on.lane * 0 + _ONES
-    return [
-      on.multiply(sums[0], [ones, zero, ones, zero], b),
-      on.multiply(sums[1], [b[0], zero, b[1], zero], b),
-    ]
+  def _moments(self, sums: list[Number], b: list[Number]) -> list[Number]:
+    """sums + sums and sums of squares of rows: a product with the rows themselves and with ones."""
+    # As the first operand, which has 16 rows where the second has 8 columns, the words of the rows
+    # themselves are rows 0 to 7, ones the others.
+    ones = self.on.lane * 0 + _ONES
+    return self.on.multiply(sums, [b[0], ones, b[1], ones], b)
 
   def _store_partial(self, sums: list[list[list[Number]]], m: int) -> None:
     """The warp's share of a tile of features."""
     on, s = self.on, self.frame.sizes
     for k, halves in enumerate(sums):
       total = [x + y for x, y in zip(*halves, strict=True)]
-      # As `multiply` says which lane has what: f down the rows of the mma, r along its columns.
-      for i, x in enumerate(total):
-        r = self.t * 2 + (i % 2 + _TILE_ROWS * k)
-        f = self.g + (sizes.TILE_COLUMNS * m + i // 2 * 8)
+      f = self.g * 2 + sizes.TILE_COLUMNS * m
+      for i in range(2):
+        r = self.t * 2 + (i + _TILE_ROWS * k)
         with on.when(r < s.R):
-          on.store(self.partial + (r * (self.matrix.n + shared.WORD_PADDING) + f) * 4, [x])
+          at = self.partial + (r * (self.matrix.n + shared.WORD_PADDING) + f) * 4
+          on.store(at, [total[i], total[i + 2]])
 
-  def _store_moments(self, sums: list[list[Number]], tile: int) -> None:
+  def _store_moments(self, sums: list[Number], tile: int) -> None:
     """The warp's share of the moments of a tile of rows; the squares are on the diagonal."""
-    on, s, memory = self.on, self.frame.sizes, self.frame.memory
-    g, t = on.lane // 4, on.lane % 4
-    # Sums are the same in all rows of the mma: the lane that has a row's square has its sum too.
+    on, s = self.on, self.frame.sizes
+    # Sums are the same in all of their rows: the lane that has a row's square has its sum too.
     for i in range(2):
-      r = t * 2 + i
-      with on.when(r == g):
+      r = self.t * 2 + i
+      with on.when(r == self.g):
         row = r + _TILE_ROWS * tile
         with on.when(row < s.R):
-          at = on.base + memory.stats + (on.warp * s.R + row) * 8
-          on.store(at, [sums[0][i], sums[1][i]])
+          on.store(self._moments_at(row) + on.warp * 8, [sums[2 + i], sums[i]])
+
+  def _moments_at(self, r: Number) -> Number:
+    """Where a row's moments are: of each warp the sum and the sum of squares."""
+    return self.on.base + self.frame.memory.stats + r * (sizes.WARPS * 8)
 
   def _sum_over_warps(self, headers: list[list[list[Number]]], finish: Finish, push: Push) -> None:
     on, frame, matrix = self.on, self.frame, self.matrix
@@ -230,11 +229,11 @@ class Product:
 
   def _statistics(self, r: Number) -> tuple[Number, Number]:
     """1 / deviation and mean / deviation of a row."""
-    on, s, memory = self.on, self.frame.sizes, self.frame.memory
-    at = on.base + memory.stats + r * 8
-    shares = [on.load(at + warp * s.R * 8, 2) for warp in range(sizes.WARPS)]
-    shares = [[on.as_float(x) for x in words] for words in shares]
-    moments = [frames.in_pairs(operator.add, x) for x in zip(*shares, strict=True)]
+    on, s = self.on, self.frame.sizes
+    at = self._moments_at(r)
+    words = [x for start in range(0, sizes.WARPS, 2) for x in on.load(at + start * 8, 4)]
+    numbers = [on.as_float(x) for x in words]
+    moments = [frames.in_pairs(operator.add, numbers[n::2]) for n in range(2)]
     mean, squares = (x * (1.0 / s.E) for x in moments)
     # Rounding may take the variance of equal numbers below zero.
     scale = on.rsqrt(on.maximum(squares - mean * mean, 0.0) + s.epsilon)
