@@ -79,15 +79,12 @@ def attend(
   slots = [frame.place(on, n, 2 + 2 * m) for m in range(len(pieces))]
   rounds = [_Round(frame, on, n, jobs) for jobs in frame.rounds]
   ahead = rounds[0].ahead(bites[0], number)
-  barrier = on.base + memory.arrived["qkv"]
-  on.wait(barrier, parity)
+  on.wait(on.base + memory.arrived["qkv"], parity)
   for of_round, its_bites in zip(rounds, bites, strict=True):
     number = of_round.run(its_bites, ahead, shown, number)
     ahead = None  # of the first round only: more would take registers
-  # The barrier cannot complete again before: this is the one arrival that it waits for.
-  with on.when(on.thread == 0):
-    on.expect(barrier, frame.job_bytes(on))
-  # Last, while the others wait for nothing of it.
+  # By threads that have nothing to join; the others wait for what is pushed then.
+  frame.renew(on, "qkv")
   for m, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
     _store_row(frame, on, g, piece, frame.cache(on, kind, m, n), slot)
   return number
@@ -380,13 +377,9 @@ class _Round:
       row for octet in octets for row in (octet.loaded[1] if octet.loaded else self._values(octet))
     ]
     b = [self._column(*weights[n : n + 2]) for n in range(0, len(weights), 2)]
-    none = on.lane * 0
-    if len(octets) == 1:
-      b.append(none)
     sums = []
     for n, words in enumerate(zip(*rows, strict=True)):
-      a = on.halves(*words[:2])
-      a += on.halves(*words[2:]) if len(octets) > 1 else [none, none]
+      a = [x for k in range(0, len(words), 2) for x in on.halves(*words[k : k + 2])]
       before = [on.zero() for _ in range(4)] if out is None else out[n]
       sums.append(on.multiply(before, a, b))
     return sums
@@ -494,7 +487,7 @@ def _store_row(
       write = functools.partial(on.store_global, table, row, width * 2, vector * 16, words)
       frame.if_job(on, job, write)
 
-    frame.each(on, s.jobs * width // 8, store)
+    frame.each(on, s.jobs * width // 8, store, last_first=True)
 
 
 def _joined(

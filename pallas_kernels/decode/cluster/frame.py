@@ -59,11 +59,12 @@ class Frame:
   # What arrives.
 
   def renew(self, on: Machine, name: str) -> None:
-    """Makes the barrier of what arrived ready for the next time: after all have waited for it."""
+    """Makes the barrier of what arrived ready for the next time."""
     # The last thread, which mostly has the least to do. The barrier cannot complete again before:
     # this is the one arrival that it waits for.
     with on.when(on.thread == sizes.THREADS - 1):
-      on.expect(on.base + self.memory.arrived[name], self.memory.arriving[name])
+      num_bytes = self.job_bytes(on) if name == "qkv" else self.memory.arriving[name]
+      on.expect(on.base + self.memory.arrived[name], num_bytes)
 
   def job_bytes(self, on: Machine) -> Number | int:
     """What arrives of queries, keys and values in a layer."""
@@ -78,11 +79,14 @@ class Frame:
 
   # Who does what.
 
-  def each(self, on: Machine, count: int, body: Callable[[Number], None]) -> None:
+  def each(
+    self, on: Machine, count: int, body: Callable[[Number], None], *, last_first: bool = False
+  ) -> None:
     """body(number) for 0 to count - 1, shared by the threads."""
+    thread = (sizes.THREADS - 1) - on.thread if last_first else on.thread
     # Unrolled: counts are known, and a few times the number of threads at most.
     for start in range(0, count, sizes.THREADS):
-      number = on.thread + start
+      number = thread + start
       if start + sizes.THREADS <= count:
         body(number)
       else:

@@ -115,8 +115,9 @@ class Machine(abc.ABC):
 
     Args:
       sums: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1), float32.
-      a: words of (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8) and the number after each.
-      b: words of (2 t, g) and (2 t + 8, g), each with the number below it.
+      a: words of (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8) and the number after each;
+        the first two alone are a tile [16, 8].
+      b: words of (2 t, g) and (2 t + 8, g), each with the number below it; or the first alone.
     """
 
   @abc.abstractmethod

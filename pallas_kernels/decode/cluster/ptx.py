@@ -5,6 +5,7 @@ block's memory together with a count of them. So they are emitted as PTX and MLI
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -203,10 +204,12 @@ class Gpu(machine.Machine):
     return self._shuffle("idx", x, lane)
 
   def multiply(self, sums: list[Number], a: list[Number], b: list[Number]) -> list[Number]:
-    ptx = (
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-    )
+    # The results, then the operands.
+    numbers, registers = itertools.count(), []
+    for num in (4, len(a), len(b), 4):
+      registers.append("{" + ",".join(f"${n}" for n in itertools.islice(numbers, num)) + "}")
+    shape = f"m16n8k{8 * len(b)}"  # the summed axis is 16 or 8 long
+    ptx = f"mma.sync.aligned.{shape}.row.col.f32.bf16.bf16.f32 {', '.join(registers)};"
     # No side effects: the compiler may put loads between them.
     operands = [value.x for value in (*a, *b, *sums)]
     options = dict(result_types=[self._f32] * 4, convergent=True)
