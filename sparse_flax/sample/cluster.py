@@ -159,7 +159,11 @@ def decode_steps(
   R = rows or kernels.cluster_shape(len(x))[1]
   num_groups = len(weights.matrices[0]) // len(caches)
   sizes = _sizes(caches, B=len(x), groups=num_groups, R=R, **model)
-  places, biases = zip(*(_places_and_biases(cache, step) for cache in caches), strict=True)
+  rows = []
+  for cache in caches:
+    of_sets = [_places_and_biases(parts, step) for parts in model_lib.cache.by_heads(cache)]
+    rows += of_sets + of_sets[:1] * (sizes.num_sets - len(of_sets))  # as many rows for each layer
+  places, biases = zip(*rows, strict=True)
   together = lambda xs, fill: jnp.stack(
     [jnp.pad(x, (0, max(map(len, xs)) - len(x)), constant_values=fill) for x in xs]
   )
@@ -173,28 +177,39 @@ def decode_steps(
 
 
 def _unsupported(caches: Sequence[model_lib.cache.Cache]) -> str | None:
-  differ = any(len(model_lib.cache.by_heads(cache)) != 1 for cache in caches)
-  return "heads that differ in their pattern" if differ else None
+  """Heads may differ in their pattern, if as many have each of the patterns."""
+  for cache in caches:
+    sets = model_lib.cache.by_heads(cache)
+    if len({(len(parts[0].heads), _pieces(parts)) for parts in sets}) != 1:
+      return "heads that differ in how many rows they keep, or of which some patterns have more"
+  return None
+
+
+def _pieces(parts: Sequence[model_lib.cache.Part]) -> tuple[kernels.Piece, ...]:
+  return tuple(kernels.Piece(size=part.rows.size, length=part.rows.length) for part in parts)
 
 
 def _sizes(caches: Sequence[model_lib.cache.Cache], **sizes: Any) -> kernels.Sizes:
-  piece = lambda part: kernels.Piece(size=part.rows.size, length=part.rows.length)
-  pieces = tuple(tuple(map(piece, cache)) for cache in caches)
-  return kernels.Sizes(pieces=pieces, slope=model_lib.GELU_SLOPE, **sizes)
+  layers = []
+  for cache in caches:
+    sets = model_lib.cache.by_heads(cache)
+    number = {h: n for n, parts in enumerate(sets) for h in parts[0].heads}
+    layers.append(kernels.Layer(_pieces(sets[0]), tuple(number[h] for h in sorted(number))))
+  return kernels.Sizes(layers=tuple(layers), slope=model_lib.GELU_SLOPE, **sizes)
 
 
 def _places_and_biases(
-  cache: model_lib.cache.Cache, step: Integer[Array, ""]
+  parts: Sequence[model_lib.cache.Part], step: Integer[Array, ""]
 ) -> tuple[Integer[Array, "P"], Float[Array, "S"]]:
   """Whether the step's row is seen, then the first row and the slot of each part; and what is
   added to the scores of all parts: the step's own row is not taken from memory."""
   shown, places, biases = jnp.zeros((), bool), [], []
-  for n, part in enumerate(cache):
+  for n, part in enumerate(parts):
     # Beyond the end means the last slot.
     slot = jnp.minimum(part.rows.slot(step), part.rows.length - 1)
     first = part.rows.first(step)
     at = first + jnp.arange(part.rows.size)
-    seen = model_lib.cache.seen(list(cache), n, at, step)
+    seen = model_lib.cache.seen(list(parts), n, at, step)
     shown |= jnp.any(seen & (at == slot))
     places += [first, slot]
     biases.append(jnp.where(seen & (at != slot), 0.0, -jnp.inf))

@@ -24,6 +24,7 @@ from pallas_kernels.decode.cluster.packing import pack as pack
 from pallas_kernels.decode.cluster.packing import unpack as unpack
 from pallas_kernels.decode.cluster.ptx import launch as launch
 from pallas_kernels.decode.cluster.sizes import cluster_shape as cluster_shape
+from pallas_kernels.decode.cluster.sizes import Layer as Layer
 from pallas_kernels.decode.cluster.sizes import Piece as Piece
 from pallas_kernels.decode.cluster.sizes import Sizes as Sizes
 
@@ -49,8 +50,8 @@ def supported(s: Sizes, dtype: jax.typing.DTypeLike) -> str | None:
 def run_layers(
   s: Sizes,
   x: Float[Array, "B E"],
-  places: Int[Array, "N P"],
-  biases: Float[Array, "N S"],
+  places: Int[Array, "N_sets P"],
+  biases: Float[Array, "N_sets S"],
   matrices: Sequence[Array],
   tables: Sequence[Array],
   *,
@@ -61,11 +62,12 @@ def run_layers(
   Args:
     s: sizes of the step.
     x: what they begin with.
-    places: whether the step's own row is seen, then the first row and the row to write of each
-      piece.
-    biases: what is added to the scores of all pieces.
+    places: for each set of heads of each layer of a group, whether the step's own row is seen, then
+      the first row and the row to write of each piece.
+    biases: likewise, what is added to the scores of all pieces.
     matrices: of `pack`: queries, keys and values of all heads, of `join_heads`; out; up; down.
-    tables: keys [L / N, B, H, length, Dk] and values of each piece, which are updated in place.
+    tables: keys [L / N, B, heads of a set, length, Dk] and values of each piece of each of them,
+      which are updated in place.
     run: `launch` or `simulated`.
 
   Returns:

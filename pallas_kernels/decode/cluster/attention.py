@@ -27,15 +27,14 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from collections.abc import Iterable
 
 from pallas_kernels.decode.cluster import frame as frames
 from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
+from pallas_kernels.decode.cluster.frame import Bite
 from pallas_kernels.decode.cluster.frame import Frame
 from pallas_kernels.decode.cluster.machine import Machine
 from pallas_kernels.decode.cluster.machine import Number
-from pallas_kernels.decode.cluster.machine import Table
 from pallas_kernels.decode.cluster.sizes import Piece
 
 _LOG2E = math.log2(math.e)
@@ -48,10 +47,9 @@ _ROWS_AHEAD = 72
 _OCTET = 8  # rows of which a lane has two
 _PART = 32  # numbers of a key for two mma: 16 bytes of each of four lanes
 
-# Chunks of cached rows that are read at once: (its first row among those of all pieces, rows).
-Bite = list[tuple[int, int]]
 # Its maximum, the lane's total, the sums of each mma of values; of no rows these are None.
 Softmax = tuple[Number, Number, list[list[Number]] | None]
+Carry = tuple[Softmax, Number]  # from bite to bite: the other is the ring's next slot
 
 
 def attend(
@@ -72,12 +70,12 @@ def attend(
     The number of the slot after the last.
   """
   # Layers of a kind have equal pieces, so that all sizes are known while tracing.
-  memory, pieces = frame.memory, frame.kinds[kind]
+  memory, pieces = frame.memory, frame.kinds[kind].pieces
   bites = [_bites(frame, pieces, len(jobs)) for jobs in frame.rounds]
   # Before queries arrive: whether the own row is seen, where it goes, and the first rows.
-  shown = frame.place(on, n, 0)
-  slots = [frame.place(on, n, 2 + 2 * m) for m in range(len(pieces))]
-  rounds = [_Round(frame, on, n, jobs) for jobs in frame.rounds]
+  shown = frame.places(on, kind, n, 0)
+  slots = [frame.places(on, kind, n, 2 + 2 * m) for m in range(len(pieces))]
+  rounds = [_Round(frame, on, kind, n, jobs) for jobs in frame.rounds]
   ahead = rounds[0].ahead(bites[0], number)
   on.wait(on.base + memory.arrived["qkv"], parity)
   for of_round, its_bites in zip(rounds, bites, strict=True):
@@ -85,8 +83,8 @@ def attend(
     ahead = None  # of the first round only: more would take registers
   # By threads that have nothing to join; the others wait for what is pushed then.
   frame.renew(on, "qkv")
-  for m, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
-    _store_row(frame, on, g, piece, frame.cache(on, kind, m, n), slot)
+  for m, slot in enumerate(slots):
+    _store_row(frame, on, kind, m, n, g, slot)
   return number
 
 
@@ -138,7 +136,7 @@ class _Octet:
   Attributes:
     slot: address of the chunk.
     values: address of its values.
-    biases: address of what is added to its scores.
+    biases: address of what is added to its scores, or how far into their row it is.
     begin: the octet's first row, but for `start`.
     start: rows before, the same for all warps.
     rows: of the chunk; None: it has all of the octet.
@@ -167,14 +165,16 @@ class _Octet:
 class _Round:
   """A round of jobs, of which this warp has one."""
 
-  def __init__(self, frame: Frame, on: Machine, n: Number, jobs: range):
+  def __init__(self, frame: Frame, on: Machine, kind: int, n: Number, jobs: range):
     s = frame.sizes
-    self.frame, self.on, self.n, self.jobs = frame, on, n, jobs
+    self.frame, self.on, self.jobs = frame, on, jobs
     self.sharing = _warps_of_job(frame)
     # Warps beyond the last job do its work again, and nobody reads what they give.
     which = on.warp // self.sharing
     self.which = on.select(which < len(jobs), which, on.lane * 0 + (len(jobs) - 1))
     self.own = on.base + frame.memory.qkv + (self.which + jobs.start) * (s.head_width * 2)
+    _, self.head, _ = frame.job(on, self.which + jobs.start)
+    self.row_of_biases = frame.row_of(on, kind, n, self.head)
     self.g, self.t = on.lane // 4, on.lane % 4
     self.key_tiles = _KeyTiles(frame)
     # Keys of less than a part: other lanes load again what those before do, times zeros.
@@ -201,29 +201,37 @@ class _Round:
     return octets
 
   def run(
-    self, bites: list[Bite], ahead: list[_Octet] | None, shown: Number, number: Number
+    self,
+    bites: list[Bite],
+    ahead: list[_Octet] | None,
+    shown: Callable[[Number], Number],
+    number: Number,
   ) -> Number:
     """Attends and pushes what the jobs give to all thread blocks.
 
     Args:
       bites: of the cached rows.
       ahead: of `ahead`.
-      shown: 1 if the step's own row is seen, else 0.
+      shown: of a head, 1 if the step's own row is seen, else 0.
       number: of the first slot of the ring.
 
     Returns:
       The number of the slot after the last.
     """
     self.q = self._query()
-    own = self._own(shown)
-    carry = own[0], self.on.zero(), None
-    for bite in bites:
-      octets = ahead or self._octets(bite, len(bites) > 1, number)
-      carry = self._bite(octets, carry)
+    own = self._own(shown(self.head))
+
+    def take(ahead: list[_Octet] | None, bite: Bite, carry: Carry) -> Carry:
+      softmax, number = carry
+      softmax = self._bite(ahead or self._octets(bite, len(bites) > 1, number), softmax)
       if ahead is None:
         self._release(bite, number)
-      number = number + len(bite) * len(self.jobs)
-    self._store_parts(carry, own)
+      return softmax, number + len(bite) * len(self.jobs)
+
+    carry = take(ahead, bites[0], ((own[0], self.on.zero(), None), number))
+    others = functools.partial(take, None)
+    softmax, number = self.frame.each_bite(self.on, bites[1:], others, carry)
+    self._store_parts(softmax, own)
     self.on.sync()
     self._join_warps()
     if len(self.frame.rounds) > 1:
@@ -238,8 +246,9 @@ class _Round:
 
   def _octets(self, bite: Bite, several: bool, number: Number) -> list[_Octet]:
     """The warp's octets of a bite."""
-    on, s = self.on, self.frame.sizes
-    biases = on.base + self.frame.memory.biases + self.n * (s.bias_width * 4)
+    on, s, biases = self.on, self.frame.sizes, self.on.lane * 0
+    if self.frame.memory.biases is not None:
+      biases = on.base + self.frame.memory.biases + self.row_of_biases * (s.bias_width * 4)
     step, octets = _OCTET * self.sharing, []
     for slot, (first, rows) in zip(self._slots(bite, several, number), bite, strict=True):
       addresses = slot, slot + rows * (s.Dk * 2), biases + first * 4
@@ -271,7 +280,12 @@ class _Round:
     """What is added to the scores of the lane's two rows."""
     on, found = self.on, []
     for row, plus in _own_rows(self.frame, self.t):
-      (word,) = on.load(octet.address(on, octet.biases, row, plus, 4), 1)
+      at = octet.address(on, octet.biases, row, plus, 4)
+      if self.frame.memory.biases is not None:
+        (word,) = on.load(at, 1)
+      else:
+        width = self.frame.sizes.bias_width * 4
+        (word,) = on.load_global(frames.BIASES, self.row_of_biases, width, at, 1)
       bias = on.as_float(word)
       if octet.rows is not None:
         there = octet.begin + row + (octet.start + plus) < octet.rows
@@ -313,7 +327,7 @@ class _Round:
       x = _joined(on, _joined(on, x, 1, keys.pairs), 4, 4 * keys.pairs)
     return [x]
 
-  def _scores(self, octet: _Octet) -> list[Number]:
+  def _scores(self, octet: _Octet, biases: list[Number] | None) -> list[Number]:
     """The scores of the lane's two rows of an octet."""
     on, pairs = self.on, self.key_tiles.pairs
     keys = octet.loaded[0] if octet.loaded else self._keys(octet)
@@ -321,7 +335,8 @@ class _Round:
     # Of more tiles than two, lanes take those that are theirs.
     own = [self._chosen(found[j * pairs : (j + 1) * pairs]) for j in range(2)]
     scale = on.zero() + self.scale
-    return [on.fma(x, scale, bias) for x, bias in zip(own, self._biases(octet), strict=True)]
+    biases = biases or self._biases(octet)
+    return [on.fma(x, scale, bias) for x, bias in zip(own, biases, strict=True)]
 
   def _chosen(self, numbers: list[Number]) -> Number:
     """numbers[t], if there are so many."""
@@ -344,7 +359,10 @@ class _Round:
   def _bite(self, octets: list[_Octet], carry: Softmax) -> Softmax:
     """The softmax with the rows of a bite."""
     on, (top, total, out) = self.on, carry
-    scores = [score for octet in octets for score in self._scores(octet)]
+    # Those in global memory all at once: each takes long.
+    far = self.frame.memory.biases is None
+    biases = [self._biases(octet) if far else None for octet in octets]
+    scores = [x for pair in zip(octets, biases, strict=True) for x in self._scores(*pair)]
     # Lanes t have scores of other rows, lanes g the same.
     highest = frames.in_pairs(on.maximum, [top, *scores])
     highest = _joined(on, highest, 1, 4, on.maximum)
@@ -470,20 +488,27 @@ class _Round:
 
 
 def _store_row(
-  frame: Frame, on: Machine, g: Number, piece: Piece, tables: Iterable[Table], slot: Number
+  frame: Frame,
+  on: Machine,
+  kind: int,
+  m: int,
+  n: Number,
+  g: Number,
+  slot: Callable[[Number], Number],
 ) -> None:
-  """Writes the step's keys and values to a piece's slot."""
+  """Writes the step's keys and values to a head's slot of piece m."""
   s = frame.sizes
   of_key, of_value = (s.Dk, s.Dk * 2), (s.Dv, s.Dk * 4)  # width, and where it lies in a job's qkv
-  for (width, offset), table in zip((of_key, of_value), tables, strict=True):
+  for part, (width, offset) in enumerate((of_key, of_value)):
 
-    def store(number, width=width, offset=offset, table=table) -> None:
+    def store(number, part=part, width=width, offset=offset) -> None:
       job, vector = number // (width // 8), number % (width // 8)
       b, h, _ = frame.job(on, job)
+      table = list(frame.cache(on, kind, m, n, h))[part]
       words = on.load(
         on.base + frame.memory.qkv + job * (s.head_width * 2) + offset + vector * 16, 4
       )
-      row = frame.cached_row(g, b, h, piece) + slot
+      row = frame.cached_row(on, kind, m, g, b, h) + slot(h)
       write = functools.partial(on.store_global, table, row, width * 2, vector * 16, words)
       frame.if_job(on, job, write)
 

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import Any
 
 from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
@@ -18,13 +19,19 @@ from pallas_kernels.decode.cluster.machine import Table
 from pallas_kernels.decode.cluster.machine import WARP
 from pallas_kernels.decode.cluster.sizes import Sizes
 
-# The kernel's tables: x; places, for each layer of a group whether the step's own row is seen, then
-# the first row and the row to write of each piece; biases, for each layer of a group what is added
-# to the scores of its pieces; packed weights of all layers; keys and values of each piece of each
-# layer of a group; x after the layers.
+# The kernel's tables: x; places, for each set of heads of each layer of a group whether the step's
+# own row is seen, then the first row and the row to write of each piece; biases, for each of them
+# what is added to the scores of its pieces; packed weights of all layers; keys and values of each
+# piece of each of them; x after the layers.
 X, PLACES, BIASES = range(3)
 WEIGHTS = dict(qkv=3, out=4, up=5, down=6)
 _CACHES = 7
+# Of so many bites that are alike, each has its instructions; more are a loop.
+_MOST_UNROLLED = 4
+
+# Chunks of cached rows that are read at once: (its first row among those of all pieces, rows).
+Bite = list[tuple[Number, int]]
+BiteBody = Callable[[Bite, Any], Any]
 
 # By kind: body(on, kind, layer of a group, group, number) -> number
 KindBody = Callable[[Machine, int, Number, Number, Number], Number]
@@ -38,9 +45,9 @@ class Frame:
     memory: the layout of shared memory.
     ring: of its slots.
     matrices: by name, a thread block's share of each.
-    caches: the tables of keys and values of each piece of each layer of a group.
+    caches: the tables of keys and values, by layer of a group, set of heads and piece.
     after: the table of x after the layers.
-    kinds: the pieces of layers, each once: such layers share their instructions.
+    kinds: of layers, each once: such layers share their instructions.
     kind_of: which it is, for each layer of a group.
   """
 
@@ -50,11 +57,14 @@ class Frame:
     self.ring = shared.Ring(self.memory)
     self.matrices = s.matrices
     tables = itertools.count(_CACHES)
-    self.caches = [[(next(tables), next(tables)) for _ in pieces] for pieces in s.pieces]
+    self.caches = [
+      [[(next(tables), next(tables)) for _ in layer.pieces] for _ in range(layer.num_sets)]
+      for layer in s.layers
+    ]
     self.after = next(tables)
     # Without repetitions, and in an order that does not change from run to run.
-    self.kinds = list(dict.fromkeys(s.pieces))
-    self.kind_of = [self.kinds.index(pieces) for pieces in s.pieces]
+    self.kinds = list(dict.fromkeys(s.layers))
+    self.kind_of = [self.kinds.index(layer) for layer in s.layers]
 
   # What arrives.
 
@@ -175,7 +185,7 @@ class Frame:
     Of a thread block without a job nothing is fetched and nothing computed.
     """
     s = self.sizes
-    cycle = len(s.pieces)
+    cycle = len(s.layers)
     n, g = layer % cycle, layer // cycle
     all_attend = (s.C - 1) * s.jobs < s.R * s.H
     if len(self.kinds) == 1 and all_attend:
@@ -200,28 +210,64 @@ class Frame:
   def _slots_of(self, kind: int) -> int:
     """Slots that the rows of a layer take."""
     s = self.sizes
-    return s.jobs * sum(len(piece.chunks(s.row_bytes)) for piece in self.kinds[kind])
+    return s.jobs * sum(len(piece.chunks(s.row_bytes)) for piece in self.kinds[kind].pieces)
 
-  def cache(self, on: Machine, kind: int, m: int, n: Number) -> Iterator[Table]:
-    """The tables of keys and values of piece m."""
+  def set_of(self, on: Machine, kind: int, h: Number) -> Number:
+    """The number of a head's set."""
+    layer = self.kinds[kind]
+    return on.choose(list(layer.sets), h) if layer.num_sets > 1 else h * 0
+
+  def cache(self, on: Machine, kind: int, m: int, n: Number, h: Number) -> Iterator[Table]:
+    """The tables of a head's keys and values of piece m."""
+    sets = self.kinds[kind].num_sets
     for part in range(2):
       tables = [
-        # Layers of other kinds do not come here; they may have fewer pieces.
-        caches[m][part] if other == kind else 0
+        # Layers of other kinds do not come here; they may have fewer pieces or sets.
+        caches[number][m][part] if other == kind else 0
         for caches, other in zip(self.caches, self.kind_of, strict=True)
+        for number in range(sets)
       ]
-      yield on.choose_table(tables, n)
+      yield on.choose_table(tables, n * sets + self.set_of(on, kind, h))
 
-  def place(self, on: Machine, n: Number, index: int) -> Number:
-    """An entry of the places of a layer of a group."""
+  def cached_row(self, on: Machine, kind: int, m: int, g: Number, b: Number, h: Number) -> Number:
+    """The first row of a head of a sequence in its tables of piece m."""
+    s, layer = self.sizes, self.kinds[kind]
+    if layer.num_sets > 1:
+      h = on.choose(layer.places_in_set, h)
+    return ((g * s.B + b) * (s.H // layer.num_sets) + h) * layer.pieces[m].length
+
+  def places(self, on: Machine, kind: int, n: Number, index: int) -> Callable[[Number], Number]:
+    """An entry of the places of a head; read at once, where all heads have the same."""
     # Padded, as layers of a group may have different numbers of pieces.
-    width = 1 + 2 * max(len(pieces) for pieces in self.sizes.pieces)
-    return on.load_global(PLACES, n, width * 4, index * 4, 1)[0]
+    width = 1 + 2 * max(len(layer.pieces) for layer in self.sizes.layers)
 
-  def cached_row(self, g: Number, b: Number, h: Number, piece: sizes.Piece) -> Number:
-    """The first row of a head of a sequence in a piece's tables."""
-    s = self.sizes
-    return ((g * s.B + b) * s.H + h) * piece.length
+    def read(h: Number) -> Number:
+      row = self.row_of(on, kind, n, h)
+      return on.load_global(PLACES, row, width * 4, index * 4, 1)[0]
+
+    if self.kinds[kind].num_sets > 1:
+      return read
+    place = read(n * 0)
+    return lambda h: place
+
+  def row_of(self, on: Machine, kind: int, n: Number, h: Number) -> Number:
+    """Of the tables of places and of biases, that of a head."""
+    return n * self.sizes.num_sets + self.set_of(on, kind, h)
+
+  def each_bite(self, on: Machine, bites: list[Bite], body: BiteBody, carry: Any) -> Any:
+    """body(bite, carry) -> carry, one after the other."""
+    at = 0
+    while at < len(bites):
+      alike = _alike(bites[at:])
+      if alike <= _MOST_UNROLLED:
+        carry = body(bites[at], carry)
+        at += 1
+        continue
+      start, step = bites[at], bites[at + 1][0][0] - bites[at][0][0]
+      nth = lambda i, start=start, step=step: [(i * step + first, rows) for first, rows in start]
+      carry = on.loop(alike, lambda i, carry, nth=nth: body(nth(i), carry), carry)
+      at += alike
+    return carry
 
 
 def in_pairs(join: Callable[[Number, Number], Number], numbers: Sequence[Number]) -> Number:
@@ -230,3 +276,12 @@ def in_pairs(join: Callable[[Number, Number], Number], numbers: Sequence[Number]
     rest = numbers[len(numbers) // 2 * 2 :]
     numbers = [*map(join, numbers[::2], numbers[1::2]), *rest]
   return numbers[0]
+
+
+def _alike(bites: list[Bite]) -> int:
+  """How many of the first bites have as many rows in their chunks, one bite behind the other."""
+  shape = lambda bite: [rows for _, rows in bite]
+  num = 1
+  while num < len(bites) and shape(bites[num]) == shape(bites[0]):
+    num += 1
+  return num

@@ -39,6 +39,7 @@ from pallas_kernels.decode.cluster import shared
 from pallas_kernels.decode.cluster import sizes
 from pallas_kernels.decode.cluster.machine import Machine
 from pallas_kernels.decode.cluster.machine import Number
+from pallas_kernels.decode.cluster.machine import Table
 from pallas_kernels.decode.cluster.sizes import Sizes
 
 _LOG2E = math.log2(math.e)
@@ -101,21 +102,38 @@ class Step(machine.Kernel):
     """The cached rows of a layer: of each chunk keys, then values, for one job after another."""
     s, frame = self.sizes, self.frame
     for jobs in frame.rounds:
-      for m, piece in enumerate(frame.kinds[kind]):
-        key, value = frame.cache(on, kind, m, n)
+      for m, piece in enumerate(frame.kinds[kind].pieces):
         # Places come from global memory: the step is not known when the program is made.
-        first = frame.place(on, n, 1 + 2 * m)
-        for start, rows in piece.chunks(s.row_bytes):
-          # Jobs innermost: the warps of a round need the same chunk of each at the same time.
-          for job in jobs:
-            b, h, _ = frame.job(on, job)
-            row = frame.cached_row(g, b, h, piece) + first + start
-            # One barrier counts both copies.
-            slot, full = frame.ring.acquire(on, number, rows * s.row_bytes)
-            on.fetch(slot, key, row, s.Dk * 2, 0, rows * s.Dk * 2, full)
-            to = slot + rows * s.Dk * 2
-            on.fetch(to, value, row, s.Dv * 2, 0, rows * s.Dv * 2, full)
-            number = number + 1
+        first = frame.places(on, kind, n, 1 + 2 * m)
+        sources = []
+        for job in jobs:
+          b, h, _ = frame.job(on, job)
+          tables = frame.cache(on, kind, m, n, h)
+          sources.append((*tables, frame.cached_row(on, kind, m, g, b, h) + first(h)))
+        chunks = [[chunk] for chunk in piece.chunks(s.row_bytes)]
+        fetch = functools.partial(self._fetch_chunk, on, sources)
+        number = frame.each_bite(on, chunks, fetch, number)
+    return number
+
+  def _fetch_chunk(
+    self,
+    on: Machine,
+    sources: list[tuple[Table, Table, Number]],
+    chunk: frames.Bite,
+    number: Number,
+  ) -> Number:
+    """A chunk of each job, of whose keys and values `sources` has the tables and the first row."""
+    s = self.sizes
+    ((start, rows),) = chunk
+    # Jobs innermost: the warps of a round need the same chunk of each at the same time.
+    for key, value, first in sources:
+      row = first + start
+      # One barrier counts both copies.
+      slot, full = self.frame.ring.acquire(on, number, rows * s.row_bytes)
+      on.fetch(slot, key, row, s.Dk * 2, 0, rows * s.Dk * 2, full)
+      to = slot + rows * s.Dk * 2
+      on.fetch(to, value, row, s.Dv * 2, 0, rows * s.Dv * 2, full)
+      number = number + 1
     return number
 
   # What is computed.
@@ -190,11 +208,14 @@ class Step(machine.Kernel):
 
   def _read_biases(self, on: Machine) -> None:
     """All of them, once: they are of the step."""
-    count = len(self.sizes.pieces) * self.sizes.bias_width
+    s, biases = self.sizes, self.frame.memory.biases
+    if biases is None:
+      return
+    count = len(s.layers) * s.num_sets * s.bias_width
 
     def read(number) -> None:
       words = on.load_global(frames.BIASES, on.lane * 0, count * 4, number * 4, 1)
-      on.store(on.base + self.frame.memory.biases + number * 4, words)
+      on.store(on.base + biases + number * 4, words)
 
     self.frame.each(on, count, read)
 

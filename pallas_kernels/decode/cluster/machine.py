@@ -50,7 +50,7 @@ class Machine(abc.ABC):
 
   @abc.abstractmethod
   def choose(self, numbers: list[int], which: Number) -> Number:
-    """numbers[which], for a `which` that is the same for all threads."""
+    """numbers[which]"""
 
   @abc.abstractmethod
   def zero(self) -> Number:
@@ -138,7 +138,7 @@ class Machine(abc.ABC):
 
   @abc.abstractmethod
   def choose_table(self, tables: list[int], which: Number) -> Table:
-    """tables[which], for a `which` that is the same for all threads."""
+    """tables[which]"""
 
   @abc.abstractmethod
   def load_global(
@@ -209,8 +209,8 @@ class Machine(abc.ABC):
     """body(), if the condition holds, which is the same for all threads that come here."""
 
   @abc.abstractmethod
-  def loop(self, num: int, body: Callable[[Number, Number], Number], carry: Number) -> None:
-    """body(number, carry) -> carry, num times."""
+  def loop(self, num: int, body: Callable[[Number, Any], Any], carry: Any) -> Any:
+    """body(number, carry) -> carry, num times; a carry is a number, or lists and tuples of such."""
 
 
 class Kernel(abc.ABC):

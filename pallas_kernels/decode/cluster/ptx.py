@@ -343,9 +343,11 @@ class Gpu(machine.Machine):
     with self.when(condition):
       body()
 
-  def loop(self, num: int, body: Callable[[Number, Number], Number], carry: Number) -> None:
-    step = lambda n, x: body(Value(n), Value(x)).x
-    utils.fori(utils.c(num, self._i32), carry.x)(step)
+  def loop(self, num: int, body: Callable[[Number, Any], Any], carry: Any) -> Any:
+    values = lambda xs: jax.tree.map(Value, xs)
+    registers = lambda xs: jax.tree.map(lambda value: value.x, xs)
+    step = lambda n, xs: (registers(body(Value(n), values(xs[0]))),)
+    return values(utils.fori(utils.c(num, self._i32), (registers(carry),))(step).result)
 
 
 def launch(

@@ -23,8 +23,7 @@ _LINE = 128
 _ROW_PADDING = 64
 # Pads rows of float32: 4 lanes with rows 2 apart store 8 columns each, in 32 different banks.
 WORD_PADDING = 4
-# Chunks of cached rows of a head, whose instructions stand one after the other in the program.
-_MOST_CHUNKS = 16
+_MOST_BIASES = 8 * 1024  # bytes of shared memory
 SPARE_SLOTS = 2  # that the rows which are being read leave for what comes next
 
 # Barriers: those of what arrives from the cluster, then those of the ring, full and free.
@@ -39,6 +38,7 @@ class SharedMemory:
 
   Attributes:
     num_bytes: of all.
+    biases: what is added to the scores of all layers of a group; None: it is read where it is used.
     jobs_at_once: heads of sequences that the warps share among them in a round.
     arrived: the barrier of each of ARRIVALS.
     arriving: bytes that each thread block gets of each of ARRIVALS, but for "qkv".
@@ -53,7 +53,9 @@ class SharedMemory:
     # A power of two, so that as many warps share each.
     self.jobs_at_once = min(sizes.WARPS, 1 << (s.jobs - 1).bit_length())
     self.x = [self._take(s.R * pitch(s.E)) for _ in range(2)]
-    self.biases = self._take(len(s.pieces) * s.bias_width * 4)  # of scores, as in global memory
+    # As in global memory, where they stay if they would take room from the ring.
+    num_bytes = len(s.layers) * s.num_sets * s.bias_width * 4
+    self.biases = self._take(num_bytes) if num_bytes <= _MOST_BIASES else None
     self.stats = self._take(sizes.WARPS * s.R * 8)  # the sum and the sum of squares, float32
     self.attended = self._take(s.R * pitch(s.H * s.Dv))
     self.hidden = self._take(s.R * pitch(s.F))
@@ -92,9 +94,6 @@ def part_bytes(s: Sizes) -> int:
 
 def unsupported(s: Sizes) -> str | None:
   """Why a step of such sizes does not go into shared memory; None: it does."""
-  chunks = [sum(len(piece.chunks(s.row_bytes)) for piece in x) for x in s.pieces]
-  if max(chunks) > _MOST_CHUNKS:
-    return f"{max(chunks) * sizes.CHUNK_BYTES} bytes of cached rows: too many for one head"
   memory = SharedMemory(s)
   if memory.slots < memory.jobs_at_once + SPARE_SLOTS:
     return f"{memory.slots} slots in shared memory are too few for {s}"

@@ -74,7 +74,7 @@ class Simulated(machine.Machine):
     return np.where(condition, a, b).astype(np.asarray(a if hasattr(a, "dtype") else b).dtype)
 
   def choose(self, numbers: list[int], which: Number) -> Number:
-    return np.int32(numbers[which])
+    return np.asarray(numbers, np.int32)[which]
 
   def zero(self) -> Number:
     return np.zeros(len(self.thread), np.float32)
@@ -170,7 +170,15 @@ class Simulated(machine.Machine):
     self._put(self._memory.shared[self.rank], address, words)
 
   def choose_table(self, tables: list[int], which: Number) -> Table:
-    return tables[which]
+    return np.asarray(tables)[which]
+
+  def _by_table(self, table: Table) -> Iterator[np.ndarray]:
+    """The bytes of one table after the other, while only threads that chose it are active."""
+    before, table = self._active, self._all(table)
+    for number in np.unique(table[before]):
+      self._active = before & (table == number)
+      yield self._memory.tables[number]
+    self._active = before
 
   def _place(self, index: Number, pitch: int, offset: Number) -> np.ndarray:
     return self._all(index) * pitch + offset
@@ -178,12 +186,16 @@ class Simulated(machine.Machine):
   def load_global(
     self, table: Table, index: Number, pitch: int, offset: Number, num: int
   ) -> list[Number]:
-    return self._words(self._memory.tables[table], self._place(index, pitch, offset), num)
+    words, place = np.zeros((num, len(self.thread)), np.uint32), self._place(index, pitch, offset)
+    for memory in self._by_table(table):
+      words |= self._words(memory, place, num)  # zeros for threads that are not active
+    return list(words)
 
   def store_global(
     self, table: Table, index: Number, pitch: int, offset: Number, words: list[Number]
   ) -> None:
-    self._put(self._memory.tables[table], self._place(index, pitch, offset), words)
+    for memory in self._by_table(table):
+      self._put(memory, self._place(index, pitch, offset), words)
 
   # Barriers.
 
@@ -241,7 +253,7 @@ class Simulated(machine.Machine):
     (start,) = self._place(index, pitch, offset)[self._active]
     (to,) = self._all(address)[self._active]
     assert start % 16 == to % 16 == num_bytes % 16 == 0, "a copy is not aligned"
-    memory = self._memory.tables[table]
+    (memory,) = self._by_table(table)
     assert start + num_bytes <= len(memory), "a copy beyond the end of an array"
     self._memory.shared[self.rank][to : to + num_bytes] = memory[start : start + num_bytes]
     self._add(self._at(barrier), 0, [-num_bytes])
@@ -271,9 +283,10 @@ class Simulated(machine.Machine):
     if condition:
       body()
 
-  def loop(self, num: int, body: Callable[[Number, Number], Number], carry: Number) -> None:
+  def loop(self, num: int, body: Callable[[Number, Any], Any], carry: Any) -> Any:
     for n in range(num):
       carry = body(np.int32(n), carry)
+    return carry
 
 
 def simulate(

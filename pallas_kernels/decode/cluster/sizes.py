@@ -115,6 +115,29 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+  """What a layer's attention reads.
+
+  Attributes:
+    pieces: of each head.
+    sets: for each head the number of its set. Heads of a set have their rows at the same places, in
+      tables of their own; all sets have as many heads.
+  """
+
+  pieces: tuple[Piece, ...]
+  sets: tuple[int, ...]
+
+  @property
+  def num_sets(self) -> int:
+    return max(self.sets) + 1
+
+  @property
+  def places_in_set(self) -> list[int]:
+    """The place of each head among those of its set."""
+    return [self.sets[:h].count(number) for h, number in enumerate(self.sets)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
   """Of a model, and of the clusters that share its sequences.
 
@@ -126,7 +149,7 @@ class Sizes:
     Dv: width of its values.
     F: width between up and down.
     groups: how often the layers of a group follow each other.
-    pieces: of each layer of a group, one after the other.
+    layers: of a group, one after the other.
     C: thread blocks of a cluster.
     R: sequences of a cluster.
     epsilon: of the norms.
@@ -140,7 +163,7 @@ class Sizes:
   Dv: int
   F: int
   groups: int
-  pieces: tuple[tuple[Piece, ...], ...]
+  layers: tuple[Layer, ...]
   C: int
   R: int
   epsilon: float
@@ -169,13 +192,18 @@ class Sizes:
 
   @property
   def num_layers(self) -> int:
-    return len(self.pieces) * self.groups
+    return len(self.layers) * self.groups
+
+  @property
+  def num_sets(self) -> int:
+    """The most that a layer has."""
+    return max(layer.num_sets for layer in self.layers)
 
   @property
   def bias_width(self) -> int:
-    """Numbers that a layer of a group has in the table of what is added to scores."""
+    """Numbers that a set of heads has in the table of what is added to scores."""
     # Layers of a group have rows of one table: as wide as the one with most.
-    return max(sum(piece.size for piece in pieces) for pieces in self.pieces)
+    return max(sum(piece.size for piece in layer.pieces) for layer in self.layers)
 
   @property
   def jobs(self) -> int:
