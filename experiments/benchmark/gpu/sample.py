@@ -1,4 +1,4 @@
-"""Sampling. On a GPU a step of the paper's image models, with sparse and with dense caches.
+"""Sampling. On a GPU a step of the paper's models of images and text, with sparse and dense caches.
 
 A step draws one byte for every sequence. Its floor is the time to read the weights, and what it
 reads of the caches, once at the rate of a copy; beside it the kernels of a step, and what a small
@@ -25,10 +25,16 @@ from experiments.benchmark.gpu import timing
 from sparse_flax import sample
 from sparse_flax.model import transformer
 
-BATCH = {"cifar10": 64, "imagenet64": 16, "cifar10:quick": 16}
-PARTS = ("cifar10", "imagenet64")
+BATCH = {"cifar10": 64, "imagenet64": 16, "enwik8": 16, "cifar10:quick": 16}
+PARTS = ("cifar10", "imagenet64", "enwik8")
 # Whether caches are sparse, and the implementation of a step.
-VARIANTS = ((True, "cluster"), (True, "triton"), (False, "triton"), (True, "xla"))
+VARIANTS = (
+  (True, "cluster"),
+  (True, "triton"),
+  (False, "cluster"),
+  (False, "triton"),
+  (True, "xla"),
+)
 STEPS = 128  # of a call that is timed
 CALLS = 7
 COPIED = 2**30  # bytes
