@@ -6,10 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import fuser  # noqa: F401  the simulator's, which imports it late
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import vector as vectors
 
 from pallas_kernels import hardware
 
@@ -50,6 +55,30 @@ def simulated() -> bool:
   return hardware.simulated("gpu")
 
 
+def widened(tile: Traced) -> Traced:
+  """A tile of bfloat16 in float32: what a conversion compiles to has two instructions for half."""
+  if simulated():
+    return tile.astype(jnp.float32)
+
+  @plgpu.inline_mgpu(
+    arg_types=(WGMMA,),
+    return_type=plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, layout=WGMMA),
+  )
+  def widen(ctx: Any, tile: Any) -> Any:
+    del ctx
+    word, two = ir.IntegerType.get_signless(32), lambda kind: ir.VectorType.get((2,), kind)
+    constant = lambda value: arith.constant(word, ir.IntegerAttr.get(word, value))
+    registers = np.empty_like(tile.registers)
+    for place, register in np.ndenumerate(tile.registers):  # of two numbers each
+      both = mgpu.utils.bitcast(register, word)
+      halves = [arith.shli(both, constant(16)), arith.andi(both, constant(-(2**16)))]
+      pair = vectors.from_elements(two(word), halves)
+      registers[place] = vectors.bitcast(two(ir.F32Type.get()), pair)
+    return mgpu.FragmentedArray(_registers=registers, _layout=tile.layout, _is_signed=None)
+
+  return widen(tile)
+
+
 def num_multiprocessors() -> int:
   """Of the device that programs are built for; the simulator does with two."""
   return 2 if simulated() else hardware.num_cores()
@@ -64,12 +93,41 @@ def commit_reads() -> None:
     commit_smem()
 
 
-def kernel(body: Callable, **options: Any) -> Callable:
-  """`plgpu.kernel` with fast exp2, or its simulation."""
+def meet_warps() -> None:
+  """What the threads of this warpgroup have read and written, they have done before any goes on.
+
+  For bodies without `barriers`, before one thread asks the copy engine to write where all have
+  read.
+  """
+  if simulated():
+    commit_smem()
+    return
+
+  @plgpu.inline_mgpu()
+  def meet(ctx: Any) -> None:
+    del ctx
+    mgpu.warpgroup_barrier()
+
+  meet()
+
+
+def kernel(body: Callable, *, barriers: bool = True, **options: Any) -> Callable:
+  """`plgpu.kernel` with fast exp2, or its simulation.
+
+  Args:
+    body: of the kernel.
+    barriers: whether Pallas lets the warps of a warpgroup meet before each copy, and before and
+      after each store into shared memory. A body without them has its own (`meet_warps`,
+      `commit_smem`, `wait_to_gmem`) between what one thread of a warpgroup does and what another
+      one did before.
+    **options: of `plgpu.kernel`.
+  """
   # Races that a GPU hides by luck are errors in the simulator.
   interpret = plgpu.InterpretGPUParams(detect_races=True) if simulated() else None
   # No sum of ours crosses warps.
-  params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
+  params = plgpu.CompilerParams(
+    approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not barriers
+  )
   return plgpu.kernel(body, compiler_params=params, interpret=interpret, **options)
 
 

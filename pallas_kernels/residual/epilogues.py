@@ -4,8 +4,9 @@ A tile is [rows, columns] of the product's result. What belongs to a row, such a
 [rows]; what belongs to a column, such as its bias, is [columns]; a mask is packed, bit c % 32 of
 word c // 32 for column c. In a kernel a tile is one warpgroup's, in XLA it is the whole array.
 
-Norms come after the product. With W' = gain W, b' = b + bias W and s = the column sums of W' as it
-is rounded, norm(x) W + b is rstd (x W' - mean s) + b': the product reads x as it is in memory.
+Norms come after the product. With W' = gain W less the means of its columns, b' = b + bias W and
+s = the column sums of W' as it is rounded, norm(x) W + b is rstd (x W' - mean s) + b': the product
+reads x as it is in memory.
 """
 
 from collections.abc import Sequence
@@ -61,7 +62,8 @@ def normalised(
 ) -> Float32[Array, "rows columns"]:
   """(x - mean) rstd."""
   num = x.shape[1]
-  return (x - over_columns(mean, num)) * over_columns(rstd, num)
+  # In this order one instruction; its error is that of mean rstd, a few units of 2^-24.
+  return x * over_columns(rstd, num) - over_columns(mean * rstd, num)
 
 
 def affine_rows(
@@ -80,20 +82,18 @@ def affine_rows(
 def norm_back(
   grad: Float32[Array, "rows columns"],
   xhat: Float32[Array, "rows columns"],
-  mean_grad: Float32[Array, " rows"],
   mean_product: Float32[Array, " rows"],
 ) -> Float32[Array, "rows columns"]:
-  """The gradient of x times std: grad - mean(grad) - xhat mean(grad xhat), means over a row.
+  """The gradient of x times std: grad - xhat mean(grad xhat), of a grad without a mean over a row.
 
   Args:
     grad: of xhat, the normalised x. Times rstd where the result shall be the gradient of x itself;
-      then both means are of that.
+      then the mean is of that. It has no mean where it is a product with weights whose columns have
+      none. What is added to the result may be added to it before.
     xhat: the normalised x.
-    mean_grad: mean of grad over the whole row, of which the tile may be a part.
-    mean_product: mean of grad xhat.
+    mean_product: mean of grad xhat over the whole row, of which the tile may be a part.
   """
-  num = grad.shape[1]
-  return grad - over_columns(mean_grad, num) - xhat * over_columns(mean_product, num)
+  return grad - xhat * over_columns(mean_product, grad.shape[1])
 
 
 # ------------------------------------------------------------------------------------ activation
@@ -115,12 +115,18 @@ def gelu_slope(u: Float32[Array, "rows columns"]) -> Float32[Array, "rows column
 
 def gelu_back(
   grad: Float32[Array, "rows columns"],
-  u: Float32[Array, "rows columns"],
+  slope: Float32[Array, "rows columns"],
   rstd: Float32[Array, " rows"],
 ) -> Float32[Array, "rows columns"]:
-  """The gradient of u from that of gelu(u), times rstd, as the product that follows wants it."""
-  half = grad * over_columns(0.5 * rstd, u.shape[1])
-  return half + half * gelu_slope(u)
+  """The gradient of u from that of gelu(u), times rstd, as the product that follows wants it.
+
+  Args:
+    grad: of gelu(u).
+    slope: `gelu_slope` of u.
+    rstd: of the rows.
+  """
+  half = grad * over_columns(0.5 * rstd, grad.shape[1])
+  return half + half * slope
 
 
 # --------------------------------------------------------------------------------------- dropout
@@ -152,7 +158,8 @@ def drop(
   x: Float32[Array, "rows columns"], keep: Bool[Array, "rows columns"] | None, rate: float
 ) -> Float32[Array, "rows columns"]:
   """x where `keep`, over 1 - rate; else 0. The same forward and backward. keep None: x."""
-  return x if keep is None else jnp.where(keep, x * (1 / (1 - rate)), 0.0)
+  # A factor, as in `dropout.masked`: numbers chosen would be rounded first, and chosen by halves.
+  return x if keep is None else x * jnp.where(keep, 1 / (1 - rate), 0.0)
 
 
 def drop_add(

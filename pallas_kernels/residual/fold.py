@@ -1,9 +1,14 @@
 """Gains and biases of norms, folded into the weights that follow; and their gradients, for nothing.
 
-    norm(x) W + b = x^ W' + b',  x^ = (x - mean) / std,  W' = gain W (by rows),  b' = b + shift W
+    norm(x) W + b = x^ W' + b',  x^ = (x - mean) / std,  W' = C (gain W),  b' = b + shift W
 
-With the gradients dW' and db' of W' and b': dW = gain dW' + shift db'^T, dgain = sums of W dW' over
-columns, dshift = W db'. Nothing passes over activations, and no gain is divided by.
+gain W by rows; C takes off each column its mean, which a row of x^ does not feel: its sum is 0. So
+the gradient of x^, d W'^T, has no mean over a row that the norm's would have to take off, but for
+the rounding of W', 1 part in 20,000. And the gradient of gain W, C dW', is the same whether rows of
+x^ or of x / std were multiplied for dW'.
+
+With the gradients dW' and db' of W' and b': dW = gain C dW' + shift db'^T, dgain = sums of W C dW'
+over columns, dshift = W db'. Nothing passes over activations, and no gain is divided by.
 """
 
 import functools
@@ -97,7 +102,7 @@ def without_masters(weights: Any) -> Any:
 def _fold(kernel, bias, gain, shift, dtype):
   # A sum, not a product: no device rounds its operands.
   moved = bias + (shift[..., None] * kernel).sum(axis=-2)
-  return (gain[..., None] * kernel).astype(dtype), moved, kernel
+  return _centred(gain[..., None] * kernel).astype(dtype), moved, kernel
 
 
 def _fold_forward(kernel, bias, gain, shift, dtype):
@@ -107,6 +112,7 @@ def _fold_forward(kernel, bias, gain, shift, dtype):
 def _fold_backward(dtype, kept, cotangents):
   del dtype
   (kernel, gain, shift), (_, dbias, dfolded) = kept, cotangents
+  dfolded = _centred(dfolded)
   dkernel = gain[..., None] * dfolded + shift[..., None] * dbias[..., None, :]
   dgain = (dfolded * kernel).sum(axis=-1)
   dshift = (kernel * dbias[..., None, :]).sum(axis=-1)
@@ -114,6 +120,11 @@ def _fold_backward(dtype, kept, cotangents):
 
 
 _fold.defvjp(_fold_forward, _fold_backward)
+
+
+def _centred(kernel: Float[Array, "*L E N"]) -> Float[Array, "*L E N"]:
+  """Less the mean of each column."""
+  return kernel - kernel.mean(axis=-2, keepdims=True)
 
 
 def wide_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:

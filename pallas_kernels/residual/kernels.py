@@ -6,14 +6,16 @@
     F3 widen    u = norm(h) W + b, g = f(u)         B2 widen_back   dh, da
     F4 drop_add y = h + drop(g W + b)               B1 narrow_back  du
 
-W and b of F1 and F3 have the norm's gain and bias in them (epilogues.py). What a norm needs of its
-rows is `stats` [tiles, 2, Rp]: sums of x and of x^2 over parts of the columns, padded to whole
-tiles of 128 rows, as F2 and F4 leave it; `stats_of` makes it of any array.
+W and b of F1 and F3 have the norm's gain and bias in them, and each column of W sums to zero, as
+does each row of d W^T then (fold.py). What a norm needs of its rows is `stats` [tiles, 2, Rp]: sums
+of x and of x^2 over parts of the columns, padded to whole tiles of 128 rows, as F2 and F4 leave it;
+`stats_of` makes it of any array.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -111,7 +113,7 @@ class Norm(NamedTuple):
   eps: float = EPS
 
 
-def in_rows(stats: Float32[Array, "tiles 2 Rp"]) -> Float32[Array, "tiles*2 Rp"]:
+def in_rows(stats: Float32[Array, "tiles n Rp"]) -> Float32[Array, "tiles*n Rp"]:
   return stats.reshape(-1, stats.shape[-1])
 
 
@@ -133,17 +135,17 @@ def enter(
 ) -> tuple[BFloat16[Array, "R _"], ...]:
   """norm(x) W + b, cut into arrays of these widths."""
 
-  def run(strip: Strip, sums: tuple) -> tuple:
-    mean, rstd = _moments(strip, norm)
+  def run(strip: Strip, moments: tuple, sums: tuple) -> tuple:
     for j in strip.slices:
-      strip.put(j, out=_affine(strip, j, mean, rstd))
+      strip.put(j, out=_affine(strip, j, *moments))
+    strip.rows_done()
     return sums
 
   results = product.launch(
     "enter",
     [x],
     w,
-    Epilogue(run=run, outputs=dict(out=tuple(widths))),
+    Epilogue(run=run, before=_moments_by(norm), outputs=dict(out=tuple(widths))),
     sizes or sizes_of("enter", *w.shape),
     rows=dict(stats=in_rows(norm.stats)),
     columns=dict(sums=norm.sums, bias=norm.bias),
@@ -162,15 +164,15 @@ def drop_add(
 ) -> tuple[BFloat16[Array, "R E"], Float32[Array, "tiles 2 Rp"]]:
   """x + drop(a W + b), and its stats."""
 
-  def run(strip: Strip, sums: tuple) -> tuple:
-    pair = _no_sums()
+  def run(strip: Strip, _: None, sums: tuple) -> tuple:
+    pair = _no_sum(), _no_sum()
     if strip.plan.has_words:
       strip.wait_rows()
     for j in strip.slices:
       x = strip.take("x", j)
       y = epilogues.drop_add(strip.part(j), strip.column("bias", j), x, strip.keep(j), rate)
       y = _rounded(y)
-      pair = _add(pair, epilogues.row_sums(y.astype(jnp.float32)))
+      pair = _add(pair, epilogues.row_sums(gpu.widened(y)))
       strip.put(j, out=y)
     if strip.plan.has_words:
       strip.rows_done()
@@ -181,7 +183,7 @@ def drop_add(
     "drop_add",
     [a],
     w,
-    Epilogue(run=run, outputs=dict(out=(w.shape[1],)), row_sums=True),
+    Epilogue(run=run, outputs=dict(out=(w.shape[1],)), row_sums=2),
     sizes or sizes_of("drop_add", *w.shape),
     inputs=dict(x=x),
     columns=dict(bias=bias),
@@ -195,11 +197,11 @@ def widen(
 ) -> tuple[BFloat16[Array, "R F"], BFloat16[Array, "R F"]]:
   """u = norm(h) W + b, and g = f(u)."""
 
-  def run(strip: Strip, sums: tuple) -> tuple:
-    mean, rstd = _moments(strip, norm)
+  def run(strip: Strip, moments: tuple, sums: tuple) -> tuple:
     for j in strip.slices:
-      u = _affine(strip, j, mean, rstd)
+      u = _affine(strip, j, *moments)
       strip.put(j, u=u, g=epilogues.gelu(u))
+    strip.rows_done()
     return sums
 
   F = w.shape[1]
@@ -207,7 +209,7 @@ def widen(
     "widen",
     [h],
     w,
-    Epilogue(run=run, outputs=dict(u=(F,), g=(F,))),
+    Epilogue(run=run, before=_moments_by(norm), outputs=dict(u=(F,), g=(F,))),
     sizes or sizes_of("widen", *w.shape),
     rows=dict(stats=in_rows(norm.stats)),
     columns=dict(sums=norm.sums, bias=norm.bias),
@@ -223,13 +225,13 @@ class Narrowed(NamedTuple):
 
   Attributes:
     du: gradient of u times rstd.
-    back: per row and part of the columns, what `widen_back` takes: sums of du s, of du (u - b).
-    sums: to be summed over its first axis: the gradient of b', and the sum over rows of mean du.
+    back: per row and part of the columns, what `widen_back` takes: sums of du (u - b).
+    sums: to be summed over its first axis: the gradient of b'.
   """
 
   du: BFloat16[Array, "R F"]
-  back: Float32[Array, "tiles 2 Rp"]
-  sums: Float32[Array, "parts 2 F"]
+  back: Float32[Array, "tiles 1 Rp"]
+  sums: Float32[Array, "parts 1 F"]
 
 
 def narrow_back(
@@ -248,20 +250,29 @@ def narrow_back(
     norm: that `widen` had.
   """
 
-  def run(strip: Strip, sums: tuple) -> tuple:
-    mean, rstd = _moments(strip, norm)
-    # Gradients of the bias are those of u without rstd.
-    weights = strip.weights(1.0 / rstd, mean)
-    pair = _no_sums()
+  def before(strip: Strip) -> tuple[Traced, Traced]:
+    slope = lax.optimization_barrier(epilogues.gelu_slope(strip.first("u", 0)))
+    _, rstd = _moments(strip, norm)
+    return slope, rstd
+
+  def run(strip: Strip, before: tuple[Traced, Traced], sums: tuple) -> tuple:
+    slope, rstd = before
+    weight = strip.weight(1.0 / rstd)  # the gradient of the bias is that of u without rstd
+    total = _no_sum()
     for j in strip.slices:
-      u = strip.take("u", j)
-      du = epilogues.gelu_back(strip.part(j), u, rstd)
-      s, b = (epilogues.over_rows(strip.column(x, j), du.shape[0]) for x in ("sums", "bias"))
+      u = strip.read("u", j) if j == 0 else strip.first("u", j)
+      slope = slope if j == 0 else epilogues.gelu_slope(u)
+      du = epilogues.gelu_back(strip.part(j), slope, rstd)
+      b = epilogues.over_rows(strip.column("bias", j), du.shape[0])
       # As it is before it is rounded, which is fewer instructions; a mean does not feel it.
-      pair = _add(pair, ((du * s).sum(axis=1), (du * (u - b)).sum(axis=1)))
+      total = total + (du * (u - b)).sum(axis=1)
       strip.put(j, out=du)
-      sums = strip.add_columns(sums, "out", j, weights)
-    strip.put_rows(*pair)
+      # Behind that the warps need not meet again for what is loaded next.
+      if j == 0:
+        strip.rows_done()
+      strip.done("u", j)
+      sums = strip.add_columns(sums, "out", j, du, weight)
+    strip.put_rows(total)
     return sums
 
   F, E = w.shape
@@ -269,12 +280,19 @@ def narrow_back(
     "narrow_back",
     [dm],
     w,
-    Epilogue(run=run, outputs=dict(out=(F,)), row_sums=True, column_sums=2),
+    Epilogue(
+      run=run,
+      before=before,
+      outputs=dict(out=(F,)),
+      row_sums=1,
+      column_sums=True,
+      by_tiles=True,
+    ),
     sizes or sizes_of("narrow_back", E, F),
     transposed=True,
     inputs=dict(u=u),
     rows=dict(stats=in_rows(norm.stats)),
-    columns=dict(sums=norm.sums, bias=norm.bias),
+    columns=dict(bias=norm.bias),
   )
   return Narrowed(results["out0"], results["row_sums"], results["column_sums"])
 
@@ -284,7 +302,7 @@ def widen_back(
   w: BFloat16[Array, "E F"],
   h: BFloat16[Array, "R E"],
   norm: Norm,
-  back: Float32[Array, "tiles 2 Rp"],
+  back: Float32[Array, "tiles 1 Rp"],
   dy: BFloat16[Array, "R E"],
   words: UInt32[Array, "_ R"] | None = None,
   rate: float = 0.0,
@@ -298,13 +316,13 @@ def widen_back(
   if back.shape[0] > MOST_PARTS:
     back = back.sum(axis=0, keepdims=True)
 
-  def run(strip: Strip, sums: tuple) -> tuple:
-    strip.wait_rows()
-    mean, rstd = epilogues.moments(*strip.row_pairs("stats"), norm.width, norm.eps)
-    means = [x * (1 / norm.width) for x in strip.row_pairs("back")]
+  def run(strip: Strip, moments: tuple, sums: tuple) -> tuple:
+    mean, rstd = moments
+    (total,) = strip.row_totals("back", 1)
+    along = total * (1 / norm.width)
     for j in strip.slices:
       xhat = epilogues.normalised(strip.take("h", j), mean, rstd)
-      dh = epilogues.norm_back(strip.part(j), xhat, *means) + strip.take("dy", j)
+      dh = epilogues.norm_back(strip.part(j) + strip.take("dy", j), xhat, along)
       values = dict(dh=dh)
       if words is not None:
         values |= dict(da=epilogues.drop(dh, strip.keep(j), rate))
@@ -318,7 +336,12 @@ def widen_back(
     "widen_back",
     [du],
     w,
-    Epilogue(run=run, outputs={name: (E,) for name in names}, column_sums=1),
+    Epilogue(
+      run=run,
+      before=_moments_by(norm),
+      outputs={name: (E,) for name in names},
+      column_sums=True,
+    ),
     sizes or sizes_of("widen_back", F, E),
     transposed=True,
     inputs=dict(h=h, dy=dy),
@@ -333,7 +356,7 @@ def multiply(
 ) -> BFloat16[Array, "R N"]:
   """a W^T."""
 
-  def run(strip: Strip, sums: tuple) -> tuple:
+  def run(strip: Strip, _: None, sums: tuple) -> tuple:
     for j in strip.slices:
       strip.put(j, out=strip.part(j))
     return sums
@@ -376,24 +399,26 @@ def enter_back(
   E = w.shape[0]
   names = ("dx", "dm") if words is not None else ("dx",)
 
-  def run(strip: Strip, sums: tuple) -> tuple:
+  def before(strip: Strip) -> tuple[Traced, Traced]:
     strip.wait_rows()
-    mean, rstd = epilogues.moments(*strip.row_pairs("stats"), E, eps)
-    scaled = lambda j: strip.part(j) * epilogues.over_columns(rstd, SLICE)
+    return epilogues.moments(*strip.row_totals("stats", 2), E, eps)
+
+  def run(strip: Strip, moments: tuple, sums: tuple) -> tuple:
+    mean, rstd = moments
     twice = strip.block.sizes.twice
     xhat = lambda x: epilogues.normalised(x, mean, rstd)
-    pair = _no_sums()
+    total = _no_sum()
     for j in strip.slices:
       x = strip.take("x", j, again=True) if twice else strip.first("x", j)
-      grad = scaled(j)
-      pair = _add(pair, (grad.sum(axis=1), (grad * xhat(x)).sum(axis=1)))
-    means = [value * (1 / E) for value in strip.meet(*pair)]
+      total = total + (strip.part(j) * xhat(x)).sum(axis=1)
+    along = strip.meet(total) * rstd * (1 / E)
     for j in strip.slices:
       normal = xhat(strip.take("x", j) if twice else strip.last("x", j))
       values = {}
 
       def dx(j: int = j, normal: Traced = normal, values: dict = values) -> Traced:
-        values["dx"] = epilogues.norm_back(scaled(j), normal, *means) + strip.take("dh", j)
+        grad = strip.part(j) * epilogues.over_columns(rstd, SLICE) + strip.take("dh", j)
+        values["dx"] = epilogues.norm_back(grad, normal, along)
         return values["dx"]
 
       def dm(j: int = j, values: dict = values) -> Traced:
@@ -409,7 +434,7 @@ def enter_back(
     "enter_back",
     grads,
     w,
-    Epilogue(run=run, outputs=outputs, column_sums=1, whole=("x",), meets=True),
+    Epilogue(run=run, before=before, outputs=outputs, column_sums=True, whole=("x",), meets=True),
     sizes or _spanning(sizes_of("enter_back", w.shape[1], E), E),
     transposed=True,
     inputs=dict(x=x, dh=dh),
@@ -432,11 +457,13 @@ def _spanning(sizes: Sizes, E: int) -> Sizes:
 
 
 def _moments(strip: Strip, norm: Norm) -> tuple[Traced, Traced]:
-  """mean and rstd of a strip's rows; frees what they are made of."""
+  """mean and rstd of a strip's rows."""
   strip.wait_rows()
-  pair = strip.row_pairs("stats")
-  strip.rows_done()
-  return epilogues.moments(*pair, norm.width, norm.eps)
+  return epilogues.moments(*strip.row_totals("stats", 2), norm.width, norm.eps)
+
+
+def _moments_by(norm: Norm) -> Callable:
+  return functools.partial(_moments, norm=norm)
 
 
 def _affine(strip: Strip, j: int, mean: Traced, rstd: Traced) -> Traced:
@@ -449,8 +476,8 @@ def _rounded(x: Traced) -> Traced:
   return lax.optimization_barrier(x.astype(jnp.bfloat16))
 
 
-def _no_sums() -> tuple[Traced, Traced]:
-  return gpu.full((gpu.TILE,), 0.0), gpu.full((gpu.TILE,), 0.0)
+def _no_sum() -> Traced:
+  return gpu.full((gpu.TILE,), 0.0)
 
 
 def _add(pair: tuple, other: tuple) -> tuple[Traced, Traced]:

@@ -124,10 +124,9 @@ def leave_back(
   do = kernels.multiply(da, weights.out.kernel)
   pairs = (_flat(o), da), (rows, du), (g, dm)
   products = [outer.Product(a, (b,)) for a, b in pairs]
-  (dout, dup, ddown), _, (sums, of_da) = gradients.over_rows(h.shape[-1], products, [sums, of_da])
-  of_up, of_mean = sums
-  # du has the factor rstd, and rows are not normalised: of each the mean is taken off here.
-  dweights = (dout, of_da[0]), (dup - of_mean[None], of_up), ddown
+  (dout, dup, ddown), _, (of_up, of_da) = gradients.over_rows(h.shape[-1], products, [sums, of_da])
+  # du has the factor rstd, and rows keep their mean, which the fold takes off each column of dup.
+  dweights = (dout, of_da[0]), (dup, of_up[0]), ddown
   return _like(do, o), _like(dh, h), dweights
 
 

@@ -77,22 +77,27 @@ class Epilogue:
   """What is made of a product.
 
   Attributes:
-    run: (Strip, sums so far) -> sums; sums are those over rows, a value [64] for each of
-      `column_sums` and slice.
+    run: (Strip, result of `before`, sums so far) -> sums; sums are those over rows, one for each
+      slice.
     outputs: widths of the results [R, N], by name; several where N is cut into arrays.
-    row_sums: whether a pair of sums over columns is stored as well.
-    column_sums: how many sums over rows.
+    row_sums: how many sums over columns are stored as well.
+    column_sums: whether sums over rows are.
+    by_tiles: whether these may be sums of whole tiles until the kernel ends, 32 registers a slice.
     whole: second inputs that are read twice: a strip of them is in shared memory at once, unless
       `Sizes.twice`; others have `Sizes.ahead`.
     meets: whether it wants sums over whole rows before it ends.
+    before: Strip -> what can be made without the product, while its last step is under way. ptxas
+      waits for that as early as it can: behind the last branch here.
   """
 
   run: Callable
   outputs: dict[str, tuple[int, ...]]
-  row_sums: bool = False
-  column_sums: int = 0
+  row_sums: int = 0
+  column_sums: bool = False
+  by_tiles: bool = False
   whole: tuple[str, ...] = ()
   meets: bool = False
+  before: Callable = lambda strip: None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,6 +143,11 @@ class Plan:
     return self.walkers * (1 if self.sizes.across else self.sizes.consumers)
 
   @property
+  def sums_of_tiles(self) -> bool:
+    """Whether there are registers for what `Epilogue.by_tiles` asks for."""
+    return self.epilogue.by_tiles and self.sizes.consumers == 2 and self.slices <= 2
+
+  @property
   def steps(self) -> ring.Ring:
     """The ring of A, or of A and B."""
     readers, full = (1, {}) if self.sizes.stays else (self.sizes.consumers, dict(a=2))
@@ -177,14 +187,13 @@ class Plan:
       scratch["rows_full"] = gpu.Barrier(num_barriers=consumers, num_arrivals=num)
     if self.columns:
       scratch["columns_full"] = gpu.Barrier(num_arrivals=len(self.columns))
-    if self.epilogue.row_sums:
-      scratch["row_sums_s"] = gpu.vector(consumers, 2, TILE)
-    if num := self.epilogue.column_sums:
-      scratch["column_sums_s"] = gpu.vector(consumers, num, sizes.width)
-      scratch["weights_s"] = gpu.vector(consumers, num, TILE)
+    if self.epilogue.column_sums:
+      scratch["column_sums_s"] = gpu.vector(consumers, 1, sizes.width)
+      if not self.sums_of_tiles:
+        scratch["weight_s"] = gpu.vector(consumers, TILE)
     if sizes.across and self.epilogue.meets:
       # Two places: who is a tile ahead must not write over what the other one still reads.
-      scratch["met_s"] = gpu.vector(2, consumers, 2, TILE)
+      scratch["met_s"] = gpu.vector(2, consumers, TILE)
       scratch["met_full"] = gpu.Barrier(num_arrivals=consumers)
     elif sizes.beside > 1 and self.epilogue.meets:
       # As tiles of 8 columns, which stores into another thread block want.
@@ -210,11 +219,11 @@ class Plan:
     for name, widths in self.epilogue.outputs.items():
       for n, width in enumerate(widths):
         types[f"{name}{n}"] = jax.ShapeDtypeStruct((self.R, width), jnp.bfloat16)
-    if self.epilogue.row_sums:
-      shape = self.N // self.sizes.width, 2, padded
+    if num := self.epilogue.row_sums:
+      shape = self.N // self.sizes.width, num, padded
       types["row_sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if num := self.epilogue.column_sums:
-      types["column_sums"] = jax.ShapeDtypeStruct((self.parts, num, self.N), jnp.float32)
+    if self.epilogue.column_sums:
+      types["column_sums"] = jax.ShapeDtypeStruct((self.parts, 1, self.N), jnp.float32)
     return types
 
 

@@ -32,7 +32,9 @@ there, because what belongs to rows is padded with finite numbers.
 """
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -190,28 +192,33 @@ class Block:
       gpu.barrier_wait(refs["columns_full"])
     if self.sizes.stays:
       gpu.barrier_wait(refs["b_full"])
-    count = plan.epilogue.column_sums * plan.slices
-    sums = tuple(gpu.full((SLICE,), 0.0) for _ in range(count))
+    zeros = lambda: gpu.zeros((TILE, SLICE)) if plan.sums_of_tiles else gpu.full((SLICE,), 0.0)
+    sums = tuple(zeros() for _ in range(plan.slices if plan.epilogue.column_sums else 0))
 
     def tile(i: Traced, sums: tuple) -> tuple:
       strip = Strip(self, i)
-      strip.acc = self.multiply(i)
-      return tuple(plan.epilogue.run(strip, sums))
+      strip.acc, before = self.multiply(i, lambda: plan.epilogue.before(strip))
+      return tuple(plan.epilogue.run(strip, before, sums))
 
     sums = lax.fori_loop(jnp.int32(0), self.num, tile, sums)
+    if plan.sums_of_tiles:
+      sums = tuple(first.over_rows(tile) for tile in sums)
     if plan.epilogue.column_sums:
       self.store_column_sums(sums)
     gpu.wait_to_gmem(0)  # shared memory must not go before it is copied
 
-  def multiply(self, i: Traced) -> Traced:
-    """This warpgroup's part of tile i, [64, width] in float32."""
+  def multiply(self, i: Traced, meanwhile: Callable) -> tuple[Traced, Any]:
+    """This warpgroup's part of tile i, [64, width] in float32; and meanwhile().
+
+    That is called when the last product is under way.
+    """
     sizes, chunks, stays = self.sizes, self.plan.chunks, self.sizes.stays
     # What slicing and transposing do to a tile of B.
     columns = gpu.ds(self.wg * sizes.width, sizes.width) if sizes.across else slice(None)
     rows = slice(None) if sizes.across or stays else gpu.ds(self.wg * TILE, TILE)
     lane = self.wg if stays else None
 
-    def run(acc: Ref) -> Traced:
+    def run(acc: Ref) -> tuple[Traced, Any]:
       @gpu.loop(0, chunks)
       def _(c: Traced) -> None:
         slot = self.ring.slot(self.step(i, c, lane))
@@ -223,9 +230,10 @@ class Block:
         gpu.wgmma_wait(1)
         gpu.when(c > 0)(lambda: self.release(self.step(i, c - 1, lane)))
 
+      other = meanwhile()
       value = acc[...]
       self.release(self.step(i, chunks - 1, lane))
-      return value
+      return value, other
 
     return pl.run_scoped(run, gpu.ACC((TILE, sizes.width), jnp.float32))
 
@@ -235,10 +243,9 @@ class Block:
 
   def store_column_sums(self, sums: Sequence[Traced]) -> None:
     """The sums of this warpgroup's rows; what is left to do is a sum over `Plan.parts`."""
-    plan, stage = self.plan, self.refs["column_sums_s"].at[self.wg]
-    for kind in range(plan.epilogue.column_sums):
-      for j in range(plan.slices):
-        stage.at[kind, gpu.ds(j * SLICE, SLICE)][...] = sums[kind * plan.slices + j]
+    stage = self.refs["column_sums_s"].at[self.wg]
+    for j, value in enumerate(sums):
+      stage.at[0, gpu.ds(j * SLICE, SLICE)][...] = value
     gpu.commit_smem()
     part, n0 = self.walker, self.n0
     if self.sizes.across:
@@ -321,6 +328,7 @@ def launch(
     **cluster,
     num_threads=sizes.consumers + 1,
     thread_name="wg",
+    barriers=False,
   )
   results = dict(zip(outputs, results, strict=True))
   if padded > R:

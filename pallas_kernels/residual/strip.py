@@ -1,6 +1,7 @@
 """A warpgroup's part of a tile, from where it leaves the accumulator: inputs, sums, results."""
 
 import functools
+import operator
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ class Strip:
     self.slices = range(block.plan.slices)
     across, self.consumers = block.sizes.across, block.sizes.consumers
     self.acc: Any = None
+    self.has_read = False  # since the warps last met
     self.places: dict[str, int] = {}  # of results that share them
     self.n0 = block.n0 + (self.wg * block.sizes.width if across else 0)
     self.tile_of_sums = (
@@ -74,26 +76,37 @@ class Strip:
     gpu.to_smem(source, self.refs[f"{name}_s"].at[slot, self.wg], full)
 
   def wait_rows(self) -> None:
-    """Before `row_pairs` and `keep` are asked."""
+    """Before `row_totals` and `keep` are asked."""
     gpu.barrier_wait(self.refs["rows_full"].at[self.wg])
 
   def rows_done(self) -> None:
     """After they were: the next tile's are loaded in their place."""
-    gpu.commit_reads()
+    self._after_reads()
     gpu.when(self.i + 1 < self.block.num)(lambda: self.load_rows(self.i + 1))
 
-  def row_pairs(self, name: str) -> tuple[Traced, Traced]:
-    """Sums over pairs of numbers per row: of the even ones, of the odd ones."""
+  def _after_reads(self) -> None:
+    """Before one thread has overwritten what all have read; the warps need to meet once for it."""
+    if self.has_read:
+      gpu.meet_warps()
+    self.has_read = False
+
+  def _commit(self) -> None:
+    """After all have written what one thread stores; the warps meet."""
+    gpu.commit_smem()
+    self.has_read = False
+
+  def row_totals(self, name: str, kinds: int) -> list[Traced]:
+    """Sums over the parts of numbers per row that come in turns: so many kinds of them."""
+    self.has_read = True
     row = lambda n: gpu.load(self.refs[f"{name}_s"].at[self.wg, n], layout=gpu.ROW, optimized=False)
-    pair = row(0), row(1)
-    for n in range(2, self.plan.rows[name], 2):
-      pair = pair[0] + row(n), pair[1] + row(n + 1)
-    return pair
+    num = self.plan.rows[name]
+    return [functools.reduce(operator.add, map(row, range(n, num, kinds))) for n in range(kinds)]
 
   def keep(self, j: int) -> Traced | None:
     """The mask of slice j; None where nothing is dropped."""
     if not self.plan.has_words:
       return None
+    self.has_read = True
     num = SLICE // epilogues.WORD
     words = self.refs["words_s"].at[self.wg]
     load = lambda n: gpu.load(words.at[n], layout=gpu.ROW, optimized=False)
@@ -115,13 +128,14 @@ class Strip:
 
   def read(self, name: str, j: int) -> Traced:
     """Slice j of a second input, in float32."""
+    self.has_read = True
     slot = j % self.plan.ahead[name]
     ref = self.refs[f"{name}_s"].at[slot, self.wg]
-    return gpu.load(ref, layout=gpu.WGMMA, optimized=False).astype(jnp.float32)
+    return gpu.widened(gpu.load(ref, layout=gpu.WGMMA, optimized=False))
 
   def done(self, name: str, j: int, *, again: bool = False) -> None:
     """Slice j is not read again, or after all others: the next one that has its place is loaded."""
-    gpu.commit_reads()
+    self._after_reads()
     after = j + self.plan.ahead[name]
     if after in self.slices:
       self.load(name, after, self.i)
@@ -176,7 +190,7 @@ class Strip:
     for name, value in values.items():
       value = value() if callable(value) else value
       self.stage(name, j)[...] = value.astype(jnp.bfloat16)
-    gpu.commit_smem()
+    self._commit()
     self._send(j, *values)
 
   def _put_next(self, j: int, number: int, name: str, value: Traced | Callable) -> None:
@@ -186,7 +200,7 @@ class Strip:
     self.places[name] = number % behind
     gpu.wait_to_gmem(behind - 1, wait_read_only=True)
     self.stage(name, j)[...] = value.astype(jnp.bfloat16)
-    gpu.commit_smem()
+    self._commit()
     self._send(j, name)
 
   def _send(self, j: int, *names: str) -> None:
@@ -206,72 +220,88 @@ class Strip:
   def _copy(self, name: str, n: int, j: int, rows: Any, column: Traced) -> None:
     gpu.to_gmem(self.stage(name, j), self.refs[f"{name}{n}"].at[rows, gpu.ds(column, SLICE)])
 
-  def put_rows(self, first: Traced, second: Traced) -> None:
-    """Stores a pair of sums over this strip's columns."""
-    stage = self.refs["row_sums_s"].at[self.wg]
-    # The copies since these sums of the tile before are of all slices: one each of all results.
-    results = len(self.plan.epilogue.outputs)
-    gpu.wait_to_gmem(len(self.slices) * results, wait_read_only=True)
-    for n, value in enumerate((first, second)):
-      stage.at[n][...] = value
-    gpu.commit_smem()
-    gpu.to_gmem(stage, self.refs["row_sums"].at[self.tile_of_sums, :, self.rows_of(self.i)])
+  def put_rows(self, *values: Traced) -> None:
+    """Stores sums over this strip's columns, from registers."""
+    rows, target = self.rows_of(self.i), self.refs["row_sums"].at[self.tile_of_sums]
 
-  def weights(self, *values: Traced) -> list[Traced]:
+    @gpu.when(rows.start < target.shape[-1])  # of a cluster's tiles, the last may be past the end
+    def _() -> None:
+      for n, value in enumerate(values):
+        target.at[n, rows][...] = value
+
+  def weight(self, rows: Traced) -> Traced:
     """Numbers of the rows, as `add_columns` takes them."""
-    stage = self.refs["weights_s"].at[self.wg]
-    for n, value in enumerate(values):
-      stage.at[n][...] = value
+    if self.plan.sums_of_tiles:
+      return rows
+    stage = self.refs["weight_s"].at[self.wg]
+    stage[...] = rows
     gpu.commit_smem()
-    load = lambda n: gpu.load(stage.at[n], layout=gpu.COLUMN, optimized=False)
-    return [load(n) for n in range(len(values))]
+    return gpu.load(stage, layout=gpu.COLUMN, optimized=False)
 
   def add_columns(
-    self, sums: Sequence[Traced], name: str, j: int, weights: Sequence[Traced] | None = None
+    self,
+    sums: Sequence[Traced],
+    name: str,
+    j: int,
+    value: Traced | None = None,
+    weight: Traced | None = None,
   ) -> tuple:
-    """sums with slice j of a result, just `put`, over its rows: plain, or times each of `weights`.
+    """sums with slice j of a result, just `put`, over its rows: plain, or times numbers of these.
 
     Read again, with rows and columns exchanged: a sum along columns of registers stays within a
-    warp, one across rows would need the other warps of the warpgroup.
+    warp, one across rows would need the other warps of the warpgroup. Or, by `Plan.sums_of_tiles`,
+    whole tiles are added, which is one instruction; `over_rows` sums them when all are there.
     """
-    tile = gpu.load(
-      self.stage(name, j).transpose((1, 0)), layout=gpu.WGMMA, optimized=False
-    ).astype(jnp.float32)
     sums = list(sums)
-    for kind, weight in enumerate(weights or [None]):
-      place = kind * len(self.slices) + j
-      term = tile if weight is None else tile * gpu.over_rows(weight, SLICE)
-      sums[place] = sums[place] + term.sum(axis=1)
+    if self.plan.sums_of_tiles:
+      sums[j] = sums[j] + value * epilogues.over_columns(weight, SLICE)
+      return tuple(sums)
+    tile = self._exchanged(self.stage(name, j))
+    if weight is not None:
+      tile = tile * epilogues.over_rows(weight, SLICE)
+    sums[j] = sums[j] + tile.sum(axis=1)
     return tuple(sums)
 
-  def meet(self, first: Traced, second: Traced) -> tuple[Traced, Traced]:
-    """Sums over this strip's columns -> over those of all who share its rows."""
+  def over_rows(self, tile: Traced) -> Traced:
+    """A sum of tiles, over its rows: once all results are stored, by two parts of 8 bits each."""
+    name = "staged" if self.block.sizes.in_turn else next(iter(self.plan.epilogue.outputs))
+    stage = self.refs[f"{name}_s"].at[0, self.wg]
+    high = lax.optimization_barrier(tile.astype(jnp.bfloat16))
+    total = None
+    for part in (high, (tile - high.astype(jnp.float32)).astype(jnp.bfloat16)):
+      gpu.wait_to_gmem(0, wait_read_only=True)  # the warps meet there: they have read the last part
+      stage[...] = part
+      gpu.commit_smem()
+      term = self._exchanged(stage).sum(axis=1)
+      total = term if total is None else total + term
+    return total
+
+  def _exchanged(self, stage: Ref) -> Traced:
+    """What is staged, with rows and columns exchanged."""
+    return gpu.widened(gpu.load(stage.transpose((1, 0)), layout=gpu.WGMMA, optimized=False))
+
+  def meet(self, value: Traced) -> Traced:
+    """A sum over this strip's columns -> over those of all who share its rows."""
     turn = lax.rem(self.i, jnp.int32(2))
     if self.block.sizes.beside > 1:
-      return self._meet_beside(turn, first, second)
+      return self._meet_beside(turn, value)
     if not self.block.sizes.across:
-      return first, second
+      return value
     place = self.refs["met_s"].at[turn]
-    for n, value in enumerate((first, second)):
-      place.at[self.wg, n][...] = value
+    place.at[self.wg][...] = value
     gpu.barrier_arrive(self.refs["met_full"])
     gpu.barrier_wait(self.refs["met_full"])
-    other = place.at[1 - self.wg]
-    load = lambda n: gpu.load(other.at[n], layout=gpu.ROW, optimized=False)
-    return first + load(0), second + load(1)
+    return value + gpu.load(place.at[1 - self.wg], layout=gpu.ROW, optimized=False)
 
-  def _meet_beside(self, turn: Traced, first: Traced, second: Traced) -> tuple[Traced, Traced]:
+  def _meet_beside(self, turn: Traced, value: Traced) -> Traced:
     """`meet` with the same consumer of the other thread block."""
     # A barrier for each of two turns: the other one may be a tile ahead, not two.
     full = self.refs["met_full"].at[turn * self.consumers + self.wg]
     place = self.refs["met_s"].at[turn, self.wg]
     num = place.shape[-1]
-    column = gpu.iota((TILE, num), 1)
-    wide = lambda value: gpu.over_columns(value, num)
-    both = jnp.where(column < num // 2, wide(first), wide(second))
+    wide = gpu.over_columns(value, num)
     other = 1 - lax.axis_index(CLUSTER)
-    gpu.async_store_smem(both, place, full, cluster_idx=other, cluster_dim=CLUSTER, optimized=False)
+    gpu.async_store_smem(wide, place, full, cluster_idx=other, cluster_dim=CLUSTER, optimized=False)
     gpu.barrier_wait(full)
-    tile = gpu.load(place, layout=gpu.WGMMA, optimized=False) * (2 / num)
-    of = lambda keep: jnp.where(keep, tile, 0.0).sum(axis=1)
-    return first + of(column < num // 2), second + of(column >= num // 2)
+    tile = gpu.load(place, layout=gpu.WGMMA, optimized=False)
+    return value + tile.sum(axis=1) * (1 / num)

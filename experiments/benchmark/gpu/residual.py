@@ -128,7 +128,9 @@ def _arrays(shape: Shape, *names: str) -> tuple[jax.Array, ...]:
   R, E, F, N = shape.R, shape.E, shape.F, sum(shape.widths)
   keys = iter(jax.random.split(jax.random.key(0), 32))
   normal = lambda *size: jax.random.normal(next(keys), size, jnp.bfloat16)
-  weights = lambda K, N: (jax.random.normal(next(keys), (K, N)) * K**-0.5).astype(jnp.bfloat16)
+  float_weights = lambda K, N: jax.random.normal(next(keys), (K, N)) * K**-0.5
+  weights = lambda K, N: float_weights(K, N).astype(jnp.bfloat16)
+  centred = lambda w: (w - w.mean(0, keepdims=True)).astype(jnp.bfloat16)  # as after a norm
   vector = lambda n: jax.random.normal(next(keys), (n,))
   q, k, v = shape.widths
   make = dict(
@@ -136,7 +138,8 @@ def _arrays(shape: Shape, *names: str) -> tuple[jax.Array, ...]:
     dy=lambda: normal(R, E), dm=lambda: normal(R, E), u=lambda: normal(R, F),
     du=lambda: normal(R, F), g=lambda: normal(R, F),
     dq=lambda: normal(R, q), dk=lambda: normal(R, k), dv=lambda: normal(R, v),
-    w_enter=lambda: weights(E, N), w_out=lambda: weights(E, E), w_up=lambda: weights(E, F),
+    w_enter=lambda: centred(float_weights(E, N)), w_out=lambda: weights(E, E),
+    w_up=lambda: centred(float_weights(E, F)),
     w_down=lambda: weights(F, E), b_enter=lambda: vector(N), b_up=lambda: vector(F),
     b_out=lambda: vector(E),
     words=lambda: jax.random.bits(next(keys), (E // 32, R), jnp.uint32)
@@ -187,7 +190,7 @@ def gradients_of(shape: Shape) -> dict[str, Kernel]:
       make=with_parts(("x", "dq", "dk", "dv"), (264, 1, E)), of_product=(E, N), **of_enter
     ),
     "leave_gradients": Kernel(
-      make=with_parts(("o", "dy", "h", "du", "g", "dm"), (99, 2, F), (132, 1, E)),
+      make=with_parts(("o", "dy", "h", "du", "g", "dm"), (99, 1, F), (132, 1, E)),
       of_product=(E, E + 2 * F),
       **ways(pairs, biases=False),
     ),
@@ -240,11 +243,11 @@ def kernels_of(shape: Shape) -> dict[str, Kernel]:
     return kernels.narrow_back(dm, w, u, norm(stats, sums, bias), sizes)
 
   def narrow_back_plain(dm, w, u, h, w_up, stats, sums, bias):
-    _, mean, rstd = normalised(h)
+    rstd = normalised(h)[2]
     grad = jax.vjp(gelu, wide(u))[1](dot(dm, w.T))[0]
     du = grad * rstd
-    back = jnp.stack([(du * sums[None]).sum(1), (du * (wide(u) - bias[None])).sum(1)])
-    return du, back, jnp.stack([grad.sum(0), (mean * du).sum(0)])
+    back = (du * (wide(u) - bias[None])).sum(1)[None]
+    return du, back, grad.sum(0, keepdims=True)
 
   def widen_back(sizes, du, w, h, dy, words, back, stats, sums, bias):
     return kernels.widen_back(du, w, h, norm(stats, sums, bias), back, dy, words, RATE, sizes)
@@ -258,9 +261,9 @@ def kernels_of(shape: Shape) -> dict[str, Kernel]:
     du, w, h, dy, words = _arrays(shape, "du", "w_up", "h", "dy", "words")
     tiles = F // kernels.sizes_of("narrow_back", E, F).columns
     grad = dot(du, w.T)
-    pair = jnp.stack([grad.sum(1), (grad * normalised(h)[0]).sum(1)]) / tiles
+    total = (grad * normalised(h)[0]).sum(1)[None] / tiles
     stats, bias = kernels.stats_of(h), _arrays(shape, "b_up")[0]
-    return du, w, h, dy, words, jnp.stack([pair] * tiles), stats, wide(w).sum(0), bias
+    return du, w, h, dy, words, jnp.stack([total] * tiles), stats, wide(w).sum(0), bias
 
   def enter_back(sizes, dq, dk, dv, w, x, dh, words, stats):
     return kernels.enter_back((dq, dk, dv), w, x, stats, dh, words, RATE, sizes=sizes)

@@ -38,6 +38,12 @@ def weights(seed, *shape):
   return normal(seed, *shape, scale=max(shape) ** -0.5)
 
 
+def centred(seed, *shape):
+  """`weights` after a norm, whose columns sum to zero, but for their rounding."""
+  w = weights(seed, *shape).astype(jnp.float32)
+  return (w - w.mean(0, keepdims=True)).astype(jnp.bfloat16)
+
+
 def masks(seed, R, E):
   """Packed words, and the same as booleans."""
   keep = np.asarray(jax.random.bernoulli(jax.random.key(seed), 1 - RATE, (R, E)))
@@ -142,37 +148,32 @@ def test_narrow_back(R, body):
   dm, w, h = normal(0, R, 64), weights(1, 128, 64), normal(2, R, 32)
   up = weights(3, 32, 128)
   norm = norm_of(h, up, 4)
-  xhat, mean, rstd = normalised(h)
+  xhat, _, rstd = normalised(h)
   u = jnp.asarray(xhat @ wide(up) + wide(norm.bias)).astype(jnp.bfloat16)
   got = kernels.narrow_back(dm, w, u, norm, BODIES[body])
   grad = (wide(dm) @ wide(w).T) * gelu_slope(wide(u))
   close(got.du, grad * rstd)
-  sums = wide(got.sums).sum(0)
-  close(sums[0], grad.sum(0))
-  close(sums[1], (mean * rstd * grad).sum(0), 1e-2)
+  close(wide(got.sums).sum((0, 1)), grad.sum(0))
   back = wide(got.back).sum(0)[:, :R]
-  du = grad * rstd
-  close(back[0], du @ wide(norm.sums), 1e-4)
-  close(back[1], (du * (wide(u) - wide(norm.bias))).sum(1), 1e-4)
+  close(back[0], (grad * rstd * (wide(u) - wide(norm.bias))).sum(1), 1e-4)
 
 
 @some_masked
 @by_body
 @pytest.mark.parametrize("dropped", [True, False])
 def test_widen_back(R, body, dropped):
-  du, w, h, dy = normal(0, R, 64), weights(1, 128, 64), normal(2, R, 128), normal(3, R, 128)
+  du, w, h, dy = normal(0, R, 64), centred(1, 128, 64), normal(2, R, 128), normal(3, R, 128)
   norm = norm_of(h, w, 4)
   xhat, _, _ = normalised(h)
   words, keep = masks(5, R, 128)
   exact = wide(du) @ wide(w).T  # times rstd already
   # As `narrow_back` would give them, in two parts.
-  pair = np.stack([exact.sum(1), (exact * xhat).sum(1)])
-  pair = np.pad(pair, [(0, 0), (0, -R % 128)])
-  back = jnp.asarray(np.stack([0.25 * pair, 0.75 * pair]), jnp.float32)
+  total = np.pad((exact * xhat).sum(1), (0, -R % 128))[None]
+  back = jnp.asarray(np.stack([0.25 * total, 0.75 * total]), jnp.float32)
   how = (words, RATE) if dropped else ()
   dh, da, sums = kernels.widen_back(du, w, h, norm, back, dy, *how, sizes=BODIES[body])
-  means = pair[:, :R, None] / 128
-  want = exact - means[0] - xhat * means[1] + wide(dy)
+  mean = lambda z: z.mean(1, keepdims=True)
+  want = exact - mean(exact) - xhat * mean(exact * xhat) + wide(dy)
   close(dh, want)
   after = np.where(keep, want / (1 - RATE), 0) if dropped else want
   close(da, after)
@@ -200,7 +201,7 @@ SPAN_CASES = [(R, name) for R in ROWS for name in SPANNING]
 @pytest.mark.parametrize("R,body", SPAN_CASES, ids=[f"{name}-{R}" for R, name in SPAN_CASES])
 def test_enter_back(R, body, dropped):
   grads = [normal(n, R, width) for n, width in enumerate((32, 32, 64))]
-  w, x, dh = weights(3, 128, 128), normal(4, R, 128) + 2, normal(5, R, 128)
+  w, x, dh = centred(3, 128, 128), normal(4, R, 128) + 2, normal(5, R, 128)
   words, keep = masks(6, R, 128)
   how = (words, RATE) if dropped else ()
   stats = kernels.stats_of(x)
@@ -274,7 +275,7 @@ def calls(R, E, F, widths):
   norm = lambda n: kernels.Norm(stats, f32((n,)), f32((n,)), E)
   words = jax.ShapeDtypeStruct((E // 32, R), jnp.uint32)
   x, wide = bf16((R, E)), bf16((R, F))
-  back = f32((F // kernels.sizes_of("narrow_back", E, F).columns, 2, padded))
+  back = f32((F // kernels.sizes_of("narrow_back", E, F).columns, 1, padded))
 
   def with_norm(function):
     def call(norm, *args):
@@ -381,7 +382,7 @@ CLUSTERS = {
 def spanning(R, clusters):
   """`enter_back` of rows of 512 columns by clusters, and what it shall give."""
   grads = [normal(0, R, 192)]
-  w, x, dh = weights(1, 512, 192), normal(2, R, 512) + 2, normal(3, R, 512)
+  w, x, dh = centred(1, 512, 192), normal(2, R, 512) + 2, normal(3, R, 512)
   words, keep = masks(4, R, 512)
   sizes = Sizes(**dict(depth=32, stages=3) | CLUSTERS[clusters])
   run = lambda: kernels.enter_back(grads, w, x, kernels.stats_of(x), dh, words, RATE, sizes=sizes)
@@ -421,7 +422,7 @@ def beside(R, clusters):
   run = lambda: kernels.narrow_back(dm, w, u, norm, sizes)
   grad = (wide(dm) @ wide(w).T) * gelu_slope(wide(u))
   du = grad * normalised(h)[2]
-  rows = np.stack([du @ wide(norm.sums), (du * (wide(u) - wide(norm.bias))).sum(1)])
+  rows = (du * (wide(u) - wide(norm.bias))).sum(1)[None]
   return run, du, rows, grad.sum(0)
 
 
@@ -439,7 +440,7 @@ def test_clusters_of_weights_that_stay(clusters, R):
   got = run()
   close(got.du, du)
   close(wide(got.back).sum(0)[:, :R], rows, 1e-4)
-  close(wide(got.sums).sum(0)[0], columns)
+  close(wide(got.sums).sum((0, 1)), columns)
 
 
 @pytest.mark.gpu
