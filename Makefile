@@ -135,17 +135,17 @@ fi
 endef
 
 # The TPU compiler lies where JAX does not look for it: on a machine without a TPU it would complain.
-.venv/installed: setup.py constraints.txt
+.venv/installed: pyproject.toml constraints.txt
 	$(call environment,.venv)
-	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[test]"
+	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[all,test]"
 	case "$$(uname -sm)" in "Linux x86_64") $(RUN) pip install --quiet \
 	  --disable-pip-version-check --no-deps --constraint constraints.txt --target .venv/tpu libtpu;; \
 	esac
 	@touch $@
 
-# The newest releases that setup.py allows, on the day when it is made.
-.venv-newest/installed: setup.py
+# The newest releases that pyproject.toml allows, on the day when it is made.
+.venv-newest/installed: pyproject.toml
 	$(call environment,.venv-newest)
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e . \
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[all]" \
 	  beartype hypothesis pytest pytest-xdist
 	@touch $@

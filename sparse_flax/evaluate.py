@@ -4,6 +4,10 @@ import itertools
 import math
 from collections.abc import Callable
 
+from sparse_flax import extras
+
+extras.need("train", of=__name__)
+
 import jax
 import jax.numpy as jnp
 import ml_collections

@@ -1,5 +1,9 @@
 """Data sets as byte streams, and batches of them that are a pure function of seed and step."""
 
+from sparse_flax import extras
+
+extras.need("data", of=__name__)
+
 from sparse_flax.data.audio import mu_law_decode
 from sparse_flax.data.audio import mu_law_encode
 from sparse_flax.data.audio import read_wav

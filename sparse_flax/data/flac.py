@@ -1,4 +1,4 @@
-"""FLAC files, read with soundfile, a package that only whoever has such files needs."""
+"""FLAC files, read with soundfile."""
 
 import hashlib
 import importlib.util
@@ -51,7 +51,7 @@ def check(path: epath.PathLike) -> None:
   """Raises ValueError if `read` would, as far as the header tells."""
   path = epath.Path(path)
   if importlib.util.find_spec("soundfile") is None:
-    raise ValueError(f"{path} is FLAC, which needs soundfile: pip install soundfile")
+    raise ValueError(f"{path} is FLAC, which needs soundfile: pip install 'sparse-flax[data]'")
   try:
     with path.open("rb") as file:
       rate, _, length, _ = _read_header(file)

@@ -28,7 +28,7 @@ ORDER = {
     "decode", "api", "residual",
   ),
   "sparse_flax": (
-    "moved", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample", "export",
+    "moved", "extras", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample", "export",
     "linen",
   ),
 }  # fmt: skip
