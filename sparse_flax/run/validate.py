@@ -117,6 +117,16 @@ _RULES = {
 ADDED: dict[str, Any] = {}
 
 
+def fields() -> list[str]:
+  """The names of all fields, "group.field"."""
+  return list(_RULES)
+
+
+def right(field: str) -> str:
+  """What a field may hold, in words."""
+  return _RULES[field].right
+
+
 def completed(values: dict) -> dict:
   """The values of a config, with those of ADDED for fields that it does not have."""
   there = flatten(values)
