@@ -119,7 +119,7 @@ def parse_config(
   config, filename = _load(first + overrides)
   _restore_defaults(config, bare)
   if "config.data.path" in named and "config.data.name" not in named:
-    # A variant that takes a sample out of the package takes the path where one is given.
+    # What lies there, for a variant with a sample of the package and for a recipe.
     config.data.name = data.name_for(config.data.name, config.data.path)
   return own, config, run_name(filename)
 

@@ -16,6 +16,8 @@ MEANINGS = {
   "data.path": "file or folder of the data, gs://... too",
   "data.batch_size": "sequences of a step, over all devices and hosts",
   "data.split_seed": "which training images become the validation split",
+  "data.field": "of the objects in .jsonl files that holds the text",
+  "data.skip_damaged": "leaves out pictures of a folder that cannot be read, and names them",
   "train.steps": "of the run; the learning rate ends with them",
   "train.log_every": "steps between lines of the log",
   "train.eval_every": "steps between evaluations on the validation split, with averaged weights",

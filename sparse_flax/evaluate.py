@@ -50,6 +50,8 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
     split=split,
     seq_len=config.model.seq_len,
     split_seed=config.data.split_seed,
+    field=config.data.field,
+    skip_damaged=config.data.skip_damaged,
   )
   if dataset.modality != config.model.modality:
     raise ValueError(
