@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+from collections.abc import Iterable
+from typing import cast
 
 import numpy as np
 from etils import epath
@@ -18,6 +20,7 @@ SPLITS = ("train", "validation", "test")
 SAMPLES = {"cifar10_sample": "cifar10", "enwik8_sample": "enwik8", "audio_sample": "audio"}
 # Of one's own: pictures in a folder, texts in a folder, any file.
 OWN = ("images", "texts", "bytes")
+ARRAYS = "arrays"  # the name of what a program gives: no path tells where it is
 NAMES = (*published.PUBLISHED, *OWN, *SAMPLES)
 _MIN_BYTES = 20  # so that each of the splits of 90, 5 and 5 % has a byte
 
@@ -75,6 +78,40 @@ def open_dataset(
     return dataset_lib.Dataset(name, split, modality, image_shape, streams, version, remark)
 
 
+def of_arrays(
+  arrays: Iterable[np.ndarray | bytes],
+  *,
+  split: str,
+  modality: str,
+  image_shape: tuple[int, int, int] | None = None,
+) -> dataset_lib.Dataset:
+  """One split of a data set that is in memory, for `train.train(datasets=...)`.
+
+  Args:
+    arrays: images [H, W, 3], texts, recordings as codes: an array of them, or what gives one after
+      the other. No window reaches from one into the next.
+    split: "train", "validation" or "test".
+    modality: "image", "text" or "audio".
+    image_shape: of images that are flat.
+
+  Raises:
+    ValueError: nothing is there, or something other than bytes.
+  """
+  streams = [np.frombuffer(x, np.uint8) if isinstance(x, bytes) else np.asarray(x) for x in arrays]
+  wrong = next((x for x in streams if x.dtype != np.uint8), None)
+  if wrong is not None or not streams:
+    found = "nothing" if wrong is None else f"{wrong.dtype} of shape {wrong.shape}"
+    raise ValueError(f"the arrays of {split!r} hold {found}: must be uint8, or bytes")
+  if modality == "image" and image_shape is None:
+    if streams[0].ndim != 3 or any(x.shape != streams[0].shape for x in streams):
+      raise ValueError(f"the images of {split!r} must be [H, W, 3], all of the same size")
+    image_shape = cast(tuple[int, int, int], streams[0].shape)
+  remark = "arrays that a program gave"
+  return dataset_lib.Dataset(
+    ARRAYS, split, modality, image_shape, dataset_lib.Arrays(streams), "1.0.0", remark
+  )
+
+
 def name_for(name: str, path: str) -> str:
   """The set that is meant by a name with a path beside it, by what lies there.
 
@@ -122,6 +159,11 @@ def check(name: str, *, path: str, seq_len: int) -> list[str]:
 
 
 def _properties(name, seq_len):
+  if name == ARRAYS:
+    raise ValueError(
+      f"data.name={ARRAYS!r}: such data are given by a program, to train.train(datasets=...) and "
+      "evaluate.evaluate(dataset=...)"
+    )
   if name in ("bytes", "texts"):
     return "text", None
   if name == "images":
@@ -144,7 +186,9 @@ def _check_image_size(name, image_shape, seq_len):
 def _source(name, seq_len, skip_damaged=False):
   """What opens a folder."""
   if name == "images":
-    return published.images(own.side_of(seq_len), skip_damaged=skip_damaged)
+    _, shape = _properties(name, seq_len)
+    assert shape is not None  # of images
+    return published.images(shape[0], skip_damaged=skip_damaged)
   return published.PUBLISHED[name]
 
 

@@ -10,10 +10,14 @@ import soundfile
 from etils import epath
 
 from sparse_flax import data
+from sparse_flax import evaluate
+from sparse_flax import train
 from sparse_flax.data import audio
 from sparse_flax.data import own
 from sparse_flax.data import samples
+from sparse_flax.run import checkpoint
 from tests.helpers import data_files
+from tests.helpers import tiny
 
 SIDE = 32
 
@@ -172,3 +176,25 @@ def test_recordings_of_all_formats_are_read(tmp_path):
   (other / "e.mp3").write_bytes(b"no sound" * 100)
   (problem,) = data.check("audio", path=str(other), seq_len=256)
   assert "e.mp3 is no such file, or damaged" in problem
+
+
+@pytest.mark.promotes  # optax's Adam mixes dtypes
+def test_arrays_of_a_program_are_trained_on(tmp_path):
+  config = tiny.config(tmp_path / "nothing")
+  text = np.random.RandomState(0).randint(97, 123, (20, 100)).astype(np.uint8)
+  datasets = {"train": text[:18], "validation": (row.tobytes() for row in text[18:])}
+  result = train.train(config, str(tmp_path / "run"), datasets=datasets, say=lambda line: None)
+  assert result["data"]["name"] == "arrays" and result["bytes_scored"] == 200
+  config, _, params, step = checkpoint.restore_params(tmp_path / "run")
+  test = data.of_arrays(text[:1], split="test", modality="text")
+  assert evaluate.evaluate(config, params, dataset=test, step=step)["bytes_scored"] == 100
+  with pytest.raises(ValueError, match=r"data.name='arrays': such data are given by a program"):
+    evaluate.evaluate(config, params, split="test", step=step)
+  with pytest.raises(ValueError, match="'validation' is missing"):
+    train.train(config, str(tmp_path / "other"), datasets={"train": text})
+  with pytest.raises(ValueError, match="hold int64 of shape"):
+    train.train(
+      config, str(tmp_path / "other"), datasets=dict(train=text.astype(int), validation=text)
+    )
+  images = np.zeros((2, 4, 4, 3), np.uint8)
+  assert data.of_arrays(images, split="test", modality="image").image_shape == (4, 4, 3)
