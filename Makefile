@@ -53,10 +53,13 @@ GPU_PYTEST = XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -m pytest -q -n $
 GPU_KERNELS = XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" \
   JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTEST)
 
-.PHONY: quickstart check test test-long test-newest soak test-tpu-aot test-gpu \
+.PHONY: help quickstart check test test-long test-newest soak test-tpu-aot test-gpu \
   test-gpu-attention test-gpu-lists test-gpu-residual test-gpu-steps test-gpu-decode \
   test-gpu-commands bench lint
 .DELETE_ON_ERROR:
+
+help:  ## this list
+	@awk -F ":.*  ## " '/^[a-z-]+:.*  ## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples and attention
 	$(RUN) experiments.quickstart
@@ -106,7 +109,7 @@ test-gpu-commands:
 bench: .venv  ## every benchmark this machine can run, into benchmarks/*.json
 	$(RUN) experiments.benchmark
 
-lint: .venv
+lint: .venv  ## format and types
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) pyrefly check --output-format min-text
@@ -135,17 +138,17 @@ fi
 endef
 
 # The TPU compiler lies where JAX does not look for it: on a machine without a TPU it would complain.
-.venv/installed: setup.py constraints.txt
+.venv/installed: pyproject.toml constraints.txt
 	$(call environment,.venv)
-	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[test]"
+	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[all,test]"
 	case "$$(uname -sm)" in "Linux x86_64") $(RUN) pip install --quiet \
 	  --disable-pip-version-check --no-deps --constraint constraints.txt --target .venv/tpu libtpu;; \
 	esac
 	@touch $@
 
-# The newest releases that setup.py allows, on the day when it is made.
-.venv-newest/installed: setup.py
+# The newest releases that pyproject.toml allows, on the day when it is made.
+.venv-newest/installed: pyproject.toml
 	$(call environment,.venv-newest)
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e . \
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[all]" \
 	  beartype hypothesis pytest pytest-xdist
 	@touch $@

@@ -67,6 +67,8 @@ def _shared() -> dict:
       path="",
       batch_size=0,  # sequences per step, over all devices and hosts
       split_seed=11172018,  # d: which training images become the validation split
+      field="text",  # of .jsonl files
+      skip_damaged=False,  # pictures of a folder that cannot be read are left out, not refused
     ),
     train=dict(
       steps=0,

@@ -17,6 +17,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from experiments import config_help
 from sparse_flax import data
 from sparse_flax.run import checkpoint
 from sparse_flax.run import errors
@@ -66,10 +67,17 @@ def readable_errors() -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
   """argparse with `--name=value` flags only, never abbreviated, and errors of one line."""
 
-  def __init__(self, doc: str):
+  def __init__(self, doc: str, *, takes_config: bool = False):
     super().__init__(
       description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    self._takes_config = takes_config
+
+  def format_help(self) -> str:
+    """With the configs and their fields, where the command takes a config."""
+    if self._takes_config:
+      self.epilog = config_help.text(config_names())
+    return super().format_help()
 
   def error(self, message: str) -> NoReturn:
     fail(f"{message}; --help lists the flags")
@@ -78,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 def parse_config(
   parser: Parser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, ml_collections.ConfigDict, str]:
-  """Reads `parser`'s flags, --config=FILE[:VARIANT] and --config.group.field=value.
+  """Reads `parser`'s flags, --config=NAME_OR_FILE[:VARIANT] and --config.group.field=value.
 
   Args:
     parser: the launcher's own flags.
@@ -97,17 +105,21 @@ def parse_config(
     fail(f"{flag}: no such flag{_nearest(flag, known)}")
   given = [i for i, x in enumerate(arguments) if re.match(r"--?config(=|$)", x)]
   if len(given) != 1:
-    fail("one --config=FILE[:VARIANT] is needed, for example --config=configs/cifar10.py:quick")
+    fail(
+      "one --config=NAME[:VARIANT] or --config=FILE.py is needed, for example "
+      f"--config=cifar10:quick; there are {', '.join(config_names())}"
+    )
   # Loaded twice: only the bare config can tell which names the overrides may use.
   end = given[0] + (1 if "=" in arguments[given[0]] else 2)
   first, overrides = arguments[given[0] : end], arguments[: given[0]] + arguments[end:]
+  first[-1] = _with_path(first[-1])
   bare, _ = _load(first)
   named = [x.partition("=")[0].lstrip("-") for x in overrides]
   _check_names(bare, named)
   config, filename = _load(first + overrides)
   _restore_defaults(config, bare)
   if "config.data.path" in named and "config.data.name" not in named:
-    # A variant that takes a sample out of the package takes the path where one is given.
+    # What lies there, for a variant with a sample of the package and for a recipe.
     config.data.name = data.name_for(config.data.name, config.data.path)
   return own, config, run_name(filename)
 
@@ -122,9 +134,21 @@ def _restore_defaults(config: ml_collections.ConfigDict, bare: ml_collections.Co
 
 def recipe(name: str) -> ml_collections.ConfigDict:
   """The config NAME or NAME:VARIANT of this repository: recipe("cifar10:quick")."""
-  path, _, variant = name.partition(":")
-  flag = f"--config={CONFIGS / path}.py" + (f":{variant}" if variant else "")
-  return parse_config(Parser(""), [flag])[1]
+  return parse_config(Parser(""), [f"--config={name}"])[1]
+
+
+def config_names() -> list[str]:
+  """The configs of this repository, as --config=NAME takes them."""
+  return sorted(x.stem for x in CONFIGS.glob("*.py") if x.stem not in ("__init__", "common"))
+
+
+def _with_path(flag: str) -> str:
+  """--config=NAME[:VARIANT] with the file of that name; other values as they are."""
+  begin, _, value = flag.rpartition("=")
+  name, colon, variant = value.partition(":")
+  if name not in config_names():
+    return flag
+  return "=".join(filter(None, (begin, f"{CONFIGS / name}.py"))) + colon + variant
 
 
 def run_name(filename: str) -> str:

@@ -34,6 +34,8 @@ from sparse_flax.sample import files as sample_files
 from sparse_flax.sample.files import PER_ROW
 from sparse_flax.view.report import samples as samples_lib
 
+SHOWN, SHOWN_BYTES = 3, 600  # texts that are printed, and of each
+
 
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
@@ -51,6 +53,9 @@ def main(argv: Sequence[str]) -> int:
   workdir = cli.open_workdir(options.pop("workdir"))
   with cli.readable_errors():
     paths = run(workdir, **options, on_programs=_say_what_computes)
+  texts = [path for path in paths if path.suffix == ".txt" and "-original" not in path.stem]
+  for path in texts[:SHOWN]:
+    print(f"--- {path.name}\n{beginning(path.read_bytes())}")
   for path in paths:
     print(path)
   page = paths[0].with_name(samples_lib.PAGE)
@@ -58,6 +63,12 @@ def main(argv: Sequence[str]) -> int:
     command = _again(workdir, page.parent.name)
     print(f"{page} is older than these; to make it again: {command}", file=sys.stderr)
   return 0
+
+
+def beginning(text: bytes) -> str:
+  """Of a text, without what a terminal takes for a command."""
+  shown = text[:SHOWN_BYTES].decode(errors="replace")
+  return "".join(x if x.isprintable() or x == "\n" else "�" for x in shown).rstrip()
 
 
 def run(

@@ -1,13 +1,13 @@
 """Trains a Sparse Transformer; the same command continues a run that was stopped.
 
-  python -m experiments.train --config=configs/cifar10.py:quick
-  python -m experiments.train --config=configs/enwik8.py --config.data.path=FILE --workdir=DIR
+  python -m experiments.train --config=cifar10:quick
+  python -m experiments.train --config=enwik8 --config.data.path=FILE --workdir=DIR
 
---config.group.field=value changes any field of the config. On many hosts run the same command on
-each (docs/pods.md). It goes on too where the data have moved, on another mesh, and with other
-values of model.remat, model.implementation and train.*_every. Ctrl-C, like SIGTERM, ends the run
-after the step that is under way, and saves that; a second Ctrl-C ends it at once, and so does the
-first while data are prepared.
+--config.group.field=value changes any field of the config; --help lists configs and fields. On many
+hosts run the same command on each (docs/pods.md). It goes on too where the data have moved, on
+another mesh, and with other values of model.remat, model.implementation and train.*_every. Ctrl-C,
+like SIGTERM, ends the run after the step that is under way, and saves that; a second Ctrl-C ends it
+at once, and so does the first while data are prepared.
 
 --profile=START:STOP writes an XProf trace of the steps START to STOP - 1, as the log counts them,
 to WORKDIR/profile/ and says what opens it; of many processes each writes its own.
@@ -83,7 +83,7 @@ def run(
 
 
 def main(argv: Sequence[str]) -> int:
-  parser = cli.Parser(__doc__)
+  parser = cli.Parser(__doc__, takes_config=True)
   parser.add_argument(
     "--workdir", help="the run's folder, gs://... too; default: runs/CONFIG-VARIANT"
   )

@@ -8,4 +8,6 @@ from pallas_kernels.reference import reference_attention
 
 __all__ = ["IMPLEMENTATIONS", "patterns", "reference_attention", "sparse_attention"]
 
+__version__ = "0.1.0"
+
 __getattr__ = _moved.alias("pallas_kernels", _moved.PALLAS_KERNELS)

@@ -3,6 +3,7 @@
 import importlib as _importlib
 import types as _types
 
+from pallas_kernels import __version__ as __version__
 from pallas_kernels import moved as _finder
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention

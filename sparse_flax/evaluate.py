@@ -4,6 +4,10 @@ import itertools
 import math
 from collections.abc import Callable
 
+from sparse_flax import extras
+
+extras.need("train", of=__name__)
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -46,6 +50,8 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
     split=split,
     seq_len=config.model.seq_len,
     split_seed=config.data.split_seed,
+    field=config.data.field,
+    skip_damaged=config.data.skip_damaged,
   )
   if dataset.modality != config.model.modality:
     raise ValueError(
@@ -161,7 +167,8 @@ def evaluate(
   config: ml_collections.ConfigDict,
   params: dict,
   *,
-  split: str,
+  split: str = "test",
+  dataset: data.Dataset | None = None,
   min_context: int | None = None,
   step: int,
   batch_size: int | None = None,
@@ -172,13 +179,14 @@ def evaluate(
   Args:
     config: of the run that trained the weights.
     params: the averaged weights, as checkpoint.restore_params returns them.
-    split: "train", "validation" or "test".
+    split: "train", "validation" or "test", of the config's data.
+    dataset: is scored instead of these; of `data.of_arrays`, for example.
     min_context: None is the config's.
     step: of the checkpoint.
     batch_size: sequences at a time; None is a micro-batch of training.
     on_progress: called with the number of bytes scored so far.
   """
   min_context = config.eval.min_context if min_context is None else min_context
-  dataset = open_dataset(config, split)
+  dataset = dataset or open_dataset(config, split)
   evaluator = Evaluator(config, dataset, min_context=min_context, batch_size=batch_size)
   return evaluator(params, step=step, on_progress=on_progress)

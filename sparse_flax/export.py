@@ -18,6 +18,10 @@ import functools
 import json
 import re
 
+from sparse_flax import extras
+
+extras.need("train", of=__name__)
+
 import jax
 import jax.numpy as jnp
 import ml_collections

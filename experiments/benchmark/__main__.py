@@ -1,4 +1,4 @@
-"""python -m experiments.benchmark [NAME ...]: runs the named benchmarks, all by default."""
+"""Measures speed and memory: python -m experiments.benchmark [NAME ...], all by default."""
 
 import argparse
 import importlib

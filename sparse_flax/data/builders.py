@@ -8,7 +8,10 @@ imports what a features.json names.
 import functools
 import io
 import itertools
+import re
+import sys
 from collections.abc import Iterator
+from concurrent import futures
 from typing import ClassVar
 
 import numpy as np
@@ -18,10 +21,12 @@ from absl import logging
 from etils import epath
 
 from sparse_flax.data import dataset as dataset_lib
+from sparse_flax.data import own
 from sparse_flax.data import raw
 from sparse_flax.data import recordings
 
 _SHARD_BYTES = 2**28  # TFDS holds a shard's examples in memory until it is written
+_IMAGES_A_SHARD = 16_384
 _AUDIO_SHARDS = 64  # at most; the readers of all shards stay open
 _BYTES = tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding="bytes")
 
@@ -30,6 +35,7 @@ class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version("1.0.0")
   MANUAL_DOWNLOAD_INSTRUCTIONS = "The published files, in the manual folder."
   DESCRIPTION: ClassVar[str]
+  NOTES = False  # whether the builder has metadata
   FEATURES: ClassVar[dict[str, tfds.features.FeatureConnector]]
 
   def _info(self):
@@ -38,6 +44,7 @@ class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
       description=self.DESCRIPTION,
       features=tfds.features.FeaturesDict(self.FEATURES),
       disable_shuffling=True,
+      metadata=tfds.core.MetadataDict() if self.NOTES else None,
     )
 
 
@@ -144,6 +151,66 @@ def _audio_examples(files):
     codes = recordings.load_codes(file)
     for i, record in enumerate(_cut(codes)):
       yield f"{name}/{i}", {"codes": record, "recording": name, "length": len(codes)}
+
+
+class ImageFolder(_Builder, skip_registration=True):
+  """A folder of pictures of any size as squares of SIDE x SIDE, all in one split "train".
+
+  Which pictures are held out depends on a seed, so it is decided when the set is opened. The
+  metadata tell which files it was prepared from.
+  """
+
+  DESCRIPTION = "the middle of each picture, scaled"
+  NOTES = True
+  SIDE: ClassVar[int]
+  SKIP_DAMAGED: ClassVar[bool]
+
+  def _shard_iterators_per_split(self, dl_manager):
+    folder = epath.Path(dl_manager.manual_dir)
+    names = own.picture_names(folder)
+    self.info.metadata["files"] = own.digest(names)
+    shards = np.array_split(np.array(names), -(-len(names) // _IMAGES_A_SHARD))
+    return {"train": [functools.partial(self._examples, folder, shard) for shard in shards]}
+
+  def _examples(self, folder, names):
+    # Pillow decodes and scales without Python's lock.
+    with futures.ThreadPoolExecutor() as threads:
+      squares = threads.map(lambda name: self._square(folder / name), names.tolist())
+      for name, png in zip(names.tolist(), squares, strict=True):
+        if png is not None:
+          yield name, {"image": io.BytesIO(png), "file": name}
+
+  def _square(self, file: epath.Path) -> bytes | None:
+    try:
+      pixels = own.square(file.read_bytes(), self.SIDE)
+    except ValueError as error:
+      if not self.SKIP_DAMAGED:
+        raise ValueError(
+          f"{file} {error}; to leave out such files: --config.data.skip_damaged=True"
+        ) from error
+      print(f"left out: {file} {error}", file=sys.stderr, flush=True)
+      return None
+    png = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(png, "PNG")
+    return png.getvalue()
+
+
+@functools.cache
+def image_folder(side: int, *, skip_damaged: bool = False) -> type[ImageFolder]:
+  """The builder of pictures of a size: prepared sets of several sizes lie side by side."""
+  features = {
+    "image": tfds.features.Image(shape=(side, side, 3), encoding_format="png"),
+    "file": tfds.features.Text(),
+  }
+  inside = dict(SIDE=side, SKIP_DAMAGED=skip_damaged, FEATURES=features, __module__=__name__)
+  return type(ImageFolder)(f"ImageFolder{side}", (ImageFolder,), inside, skip_registration=True)
+
+
+def named(name: str) -> type[_Builder] | None:
+  """Our builder of a prepared set, "NAME/VERSION"; None if it is not ours."""
+  if size := re.fullmatch(r"image_folder(\d+)/.*", name):
+    return image_folder(int(size[1]))
+  return next((x for x in ALL if name == f"{x.name}/{x.VERSION}"), None)
 
 
 def _cut(values: np.ndarray) -> Iterator[np.ndarray]:

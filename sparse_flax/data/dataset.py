@@ -45,7 +45,7 @@ class Arrays:
 class LazyImages:
   """Encoded images of one size in a TFDS data source, decoded when they are read."""
 
-  def __init__(self, source: Sequence, shape: tuple[int, int, int], rows: range):
+  def __init__(self, source: Sequence, shape: tuple[int, int, int], rows: Sequence[int]):
     self.source, self.shape, self.rows = source, shape, rows
     self.lengths = np.full(len(rows), np.prod(shape))
 

@@ -1,11 +1,11 @@
-"""FLAC files, read with soundfile, a package that only whoever has such files needs."""
+"""FLAC files, read with soundfile."""
 
 import hashlib
-import importlib.util
 from typing import BinaryIO
 from typing import cast
 
 import numpy as np
+import soundfile
 from etils import epath
 from jaxtyping import Float32
 
@@ -18,12 +18,10 @@ def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
   """As `audio.read_wav`, for a FLAC file. Its own checksum of the sound, if it has one, must hold.
 
   Raises:
-    ValueError: if soundfile is not installed, or the file is no FLAC file, cut off, damaged, or not
-      what its header says.
+    ValueError: if the file is no FLAC file, cut off, damaged, or not what its header says.
   """
   path = epath.Path(path)
   check(path)
-  import soundfile
 
   blocks, checksum = [], hashlib.md5(usedforsecurity=False)
   try:
@@ -50,8 +48,6 @@ def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
 def check(path: epath.PathLike) -> None:
   """Raises ValueError if `read` would, as far as the header tells."""
   path = epath.Path(path)
-  if importlib.util.find_spec("soundfile") is None:
-    raise ValueError(f"{path} is FLAC, which needs soundfile: pip install soundfile")
   try:
     with path.open("rb") as file:
       rate, _, length, _ = _read_header(file)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -59,10 +60,14 @@ def _subfolders(folder):
   return [v for v in folder.iterdir() if all(part.isdecimal() for part in v.name.split("."))]
 
 
-def prepare(data_dir: epath.Path, builder_name: str) -> None:
+def prepare(data_dir: epath.Path, builder_of: Callable[[Any], Any]) -> None:
   """Writes the set of one of our builders from the published files in `data_dir` into it.
 
   When several hosts do this at once in one folder, the first to finish wins and all go on.
+
+  Args:
+    data_dir: the folder.
+    builder_of: takes the module of the builders, and gives one of them.
 
   Raises:
     ValueError: if a file is broken or the folder cannot be written.
@@ -71,7 +76,7 @@ def prepare(data_dir: epath.Path, builder_name: str) -> None:
 
   from sparse_flax.data import builders
 
-  builder = getattr(builders, builder_name)(data_dir=data_dir, file_format="array_record")
+  builder = builder_of(builders)(data_dir=data_dir, file_format="array_record")
   config = tfds.download.DownloadConfig(manual_dir=data_dir)
   print(f"Preparing {builder.name} in {data_dir}, once.", file=sys.stderr, flush=True)
   try:
@@ -102,9 +107,8 @@ def open_split(prepared: Prepared, split: str) -> Sequence:
   from sparse_flax.data import builders
 
   folder = prepared.folder
-  own = [b for b in builders.ALL if prepared.name == f"{b.name}/{b.VERSION}"]
-  if own:
-    builder = own[0](data_dir=prepared.data_dir)
+  if own := builders.named(prepared.name):
+    builder = own(data_dir=prepared.data_dir)
   else:
     check_features(folder)
     builder = tfds.builder_from_directory(folder)
@@ -113,6 +117,12 @@ def open_split(prepared: Prepared, split: str) -> Sequence:
     raise ValueError(f"{folder} lacks {missing[0]}: delete the folder and prepare it again")
   decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
   return cast(Any, builder).as_data_source(split, decoders=decoders)
+
+
+def metadata(prepared: Prepared) -> dict[str, Any]:
+  """What its builder has noted beside the set."""
+  file = prepared.folder / "metadata.json"
+  return json.loads(file.read_text()) if file.exists() else {}
 
 
 def check_features(folder: epath.Path) -> None:

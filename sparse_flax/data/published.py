@@ -1,4 +1,7 @@
-"""The data sets of the paper: opened where TFDS prepared them, or prepared from published files."""
+"""The data sets of the paper: opened where TFDS prepared them, or prepared from published files.
+
+Folders of one's own pictures are prepared in the same way.
+"""
 
 import dataclasses
 import functools
@@ -10,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from sparse_flax.data import dataset as dataset_lib
+from sparse_flax.data import own
 from sparse_flax.data import prepared as prepared_lib
 from sparse_flax.data import raw
 
@@ -25,7 +29,8 @@ class Published:
   Attributes:
     modality, image_shape: as in `Dataset`.
     folders: names of prepared folders, the preferred one first.
-    builder: the builder in `builders.py` that prepares it.
+    files: names of published files, some of which tell that a folder is one of this set.
+    builder: of the module of builders, the one that prepares it.
     check_files: finds the published files in a folder, or raises ValueError.
     open: (prepared, split, split_seed) -> (streams, remark).
   """
@@ -33,9 +38,14 @@ class Published:
   modality: str
   image_shape: tuple[int, int, int] | None
   folders: Sequence[str]
-  builder: str
+  files: Sequence[str]
+  builder: Callable[[Any], Any]
   check_files: Callable[[epath.Path], Any]
   open: Callable[[prepared_lib.Prepared, str, int], tuple[dataset_lib.Streams, str]]
+
+  def is_in(self, folder: epath.Path) -> bool:
+    """Whether something of the set lies there, sound or not."""
+    return any((folder / name).exists() for name in (*self.folders, *self.files))
 
   def find(self, path: epath.Path) -> prepared_lib.Prepared | None:
     """The prepared set in `path`, or None if it holds published files ready to be prepared."""
@@ -131,15 +141,47 @@ def _open_audio(prepared, split, split_seed):
       )
   if len(names) < 3:
     raise ValueError(f"holds {len(names)} recordings, but train, validation and test need one each")
-  # 5 % of the recordings each, but one at least, for test and validation.
-  held_out = max(round(len(names) * 0.05), 1)
-  order = np.random.RandomState(split_seed).permutation(len(names))
-  parts = np.split(order, [held_out, 2 * held_out])
-  rows = np.sort(dict(zip(("test", "validation", "train"), parts, strict=True))[split])
+  rows = _rows_of(split, len(names), split_seed)
   streams = dataset_lib.Records(
     source, "codes", [first[row] for row in rows], [lengths[row] for row in rows]
   )
   return streams, "a folder of recordings: not comparable with the paper's piano set"
+
+
+def _rows_of(split, count, split_seed):
+  """Of pictures or recordings: 5 % each, but one at least, for test and validation."""
+  held_out = max(round(count * 0.05), 1)
+  order = np.random.RandomState(split_seed).permutation(count)
+  parts = np.split(order, [held_out, 2 * held_out])
+  return np.sort(dict(zip(("test", "validation", "train"), parts, strict=True))[split])
+
+
+def images(side: int, *, skip_damaged: bool) -> Published:
+  """A folder of one's own pictures, as squares of side x side."""
+
+  def open_images(prepared, split, split_seed):
+    source = prepared_lib.open_split(prepared, "train")
+    there = own.names(prepared.data_dir, own.PICTURES)
+    if there and own.digest(there) != prepared_lib.metadata(prepared).get("files"):
+      raise ValueError(
+        "pictures were added or taken away after the set was prepared: delete "
+        f"{prepared.folder.parent}"
+      )
+    if len(source) < 3:
+      raise ValueError(f"{len(source)} pictures are left, but each split needs one")
+    rows = _rows_of(split, len(source), split_seed).tolist()
+    remark = f"a folder of pictures, the middle of each scaled to {side} x {side}"
+    return dataset_lib.LazyImages(source, (side, side, 3), rows), remark
+
+  return Published(
+    modality="image",
+    image_shape=(side, side, 3),
+    folders=(f"image_folder{side}",),
+    files=(),
+    builder=lambda builders: builders.image_folder(side, skip_damaged=skip_damaged),
+    check_files=own.picture_names,
+    open=open_images,
+  )
 
 
 PUBLISHED = {
@@ -147,7 +189,8 @@ PUBLISHED = {
     modality="image",
     image_shape=raw.CIFAR_SHAPE,
     folders=("cifar10_binary", "cifar10"),
-    builder="Cifar10Binary",
+    files=("data_batch_1.bin", "test_batch.bin"),
+    builder=lambda builders: builders.Cifar10Binary,
     check_files=raw.cifar10_files,
     open=_open_cifar10,
   ),
@@ -155,7 +198,8 @@ PUBLISHED = {
     modality="image",
     image_shape=raw.IMAGENET_SHAPE,
     folders=("downsampled_imagenet64", "downsampled_imagenet/64x64"),
-    builder="DownsampledImagenet64",
+    files=tuple(raw.TAR_NAMES.values()),
+    builder=lambda builders: builders.DownsampledImagenet64,
     check_files=raw.imagenet64_files,
     open=_open_imagenet64,
   ),
@@ -163,7 +207,8 @@ PUBLISHED = {
     modality="text",
     image_shape=None,
     folders=("enwik8_bytes",),  # not "enwik8": the published file has that name
-    builder="Enwik8Bytes",
+    files=("enwik8", "enwik8.zip"),
+    builder=lambda builders: builders.Enwik8Bytes,
     check_files=raw.enwik8_file,
     open=_open_enwik8,
   ),
@@ -171,7 +216,8 @@ PUBLISHED = {
     modality="audio",
     image_shape=None,
     folders=("audio_folder",),
-    builder="AudioFolder",
+    files=(),
+    builder=lambda builders: builders.AudioFolder,
     check_files=raw.audio_files,
     open=_open_audio,
   ),

@@ -1,7 +1,6 @@
 """The files in which the data sets are published: where they are, whether they are sound."""
 
 import io
-import pathlib
 import tarfile
 import zipfile
 import zlib
@@ -14,7 +13,9 @@ from etils import epath
 from jaxtyping import UInt8
 
 from sparse_flax.data import audio
+from sparse_flax.data import compressed
 from sparse_flax.data import flac
+from sparse_flax.data import own
 
 CIFAR_SHAPE = (32, 32, 3)
 IMAGENET_SHAPE = (64, 64, 3)
@@ -161,27 +162,24 @@ def _check_png(name, png):
 
 
 def audio_files(folder: epath.Path) -> dict[str, epath.Path]:
-  """All WAV and FLAC files below a folder by relative name; their headers are checked."""
+  """All recordings below a folder by relative name; their headers are checked."""
   files = {name: folder / name for name in audio_names(folder)}
   if not files:
-    raise ValueError("holds no prepared audio_folder and no .wav or .flac file")
+    raise ValueError(f"holds no prepared audio_folder and no recording ({', '.join(AUDIO)})")
   for file in files.values():
     AUDIO[file.suffix.lower()](file)
   return files
 
 
 def audio_names(folder: epath.Path) -> list[str]:
-  """Relative names of all WAV and FLAC files below a folder, in order."""
-  recordings = (file for file in _walk(folder) if file.suffix.lower() in AUDIO)
-  return sorted(file.relative_to(folder).as_posix() for file in recordings)
+  """Relative names of all recordings below a folder, in order."""
+  return own.names(folder, AUDIO)
 
 
-def _walk(folder: epath.Path) -> Iterator[pathlib.PurePath]:
-  for path in folder.iterdir():  # epath has no recursive glob
-    if path.is_dir():
-      yield from _walk(path)
-    else:
-      yield path
-
-
-AUDIO: dict[str, Callable[[epath.Path], None]] = {".wav": audio.check_wav, ".flac": flac.check}
+AUDIO: dict[str, Callable[[epath.Path], None]] = {
+  ".flac": flac.check,
+  ".mp3": compressed.check,
+  ".oga": compressed.check,
+  ".ogg": compressed.check,
+  ".wav": audio.check_wav,
+}

@@ -7,19 +7,20 @@ from etils import epath
 from jaxtyping import UInt8
 
 from sparse_flax.data import audio
+from sparse_flax.data import compressed
 from sparse_flax.data import flac
+
+_READERS = {".wav": audio.read_wav, ".flac": flac.read}
 
 
 def load_codes(path: epath.PathLike) -> UInt8[np.ndarray, "T"]:
-  """The mu-law codes of a WAV or FLAC file: channels averaged, resampled to 12 kHz.
+  """The mu-law codes of a WAV, FLAC, MP3 or Ogg file: channels averaged, resampled to 12 kHz.
 
   Raises:
-    ValueError: if the file is not what its name and its header say, is cut off or holds no sound,
-      or if FLAC cannot be read because soundfile is not installed.
+    ValueError: if the file is not what its name and its header say, is cut off or holds no sound.
   """
   path = epath.Path(path)
-  read = flac.read if path.suffix.lower() == ".flac" else audio.read_wav
-  samples, rate = read(path)
+  samples, rate = _READERS.get(path.suffix.lower(), compressed.read)(path)
   if not len(samples):
     raise ValueError(f"{path} holds no sound")
   mono = samples.mean(axis=1)

@@ -1,5 +1,9 @@
 """A run on disk: its folder, checkpoints, digests, and the checks of its config."""
 
+from sparse_flax import extras
+
+extras.need("train", of=__name__)
+
 from sparse_flax.run import digest
 from sparse_flax.run import files
 from sparse_flax.run.checkpoint import Checkpoints

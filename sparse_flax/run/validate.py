@@ -85,6 +85,8 @@ _RULES = {
   "data.path": _TEXT,
   "data.batch_size": _whole(1),
   "data.split_seed": _whole(0),
+  "data.field": _TEXT,
+  "data.skip_damaged": Rule((bool,), lambda x: True, "True or False"),
   "train.steps": _whole(1),
   "train.log_every": _whole(1),
   "train.eval_every": _whole(1),
@@ -114,7 +116,17 @@ _RULES = {
 # {"train.example": 0}. A config without such a field is read as if it had that value, so that older
 # runs, exports and config files go on. A new field gets a line here in the commit that adds it to
 # _RULES, and that value never changes.
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {"data.field": "text", "data.skip_damaged": False}
+
+
+def fields() -> list[str]:
+  """The names of all fields, "group.field"."""
+  return list(_RULES)
+
+
+def right(field: str) -> str:
+  """What a field may hold, in words."""
+  return _RULES[field].right
 
 
 def completed(values: dict) -> dict:
@@ -151,7 +163,8 @@ def validate(config: ml_collections.ConfigDict) -> list[str]:
     x.startswith(("config.mesh", "config.data", "config.train", "config.model")) for x in problems
   ):
     problems += _check_mesh(config) or _check_memory(config)
-  if not any(x.startswith(("config.data", "config.model.seq_len")) for x in problems):
+  given = config.data.name == data.ARRAYS  # by a program: there is no path
+  if not given and not any(x.startswith(("config.data", "config.model.seq_len")) for x in problems):
     problems += [
       "config." + problem.removeprefix("config.")
       for problem in data.check(
@@ -184,7 +197,8 @@ def validate_fields(config: ml_collections.ConfigDict) -> list[str]:
 
 def _obeys(value: Any, rule: Rule) -> bool:
   # True is an int to Python.
-  return isinstance(value, rule.kinds) and not isinstance(value, bool) and rule.holds(value)
+  is_kind = isinstance(value, rule.kinds) and isinstance(value, bool) == (rule.kinds == (bool,))
+  return is_kind and rule.holds(value)
 
 
 def _check_numerics(config: ml_collections.ConfigDict) -> list[str]:

@@ -5,6 +5,10 @@ import io
 import os
 from collections.abc import Sequence
 
+from sparse_flax import extras
+
+extras.need("train", of=__name__)
+
 import ml_collections
 import numpy as np
 import PIL.Image

@@ -1,5 +1,9 @@
 """Training: the step, the loop around it, and what both need."""
 
+from sparse_flax import extras
+
+extras.need("train", of=__name__)
+
 from sparse_flax.train.loop import stop_if_not_finite
 from sparse_flax.train.loop import train
 from sparse_flax.train.step import init_state

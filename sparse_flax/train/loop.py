@@ -4,7 +4,9 @@ import collections
 import concurrent.futures
 import contextlib
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
@@ -38,6 +40,7 @@ def train(
   config: ml_collections.ConfigDict,
   workdir: str,
   *,
+  datasets: Mapping[str, data.Dataset | Iterable] | None = None,
   say: Callable[[str], None] = print,
   stop: Callable[[], bool] = lambda: False,
   around_loop: contextlib.AbstractContextManager | None = None,
@@ -51,6 +54,9 @@ def train(
   Args:
     config: of a file in configs.
     workdir: the run's folder, made when it is not there; for many hosts one that all can reach.
+    datasets: "train" and "validation" instead of what `config.data` names: arrays of bytes or what
+      gives one after the other, as `data.of_arrays` takes them, or what that returns. To go on,
+      the same are needed again.
     say: takes the lines that a person shall read.
     stop: whether to save and end after this step; with many processes their preemption service
       is asked instead.
@@ -70,6 +76,8 @@ def train(
     run.StorageError: a disk or a file failed; what had been saved is intact.
     run.DamagedError: there are checkpoints, but none is sound.
   """
+  if datasets is not None:
+    config = _without_path(config)
   config = run.checked(config)
   profile_lib.check(profile, config.train.steps)
   chex.clear_trace_counter()  # of an earlier run in this process
@@ -79,7 +87,7 @@ def train(
 
   # --------------------------------------------------------------------- Data
   run.check(workdir, config)  # before data are prepared for it
-  splits = {split: evaluate.open_dataset(config, split) for split in ("train", "validation")}
+  splits = {split: _dataset(config, split, datasets) for split in ("train", "validation")}
   identity = {split: dataset.identity for split, dataset in splits.items()}
   run.check(workdir, config, data=identity)
   seq_len, batch_size = config.model.seq_len, config.data.batch_size
@@ -182,6 +190,26 @@ def train(
       result = evaluated(steps)
     watched.beat(patience=_PATIENCE)  # the last save
     return result
+
+
+def _without_path(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Its data are what a program gives."""
+  config = ml_collections.ConfigDict(config.to_dict())
+  config.data.update(name=data.ARRAYS, path="")
+  return config
+
+
+def _dataset(
+  config: ml_collections.ConfigDict, split: str, datasets: Mapping | None
+) -> data.Dataset:
+  if datasets is None:
+    return evaluate.open_dataset(config, split)
+  if split not in datasets:
+    raise ValueError(f"datasets has {', '.join(map(repr, datasets))}: {split!r} is missing")
+  given = datasets[split]
+  if isinstance(given, data.Dataset):
+    return given
+  return data.of_arrays(given, split=split, modality=config.model.modality)
 
 
 def _progress(

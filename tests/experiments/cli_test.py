@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
+from experiments import __main__ as commands
 from experiments import cli
 from experiments import evaluate
 from experiments import train
 from sparse_flax.run import errors
+from sparse_flax.run import validate
 from tests.helpers import tiny
 from tests.helpers.paths import ROOT
 
@@ -60,8 +62,10 @@ def failure(main, argv, capsys):
       "--config: unknown variant 'qick': this config has :quick, :dense",
     ),
     (["--config=configs/cifar11.py"], "--config: No such file or directory: 'configs/cifar11.py'"),
-    ([], "one --config=FILE[:VARIANT] is needed"),
-    ([CONFIG, CONFIG], "one --config=FILE[:VARIANT] is needed"),
+    ([], "one --config=NAME[:VARIANT] or --config=FILE.py is needed, for example"),
+    ([CONFIG, CONFIG], "one --config=NAME[:VARIANT] or --config=FILE.py is needed"),
+    (["--config=cifar10:qick"], "--config: unknown variant 'qick': this config has :quick, :dense"),
+    (["--config=cifar11"], "--config: No such file or directory: 'cifar11'"),
     ([CONFIG, "--workdri=x"], "--workdri: no such flag; did you mean --workdir?"),
     ([CONFIG, "more"], "'more' is no flag: write --name=value"),
     (
@@ -172,3 +176,29 @@ def test_the_command_itself(tmp_path):
   first, second, *_ = done.stderr.splitlines()  # all mistakes at once
   assert first == "config.data.batch_size=0: must be a whole number >= 1"
   assert second == "config.model.num_heads=3: must divide width = 128"
+
+
+@pytest.mark.parametrize("flags", [["--config=cifar10:fixed"], ["--config", "cifar10:fixed"]])
+def test_a_config_of_this_repository_has_a_short_name(flags):
+  _, config, name = cli.parse_config(cli.Parser(""), [*flags, "--config.model.stride=48"])
+  assert name == "cifar10-fixed" and config.model.stride == 48
+  assert config.model.attention_layers == ("fixed",)
+
+
+def test_help_lists_configs_and_every_field(capsys):
+  with pytest.raises(SystemExit, match="0"):
+    train.main(["--help"])
+  said = capsys.readouterr().out
+  for name in cli.config_names():
+    assert f"\n  {name} " in said
+  assert ":quick, :300m" in said
+  for field in validate.fields():
+    before, _, after = said.partition(f"\n  --config.{field}\n      ")
+    assert before and after and not after.startswith((";", "\n")), field
+
+
+def test_the_commands_are_listed():
+  there = {path.stem for path in (ROOT / "experiments").glob("*.py")} | {"benchmark"}
+  no_commands = {"__init__", "__main__", "cli", "config_help", "distributed"}
+  listed = commands.commands()
+  assert set(listed) == there - no_commands and all(listed.values())

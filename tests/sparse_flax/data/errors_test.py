@@ -25,7 +25,7 @@ WRONG = {
   "file": ("audio", lambda p: p.joinpath("x").write_text("x") and p / "x", "must be a folder"),
   "no tar": ("downsampled_imagenet/64x64", lambda p: p, "train_64x64.tar and valid_64x64.tar"),
   "no text": ("enwik8", lambda p: p, "the file enwik8 or enwik8.zip"),
-  "no sound": ("audio", lambda p: p, "no .wav or .flac file"),
+  "no sound": ("audio", lambda p: p, "no recording (.flac, .mp3, .oga, .ogg, .wav)"),
   "folder": ("bytes", lambda p: p, "must be a file"),
   "tiny file": ("bytes", lambda p: p.joinpath("x").write_text("x") and p / "x", "needs 20"),
 }
@@ -102,7 +102,7 @@ BROKEN = {
   "no-zip": (no_zip, "enwik8", "enwik8.zip is not the published archive"),
   "wav": (text_as_wav, "audio", "piece 9.wav is not a WAV file"),
   "cut-wav": (cut_wav, "audio", "piece 4.WAV is cut off"),
-  "flac": (text_as_flac, "audio", "piece.flac is (FLAC, which needs soundfile|not a FLAC file)"),
+  "flac": (text_as_flac, "audio", "piece.flac is not a FLAC file"),
 }
 
 

@@ -222,7 +222,7 @@ def test_a_host_goes_on_when_another_one_was_faster(tmp_path, monkeypatch):
 
   def overtaken(self, *args):
     monkeypatch.setattr(builders.Cifar10Binary, "_examples", examples)
-    prepared.prepare(epath.Path(tmp_path), "Cifar10Binary")
+    prepared.prepare(epath.Path(tmp_path), lambda builders: builders.Cifar10Binary)
     return examples(self, *args)
 
   monkeypatch.setattr(builders.Cifar10Binary, "_examples", overtaken)

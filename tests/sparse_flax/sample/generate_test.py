@@ -207,6 +207,13 @@ def text_run(tmp_path_factory):
   return make_run(folder / "run", tiny.config(tiny.text_file(folder / "data.txt")))
 
 
+def test_what_is_printed_of_a_text_is_no_command_to_a_terminal():
+  assert launcher.beginning(b"some \x1b[31m words\xff\nand more\n") == (
+    "some \N{REPLACEMENT CHARACTER}[31m words\N{REPLACEMENT CHARACTER}\nand more"
+  )
+  assert len(launcher.beginning(b"a" * 2_000)) == launcher.SHOWN_BYTES
+
+
 def test_texts_are_written_byte_by_byte(text_run, capsys):
   assert launcher.main([f"--workdir={text_run}", "--num=3", "--seed=5"]) == 0
   said = capsys.readouterr()
@@ -214,7 +221,9 @@ def test_texts_are_written_byte_by_byte(text_run, capsys):
   assert printed[0].startswith("sampled 3 x 32 bytes in ")
   assert said.err == "attention of the steps by xla\n"
   texts = sorted((text_run / "samples" / "3").glob("samples-seed5-*.txt"))
-  assert printed[1:] == [str(path) for path in texts] and len(texts) == 3
+  assert printed[-3:] == [str(path) for path in texts] and len(texts) == 3
+  shown = [f"--- {path.name}\n{launcher.beginning(path.read_bytes())}\n" for path in texts]
+  assert "".join(shown) in said.out
   assert [path.stat().st_size for path in texts] == [32] * 3
 
 
