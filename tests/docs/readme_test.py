@@ -9,7 +9,12 @@ from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-RESULTS = [("y", (2, 1000, 256)), ("lse", (1, 4096, 8)), ("out", (1, 256, 2, 16))]
+RESULTS = [
+  ("y", (2, 1000, 256)),
+  ("lse", (1, 4096, 8)),
+  ("drawn", (2, 64)),
+  ("out", (1, 256, 2, 16)),
+]
 
 
 @pytest.mark.promotes
