@@ -110,21 +110,25 @@ class Frame:
     word: Callable[[Number], Number],
     push: Callable[[Number, Number, list[Number]], None],
   ) -> None:
-    """What four neighbouring threads give goes to other thread blocks, from their registers.
+    """Four words of neighbouring threads at a time go to other thread blocks, from registers.
 
     Args:
       on: what it runs on.
       count: of words, a multiple of four.
       word: number -> the word.
-      push: (number of the four words, which of the four threads this is, the words).
+      push: (number of the four words, which of four threads that have them this is, the words).
     """
 
     def part(number) -> None:
       # Threads beyond the last, of a warp in which others are not, do its work again.
       given = word(on.select(number < count, number, on.lane * 0 + (count - 1)))
-      words = [on.shuffle_from(given, on.lane // 4 * 4 + k) for k in range(4)]
-      with on.when(number < count):
-        push(number // 4, on.lane % 4, words)
+      # Eight neighbouring lanes have the words of the whole warp, one after the other, and push
+      # them to the same thread block: mostly these are 128 bytes in a row.
+      lane = on.lane % 8
+      words = [on.shuffle_from(given, lane * 4 + k) for k in range(4)]
+      vector = (number - on.lane) // 4 + lane
+      with on.when(vector < count // 4):
+        push(vector, on.lane // 8, words)
 
     for start in range(0, count, sizes.THREADS):
       # Whole warps: lanes give each other their words.
