@@ -140,7 +140,8 @@ class _Octet:
     begin: the octet's first row, but for `start`.
     start: rows before, the same for all warps.
     rows: of the chunk; None: it has all of the octet.
-    loaded: keys, of each tile, and values, of each own row; None: they are yet to be loaded.
+    loaded_keys: of each tile; None: they are yet to be loaded.
+    loaded_values: of each own row, likewise.
   """
 
   slot: Number
@@ -149,7 +150,8 @@ class _Octet:
   begin: Number
   start: int
   rows: int | None
-  loaded: tuple[list[list[Number]], list[list[Number]]] | None = None
+  loaded_keys: list[list[Number]] | None = None
+  loaded_values: list[list[Number]] | None = None
 
   def address(self, on: Machine, first: Number, row: Number, plus: int, pitch: int) -> Number:
     """Of a row of the octet, where rows of so many bytes begin at `first`."""
@@ -188,7 +190,11 @@ class _Round:
     self.scale = s.Dk**-0.5 * _LOG2E  # of scores, so that they are in base 2
 
   def ahead(self, bites: list[Bite], number: Number) -> list[_Octet] | None:
-    """All cached rows in registers, whose slots go back at once; None: they are too many."""
+    """The cached rows, if registers have room for all; None: they are too many.
+
+    Keys are loaded, and values of the first octet. The others would take longer than the query is
+    on its way: they are loaded while scores become weights.
+    """
     s = self.frame.sizes
     step = _OCTET * self.sharing
     of_each = 4 * self.key_tiles.parts + 2 * s.Dv // 16
@@ -196,8 +202,8 @@ class _Round:
       return None
     octets = self._octets(bites[0], False, number)
     for octet in octets:
-      octet.loaded = self._keys(octet), self._values(octet)
-    self._release(bites[0], number)
+      octet.loaded_keys = self._keys(octet)
+    octets[0].loaded_values = self._values(octets[0])
     return octets
 
   def run(
@@ -228,12 +234,15 @@ class _Round:
         self._release(bite, number)
       return softmax, number + len(bite) * len(self.jobs)
 
+    first = number
     carry = take(ahead, bites[0], ((own[0], self.on.zero(), None), number))
     others = functools.partial(take, None)
     softmax, number = self.frame.each_bite(self.on, bites[1:], others, carry)
     self._store_parts(softmax, own)
     self.on.sync()
     self._join_warps()
+    if ahead is not None:
+      self._release(bites[0], first)  # nobody waits for what comes after a push
     if len(self.frame.rounds) > 1:
       self.on.sync()  # before the next round's parts take the place of these
     return number
@@ -330,7 +339,7 @@ class _Round:
   def _scores(self, octet: _Octet, biases: list[Number] | None) -> list[Number]:
     """The scores of the lane's two rows of an octet."""
     on, pairs = self.on, self.key_tiles.pairs
-    keys = octet.loaded[0] if octet.loaded else self._keys(octet)
+    keys = octet.loaded_keys or self._keys(octet)
     found = [x for words in keys for x in self._products(words)]
     # Of more tiles than two, lanes take those that are theirs.
     own = [self._chosen(found[j * pairs : (j + 1) * pairs]) for j in range(2)]
@@ -391,9 +400,7 @@ class _Round:
   ) -> list[list[Number]]:
     """out + weights times values of one or two octets."""
     on = self.on
-    rows = [
-      row for octet in octets for row in (octet.loaded[1] if octet.loaded else self._values(octet))
-    ]
+    rows = [row for octet in octets for row in octet.loaded_values or self._values(octet)]
     b = [self._column(*weights[n : n + 2]) for n in range(0, len(weights), 2)]
     sums = []
     for n, words in enumerate(zip(*rows, strict=True)):
