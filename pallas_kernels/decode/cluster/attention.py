@@ -89,13 +89,16 @@ def attend(
 
 
 def _bites(frame: Frame, pieces: tuple[Piece, ...], jobs: int) -> list[Bite]:
-  """All chunks of some pieces, so many at once that each job's have slots at the same time."""
+  """All chunks of some pieces, those of a bite so few that all jobs' have slots."""
   chunks, before = [], 0
   for piece in pieces:
     row_bytes = frame.sizes.row_bytes
     chunks += [(before + first, rows) for first, rows in piece.chunks(row_bytes)]
     before += piece.size
   at_once = (frame.memory.slots - shared.SPARE_SLOTS) // jobs
+  if len(chunks) > at_once:
+    # While some are read, the slots of as many are filled: a bite gives its slots back at its end.
+    at_once = frame.memory.slots // 2 // jobs
   at_once = max(1, min(_MOST_AT_ONCE, at_once))
   return [chunks[at : at + at_once] for at in range(0, len(chunks), at_once)]
 
