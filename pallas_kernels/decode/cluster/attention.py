@@ -94,7 +94,7 @@ def _bites(frame: Frame, pieces: tuple[Piece, ...], jobs: int) -> list[Bite]:
   for piece in pieces:
     row_bytes = frame.sizes.row_bytes
     chunks += [(before + first, rows) for first, rows in piece.chunks(row_bytes)]
-    before += piece.size
+    before += piece.seen_words * sizes.WORD_BITS
   at_once = (frame.memory.slots - shared.SPARE_SLOTS) // jobs
   if len(chunks) > at_once:
     # While some are read, the slots of as many are filled: a bite gives its slots back at its end.
@@ -139,22 +139,24 @@ class _Octet:
   Attributes:
     slot: address of the chunk.
     values: address of its values.
-    biases: address of what is added to its scores, or how far into their row it is.
+    bit: number of the chunk's first row among the bits that say which rows are seen.
     begin: the octet's first row, but for `start`.
     start: rows before, the same for all warps.
     rows: of the chunk; None: it has all of the octet.
     loaded_keys: of each tile; None: they are yet to be loaded.
     loaded_values: of each own row, likewise.
+    known_biases: what is added to the scores of each own row, likewise.
   """
 
   slot: Number
   values: Number
-  biases: Number
+  bit: Number
   begin: Number
   start: int
   rows: int | None
   loaded_keys: list[list[Number]] | None = None
   loaded_values: list[list[Number]] | None = None
+  known_biases: list[Number] | None = None
 
   def address(self, on: Machine, first: Number, row: Number, plus: int, pitch: int) -> Number:
     """Of a row of the octet, where rows of so many bytes begin at `first`."""
@@ -179,7 +181,8 @@ class _Round:
     self.which = on.select(which < len(jobs), which, on.lane * 0 + (len(jobs) - 1))
     self.own = on.base + frame.memory.qkv + (self.which + jobs.start) * (s.head_width * 2)
     _, self.head, _ = frame.job(on, self.which + jobs.start)
-    self.row_of_biases = frame.row_of(on, kind, n, self.head)
+    row = frame.row_of(on, kind, n, self.head)
+    self.seen = on.base + frame.memory.seen + row * (s.seen_words * 4)
     self.g, self.t = on.lane // 4, on.lane % 4
     self.key_tiles = _KeyTiles(frame)
     # Keys of less than a part: other lanes load again what those before do, times zeros.
@@ -205,7 +208,7 @@ class _Round:
       return None
     octets = self._octets(bites[0], False, number)
     for octet in octets:
-      octet.loaded_keys = self._keys(octet)
+      octet.loaded_keys, octet.known_biases = self._keys(octet), self._biases(octet)
     octets[0].loaded_values = self._values(octets[0])
     return octets
 
@@ -258,12 +261,10 @@ class _Round:
 
   def _octets(self, bite: Bite, several: bool, number: Number) -> list[_Octet]:
     """The warp's octets of a bite."""
-    on, s, biases = self.on, self.frame.sizes, self.on.lane * 0
-    if self.frame.memory.biases is not None:
-      biases = on.base + self.frame.memory.biases + self.row_of_biases * (s.bias_width * 4)
+    on, s = self.on, self.frame.sizes
     step, octets = _OCTET * self.sharing, []
     for slot, (first, rows) in zip(self._slots(bite, several, number), bite, strict=True):
-      addresses = slot, slot + rows * (s.Dk * 2), biases + first * 4
+      addresses = slot, slot + rows * (s.Dk * 2), first
       for start in range(0, rows, step):
         begin = on.warp % self.sharing * _OCTET
         octets.append(_Octet(*addresses, begin, start, None if start + step <= rows else rows))
@@ -289,19 +290,17 @@ class _Round:
     return found
 
   def _biases(self, octet: _Octet) -> list[Number]:
-    """What is added to the scores of the lane's two rows."""
+    """What is added to the scores of the lane's two rows: 0.0 if they are seen, else -inf."""
     on, found = self.on, []
+    # A chunk begins with an octet, so that an octet's bits are those of one word.
+    first = octet.begin + (octet.bit + octet.start)
+    (word,) = on.load(self.seen + first // sizes.WORD_BITS * 4, 1)
     for row, plus in _own_rows(self.frame, self.t):
-      at = octet.address(on, octet.biases, row, plus, 4)
-      if self.frame.memory.biases is not None:
-        (word,) = on.load(at, 1)
-      else:
-        width = self.frame.sizes.bias_width * 4
-        (word,) = on.load_global(frames.BIASES, self.row_of_biases, width, at, 1)
-      bias = on.as_float(word)
+      seen = on.has_bit(word, first % sizes.WORD_BITS + row + plus)
+      bias = on.select(seen, on.zero(), -math.inf)
       if octet.rows is not None:
         there = octet.begin + row + (octet.start + plus) < octet.rows
-        bias = on.select(there, bias, on.zero() + float("-inf"))
+        bias = on.select(there, bias, -math.inf)
       found.append(bias)
     return found
 
@@ -339,7 +338,7 @@ class _Round:
       x = _joined(on, _joined(on, x, 1, keys.pairs), 4, 4 * keys.pairs)
     return [x]
 
-  def _scores(self, octet: _Octet, biases: list[Number] | None) -> list[Number]:
+  def _scores(self, octet: _Octet) -> list[Number]:
     """The scores of the lane's two rows of an octet."""
     on, pairs = self.on, self.key_tiles.pairs
     keys = octet.loaded_keys or self._keys(octet)
@@ -347,7 +346,7 @@ class _Round:
     # Of more tiles than two, lanes take those that are theirs.
     own = [self._chosen(found[j * pairs : (j + 1) * pairs]) for j in range(2)]
     scale = on.zero() + self.scale
-    biases = biases or self._biases(octet)
+    biases = octet.known_biases or self._biases(octet)
     return [on.fma(x, scale, bias) for x, bias in zip(own, biases, strict=True)]
 
   def _chosen(self, numbers: list[Number]) -> Number:
@@ -371,10 +370,7 @@ class _Round:
   def _bite(self, octets: list[_Octet], carry: Softmax) -> Softmax:
     """The softmax with the rows of a bite."""
     on, (top, total, out) = self.on, carry
-    # Those in global memory all at once: each takes long.
-    far = self.frame.memory.biases is None
-    biases = [self._biases(octet) if far else None for octet in octets]
-    scores = [x for pair in zip(octets, biases, strict=True) for x in self._scores(*pair)]
+    scores = [x for octet in octets for x in self._scores(octet)]
     # Lanes t have scores of other rows, lanes g the same.
     highest = frames.in_pairs(on.maximum, [top, *scores])
     highest = _joined(on, highest, 1, 4, on.maximum)

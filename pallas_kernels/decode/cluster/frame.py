@@ -20,10 +20,10 @@ from pallas_kernels.decode.cluster.machine import WARP
 from pallas_kernels.decode.cluster.sizes import Sizes
 
 # The kernel's tables: x; places, for each set of heads of each layer of a group whether the step's
-# own row is seen, then the first row and the row to write of each piece; biases, for each of them
-# what is added to the scores of its pieces; packed weights of all layers; keys and values of each
-# piece of each of them; x after the layers.
-X, PLACES, BIASES = range(3)
+# own row is seen, then the first row and the row to write of each piece; for each of them which of
+# the cached rows are seen, a bit each, in words of their own for each piece; packed weights of all
+# layers; keys and values of each piece of each of them; x after the layers.
+X, PLACES, SEEN = range(3)
 WEIGHTS = dict(qkv=3, out=4, up=5, down=6)
 _CACHES = 7
 # Of so many bites that are alike, each has its instructions; more are a loop.
@@ -255,7 +255,7 @@ class Frame:
     return lambda h: place
 
   def row_of(self, on: Machine, kind: int, n: Number, h: Number) -> Number:
-    """Of the tables of places and of biases, that of a head."""
+    """Of the tables of places and of seen rows, that of a head."""
     return n * self.sizes.num_sets + self.set_of(on, kind, h)
 
   def each_bite(self, on: Machine, bites: list[Bite], body: BiteBody, carry: Any) -> Any:
@@ -283,9 +283,9 @@ def in_pairs(join: Callable[[Number, Number], Number], numbers: Sequence[Number]
 
 
 def _alike(bites: list[Bite]) -> int:
-  """How many of the first bites have as many rows in their chunks, one bite behind the other."""
-  shape = lambda bite: [rows for _, rows in bite]
+  """How many of the first bites have as many rows in their chunks, and are equally far apart."""
+  step = bites[1][0][0] - bites[0][0][0] if len(bites) > 1 else 0
   num = 1
-  while num < len(bites) and shape(bites[num]) == shape(bites[0]):
+  while num < len(bites) and bites[num] == [(n + num * step, rows) for n, rows in bites[0]]:
     num += 1
   return num

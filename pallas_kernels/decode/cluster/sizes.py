@@ -19,6 +19,7 @@ K_BLOCK = 256  # rows of a matrix that all warps take at once, a share of 32 eac
 TILE_COLUMNS = 16  # features of a tile: the rows of an mma
 TILE_BYTES = K_BLOCK * TILE_COLUMNS * 2  # of bfloat16: a tile is [256, 16]
 CHUNK_BYTES = 2 * TILE_BYTES  # that a slot of the ring has for weights or for cached rows
+WORD_BITS = 32
 SMEM = 220 * 1024  # bytes of shared memory for the kernel, of a multiprocessor's 227 KiB
 
 # Sequences of a cluster are the columns of an mma, 8: more take a second one for every tile, and a
@@ -105,6 +106,11 @@ class Piece:
 
   size: int
   length: int
+
+  @property
+  def seen_words(self) -> int:
+    """Words with a bit for each row."""
+    return -(-self.size // WORD_BITS)
 
   def chunks(self, row_bytes: int) -> list[tuple[int, int]]:
     """(first row, rows) of each slot of the ring."""
@@ -200,10 +206,10 @@ class Sizes:
     return max(layer.num_sets for layer in self.layers)
 
   @property
-  def bias_width(self) -> int:
-    """Numbers that a set of heads has in the table of what is added to scores."""
+  def seen_words(self) -> int:
+    """Words that a set of heads has in the table of which cached rows are seen."""
     # Layers of a group have rows of one table: as wide as the one with most.
-    return max(sum(piece.size for piece in layer.pieces) for layer in self.layers)
+    return max(sum(piece.seen_words for piece in layer.pieces) for layer in self.layers)
 
   @property
   def jobs(self) -> int:
