@@ -47,7 +47,7 @@ class SharedMemory:
 
   def __init__(self, s: Sizes):
     matrices = s.matrices.values()
-    widest = max(matrix.n for matrix in matrices)
+    widest = max(matrix.k_shares * (matrix.n + WORD_PADDING) for matrix in matrices)
     self.num_bytes = 0
     # A power of two, so that as many warps share each.
     self.jobs_at_once = min(sizes.WARPS, 1 << (s.jobs - 1).bit_length())
@@ -57,7 +57,7 @@ class SharedMemory:
     self.attended = self._take(s.R * pitch(s.H * s.Dv))
     self.hidden = self._take(s.R * pitch(s.F))
     self.qkv = self._take(s.jobs * s.head_width * 2)
-    self.partial = self._take(sizes.WARPS * s.R * (widest + WORD_PADDING) * 4)
+    self.partial = self._take(s.R * widest * 4)
     self.parts = self._take(sizes.WARPS * part_bytes(s))
     barriers = self._take(_BARRIERS_BYTES)
     self.arrived = {name: barriers + machine.BARRIER_BYTES * n for n, name in enumerate(ARRIVALS)}
