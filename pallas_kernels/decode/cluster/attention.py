@@ -254,8 +254,7 @@ class _Round:
     return number
 
   def _release(self, bite: Bite, number: Number) -> None:
-    for k in range(len(bite) * len(self.jobs)):
-      self.frame.ring.release(self.on, number + k)
+    self.frame.ring.release(self.on, number, len(bite) * len(self.jobs))
 
   # A lane's numbers.
 

@@ -91,7 +91,7 @@ class Product:
       if chunk == 0:
         headers = self._headers(slot)
       waiting.append(self._weights(slot, chunk))
-      frame.ring.release(on, number + chunk)
+    frame.ring.release(on, number, len(waiting))
     moments = [self._zeros() for _ in self.rows]
     on.wait(on.base + frame.memory.arrived[source], parity)
     words = {}

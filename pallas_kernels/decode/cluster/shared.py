@@ -131,12 +131,13 @@ class Ring:
     on.wait(on.base + memory.full + slot * machine.BARRIER_BYTES, number // memory.slots % 2)
     return on.base + memory.ring + slot * memory.slot_bytes
 
-  def release(self, on: Machine, number: Number) -> None:
-    """For the warps, each as a whole: the slot has been read."""
-    # One arrival for a warp, once all its lanes have read.
+  def release(self, on: Machine, number: Number, count: int = 1) -> None:
+    """For the warps, each as a whole: so many slots from this one on have been read."""
+    # One arrival for a warp and slot, once all its lanes have read; a lane for each slot.
     on.sync_warp()
-    with on.when(on.lane == 0):
-      on.arrive(on.base + self._memory.free + number % self._memory.slots * machine.BARRIER_BYTES)
+    with on.when(on.lane < count):
+      slot = (number + on.lane) % self._memory.slots
+      on.arrive(on.base + self._memory.free + slot * machine.BARRIER_BYTES)
 
 
 def _whole_lines(num_bytes: int) -> int:
