@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Integer
 
@@ -161,15 +162,15 @@ def decode_steps(
   sizes = _sizes(caches, B=len(x), groups=num_groups, R=R, **model)
   rows = []
   for cache in caches:
-    of_sets = [_places_and_biases(parts, step) for parts in model_lib.cache.by_heads(cache)]
+    of_sets = [_places_and_seen(parts, step) for parts in model_lib.cache.by_heads(cache)]
     rows += of_sets + of_sets[:1] * (sizes.num_sets - len(of_sets))  # as many rows for each layer
-  places, biases = zip(*rows, strict=True)
+  places, seen = zip(*rows, strict=True)
   together = lambda xs, fill: jnp.stack(
     [jnp.pad(x, (0, max(map(len, xs)) - len(x)), constant_values=fill) for x in xs]
   )
   tables = [x for cache in caches for part in cache for x in (part.key, part.value)]
   x, *tables = kernels.run_layers(
-    sizes, x, together(places, 0), together(biases, -jnp.inf), weights.matrices, tables, run=run
+    sizes, x, together(places, 0), together(seen, False), weights.matrices, tables, run=run
   )
   tables = iter(tables)
   refill = lambda part: dataclasses.replace(part, key=next(tables), value=next(tables))
@@ -198,12 +199,12 @@ def _sizes(caches: Sequence[model_lib.cache.Cache], **sizes: Any) -> kernels.Siz
   return kernels.Sizes(layers=tuple(layers), slope=model_lib.GELU_SLOPE, **sizes)
 
 
-def _places_and_biases(
+def _places_and_seen(
   parts: Sequence[model_lib.cache.Part], step: Integer[Array, ""]
-) -> tuple[Integer[Array, "P"], Float[Array, "S"]]:
-  """Whether the step's row is seen, then the first row and the slot of each part; and what is
-  added to the scores of all parts: the step's own row is not taken from memory."""
-  shown, places, biases = jnp.zeros((), bool), [], []
+) -> tuple[Integer[Array, "P"], Bool[Array, "S"]]:
+  """Whether the step's row is seen, then the first row and the slot of each part; and which rows of
+  all parts are seen, but for the step's own, which is not taken from memory."""
+  shown, places, cached = jnp.zeros((), bool), [], []
   for n, part in enumerate(parts):
     # Beyond the end means the last slot.
     slot = jnp.minimum(part.rows.slot(step), part.rows.length - 1)
@@ -212,6 +213,7 @@ def _places_and_biases(
     seen = model_lib.cache.seen(list(parts), n, at, step)
     shown |= jnp.any(seen & (at == slot))
     places += [first, slot]
-    biases.append(jnp.where(seen & (at != slot), 0.0, -jnp.inf))
+    # Each part has words of bits of its own.
+    cached.append(jnp.pad(seen & (at != slot), (0, -part.rows.size % kernels.WORD_BITS)))
   places = jnp.stack([jnp.asarray(x, jnp.int32) for x in (shown, *places)])
-  return places, jnp.concatenate(biases)
+  return places, jnp.concatenate(cached)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
@@ -27,6 +28,7 @@ from pallas_kernels.decode.cluster.sizes import cluster_shape as cluster_shape
 from pallas_kernels.decode.cluster.sizes import Layer as Layer
 from pallas_kernels.decode.cluster.sizes import Piece as Piece
 from pallas_kernels.decode.cluster.sizes import Sizes as Sizes
+from pallas_kernels.decode.cluster.sizes import WORD_BITS as WORD_BITS
 
 
 def check(*, E: int, H: int, Dk: int, Dv: int, F: int, C: int, dtype: jax.typing.DTypeLike) -> None:
@@ -51,7 +53,7 @@ def run_layers(
   s: Sizes,
   x: Float[Array, "B E"],
   places: Int[Array, "N_sets P"],
-  biases: Float[Array, "N_sets S"],
+  seen: Bool[Array, "N_sets S"],
   matrices: Sequence[Array],
   tables: Sequence[Array],
   *,
@@ -64,7 +66,8 @@ def run_layers(
     x: what they begin with.
     places: for each set of heads of each layer of a group, whether the step's own row is seen, then
       the first row and the row to write of each piece.
-    biases: likewise, what is added to the scores of all pieces.
+    seen: likewise, which of the cached rows of all pieces are seen; each piece begins at a multiple
+      of `WORD_BITS`.
     matrices: of `pack`: queries, keys and values of all heads, of `join_heads`; out; up; down.
     tables: keys [L / N, B, heads of a set, length, Dk] and values of each piece of each of them,
       which are updated in place.
@@ -76,10 +79,13 @@ def run_layers(
   Raises:
     NotImplementedError: the sizes do not go into shared memory.
   """
+  # A bit for each row: they stay in shared memory.
+  of_bytes = jnp.packbits(seen, axis=1, bitorder="little").reshape(len(seen), -1, 4)
+  words = jax.lax.bitcast_convert_type(of_bytes, jnp.int32)
   # The last cluster may have fewer sequences than the others.
   out = jax.ShapeDtypeStruct(x.shape, x.dtype)
   grid = dict(cluster=s.C, clusters=-(-s.B // s.R))
-  return run(Step(s), [x, places, biases, *matrices], tables, [out], **grid)
+  return run(Step(s), [x, places, words, *matrices], tables, [out], **grid)
 
 
 def simulated(

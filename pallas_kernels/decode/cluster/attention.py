@@ -89,13 +89,16 @@ def attend(
 
 
 def _bites(frame: Frame, pieces: tuple[Piece, ...], jobs: int) -> list[Bite]:
-  """All chunks of some pieces, so many at once that each job's have slots at the same time."""
+  """All chunks of some pieces, those of a bite so few that all jobs' have slots."""
   chunks, before = [], 0
   for piece in pieces:
     row_bytes = frame.sizes.row_bytes
     chunks += [(before + first, rows) for first, rows in piece.chunks(row_bytes)]
-    before += piece.size
+    before += piece.seen_words * sizes.WORD_BITS
   at_once = (frame.memory.slots - shared.SPARE_SLOTS) // jobs
+  if len(chunks) > at_once:
+    # While some are read, the slots of as many are filled: a bite gives its slots back at its end.
+    at_once = frame.memory.slots // 2 // jobs
   at_once = max(1, min(_MOST_AT_ONCE, at_once))
   return [chunks[at : at + at_once] for at in range(0, len(chunks), at_once)]
 
@@ -136,20 +139,24 @@ class _Octet:
   Attributes:
     slot: address of the chunk.
     values: address of its values.
-    biases: address of what is added to its scores, or how far into their row it is.
+    bit: number of the chunk's first row among the bits that say which rows are seen.
     begin: the octet's first row, but for `start`.
     start: rows before, the same for all warps.
     rows: of the chunk; None: it has all of the octet.
-    loaded: keys, of each tile, and values, of each own row; None: they are yet to be loaded.
+    loaded_keys: of each tile; None: they are yet to be loaded.
+    loaded_values: of each own row, likewise.
+    known_biases: what is added to the scores of each own row, likewise.
   """
 
   slot: Number
   values: Number
-  biases: Number
+  bit: Number
   begin: Number
   start: int
   rows: int | None
-  loaded: tuple[list[list[Number]], list[list[Number]]] | None = None
+  loaded_keys: list[list[Number]] | None = None
+  loaded_values: list[list[Number]] | None = None
+  known_biases: list[Number] | None = None
 
   def address(self, on: Machine, first: Number, row: Number, plus: int, pitch: int) -> Number:
     """Of a row of the octet, where rows of so many bytes begin at `first`."""
@@ -174,7 +181,8 @@ class _Round:
     self.which = on.select(which < len(jobs), which, on.lane * 0 + (len(jobs) - 1))
     self.own = on.base + frame.memory.qkv + (self.which + jobs.start) * (s.head_width * 2)
     _, self.head, _ = frame.job(on, self.which + jobs.start)
-    self.row_of_biases = frame.row_of(on, kind, n, self.head)
+    row = frame.row_of(on, kind, n, self.head)
+    self.seen = on.base + frame.memory.seen + row * (s.seen_words * 4)
     self.g, self.t = on.lane // 4, on.lane % 4
     self.key_tiles = _KeyTiles(frame)
     # Keys of less than a part: other lanes load again what those before do, times zeros.
@@ -188,7 +196,11 @@ class _Round:
     self.scale = s.Dk**-0.5 * _LOG2E  # of scores, so that they are in base 2
 
   def ahead(self, bites: list[Bite], number: Number) -> list[_Octet] | None:
-    """All cached rows in registers, whose slots go back at once; None: they are too many."""
+    """The cached rows, if registers have room for all; None: they are too many.
+
+    Keys are loaded, and values of the first octet. The others would take longer than the query is
+    on its way: they are loaded while scores become weights.
+    """
     s = self.frame.sizes
     step = _OCTET * self.sharing
     of_each = 4 * self.key_tiles.parts + 2 * s.Dv // 16
@@ -196,8 +208,8 @@ class _Round:
       return None
     octets = self._octets(bites[0], False, number)
     for octet in octets:
-      octet.loaded = self._keys(octet), self._values(octet)
-    self._release(bites[0], number)
+      octet.loaded_keys, octet.known_biases = self._keys(octet), self._biases(octet)
+    octets[0].loaded_values = self._values(octets[0])
     return octets
 
   def run(
@@ -228,30 +240,30 @@ class _Round:
         self._release(bite, number)
       return softmax, number + len(bite) * len(self.jobs)
 
+    first = number
     carry = take(ahead, bites[0], ((own[0], self.on.zero(), None), number))
     others = functools.partial(take, None)
     softmax, number = self.frame.each_bite(self.on, bites[1:], others, carry)
     self._store_parts(softmax, own)
     self.on.sync()
     self._join_warps()
+    if ahead is not None:
+      self._release(bites[0], first)  # nobody waits for what comes after a push
     if len(self.frame.rounds) > 1:
       self.on.sync()  # before the next round's parts take the place of these
     return number
 
   def _release(self, bite: Bite, number: Number) -> None:
-    for k in range(len(bite) * len(self.jobs)):
-      self.frame.ring.release(self.on, number + k)
+    self.frame.ring.release(self.on, number, len(bite) * len(self.jobs))
 
   # A lane's numbers.
 
   def _octets(self, bite: Bite, several: bool, number: Number) -> list[_Octet]:
     """The warp's octets of a bite."""
-    on, s, biases = self.on, self.frame.sizes, self.on.lane * 0
-    if self.frame.memory.biases is not None:
-      biases = on.base + self.frame.memory.biases + self.row_of_biases * (s.bias_width * 4)
+    on, s = self.on, self.frame.sizes
     step, octets = _OCTET * self.sharing, []
     for slot, (first, rows) in zip(self._slots(bite, several, number), bite, strict=True):
-      addresses = slot, slot + rows * (s.Dk * 2), biases + first * 4
+      addresses = slot, slot + rows * (s.Dk * 2), first
       for start in range(0, rows, step):
         begin = on.warp % self.sharing * _OCTET
         octets.append(_Octet(*addresses, begin, start, None if start + step <= rows else rows))
@@ -277,19 +289,17 @@ class _Round:
     return found
 
   def _biases(self, octet: _Octet) -> list[Number]:
-    """What is added to the scores of the lane's two rows."""
+    """What is added to the scores of the lane's two rows: 0.0 if they are seen, else -inf."""
     on, found = self.on, []
+    # A chunk begins with an octet, so that an octet's bits are those of one word.
+    first = octet.begin + (octet.bit + octet.start)
+    (word,) = on.load(self.seen + first // sizes.WORD_BITS * 4, 1)
     for row, plus in _own_rows(self.frame, self.t):
-      at = octet.address(on, octet.biases, row, plus, 4)
-      if self.frame.memory.biases is not None:
-        (word,) = on.load(at, 1)
-      else:
-        width = self.frame.sizes.bias_width * 4
-        (word,) = on.load_global(frames.BIASES, self.row_of_biases, width, at, 1)
-      bias = on.as_float(word)
+      seen = on.has_bit(word, first % sizes.WORD_BITS + row + plus)
+      bias = on.select(seen, on.zero(), -math.inf)
       if octet.rows is not None:
         there = octet.begin + row + (octet.start + plus) < octet.rows
-        bias = on.select(there, bias, on.zero() + float("-inf"))
+        bias = on.select(there, bias, -math.inf)
       found.append(bias)
     return found
 
@@ -327,15 +337,15 @@ class _Round:
       x = _joined(on, _joined(on, x, 1, keys.pairs), 4, 4 * keys.pairs)
     return [x]
 
-  def _scores(self, octet: _Octet, biases: list[Number] | None) -> list[Number]:
+  def _scores(self, octet: _Octet) -> list[Number]:
     """The scores of the lane's two rows of an octet."""
     on, pairs = self.on, self.key_tiles.pairs
-    keys = octet.loaded[0] if octet.loaded else self._keys(octet)
+    keys = octet.loaded_keys or self._keys(octet)
     found = [x for words in keys for x in self._products(words)]
     # Of more tiles than two, lanes take those that are theirs.
     own = [self._chosen(found[j * pairs : (j + 1) * pairs]) for j in range(2)]
     scale = on.zero() + self.scale
-    biases = biases or self._biases(octet)
+    biases = octet.known_biases or self._biases(octet)
     return [on.fma(x, scale, bias) for x, bias in zip(own, biases, strict=True)]
 
   def _chosen(self, numbers: list[Number]) -> Number:
@@ -359,10 +369,7 @@ class _Round:
   def _bite(self, octets: list[_Octet], carry: Softmax) -> Softmax:
     """The softmax with the rows of a bite."""
     on, (top, total, out) = self.on, carry
-    # Those in global memory all at once: each takes long.
-    far = self.frame.memory.biases is None
-    biases = [self._biases(octet) if far else None for octet in octets]
-    scores = [x for pair in zip(octets, biases, strict=True) for x in self._scores(*pair)]
+    scores = [x for octet in octets for x in self._scores(octet)]
     # Lanes t have scores of other rows, lanes g the same.
     highest = frames.in_pairs(on.maximum, [top, *scores])
     highest = _joined(on, highest, 1, 4, on.maximum)
@@ -391,9 +398,7 @@ class _Round:
   ) -> list[list[Number]]:
     """out + weights times values of one or two octets."""
     on = self.on
-    rows = [
-      row for octet in octets for row in (octet.loaded[1] if octet.loaded else self._values(octet))
-    ]
+    rows = [row for octet in octets for row in octet.loaded_values or self._values(octet)]
     b = [self._column(*weights[n : n + 2]) for n in range(0, len(weights), 2)]
     sums = []
     for n, words in enumerate(zip(*rows, strict=True)):

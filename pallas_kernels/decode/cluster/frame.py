@@ -20,10 +20,10 @@ from pallas_kernels.decode.cluster.machine import WARP
 from pallas_kernels.decode.cluster.sizes import Sizes
 
 # The kernel's tables: x; places, for each set of heads of each layer of a group whether the step's
-# own row is seen, then the first row and the row to write of each piece; biases, for each of them
-# what is added to the scores of its pieces; packed weights of all layers; keys and values of each
-# piece of each of them; x after the layers.
-X, PLACES, BIASES = range(3)
+# own row is seen, then the first row and the row to write of each piece; for each of them which of
+# the cached rows are seen, a bit each, in words of their own for each piece; packed weights of all
+# layers; keys and values of each piece of each of them; x after the layers.
+X, PLACES, SEEN = range(3)
 WEIGHTS = dict(qkv=3, out=4, up=5, down=6)
 _CACHES = 7
 # Of so many bites that are alike, each has its instructions; more are a loop.
@@ -110,21 +110,25 @@ class Frame:
     word: Callable[[Number], Number],
     push: Callable[[Number, Number, list[Number]], None],
   ) -> None:
-    """What four neighbouring threads give goes to other thread blocks, from their registers.
+    """Four words of neighbouring threads at a time go to other thread blocks, from registers.
 
     Args:
       on: what it runs on.
       count: of words, a multiple of four.
       word: number -> the word.
-      push: (number of the four words, which of the four threads this is, the words).
+      push: (number of the four words, which of four threads that have them this is, the words).
     """
 
     def part(number) -> None:
       # Threads beyond the last, of a warp in which others are not, do its work again.
       given = word(on.select(number < count, number, on.lane * 0 + (count - 1)))
-      words = [on.shuffle_from(given, on.lane // 4 * 4 + k) for k in range(4)]
-      with on.when(number < count):
-        push(number // 4, on.lane % 4, words)
+      # Eight neighbouring lanes have the words of the whole warp, one after the other, and push
+      # them to the same thread block: mostly these are 128 bytes in a row.
+      lane = on.lane % 8
+      words = [on.shuffle_from(given, lane * 4 + k) for k in range(4)]
+      vector = (number - on.lane) // 4 + lane
+      with on.when(vector < count // 4):
+        push(vector, on.lane // 8, words)
 
     for start in range(0, count, sizes.THREADS):
       # Whole warps: lanes give each other their words.
@@ -251,7 +255,7 @@ class Frame:
     return lambda h: place
 
   def row_of(self, on: Machine, kind: int, n: Number, h: Number) -> Number:
-    """Of the tables of places and of biases, that of a head."""
+    """Of the tables of places and of seen rows, that of a head."""
     return n * self.sizes.num_sets + self.set_of(on, kind, h)
 
   def each_bite(self, on: Machine, bites: list[Bite], body: BiteBody, carry: Any) -> Any:
@@ -279,9 +283,9 @@ def in_pairs(join: Callable[[Number, Number], Number], numbers: Sequence[Number]
 
 
 def _alike(bites: list[Bite]) -> int:
-  """How many of the first bites have as many rows in their chunks, one bite behind the other."""
-  shape = lambda bite: [rows for _, rows in bite]
+  """How many of the first bites have as many rows in their chunks, and are equally far apart."""
+  step = bites[1][0][0] - bites[0][0][0] if len(bites) > 1 else 0
   num = 1
-  while num < len(bites) and shape(bites[num]) == shape(bites[0]):
+  while num < len(bites) and bites[num] == [(n + num * step, rows) for n, rows in bites[0]]:
     num += 1
   return num

@@ -141,7 +141,7 @@ class Step(machine.Kernel):
   def compute(self, on: Machine) -> None:
     s, frame = self.sizes, self.frame
     self._read_x(on)
-    self._read_biases(on)
+    self._read_seen(on)
     on.sync()  # what a thread has read is used by all of its thread block
     on.loop(s.num_layers, functools.partial(self._layer, on), on.rank * 0)
     # Also so that no thread block ends while others still push into its memory.
@@ -206,16 +206,14 @@ class Step(machine.Kernel):
 
     self.frame.each(on, s.R * vectors, read)
 
-  def _read_biases(self, on: Machine) -> None:
-    """All of them, once: they are of the step."""
-    s, biases = self.sizes, self.frame.memory.biases
-    if biases is None:
-      return
-    count = len(s.layers) * s.num_sets * s.bias_width
+  def _read_seen(self, on: Machine) -> None:
+    """Which rows are seen, of all layers of a group, once: it is of the step."""
+    s = self.sizes
+    count = len(s.layers) * s.num_sets * s.seen_words
 
     def read(number) -> None:
-      words = on.load_global(frames.BIASES, on.lane * 0, count * 4, number * 4, 1)
-      on.store(on.base + biases + number * 4, words)
+      words = on.load_global(frames.SEEN, on.lane * 0, count * 4, number * 4, 1)
+      on.store(on.base + self.frame.memory.seen + number * 4, words)
 
     self.frame.each(on, count, read)
 

@@ -96,6 +96,10 @@ class Machine(abc.ABC):
   def halves(self, a: Number, b: Number) -> list[Number]:
     """A word of the lower halves of two words, a's first, and one of their upper halves."""
 
+  @abc.abstractmethod
+  def has_bit(self, word: Number, n: Number) -> Number:
+    """Whether bit n of a word, from 0 to 31, is 1."""
+
   # Threads of a warp, all of which take part: not within a `when` that divides a warp.
 
   @abc.abstractmethod

@@ -3,17 +3,19 @@
 Each thread block of a cluster has n = N / C of a matrix's N features, in one piece for each layer:
 
     [L, C, 16-bit words]
-                    header                          tiles [256, 16]: features m, blocks u of K
+                    header                          tiles: each warp's features m, steps u of K
     +--------------------+--------------------+----------+----------+-----+----------+-----
     | bias [n], float32  | sums [n], float32  | m=0 u=0  | m=0 u=1  | ... | m=1 u=0  | ...
     +--------------------+--------------------+----------+----------+-----+----------+-----
                           only after a norm    8 KiB each
 
 Sums are those of the columns, of a matrix with a norm before it, whose gain is in the weights and
-whose shift is in the bias. A tile lies as its eight warps take it, one after the other:
+whose shift is in the bias. Warps share the n features in up to two parts and K in the others: of
+two, warps 0 to 3 have the first half of the features and a quarter of K each, warps 4 to 7 the
+second. A tile has 16 features and 32 numbers of K of each warp, one after the other:
 
     +-----------------------------------+-----------------------------------+----
-    | warp 0: K 0-31 of the block       | warp 1: K 32-63                   | ...
+    | warp 0                            | warp 1                            | ...
     | half 0, 512 B   | half 1, 512 B   | half 0          | half 1          |
     +-----------------------------------+-----------------------------------+----
 
@@ -38,8 +40,9 @@ from jaxtyping import UInt16
 
 from pallas_kernels.decode.cluster import sizes
 
-# [L, u, warp, t, half, pair, number, C, m, g, row // 8] of [L, K, N] as they lie, and back.
-_AS_READ = (0, 7, 8, 1, 2, 4, 9, 3, 5, 10, 6)
+# [L, part of K, u, t, half, pair, number, C, part, m, g, row // 8] of [L, K, N] as they lie, and
+# back.
+_AS_READ = (0, 7, 9, 2, 8, 1, 4, 10, 3, 5, 11, 6)
 _AS_WRITTEN = tuple(_AS_READ.index(axis) for axis in range(len(_AS_READ)))
 
 
@@ -112,10 +115,11 @@ def unpack(
 
 
 def _axes(K: int, N: int, C: int) -> tuple[int, ...]:
-  """[K, N] as u, warp, t, half, pair of an mma's K, number; block of the cluster, m, g, row / 8."""
-  # K falls into blocks, warps, lanes' t, halves, and the two words and two numbers of each.
-  of_k = (K // sizes.K_BLOCK, sizes.WARPS, 4, 2, 2, 2)
-  return *of_k, C, N // C // sizes.TILE_COLUMNS, 8, 2
+  """[K, N] as `_AS_READ` has them, without L."""
+  # K falls into warps, steps, lanes' t, halves, and the two words and two numbers of each.
+  matrix = sizes.Matrix(K, N // C, norm=False)
+  of_k = (matrix.k_shares, matrix.k_steps, 4, 2, 2, 2)
+  return *of_k, C, matrix.feature_shares, matrix.columns, 8, 2
 
 
 def _words(x: Array) -> UInt16[Array, "..."]:

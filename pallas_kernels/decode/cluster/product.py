@@ -1,7 +1,7 @@
 """A product of a layer: rows [R, K] by the thread block's share [K, n] of a matrix.
 
-Each warp sums over its 32 of 256 features, block after block, with features as the rows of an mma
-and sequences as its columns; then all threads sum over the warps. A product with normed rows is the
+Each warp has a part of the share's features, the rows of an mma, and of K, and all sequences, its
+columns; then all threads sum over the parts of K. A product with normed rows is the
 product with the rows themselves, less mean times column sums, over the deviation: the rows'
 moments come from one more mma, so that nobody waits for them before.
 """
@@ -24,8 +24,8 @@ _HALF_BYTES = _WARP_BYTES // 2  # of them for one mma: 16 bytes of each lane
 # Chunks of weights that wait in registers for the rows, 16 of each thread for a chunk; and as many
 # are on their way from shared memory while others are multiplied.
 _CHUNKS_AHEAD = 3
-# Blocks of K of which the words of the rows are kept; of more they are loaded for every chunk.
-_BLOCKS_KEPT = 2
+# Steps of K of which the words of the rows are kept; of more they are loaded for every chunk.
+_STEPS_KEPT = 4
 
 # (row, feature of the share, two numbers next to each other) -> these two, as they are to be
 Finish = Callable[[Number, Number, list[Number]], list[Number]]
@@ -53,7 +53,11 @@ class Product:
     self.g, self.t = on.lane // 4, on.lane % 4
     self.partial_pitch = (self.matrix.n + shared.WORD_PADDING) * 4
     share = s.R * self.partial_pitch  # of a warp
-    self.partial = on.base + frame.memory.partial + on.warp * share
+    matrix = self.matrix
+    # A warp's part of the features, and of K.
+    self.part, self.k_part = on.warp // matrix.k_shares, on.warp % matrix.k_shares
+    features = matrix.columns * sizes.TILE_COLUMNS
+    self.partial = on.base + frame.memory.partial + self.k_part * share + self.part * (features * 4)
     # The row of each tile that is this lane's column; the last, where there are no more.
     self.rows = []
     for tile in range(-(-s.R // _TILE_ROWS)):
@@ -87,12 +91,12 @@ class Product:
       if chunk == 0:
         headers = self._headers(slot)
       waiting.append(self._weights(slot, chunk))
-      frame.ring.release(on, number + chunk)
+    frame.ring.release(on, number, len(waiting))
     moments = [self._zeros() for _ in self.rows]
     on.wait(on.base + frame.memory.arrived[source], parity)
     words = {}
     for chunk, tiles in enumerate(chunks):
-      if matrix.k_blocks > _BLOCKS_KEPT:
+      if matrix.k_steps > _STEPS_KEPT:
         words = {}
       words |= {u: self._words(u) for _, u in tiles if u not in words}
       weights, ahead = waiting.pop(0), chunk + _CHUNKS_AHEAD
@@ -100,13 +104,20 @@ class Product:
       if ahead < len(chunks):
         waiting.append(self._weights(frame.ring.read(on, number + ahead), ahead))
       for (m, u), halves in zip(tiles, weights, strict=True):
-        # A tile of features is summed over all blocks of K before the next one begins: then few
+        # A tile of features is summed over all steps of K before the next one begins: then few
         # accumulators are alive at a time.
         if u == 0:
           sums = [[self._zeros(), self._zeros()] for _ in self.rows]
-        # All tiles of features meet the same rows: their moments are taken once.
-        self._multiply(sums, moments if matrix.norm and m == 0 else None, halves, words[u])
-        if u == matrix.k_blocks - 1:
+        self._multiply(sums, halves, words[u])
+        # All features meet the same rows, whose moments are taken once: of so many steps in a row
+        # by warps with one part of the features each.
+        last = (u + 1) % matrix.feature_shares == 0
+        if matrix.norm and m == 0 and last:
+          of_parts = [
+            words[u + 1 - matrix.feature_shares + n] for n in range(matrix.feature_shares)
+          ]
+          self._add_moments(moments, of_parts)
+        if u == matrix.k_steps - 1:
           self._store_partial(sums, m)
       if ahead < len(chunks):
         frame.ring.release(on, number + ahead)
@@ -134,10 +145,10 @@ class Product:
     ]
 
   def _words(self, u: int) -> list[list[Number]]:
-    """The lane's words of a block of K, of the row of each tile."""
-    on, pitch = self.on, shared.pitch(self.matrix.K)
-    at = self.start + on.warp * 64 + self.t * 16
-    return [on.load(at + row * pitch + u * (2 * sizes.K_BLOCK), 4) for row in self.rows]
+    """The lane's words of a step of K, of the row of each tile."""
+    on, matrix, step = self.on, self.matrix, 2 * sizes.K_STEP
+    at = self.start + self.k_part * (matrix.k_steps * step) + self.t * 16
+    return [on.load(at + row * shared.pitch(matrix.K) + u * step, 4) for row in self.rows]
 
   def _headers(self, slot: Number) -> list[list[list[Number]]]:
     """For each pair of features that the thread will finish: its bias and column sums, two each."""
@@ -153,19 +164,24 @@ class Product:
   def _multiply(
     self,
     sums: list[Any],
-    moments: list[Any] | None,
     halves: list[list[Number]],
     words: list[list[Number]],
   ) -> None:
-    """Adds a tile's products, and the moments of the rows where they are asked for."""
-    on = self.on
+    """Adds a tile's products."""
     for k, of_row in enumerate(words):
       # Two halves with sums of their own: an mma would wait for the one before it.
       for half, weights in enumerate(halves):
         b = of_row[2 * half : 2 * half + 2]
-        sums[k][half] = on.multiply(sums[k][half], weights, b)
-        if moments is not None:
-          moments[k] = self._moments(moments[k], b)
+        sums[k][half] = self.on.multiply(sums[k][half], weights, b)
+
+  def _add_moments(self, moments: list[Any], steps: list[list[list[Number]]]) -> None:
+    """Adds the moments of the rows, of that of some steps of K whose turn is the warp's part."""
+    on = self.on
+    for k, (mine, *others) in enumerate(zip(*steps, strict=True)):
+      for n, other in enumerate(others, start=1):
+        mine = [on.select(self.part == n, b, a) for a, b in zip(mine, other, strict=True)]
+      for half in range(2):
+        moments[k] = self._moments(moments[k], mine[2 * half : 2 * half + 2])
 
   def _moments(self, sums: list[Number], b: list[Number]) -> list[Number]:
     """sums + sums and sums of squares of rows: a product with the rows themselves and with ones."""
@@ -211,8 +227,8 @@ class Product:
       r, f = pair // (n // 2), pair % (n // 2) * 2
       # Always in the same order: a row's result does not depend on what is beside it.
       shares = []
-      for warp in range(sizes.WARPS):
-        share = on.base + (memory.partial + warp * s.R * self.partial_pitch)
+      for part in range(matrix.k_shares):
+        share = on.base + (memory.partial + part * s.R * self.partial_pitch)
         words = on.load(share + (r * (n + shared.WORD_PADDING) + f) * 4, 2)
         shares.append([on.as_float(x) for x in words])
       total = [frames.in_pairs(operator.add, x) for x in zip(*shares, strict=True)]

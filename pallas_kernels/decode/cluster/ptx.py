@@ -186,6 +186,9 @@ class Gpu(machine.Machine):
       for which in ("0x5410", "0x7632")
     ]
 
+  def has_bit(self, word: Number, n: Number) -> Number:
+    return Value(arith.trunci(ir.IntegerType.get_signless(1), arith.shrui(word.x, n.x)))
+
   # Threads of a warp, all of which take part.
 
   def _shuffle(self, kind: str, x: Value, lane: Value | int) -> Value:

@@ -1,13 +1,13 @@
 """What a thread block keeps in shared memory, and the ring through which its weights and rows come.
 
-    x[0] | x[1] | biases | stats | attended | hidden | qkv | partial | parts | barriers | ring
+    x[0] | x[1] | seen | stats | attended | hidden | qkv | partial | parts | barriers | ring
 
 Rows of R sequences: `x[0]`, the residual stream before a layer's attention and after it, `x[1]`;
 what the heads gave, `attended`; the activated features, `hidden`. Others push into these. `qkv` are
-queries, keys and values of the thread block's own jobs. Its own are `biases`, what is added to the
-scores of all layers of a group; `stats`, the warps' shares of a row's moments; `partial`, their
-shares of a product; and `parts`, their shares of the attention. `ring`: weights and cached rows on
-their way.
+queries, keys and values of the thread block's own jobs. Its own are `seen`, a bit for each
+cached row that is read in a layer of a group; `stats`, the warps' shares of a row's moments;
+`partial`, their shares of a product; and `parts`, their shares of the attention. `ring`: weights
+and cached rows on their way.
 """
 
 from pallas_kernels.decode.cluster import machine
@@ -23,7 +23,6 @@ _LINE = 128
 _ROW_PADDING = 64
 # Pads rows of float32: 4 lanes with rows 2 apart store 8 columns each, in 32 different banks.
 WORD_PADDING = 4
-_MOST_BIASES = 8 * 1024  # bytes of shared memory
 SPARE_SLOTS = 2  # that the rows which are being read leave for what comes next
 
 # Barriers: those of what arrives from the cluster, then those of the ring, full and free.
@@ -38,7 +37,7 @@ class SharedMemory:
 
   Attributes:
     num_bytes: of all.
-    biases: what is added to the scores of all layers of a group; None: it is read where it is used.
+    seen: which cached rows are seen, a bit each, of all layers of a group.
     jobs_at_once: heads of sequences that the warps share among them in a round.
     arrived: the barrier of each of ARRIVALS.
     arriving: bytes that each thread block gets of each of ARRIVALS, but for "qkv".
@@ -48,19 +47,17 @@ class SharedMemory:
 
   def __init__(self, s: Sizes):
     matrices = s.matrices.values()
-    widest = max(matrix.n for matrix in matrices)
+    widest = max(matrix.k_shares * (matrix.n + WORD_PADDING) for matrix in matrices)
     self.num_bytes = 0
     # A power of two, so that as many warps share each.
     self.jobs_at_once = min(sizes.WARPS, 1 << (s.jobs - 1).bit_length())
     self.x = [self._take(s.R * pitch(s.E)) for _ in range(2)]
-    # As in global memory, where they stay if they would take room from the ring.
-    num_bytes = len(s.layers) * s.num_sets * s.bias_width * 4
-    self.biases = self._take(num_bytes) if num_bytes <= _MOST_BIASES else None
+    self.seen = self._take(len(s.layers) * s.num_sets * s.seen_words * 4)
     self.stats = self._take(sizes.WARPS * s.R * 8)  # the sum and the sum of squares, float32
     self.attended = self._take(s.R * pitch(s.H * s.Dv))
     self.hidden = self._take(s.R * pitch(s.F))
     self.qkv = self._take(s.jobs * s.head_width * 2)
-    self.partial = self._take(sizes.WARPS * s.R * (widest + WORD_PADDING) * 4)
+    self.partial = self._take(s.R * widest * 4)
     self.parts = self._take(sizes.WARPS * part_bytes(s))
     barriers = self._take(_BARRIERS_BYTES)
     self.arrived = {name: barriers + machine.BARRIER_BYTES * n for n, name in enumerate(ARRIVALS)}
@@ -134,12 +131,13 @@ class Ring:
     on.wait(on.base + memory.full + slot * machine.BARRIER_BYTES, number // memory.slots % 2)
     return on.base + memory.ring + slot * memory.slot_bytes
 
-  def release(self, on: Machine, number: Number) -> None:
-    """For the warps, each as a whole: the slot has been read."""
-    # One arrival for a warp, once all its lanes have read.
+  def release(self, on: Machine, number: Number, count: int = 1) -> None:
+    """For the warps, each as a whole: so many slots from this one on have been read."""
+    # One arrival for a warp and slot, once all its lanes have read; a lane for each slot.
     on.sync_warp()
-    with on.when(on.lane == 0):
-      on.arrive(on.base + self._memory.free + number % self._memory.slots * machine.BARRIER_BYTES)
+    with on.when(on.lane < count):
+      slot = (number + on.lane) % self._memory.slots
+      on.arrive(on.base + self._memory.free + slot * machine.BARRIER_BYTES)
 
 
 def _whole_lines(num_bytes: int) -> int:

@@ -113,6 +113,9 @@ class Simulated(machine.Machine):
     a, b = (np.asarray(x, np.uint32) for x in (a, b))
     return [a & 0xFFFF | b << 16, a >> 16 | b & _HIGH_HALF]
 
+  def has_bit(self, word: Number, n: Number) -> Number:
+    return np.asarray(word, np.uint32) >> np.asarray(n, np.uint32) & 1 == 1
+
   # Threads of a warp.
 
   def shuffle_xor(self, x: Number, distance: int) -> Number:

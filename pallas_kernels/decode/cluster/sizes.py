@@ -15,10 +15,12 @@ from pallas_kernels.decode.cluster.machine import WARPGROUP
 
 WARPS = 8  # of a thread block that compute: two for each of a multiprocessor's four schedulers
 THREADS = WARPS * WARP
-K_BLOCK = 256  # rows of a matrix that all warps take at once, a share of 32 each
+K_BLOCK = 256  # widths of rows are multiples of it: eight warps' shares
+K_STEP = 32  # rows of a matrix for two mma
 TILE_COLUMNS = 16  # features of a tile: the rows of an mma
-TILE_BYTES = K_BLOCK * TILE_COLUMNS * 2  # of bfloat16: a tile is [256, 16]
+TILE_BYTES = WARPS * K_STEP * TILE_COLUMNS * 2  # of bfloat16: [32, 16] of each warp
 CHUNK_BYTES = 2 * TILE_BYTES  # that a slot of the ring has for weights or for cached rows
+WORD_BITS = 32
 SMEM = 220 * 1024  # bytes of shared memory for the kernel, of a multiprocessor's 227 KiB
 
 # Sequences of a cluster are the columns of an mma, 8: more take a second one for every tile, and a
@@ -70,13 +72,29 @@ class Matrix:
   norm: bool  # whether the rows are normed before
 
   @property
-  def k_blocks(self) -> int:
-    return self.K // K_BLOCK
+  def feature_shares(self) -> int:
+    """Parts of the features, of which a warp has one: more would need more of the rows each."""
+    return 2 if self.n % (2 * TILE_COLUMNS) == 0 else 1
+
+  @property
+  def k_shares(self) -> int:
+    """Parts of K, of which a warp has one."""
+    return WARPS // self.feature_shares
+
+  @property
+  def k_steps(self) -> int:
+    """Of a warp."""
+    return self.K // self.k_shares // K_STEP
+
+  @property
+  def columns(self) -> int:
+    """Tiles of features of a warp."""
+    return self.n // self.feature_shares // TILE_COLUMNS
 
   @property
   def tiles(self) -> list[tuple[int, int]]:
-    """(features, block of K) in the order in which they lie and are used."""
-    return [(m, u) for m in range(self.n // TILE_COLUMNS) for u in range(self.k_blocks)]
+    """(features, step of K) of each warp's, in the order in which they lie and are used."""
+    return [(m, u) for m in range(self.columns) for u in range(self.k_steps)]
 
   @property
   def header(self) -> int:
@@ -105,6 +123,11 @@ class Piece:
 
   size: int
   length: int
+
+  @property
+  def seen_words(self) -> int:
+    """Words with a bit for each row."""
+    return -(-self.size // WORD_BITS)
 
   def chunks(self, row_bytes: int) -> list[tuple[int, int]]:
     """(first row, rows) of each slot of the ring."""
@@ -200,10 +223,10 @@ class Sizes:
     return max(layer.num_sets for layer in self.layers)
 
   @property
-  def bias_width(self) -> int:
-    """Numbers that a set of heads has in the table of what is added to scores."""
+  def seen_words(self) -> int:
+    """Words that a set of heads has in the table of which cached rows are seen."""
     # Layers of a group have rows of one table: as wide as the one with most.
-    return max(sum(piece.size for piece in layer.pieces) for layer in self.layers)
+    return max(sum(piece.seen_words for piece in layer.pieces) for layer in self.layers)
 
   @property
   def jobs(self) -> int:
