@@ -4,7 +4,7 @@ import importlib.util
 
 # Modules that tell whether an extra is installed: what its rooms import first of it.
 MODULES = {
-  "data": ("PIL", "etils.epath", "soundfile", "tensorflow_datasets"),
+  "data": ("PIL", "etils.epath", "tensorflow_datasets"),
   "train": ("chex", "ml_collections", "optax", "orbax.checkpoint", "safetensors", "tensorboardX"),
   "view": ("PIL", "matplotlib", "plotly"),
 }

@@ -1,14 +1,29 @@
 """MP3 and Ogg files, read with soundfile."""
 
+import types
 from typing import BinaryIO
 from typing import cast
 
 import numpy as np
-import soundfile
 from etils import epath
 from jaxtyping import Float32
 
 from sparse_flax.data import audio
+
+
+def library(path: epath.PathLike) -> types.ModuleType:
+  """soundfile, whose shared library only whoever has such files needs.
+
+  Raises:
+    ValueError: it cannot be imported; the message names the file.
+  """
+  try:
+    import soundfile
+  except (ImportError, OSError) as error:
+    raise ValueError(
+      f"{path} needs soundfile, which cannot be imported ({error}): pip install 'sparse-flax[data]'"
+    ) from error
+  return soundfile
 
 
 def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
@@ -27,6 +42,7 @@ def check(path: epath.PathLike) -> None:
 
 def _open(path, read):
   path = epath.Path(path)
+  soundfile = library(path)
   try:
     with path.open("rb") as file, soundfile.SoundFile(cast(BinaryIO, file)) as sound:
       audio.check_rate(sound.samplerate)

@@ -5,11 +5,11 @@ from typing import BinaryIO
 from typing import cast
 
 import numpy as np
-import soundfile
 from etils import epath
 from jaxtyping import Float32
 
 from sparse_flax.data import audio
+from sparse_flax.data import compressed
 
 _BLOCK = 2**20  # samples at a time: a header may promise more than there is memory for
 
@@ -18,10 +18,12 @@ def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
   """As `audio.read_wav`, for a FLAC file. Its own checksum of the sound, if it has one, must hold.
 
   Raises:
-    ValueError: if the file is no FLAC file, cut off, damaged, or not what its header says.
+    ValueError: if the file is no FLAC file, cut off, damaged, or not what its header says, or
+      soundfile cannot be imported.
   """
   path = epath.Path(path)
   check(path)
+  soundfile = compressed.library(path)
 
   blocks, checksum = [], hashlib.md5(usedforsecurity=False)
   try:
@@ -48,6 +50,7 @@ def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
 def check(path: epath.PathLike) -> None:
   """Raises ValueError if `read` would, as far as the header tells."""
   path = epath.Path(path)
+  compressed.library(path)
   try:
     with path.open("rb") as file:
       rate, _, length, _ = _read_header(file)

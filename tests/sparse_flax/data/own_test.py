@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import PIL.Image
@@ -176,6 +177,19 @@ def test_recordings_of_all_formats_are_read(tmp_path):
   (other / "e.mp3").write_bytes(b"no sound" * 100)
   (problem,) = data.check("audio", path=str(other), seq_len=256)
   assert "e.mp3 is no such file, or damaged" in problem
+
+
+@pytest.mark.parametrize("name", ["a.flac", "a.mp3", "a.ogg"])
+def test_a_machine_without_soundfile_says_so_for_the_files_that_need_it(
+  name, tmp_path, monkeypatch
+):
+  audio.write_wav(tmp_path / "a.wav", np.zeros(20_000, np.float32))
+  assert data.check("audio", path=str(tmp_path), seq_len=256) == []
+  monkeypatch.setitem(sys.modules, "soundfile", None)
+  assert data.check("audio", path=str(tmp_path), seq_len=256) == []
+  (tmp_path / name).write_bytes(b"whatever")
+  (problem,) = data.check("audio", path=str(tmp_path), seq_len=256)
+  assert f"{name} needs soundfile, which cannot be imported" in problem
 
 
 @pytest.mark.promotes  # optax's Adam mixes dtypes
