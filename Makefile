@@ -49,7 +49,7 @@ GPU_TESTS_commands = tests/experiments/commands_gpu_test.py
 # asked of a machine that is not ours. Float32 products stay float32; GPUs round them to TF32. The
 # matmuls of the references are not tuned: that takes longer than they do. Commands run as users'.
 GPU_PYTEST = XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) \
-  -m "not slow" -W default -o addopts="--strict-markers --import-mode=importlib"
+  -m "not slow" --durations=5 -W default -o addopts="--strict-markers --import-mode=importlib"
 GPU_KERNELS = XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" \
   JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTEST)
 
