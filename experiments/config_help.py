@@ -12,7 +12,7 @@ WIDTH = 100
 # Of the fields that are no arguments of the model, whose docstring tells of the others.
 MEANINGS = {
   "seed": "of initial values, batches and dropout",
-  "data.name": "of the data set; follows from data.path for the variants that ship with a sample",
+  "data.name": "of the data set; where only data.path is given, what lies there decides",
   "data.path": "file or folder of the data, gs://... too",
   "data.batch_size": "sequences of a step, over all devices and hosts",
   "data.split_seed": "which training images become the validation split",

@@ -9,6 +9,7 @@ Where there is no network: the same files, put into the folder by hand, are chec
 
 import dataclasses
 import hashlib
+import http.client
 import os
 import pathlib
 import sys
@@ -156,7 +157,7 @@ def fetch(file: File, folder: pathlib.Path) -> pathlib.Path:
   if have < file.num_bytes:
     request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-      goes_on = answer.status == 206  # else the server begins anew
+      goes_on = answer.status == 206  # else the server sends the file from its first byte
       with part.open("ab" if goes_on else "wb") as out:
         _copy(answer, out, file, done=have if goes_on else 0)
   _check(part, file)
@@ -179,17 +180,23 @@ def _copy(answer, out, file: File, *, done: int) -> None:
   if sys.stderr.isatty():
     print("\r\033[K", end="", file=sys.stderr)
   if done < file.num_bytes:
-    raise ConnectionError(f"{file.url} ended after {done:,} of {file.num_bytes:,} bytes: again")
+    raise ConnectionError(
+      f"{file.url} ended after {done:,} of {file.num_bytes:,} bytes: call this again"
+    )
 
 
 def _check(path: pathlib.Path, file: File) -> None:
   size = path.stat().st_size
   if size != file.num_bytes:
-    raise ValueError(f"{path} has {size:,} bytes, not {file.num_bytes:,}: delete it, and again")
+    raise ValueError(
+      f"{path} has {size:,} bytes, not {file.num_bytes:,}: delete it, and call this again"
+    )
   with path.open("rb") as content:
     found = hashlib.file_digest(content, "sha256").hexdigest()
   if found != file.sha256:
-    raise ValueError(f"{path} is not what was published, sha256 {found}: delete it, and again")
+    raise ValueError(
+      f"{path} is not what was published, sha256 {found}: delete it, and call this again"
+    )
 
 
 def run(name: str, path: str) -> None:
@@ -205,7 +212,12 @@ def run(name: str, path: str) -> None:
   for file in known.files:
     try:
       archive = fetch(file, folder)
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+    except (
+      urllib.error.URLError,
+      http.client.HTTPException,
+      ConnectionError,
+      TimeoutError,
+    ) as error:
       if isinstance(error, urllib.error.HTTPError):
         error.close()
       raise ValueError(

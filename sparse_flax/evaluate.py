@@ -53,10 +53,24 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
     field=config.data.field,
     skip_damaged=config.data.skip_damaged,
   )
+  return checked(dataset, config)
+
+
+def checked(dataset: data.Dataset, config: ml_collections.ConfigDict) -> data.Dataset:
+  """The data set, if it is one for the model.
+
+  Raises:
+    ValueError: it has another modality, or images of another size.
+  """
   if dataset.modality != config.model.modality:
     raise ValueError(
       f"config.model.modality={config.model.modality!r}: must be {dataset.modality!r} "
-      f"for config.data.name={config.data.name!r}"
+      f"for config.data.name={dataset.name!r}"
+    )
+  if dataset.image_shape and math.prod(dataset.image_shape) != config.model.seq_len:
+    raise ValueError(
+      f"config.model.seq_len={config.model.seq_len}: must be {math.prod(dataset.image_shape)} for "
+      f"images of {dataset.image_shape}"
     )
   return dataset
 
@@ -187,6 +201,6 @@ def evaluate(
     on_progress: called with the number of bytes scored so far.
   """
   min_context = config.eval.min_context if min_context is None else min_context
-  dataset = dataset or open_dataset(config, split)
+  dataset = checked(dataset, config) if dataset else open_dataset(config, split)
   evaluator = Evaluator(config, dataset, min_context=min_context, batch_size=batch_size)
   return evaluator(params, step=step, on_progress=on_progress)

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from sparse_flax.data import audio
 
 
-def library(path: epath.PathLike) -> types.ModuleType:
+def import_soundfile(path: epath.PathLike) -> types.ModuleType:
   """soundfile, whose shared library only whoever has such files needs.
 
   Raises:
@@ -42,7 +42,7 @@ def check(path: epath.PathLike) -> None:
 
 def _open(path, read):
   path = epath.Path(path)
-  soundfile = library(path)
+  soundfile = import_soundfile(path)
   try:
     with path.open("rb") as file, soundfile.SoundFile(cast(BinaryIO, file)) as sound:
       audio.check_rate(sound.samplerate)

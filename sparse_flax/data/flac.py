@@ -23,7 +23,7 @@ def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
   """
   path = epath.Path(path)
   check(path)
-  soundfile = compressed.library(path)
+  soundfile = compressed.import_soundfile(path)
 
   blocks, checksum = [], hashlib.md5(usedforsecurity=False)
   try:
@@ -50,7 +50,7 @@ def read(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:
 def check(path: epath.PathLike) -> None:
   """Raises ValueError if `read` would, as far as the header tells."""
   path = epath.Path(path)
-  compressed.library(path)
+  compressed.import_soundfile(path)
   try:
     with path.open("rb") as file:
       rate, _, length, _ = _read_header(file)

@@ -83,7 +83,6 @@ def of_arrays(
   *,
   split: str,
   modality: str,
-  image_shape: tuple[int, int, int] | None = None,
 ) -> dataset_lib.Dataset:
   """One split of a data set that is in memory, for `train.train(datasets=...)`.
 
@@ -92,7 +91,6 @@ def of_arrays(
       the other. No window reaches from one into the next.
     split: "train", "validation" or "test".
     modality: "image", "text" or "audio".
-    image_shape: of images that are flat.
 
   Raises:
     ValueError: nothing is there, or something other than bytes.
@@ -102,7 +100,8 @@ def of_arrays(
   if wrong is not None or not streams:
     found = "nothing" if wrong is None else f"{wrong.dtype} of shape {wrong.shape}"
     raise ValueError(f"the arrays of {split!r} hold {found}: must be uint8, or bytes")
-  if modality == "image" and image_shape is None:
+  image_shape = None
+  if modality == "image":
     if streams[0].ndim != 3 or any(x.shape != streams[0].shape for x in streams):
       raise ValueError(f"the images of {split!r} must be [H, W, 3], all of the same size")
     image_shape = cast(tuple[int, int, int], streams[0].shape)

@@ -87,7 +87,7 @@ def train(
 
   # --------------------------------------------------------------------- Data
   run.check(workdir, config)  # before data are prepared for it
-  splits = {split: _dataset(config, split, datasets) for split in ("train", "validation")}
+  splits = _splits(config, datasets)
   identity = {split: dataset.identity for split, dataset in splits.items()}
   run.check(workdir, config, data=identity)
   seq_len, batch_size = config.model.seq_len, config.data.batch_size
@@ -153,10 +153,7 @@ def train(
       if step < steps:
         upcoming = reader.submit(batch, step)
       if step == first + 1:
-        parts = ((of, api.implementations_in(program.jaxpr, of)) for of in ("attention", "blocks"))
-        by_part = [f"{of} by {', '.join(names)}" for of, names in parts if names]
-        kept = f"remat {model_lib.level_in(program.jaxpr)}"
-        say(f"  {'computed':<11}{', '.join((*by_part, kept))}")
+        say(_what_computes(program))
         say("compiling ...")
       with profiler.step(step, settle=lambda: records.settle(leave=0, saved=saved)):
         state, record = program.step(state, tokens, program.dropout_key)
@@ -199,17 +196,28 @@ def _without_path(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
   return config
 
 
-def _dataset(
-  config: ml_collections.ConfigDict, split: str, datasets: Mapping | None
-) -> data.Dataset:
+def _splits(config: ml_collections.ConfigDict, datasets: Mapping | None) -> dict[str, data.Dataset]:
+  """What training needs: those that were given, or else those that the config names."""
+  names = "train", "validation"
   if datasets is None:
-    return evaluate.open_dataset(config, split)
-  if split not in datasets:
-    raise ValueError(f"datasets has {', '.join(map(repr, datasets))}: {split!r} is missing")
-  given = datasets[split]
-  if isinstance(given, data.Dataset):
-    return given
-  return data.of_arrays(given, split=split, modality=config.model.modality)
+    return {split: evaluate.open_dataset(config, split) for split in names}
+  opened = {}
+  for split in names:
+    if split not in datasets:
+      raise ValueError(f"datasets has {', '.join(map(repr, datasets))}: {split!r} is missing")
+    given = datasets[split]
+    if not isinstance(given, data.Dataset):
+      given = data.of_arrays(given, split=split, modality=config.model.modality)
+    opened[split] = evaluate.checked(given, config)
+  return opened
+
+
+def _what_computes(program: "_Program") -> str:
+  """The line of the log for it."""
+  parts = ((of, api.implementations_in(program.jaxpr, of)) for of in ("attention", "blocks"))
+  by_part = [f"{of} by {', '.join(names)}" for of, names in parts if names]
+  kept = f"remat {model_lib.level_in(program.jaxpr)}"
+  return f"  {'computed':<11}{', '.join((*by_part, kept))}"
 
 
 def _progress(

@@ -211,4 +211,10 @@ def test_arrays_of_a_program_are_trained_on(tmp_path):
       config, str(tmp_path / "other"), datasets=dict(train=text.astype(int), validation=text)
     )
   images = np.zeros((2, 4, 4, 3), np.uint8)
+  of_images = data.of_arrays(images, split="train", modality="image")
+  with pytest.raises(ValueError, match="modality='text': must be 'image'"):
+    train.train(config, str(tmp_path / "other"), datasets=dict(train=of_images, validation=text))
+  config.model.modality = "image"
+  with pytest.raises(ValueError, match=r"seq_len=32: must be 48 for images of \(4, 4, 3\)"):
+    evaluate.checked(of_images, config)
   assert data.of_arrays(images, split="test", modality="image").image_shape == (4, 4, 3)
