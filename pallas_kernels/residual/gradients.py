@@ -2,8 +2,8 @@
 
 Gradients of weights of a narrow stream are bound by memory: their products of all rows are one
 kernel, which leaves parts of them (outer.py); these, and what the kernels before have left in
-parts, are added by another one (totals.py). Where the stream is wider XLA makes them: cuBLAS is at
-its peak there.
+parts, are added by another one (totals.py). Where the stream is wider cuBLAS is at its peak, and
+the kernel pays for products whose factors are also to be summed: XLA reads them again for that.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from pallas_kernels.residual import xla
 from pallas_kernels.residual.outer import Cut
 from pallas_kernels.residual.outer import Product
 
-WIDEST = 256  # of streams whose gradients are made here
+WIDEST = {False: 256, True: 512}  # of streams whose gradients are made here, by `biases`
 CUTS = Cut(), Cut(height=128)  # the second fits all widths that are multiples of 128
 
 
@@ -51,7 +51,7 @@ def over_rows(
     parts: what is to be summed over its first axis.
     biases: whether the columns of B are summed.
   """
-  if E <= WIDEST:
+  if WIDEST[biases] >= E:
     return by_kernels(products, parts, cut_of(products), biases=biases)
   return by_xla(products, parts, biases=biases)
 

@@ -149,10 +149,8 @@ def _arrays(shape: Shape, *names: str) -> tuple[jax.Array, ...]:
 
 
 def gradients_of(shape: Shape) -> dict[str, Kernel]:
-  """All sums of a half of a block, where kernels make them."""
+  """All sums of a half of a block."""
   E, F, N = shape.E, shape.F, sum(shape.widths)
-  if gradients.WIDEST < E:
-    return {}
 
   def ways(products: Callable, *, biases: bool) -> dict[str, Callable]:
     """Ways to make gradients: the products of arrays, and what other kernels leave in parts."""
@@ -382,9 +380,7 @@ def jobs_of(shapes: list[str], names: list[str], all_sizes: bool) -> dict[tuple,
   jobs["square",] = timing.Job(build_matmul, (SQUARE,) * 3, 0.1)
   for shape in shapes:
     for name in names:
-      of, kernel = (SHAPES[shape], name), kernels_of(SHAPES[shape]).get(name)
-      if kernel is None:
-        continue
+      of, kernel = (SHAPES[shape], name), kernels_of(SHAPES[shape])[name]
       alone = (build_by_xla, of) if kernel.by_xla else (build_matmul, (of[0].R, *kernel.of_product))
       jobs["matmul", shape, name] = timing.Job(*alone, 0.2)
       for sizes in (None, *(CANDIDATES[name] if all_sizes else ())):

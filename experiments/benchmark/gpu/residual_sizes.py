@@ -96,7 +96,14 @@ _TURNS = (
   _far(stages=10, in_turn=True),
 )
 CANDIDATES: dict[str, tuple[Sizes, ...] | tuple[Cut, ...]] = {
-  "enter_gradients": (*_CUTS, Cut(ranges=32), Cut(ranges=22)),
+  "enter_gradients": (
+    *_CUTS,
+    Cut(ranges=32),
+    Cut(ranges=22),
+    Cut(ranges=11),
+    Cut(height=128, width=256),
+    Cut(height=128, width=256, ranges=11),
+  ),
   "leave_gradients": (*_CUTS, Cut(ranges=12), Cut(ranges=26)),
   "enter": _STREAMS + _STAYS + _BESIDE + _FAR + _TURNS,
   "drop_add_attention": _STREAMS + _STAYS + _BESIDE + _FAR,

@@ -113,20 +113,33 @@ def test_all_widths_have_a_cut():
   assert cut((128, (256,)), (256, (384,)), (384, (256,))) == other
 
 
-def test_wide_streams_are_left_to_xla(monkeypatch):
+@pytest.mark.parametrize("E,biases", [(1024, True), (512, False)])
+def test_wide_streams_are_left_to_xla(E, biases, monkeypatch):
   monkeypatch.setattr(gradients, "by_kernels", None)
-  products, part = products_of(40, (512, (128,))), normal(9, 3, 128, dtype=jnp.float32)
-  got = gradients.over_rows(512, products, [part], biases=True)
+  products, part = products_of(40, (E, (128,))), normal(9, 3, 128, dtype=jnp.float32)
+  got = gradients.over_rows(E, products, [part], biases=biases)
   ((x, (dq,)),) = products
   close(got.weights[0], wide(x).T @ wide(dq), 1e-6)
-  close(got.biases[0], wide(dq).sum(0), 1e-6)
+  assert len(got.biases) == biases
+  for db in got.biases:
+    close(db, wide(dq).sum(0), 1e-6)
   close(got.totals[0], wide(part).sum(0), 1e-6)
+
+
+@pytest.mark.parametrize("E,biases", [(256, False), (256, True), (512, True)])
+def test_kernels_make_what_pays(E, biases, monkeypatch):
+  asked_for = []
+  by_kernels = lambda *given, **how: asked_for.append((given[2], how)) or gradients.Sums([], [], [])
+  monkeypatch.setattr(gradients, "by_kernels", by_kernels)
+  gradients.over_rows(E, products_of(8, (E, (E, E, E))), [], biases=biases)
+  assert asked_for == [(Cut(), dict(biases=biases))]
 
 
 # -------------------------------------------------------------------------------------- lowering
 
 HALVES = {
   "enter": [(256, (128, 128, 256))],
+  "enter, 512": [(512, (512, 512, 512))],
   "leave": [(256, (256,)), (256, (512,)), (512, (256,))],
 }
 CUTS_OF = (*gradients.CUTS, Cut(step=32, stages=9))
@@ -136,7 +149,8 @@ by_cut = pytest.mark.parametrize("half,cut", ALL, ids=[f"{x}-{n}" for n, (x, _) 
 
 def parts_of(half):
   """What the other kernels of a half leave in parts."""
-  shapes = [(264, 1, 256)] if half == "enter" else [(99, 2, 512), (132, 1, 256)]
+  ((width, _), *_) = HALVES[half]
+  shapes = [(99, 2, 512), (132, 1, 256)] if half == "leave" else [(264, 1, width)]
   return [normal(n, *shape, dtype=jnp.float32) for n, shape in enumerate(shapes)]
 
 
@@ -144,7 +158,7 @@ def parts_of(half):
 @by_cut
 def test_lowers_for_an_h100_without_copies(half, cut):
   products = jax.eval_shape(lambda: products_of(49_152, *HALVES[half]))
-  call = functools.partial(gradients.by_kernels, cut=cut, biases=half == "enter")
+  call = functools.partial(gradients.by_kernels, cut=cut, biases=half != "leave")
   mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
   with jax.sharding.use_abstract_mesh(mesh):
     parts = jax.eval_shape(lambda: parts_of(half))
