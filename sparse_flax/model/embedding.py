@@ -107,14 +107,16 @@ class Embedding(nnx.Module):
       before = before.astype(jnp.uint32)
     # What comes back for the sum was rounded to its dtype: a product in it loses nothing.
     x = rows_of(self.tokens.embedding[...].astype(jnp.float32), before, self.dtype)
-    x = x + self._at(jnp.maximum(steps - 1, 0))[None]
+    # For each sequence, though all have the same: what comes back is then not added up before the
+    # product that makes its gradient, and is as narrow as for bytes.
+    x = x + self._at(jnp.maximum(steps - 1, 0)[None] + jnp.zeros_like(before, steps.dtype))
     start = self.start[...].astype(x.dtype)
     return jnp.where(steps[None, :, None] == 0, start, x).astype(self.dtype)
 
-  def _at(self, index: Integer[Array, "*T"]) -> Float[Array, "*T E"]:
+  def _at(self, index: Integer[Array, "B T"]) -> Float[Array, "B T E"]:
     digits = jnp.unravel_index(index, self.position_shape)
     tables = (table.embedding[...].astype(jnp.float32) for table in self.positions)
-    return sum(rows_of(x, n, jnp.float32) for x, n in zip(tables, digits, strict=True))
+    return sum(rows_of(x, n, self.dtype) for x, n in zip(tables, digits, strict=True))
 
 
 def rows_of(

@@ -95,7 +95,7 @@ def formula(config) -> dict[str, int]:
   kinds = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
   words = dict.fromkeys(kinds, 0)
   words["all-reduce"] += (s > 1) * (L * vectors + rest + rows * E + B)
-  words["all-reduce"] += (d * f > 1) * (L * vectors + rest + T * E)
+  words["all-reduce"] += (d * f > 1) * (L * vectors + rest + rows * E)
   words["all-reduce"] += L * matrices * ((d > 1) + (s > 1) + (f > 1) * f) // f
   words["all-gather"] += 2 * L * matrices * (f - 1) // f
   if t > 1:
