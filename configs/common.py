@@ -57,6 +57,8 @@ def _shared() -> dict:
       dropout=0.0,
       embed_dropout=0.0,  # d
       init_scheme="default",  # u: the paper's embeddings, the published code's matrices
+      rope="none",  # p: learned positions alone
+      qk_norm=False,  # p
       remat="auto",  # u: the most that fits where blocks are kernels'; else the paper's "full"
       compute_dtype="bfloat16",  # u: the paper has float16
       param_dtype="float32",  # p

@@ -17,6 +17,7 @@ from sparse_flax.model.transformer import COMPUTE_DTYPES
 from sparse_flax.model.transformer import graph_and_shapes
 from sparse_flax.model.transformer import MODALITIES
 from sparse_flax.model.transformer import PARAM_DTYPES
+from sparse_flax.model.transformer import ROPES
 from sparse_flax.model.transformer import SparseTransformer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
   "PARAM_DTYPES",
   "PATTERN_NAMES",
   "REMATS",
+  "ROPES",
   "VOCABULARY",
   "Block",
   "SparseCrossAttention",

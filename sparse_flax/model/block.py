@@ -20,6 +20,7 @@ from pallas_kernels.residual import activations
 from pallas_kernels.residual import dropout
 from sparse_flax.model import attention
 from sparse_flax.model import cache as cache_lib
+from sparse_flax.model import heads
 from sparse_flax.parallel import sharding
 
 # Kernels that compute a block themselves are handed these.
@@ -91,6 +92,8 @@ class Block(nnx.Module):
     implementation: str | None,
     kernel_init: nnx.Initializer,
     out_init: nnx.Initializer,
+    qk_norm: bool = False,
+    rope: heads.RotaryFn | None = None,
     rngs: nnx.Rngs,
   ):
     linear = dict(
@@ -105,6 +108,8 @@ class Block(nnx.Module):
       pattern=pattern,
       qk_ratio=qk_ratio,
       implementation=implementation,
+      qk_norm=qk_norm,
+      rope=rope,
       **linear,
     )
     self.feed_forward_norm = norm()
@@ -156,9 +161,11 @@ class Block(nnx.Module):
     )
     alone = lambda layer: residual.linear(layer.kernel[...], layer.bias[...], a.key.dtype)
     query, key, value = (after(self.attention_norm, layer) for layer in (a.query, a.key, a.value))
-    # A bias of keys adds the same to all scores of a row, which its softmax does not feel: the sum
-    # over rows that would be its gradient is zero, and need not be computed.
-    entering = query, key._replace(bias=jax.lax.stop_gradient(key.bias)), value
+    if a.placing is None:
+      # A bias of keys adds the same to all scores of a row, which its softmax does not feel: the sum
+      # over rows that would be its gradient is zero, and need not be computed.
+      key = key._replace(bias=jax.lax.stop_gradient(key.bias))
+    entering = query, key, value
     leaving = (alone(a.out), after(self.feed_forward_norm, f.up), alone(f.down))
     beside = residual.joint(*entering) if self.options.implementation == "mosaic_gpu" else None
     return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving))
@@ -184,8 +191,6 @@ class Block(nnx.Module):
   def _why_no_halves(self) -> str | None:
     """What keeps this block from two functions around attention; None: nothing does."""
     a, f = self.attention, self.feed_forward
-    if a.rope is not None or a.query_norm is not None:
-      return "rope and qk_norm stand between the projections and attention"
     if any(layer.bias is None for layer in (a.query, a.key, a.value, a.out, f.up, f.down)):
       return "a layer has no bias"
     if a.key.dtype is None:
@@ -241,6 +246,9 @@ class Block(nnx.Module):
     options = self.options
     q, k, v, x = residual.enter(stream, weights.enter, options)
     q, k, v = self.attention.split(q, k, v)
+    if self.attention.placing is not None:
+      positions = self.attention.checked_positions(None, x)
+      q, k = (self.attention.placed(y, name, positions) for y, name in ((q, "q"), (k, "k")))
     o = self.attention.attended(q, k, v)
     return residual.leave(o, x, weights.leave, bits, options), (k, v)
 

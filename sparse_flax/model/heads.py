@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +76,25 @@ class Heads(nnx.Module):
 
   def queries(self, x: Float[Array, "*B E"], positions=None) -> Float[Array, "*B H Dk"]:
     """Of the layer's input; `positions` are `checked_positions`."""
-    q = _split(product(self.query, x), self.num_heads)
-    return self._turned("q", q if self.query_norm is None else self.query_norm(q), positions)
+    return self.placed(_split(product(self.query, x), self.num_heads), "q", positions)
 
   def keys(self, x: Float[Array, "*B E"], positions=None) -> Float[Array, "*B Hkv Dk"]:
-    k = _split(product(self.key, x), self.num_kv_heads)
-    return self._turned("k", k if self.key_norm is None else self.key_norm(k), positions)
+    return self.placed(_split(product(self.key, x), self.num_kv_heads), "k", positions)
+
+  def placed(
+    self, x: Float[Array, "*B H D"], name: Literal["q", "k"], positions=None
+  ) -> Float[Array, "*B H D"]:
+    """Queries or keys of the projections as attention reads them: normalised, then turned."""
+    norm = self.query_norm if name == "q" else self.key_norm
+    x = x if norm is None else norm(x)
+    return x if self.rope is None else self._turned(name, x, positions)
+
+  @property
+  def placing(self) -> str | None:
+    """What stands between the projections of queries and keys and attention, for messages."""
+    there = {"rope": self.rope is not None, "qk_norm": self.query_norm is not None}
+    names = [name for name, is_there in there.items() if is_there]
+    return " and ".join(names) + " between the projections and attention" if names else None
 
   def values(self, x: Float[Array, "*B E"]) -> Float[Array, "*B Hkv Dv"]:
     return _split(product(self.value, x), self.num_kv_heads)
@@ -131,8 +145,6 @@ class Heads(nnx.Module):
     return positions
 
   def _turned(self, name: str, x, positions):
-    if self.rope is None:
-      return x
     turned = self.rope(x, positions)
     if jnp.shape(turned) != x.shape:
       raise ValueError(

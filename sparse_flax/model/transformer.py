@@ -23,6 +23,7 @@ from sparse_flax.model import cache as cache_lib
 from sparse_flax.model import embedding
 from sparse_flax.model import initialization
 from sparse_flax.model import remat as remat_lib
+from sparse_flax.model import rope as rope_lib
 from sparse_flax.model.layer_patterns import Entry
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
@@ -31,6 +32,8 @@ from sparse_flax.parallel import sharding
 MODALITIES = ("image", "text", "audio")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 PARAM_DTYPES = ("float32", "bfloat16")
+ROPES = ("none", "tokens", "axes")
+AXES_THETA = 100.0  # places along an axis are fewer than tokens
 # Implementations of blocks whose layers are in a loop of Python: of what a kernel makes and a scan
 # keeps, it makes copies, into its stacks and out of them. XLA's own results are made in the stacks.
 LOOPED = ("mosaic_gpu",)
@@ -67,6 +70,8 @@ class SparseTransformer(nnx.Module):
     dropout: int | float = 0.0,
     embed_dropout: int | float = 0.0,
     init_scheme: str = "default",
+    rope: str = "none",
+    qk_norm: bool = False,
     remat: str = "full",
     compute_dtype: str = "bfloat16",
     param_dtype: str = "float32",
@@ -93,6 +98,9 @@ class SparseTransformer(nnx.Module):
     init_scheme: "paper" reads 0.125 / sqrt(fan_in) as the standard deviation, "code" has those
       of the authors' later release, "default" takes embeddings from the first and matrices from
       the second.
+    rope: what turns queries and keys, beside the learned positions: "none", "tokens", the token's
+      number, or "axes", its place along each axis of `position_shape`.
+    qk_norm: whether queries and keys are normalised, by head.
     remat: what the forward pass keeps for the backward pass. "full" keeps the input of each block
       and computes all else again, "attention" keeps attention's result too, "block" also q, k, v
       and the residual stream between the two branches, "hidden" also the argument of f and f of
@@ -113,6 +121,7 @@ class SparseTransformer(nnx.Module):
     """
     _check_choice("modality", modality, MODALITIES)
     _check_choice("init_scheme", init_scheme, initialization.INIT_SCHEMES)
+    _check_choice("rope", rope, ROPES)
     _check_choice("remat", remat, remat_lib.REMATS)
     _check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
     _check_choice("param_dtype", param_dtype, PARAM_DTYPES)
@@ -134,6 +143,8 @@ class SparseTransformer(nnx.Module):
         f"the length of {attention_layers=}"
       )
     _check_positions(modality, tuple(position_shape), seq_len)
+    turn = _rope_of(rope, tuple(position_shape))
+    _check_head_size(turn, rope, round(qk_ratio * width) // num_heads)
     api.load_backend(implementation)  # not within the trace of vmap
 
     self.modality = modality
@@ -171,6 +182,8 @@ class SparseTransformer(nnx.Module):
         implementation=implementation,
         kernel_init=inits["kernel_init"],
         out_init=inits["out_init"],
+        qk_norm=qk_norm,
+        rope=turn,
         rngs=rngs,
         **dtypes,
       )
@@ -373,6 +386,21 @@ def _loop(run_group: Callable, carry: Any, stacks: Any) -> tuple[Any, None]:
   for group in zip(*parts, strict=True):
     carry, _ = run_group(carry, jax.tree.unflatten(structure, [x[0] for x in group]))
   return carry, None
+
+
+def _rope_of(name: str, position_shape: tuple[int, ...]) -> rope_lib.Rope | None:
+  if name == "none":
+    return None
+  return rope_lib.Rope() if name == "tokens" else rope_lib.Rope(AXES_THETA, position_shape)
+
+
+def _check_head_size(turn: rope_lib.Rope | None, name: str, size: int) -> None:
+  axes = 0 if turn is None else max(1, len(turn.shape))
+  if axes and (size % 2 or size < 2 * axes):
+    raise ValueError(
+      f"rope={name!r}: queries and keys have qk_ratio * width / num_heads = {size} features per "
+      f"head, must be an even number >= {2 * axes}"
+    )
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

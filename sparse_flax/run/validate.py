@@ -77,6 +77,8 @@ _RULES = {
   "model.dropout": _RATE,
   "model.embed_dropout": _RATE,
   "model.init_scheme": _one_of(*model_lib.INIT_SCHEMES),
+  "model.rope": _one_of(*model_lib.ROPES),
+  "model.qk_norm": Rule((bool,), lambda x: True, "True or False"),
   "model.remat": _one_of(*model_lib.REMATS),
   "model.compute_dtype": _one_of(*model_lib.COMPUTE_DTYPES),
   "model.param_dtype": _one_of(*model_lib.PARAM_DTYPES),
@@ -116,7 +118,12 @@ _RULES = {
 # {"train.example": 0}. A config without such a field is read as if it had that value, so that older
 # runs, exports and config files go on. A new field gets a line here in the commit that adds it to
 # _RULES, and that value never changes.
-ADDED: dict[str, Any] = {"data.field": "text", "data.skip_damaged": False}
+ADDED: dict[str, Any] = {
+  "data.field": "text",
+  "data.skip_damaged": False,
+  "model.rope": "none",
+  "model.qk_norm": False,
+}
 
 
 def fields() -> list[str]:

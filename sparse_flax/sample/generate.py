@@ -202,6 +202,9 @@ def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = 
   """
   if hardware.platform() != "gpu" or "nvidia" not in hardware.device_kind().lower():
     return "xla"
+  if reason := _why_xla_alone(model):
+    _say_once(f"no decoding step by kernels: {reason}")
+    return "xla"
   caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
   for name in ("cluster", "triton"):
     reason = _why_not_here(name)
@@ -213,6 +216,12 @@ def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = 
       return name
     _say_once(f"no decoding step by {name}: {reason}")
   return "xla"
+
+
+def _why_xla_alone(model: model_lib.SparseTransformer) -> str | None:
+  """Why no kernels compute the steps of a model; None where they may."""
+  placing = model.groups[0].attention.placing
+  return placing and f"{placing}, which kernels of a step do not have"
 
 
 def step_kernels(implementation: str) -> types.ModuleType | None:
@@ -299,6 +308,8 @@ def run_steps(
   """Steps start, start + 1, ... for as many columns as `known` has."""
   model = nnx.merge(graphdef, params)
   kernels = step_kernels(implementation)
+  if kernels and (reason := _why_xla_alone(model)):
+    raise NotImplementedError(f"{implementation}: {reason}")
   run_blocks = kernels and kernels.run_blocks_of(model.groups, known.shape[0])
 
   def draw(logits, step):  # by row, so that a row does not depend on how many there are

@@ -65,23 +65,36 @@ def test_prefill_is_that_of_the_modules(monkeypatch, nnx_mode):  # noqa: F811
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+  "between", [dict(qk_norm=True), dict(rope="tokens"), dict(rope="axes", qk_norm=True)], ids=str
+)
+def test_norms_and_rope_stand_between_the_halves(monkeypatch, between):
+  options = dict(attention_layers=("local",), num_layers=1, dropout=0.0, **between)
+  run = lambda: loss_and_gradients(compute_dtype="float32", **options)
+  (loss, grads), (other, expected) = run(), by_modules(monkeypatch, run)
+  np.testing.assert_allclose(loss, other, rtol=2e-5, atol=2e-7)
+  pairs = zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True)
+  for (path, a), b in pairs:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    assert np.abs(b).max() > 0, name  # that of the keys' bias too: no softmax takes it off
+    assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max(), name
+
+
 LAYERS = {
-  "rope": dict(rope=sparse_flax.rope()),
-  "norms": dict(qk_norm=True),
   "no_biases": dict(use_bias=False),
   "no_dtype": dict(dtype=None),
 }
 
 
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-def test_what_stands_between_projections_and_attention_is_left_to_the_modules(options):
+def test_layers_that_halves_do_not_have_are_left_to_the_modules(options):
   model = small_model()
   layer = jax.tree.map(lambda x: x[0], model.groups)[0]
   assert layer.weights() is not None
   shape = dict(width=12, num_heads=2, pattern=layer.attention.pattern, dtype=jnp.float32)
   layer.attention = sparse_flax.SparseSelfAttention(**shape | options, rngs=nnx.Rngs(0))
   x = jax.random.normal(KEY, (2, 23, 12))
-  with pytest.raises(NotImplementedError, match=r"blocks by xla: .*(rope|no bias|no dtype)"):
+  with pytest.raises(NotImplementedError, match=r"blocks by xla: .*(no bias|no dtype)"):
     layer(x)  # they are asked for
   with residual.override(None):
     assert layer.weights() is None

@@ -115,6 +115,22 @@ def test_temperature_zero_takes_the_likeliest_byte_of_the_whole_model(weights):
   np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
 
 
+@pytest.mark.parametrize("rope", ["tokens", "axes"])
+def test_placed_keys_are_kept_placed(rope):
+  """With rope and norms: a prompt, then steps by the caches, beside the whole model."""
+  model = small_model(rope=rope, qk_norm=True)
+  prompt = np.arange(9, dtype=np.uint8)
+  got = sample.generate(model, key=jax.random.key(0), num=1, prompts=[prompt], temperature=0)
+  np.testing.assert_array_equal(got[0, 9:], np.argmax(model(jnp.asarray(got)), axis=-1)[0, 9:])
+
+
+def test_kernels_of_a_step_refuse_what_they_do_not_have(monkeypatch):
+  model = small_model(rope="tokens", qk_norm=True)
+  monkeypatch.setattr(generate_lib, "step_kernels", lambda name: types.SimpleNamespace())
+  with pytest.raises(NotImplementedError, match="triton: rope and qk_norm between"):
+    sample.generate(model, key=jax.random.key(0), num=1, implementation="triton")
+
+
 def test_progress_is_told_in_steps_and_changes_nothing(weights):
   told = []
   got = generate(weights, num=2, on_progress=lambda *steps: told.append(steps))
