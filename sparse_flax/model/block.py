@@ -162,8 +162,8 @@ class Block(nnx.Module):
     alone = lambda layer: residual.linear(layer.kernel[...], layer.bias[...], a.key.dtype)
     query, key, value = (after(self.attention_norm, layer) for layer in (a.query, a.key, a.value))
     if a.placing is None:
-      # A bias of keys adds the same to all scores of a row, which its softmax does not feel: the sum
-      # over rows that would be its gradient is zero, and need not be computed.
+      # A bias of keys adds the same to all scores of a row, which its softmax does not feel: the
+      # sum over rows that would be its gradient is zero, and need not be computed.
       key = key._replace(bias=jax.lax.stop_gradient(key.bias))
     entering = query, key, value
     leaving = (alone(a.out), after(self.feed_forward_norm, f.up), alone(f.down))

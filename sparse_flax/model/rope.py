@@ -18,8 +18,8 @@ Positions = Integer[Array | np.ndarray, "T"] | Integer[Array | np.ndarray, "B T"
 class Rope:
   """Feature d and d + D / 2 of a head are a plane, turned by position * theta ** (-2 d / D).
 
-  With a `shape`, positions count the places of a grid, the last axis first; its axes share the planes
-  evenly, and each of an axis' n planes is turned by the place along it * theta ** (-d / n).
+  With a `shape`, positions count the places of a grid, the last axis first. Its axes share the
+  planes evenly, and each of an axis' n planes is turned by the place along it * theta ** (-d / n).
 
   Halves, not neighbours, are paired, as in the weights of Llama in `transformers`, in Gemma and in
   `nnx.RoPE`; the first code of Llama and the paper pair features 2 d and 2 d + 1. Angles are in
@@ -47,7 +47,7 @@ class Rope:
     D, axes = x.shape[-1], len(self.shape) or 1
     if D % 2:
       raise ValueError(f"rope: the head size {D} must be even")
-    if D // 2 < axes:
+    if axes > D // 2:
       raise ValueError(f"rope(shape={self.shape}): the head size {D} must be at least {2 * axes}")
     positions = jnp.asarray(positions).reshape(-1, x.shape[1], 1, 1)  # of one sequence, or of each
     planes = [len(part) for part in np.array_split(np.arange(D // 2), axes)]

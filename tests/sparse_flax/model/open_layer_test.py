@@ -173,6 +173,22 @@ def test_rope_is_that_of_flax(as_a_user):
   np.testing.assert_allclose(sparse_flax.rope(500.0)(x, jnp.arange(T)), theirs, atol=1e-5)
 
 
+def test_a_grid_of_nothing_is_refused(as_a_user):
+  with pytest.raises(ValueError, match=r"rope\(shape=\(32, 0\)\): must be whole numbers"):
+    sparse_flax.rope(shape=(32, 0))
+
+
+def test_each_axis_of_a_grid_turns_planes_of_its_own():
+  """Of 8 features: rows turn planes 0 and 1, columns 2, channels 3."""
+  shape, x = (9, 2, 3), inputs()[:1].reshape(1, T, H, 8)
+  got = np.asarray(sparse_flax.rope(100.0, shape)(x, jnp.arange(T) + 3))
+  x = np.float64(x)
+  row, column, channel = np.unravel_index(np.arange(T) + 3, shape)
+  angles = np.stack([row, row / 10, column, channel], axis=-1)[None, :, None]
+  turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
+  np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+
+
 def test_attention_with_rope_sees_distances_alone():
   layer, x = make_layer(), inputs()
   np.testing.assert_allclose(layer(x), layer(x, positions=jnp.arange(T) + 100), atol=1e-4)
@@ -385,10 +401,11 @@ def test_prefill_checks_what_init_cache_checks(as_a_user):
     ({}, dict(positions=[*range(T)]), "positions list[11]: must be an array of integers"),
     (dict(qk_ratio=3 / 8), {}, "rope: the head size 3 must be even"),
     (dict(rope=lambda x, at: x[:, :1]), {}, "must keep the shape"),
+    (dict(rope=sparse_flax.rope(shape=(4, 4, 4, 2, 2))), {}, "must be at least 10"),
     ({}, dict(segment_ids=np.zeros((2, 3), int)), "segment_ids int64[2, 3]"),
     ({}, dict(block_mask=np.ones((2, 1, 3, 3), bool)), "block_mask bool[2, 1, 3, 3]"),
   ],
-  ids=["unread", "short", "halves", "list", "odd", "shape", "segment_ids", "block_mask"],
+  ids=["unread", "short", "halves", "list", "odd", "shape", "axes", "segment_ids", "block_mask"],
 )
 def test_what_a_layer_cannot_be_called_with_is_refused(made, called, message, as_a_user):
   with pytest.raises(ValueError, match=re.escape(message)):

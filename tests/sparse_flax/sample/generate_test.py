@@ -1,6 +1,8 @@
 """Sampling: what a row depends on, what comes back, and the files of the launcher."""
 
 import itertools
+import sys
+import types
 import wave
 
 import jax
@@ -126,7 +128,8 @@ def test_placed_keys_are_kept_placed(rope):
 
 def test_kernels_of_a_step_refuse_what_they_do_not_have(monkeypatch):
   model = small_model(rope="tokens", qk_norm=True)
-  monkeypatch.setattr(generate_lib, "step_kernels", lambda name: types.SimpleNamespace())
+  module = sys.modules["sparse_flax.sample.generate"]  # the package has the function by this name
+  monkeypatch.setattr(module, "step_kernels", lambda name: types.SimpleNamespace())
   with pytest.raises(NotImplementedError, match="triton: rope and qk_norm between"):
     sample.generate(model, key=jax.random.key(0), num=1, implementation="triton")
 
