@@ -81,8 +81,8 @@ def test_a_step_has_the_products_that_are_counted(tmp_path):
   (pattern,) = model_lib.patterns_of(**dict(model.items()))
   hidden = 32 * 32 - pattern.mask(32).mean(axis=0).sum()  # pairs of a head
   uncounted = 3 * 4 * 2 * model.num_layers * hidden * (8 + 16)
-  # The gradients of the tables: of bytes, and of positions, which micro-batches share.
-  uncounted += 2 * 32 * (4 * 256 + 2 * sum(model.position_shape)) * model.width
+  # The gradients of the tables: of bytes, and of positions.
+  uncounted += 2 * 4 * 32 * (256 + sum(model.position_shape)) * model.width
   assert hidden > 500
   assert products(jaxpr) == flops.train_flops(model, batch_size=4) + uncounted
 
