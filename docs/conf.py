@@ -1,0 +1,81 @@
+"""Settings of the documentation site: `make docs` builds it into build/docs.
+
+Every block of a page that begins with ```python is executed, all of one page in one process, and one
+that fails fails the build. Code that is only to be read is in a {code-block}.
+"""
+
+import os
+import pathlib
+import re
+
+import pallas_kernels
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Of the processes that run the examples: `configs` is in no installed package, and compiling them
+# takes most of the time.
+os.environ["PYTHONPATH"] = str(ROOT)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+project = "sparse-flax"
+author = "the authors of sparse-flax"
+copyright = author
+release = version = pallas_kernels.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["pictures"]
+highlight_language = "none"  # of indented blocks: commands, drawings
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_timeout = 120  # seconds of one example
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+default_role = "code"  # `x` in a docstring is code
+napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # the signature has them
+maximum_signature_line_length = 80
+
+html_theme = "sphinx_book_theme"
+html_title = "sparse-flax"
+html_copy_source = html_show_sourcelink = False
+html_theme_options = {"show_toc_level": 2, "use_download_button": False}
+
+_AS_A_NOTEBOOK = "---\nfile_format: mystnb\nkernelspec: {name: python3}\n---\n"
+
+
+def _python_is_executed(app, page: str, source: list[str]) -> None:
+  """Pages have plain python blocks, which every reader of Markdown shows; here they are cells."""
+  cells, count = re.subn(r"^```python$", "```{code-cell} python", source[0], flags=re.MULTILINE)
+  if count:
+    source[0] = _AS_A_NOTEBOOK + cells
+    print(f"{page}: {count} examples", flush=True)
+
+
+def _as_restructured_text(app, what, name, thing, options, lines: list[str]) -> None:
+  """Docstrings are plain text: indented paragraphs are code, and `*` and `|` mean nothing."""
+  text, before, in_code = [], "", False
+  for n, line in enumerate(lines):
+    inner = line.startswith(" ")
+    if inner and n and not lines[n - 1] and before and before[0] != " " and before[-1] != ":":
+      text += ["::", ""]
+      in_code = True
+    in_code = in_code and (inner or not line)
+    if not in_code and not line.lstrip().startswith(">>>"):
+      parts = line.split("`")
+      parts[::2] = [re.sub(r"([*|])", r"\\\1", part) for part in parts[::2]]
+      line = "`".join(parts)
+    text.append(line)
+    before = line or before
+  lines[:] = text
+
+
+def setup(app) -> None:
+  app.connect("source-read", _python_is_executed)
+  app.connect("autodoc-process-docstring", _as_restructured_text, priority=0)  # before napoleon
