@@ -1,7 +1,7 @@
 """Settings of the documentation site: `make docs` builds it into build/docs.
 
-Every block of a page that begins with ```python is executed, all of one page in one process, and one
-that fails fails the build. Code that is only to be read is in a {code-block}.
+Every block of a page that begins with ```python is executed, all of one page in one process, and an
+example that fails ends the build. Code that is only to be read is in a {code-block}.
 """
 
 import os
@@ -41,6 +41,7 @@ default_role = "code"  # `x` in a docstring is code
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # the signature has them
 maximum_signature_line_length = 80
+toc_object_entries_show_parents = "hide"
 
 html_theme = "sphinx_book_theme"
 html_title = "sparse-flax"
@@ -67,6 +68,8 @@ def _as_restructured_text(app, what, name, thing, options, lines: list[str]) -> 
       text += ["::", ""]
       in_code = True
     in_code = in_code and (inner or not line)
+    if lines[n - 1].strip() == "Returns:":  # napoleon takes what is before a colon for a type
+      line = line.replace(line.strip(), f": {line.strip()}")
     if not in_code and not line.lstrip().startswith(">>>"):
       parts = line.split("`")
       parts[::2] = [re.sub(r"([*|])", r"\\\1", part) for part in parts[::2]]

@@ -27,18 +27,14 @@ def block_sparse(results: pathlib.Path) -> matplotlib.figure.Figure:
 def _by_share(axes, result: cells.Result) -> None:
   """Milliseconds over the share of causal blocks that are visited, forward and backward."""
   shape = f"d{_SHAPE['D']}_t{_SHAPE['T']}"
-  rows = [
-    row for row in result["rows"] if row["shape"] == shape and row["direction"] == "fwdbwd"
-  ]
+  rows = [row for row in result["rows"] if row["shape"] == shape and row["direction"] == "fwdbwd"]
   (dense,) = (r["ms"] for r in rows if (r["pattern"], r["implementation"]) == ("dense", "cudnn"))
   ours = sorted((r["density"], r["ms"]) for r in rows if r["pattern"] == "random")
   shares = [share for share, _ in ours]
   axes.plot(shares, [ms for _, ms in ours], "o-", color=_OURS, label="sparse_attention")
   axes.plot(shares, [dense] * len(ours), "--", color=_PEER, label="cuDNN, dense")
   axes.set(xscale="log", yscale="log", xlabel="visited blocks, share of the causal ones")
-  axes.set_xticks(
-    [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"], minor=False
-  )
+  axes.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"], minor=False)
   axes.set_xticks([], minor=True)
   ticks = [2, 4, 8, 16, 32]
   axes.set_yticks(ticks, [str(ms) for ms in ticks])
