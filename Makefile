@@ -68,7 +68,7 @@ test: .venv lint  ## the test suite
 	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
 
 docs: .venv  ## the documentation site, every example executed, into build/docs
-	$(RUN) sphinx -q -W --keep-going -j 2 -b html docs build/docs
+	$(RUN) sphinx -q -E -W --keep-going -j $(WORKERS) -b html docs build/docs
 	@echo "build/docs/index.html"
 
 check: .venv lint  ## for every save: patterns, lowering, errors, configs, commands

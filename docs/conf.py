@@ -11,10 +11,15 @@ import re
 import pallas_kernels
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Of the processes that run the examples: `configs` is in no installed package, and compiling them
-# takes most of the time.
+# Of the processes that run the examples: `configs` is in no installed package, and compiling takes
+# most of the time (tests/conftest.py has the same flags, and why).
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+  " --xla_cpu_parallel_codegen_split_count=1",
+)
 
 project = "sparse-flax"
 author = "the authors of sparse-flax"
