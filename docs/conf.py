@@ -8,6 +8,8 @@ import os
 import pathlib
 import re
 
+from sphinx.util import inspect
+
 import pallas_kernels
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,6 +40,7 @@ nb_execution_timeout = 120  # seconds of one example
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
+autoclass_content = "both"  # the class and its __init__
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
@@ -48,6 +51,7 @@ napoleon_attr_annotations = False  # the signature has them
 maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 
+smartquotes = False  # "a" is a string of Python
 html_theme = "sphinx_book_theme"
 html_title = "sparse-flax"
 html_copy_source = html_show_sourcelink = False
@@ -66,6 +70,11 @@ def _python_is_executed(app, page: str, source: list[str]) -> None:
 
 def _as_restructured_text(app, what, name, thing, options, lines: list[str]) -> None:
   """Docstrings are plain text: indented paragraphs are code, and `*` and `|` mean nothing."""
+  if lines[:1] == ["Args:"] and not lines[1].startswith(" "):  # as high as the quotes
+    end = next((n for n, line in enumerate(lines) if line in ("Raises:", "Returns:")), len(lines))
+    lines[1:end] = [f"  {line}" if line else "" for line in lines[1:end]]
+  if lines[:1] and lines[0].startswith("Create new instance of "):  # of any named tuple
+    lines.clear()
   text, before, in_code = [], "", False
   for n, line in enumerate(lines):
     inner = line.startswith(" ")
@@ -73,9 +82,10 @@ def _as_restructured_text(app, what, name, thing, options, lines: list[str]) -> 
       text += ["::", ""]
       in_code = True
     in_code = in_code and (inner or not line)
-    if lines[n - 1].strip() == "Returns:":  # napoleon takes what is before a colon for a type
+    if n and lines[n - 1].strip() == "Returns:":  # napoleon takes what is before a colon for a type
       line = line.replace(line.strip(), f": {line.strip()}")
     if not in_code and not line.lstrip().startswith(">>>"):
+      line = re.sub(r"(^ *|: )([A-Z]\.)", r"\1\\\2", line)  # "B." begins no list
       parts = line.split("`")
       parts[::2] = [re.sub(r"([*|])", r"\\\1", part) for part in parts[::2]]
       line = "`".join(parts)
@@ -84,6 +94,18 @@ def _as_restructured_text(app, what, name, thing, options, lines: list[str]) -> 
   lines[:] = text
 
 
+def _signature_of_init(app, what, name, thing, options, signature, returns):
+  """Modules of NNX are made by their metaclass, whose arguments say nothing."""
+  if what != "class" or signature != "(*args: Any, **kwargs: Any)":
+    return None
+  found = inspect.signature(thing.__init__, bound_method=True)
+  text = inspect.stringify_signature(
+    found, unqualified_typehints=True, show_return_annotation=False
+  )
+  return re.sub(r"<class '([\w.]+)'>", r"\1", text), None
+
+
 def setup(app) -> None:
   app.connect("source-read", _python_is_executed)
+  app.connect("autodoc-process-signature", _signature_of_init)
   app.connect("autodoc-process-docstring", _as_restructured_text, priority=0)  # before napoleon
