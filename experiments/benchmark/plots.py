@@ -9,7 +9,7 @@ from experiments.benchmark import cells
 from experiments.benchmark import tables
 
 PICTURES = tables.ROOT / "docs" / "pictures"
-_OURS, _PEER, _FAINT = "#0072b2", "#d55e00", "#6b6b7b"
+_OURS, _PEER = "#0072b2", "#d55e00"
 _SHAPE = dict(T=32_768, D=128)
 
 
