@@ -53,7 +53,7 @@ GPU_PYTEST = XLA_PYTHON_CLIENT_PREALLOCATE=false $(GPU_PYTHON) -m pytest -q -n $
 GPU_KERNELS = XLA_FLAGS="$$XLA_FLAGS --xla_gpu_autotune_level=0" \
   JAX_DEFAULT_MATMUL_PRECISION=highest $(GPU_PYTEST)
 
-.PHONY: help quickstart check test test-long test-newest soak test-tpu-aot test-gpu \
+.PHONY: help quickstart docs check test test-long test-newest soak test-tpu-aot test-gpu \
   test-gpu-attention test-gpu-lists test-gpu-residual test-gpu-steps test-gpu-decode \
   test-gpu-commands bench lint
 .DELETE_ON_ERROR:
@@ -66,6 +66,10 @@ quickstart: .venv  ## train the packaged CIFAR-10 sample, evaluate, draw samples
 
 test: .venv lint  ## the test suite
 	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
+
+docs: .venv  ## the documentation site, every example executed, into build/docs
+	$(RUN) sphinx -q -E -W --keep-going -j $(WORKERS) -b html docs build/docs
+	@echo "build/docs/index.html"
 
 check: .venv lint  ## for every save: patterns, lowering, errors, configs, commands
 	$(RUN) pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow" $(CHECKS)
@@ -140,7 +144,7 @@ endef
 # The TPU compiler lies where JAX does not look for it: on a machine without a TPU it would complain.
 .venv/installed: pyproject.toml constraints.txt
 	$(call environment,.venv)
-	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[all,test]"
+	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt -e ".[all,docs,test]"
 	case "$$(uname -sm)" in "Linux x86_64") $(RUN) pip install --quiet \
 	  --disable-pip-version-check --no-deps --constraint constraints.txt --target .venv/tpu libtpu;; \
 	esac

@@ -15,6 +15,7 @@ BENCHMARKS = {
   "curves": "200 steps of each recipe by its modules and by kernels, on a GPU; only when named",
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
+  "plots": "draws the plots of README.md and docs from the results; only when named",
   "residual": "the products around attention on a GPU, each alone, beside cuBLAS and the roofline",
   "sample": "sampling: on a GPU from the paper's image models, on a CPU from the quickstart's",
   "step": "training steps of the paper's models on a GPU, beside PyTorch's and plain JAX's",
@@ -38,10 +39,11 @@ MODULES = {
     )
   },
   **{name: f"cpu.{name}" for name in ("checkpoints", "memory", "xla")},
+  "plots": "plots",
   "tables": "tables",
   "tpu_aot": "tpu.aot",
 }
-ONLY_NAMED = ("curves", "mesh", "tables", "tpu_aot", "tune")
+ONLY_NAMED = ("curves", "mesh", "plots", "tables", "tpu_aot", "tune")
 ON_GPU = ("attention", "block_sparse", "curves", "residual", "step", "tune")
 IN_WORKERS = {"attention", "block_sparse", "curves", "residual", "step", "tune"}
 

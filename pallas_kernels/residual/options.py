@@ -12,14 +12,16 @@ Bits = tuple[UInt32[Array, "*B W"], UInt32[Array, "*B W"]]  # of attention's end
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Attributes:
-  epsilon: of both norms.
-  activation: a name of `activations.ACTIVATIONS`.
-  rate: of dropout where there are bits.
-  implementation: "xla" or "mosaic_gpu"; None: neither, the modules of the layers serve.
-  row_axes: of the mesh, over which the leading axes of rows are sharded, B and T by (("data",
-    "fsdp"), ("sequence",)), and over no other of more than one device; (): none shards them, or
-    the compiler knows.
+  """What the functions of a block need to know beside its arrays.
+
+  Attributes:
+    epsilon: of both norms.
+    activation: a name of `activations.ACTIVATIONS`.
+    rate: of dropout where there are bits.
+    implementation: "xla" or "mosaic_gpu"; None: neither, the modules of the layers serve.
+    row_axes: of the mesh, over which the leading axes of rows are sharded, B and T by (("data",
+      "fsdp"), ("sequence",)), and over no other of more than one device; (): none shards them, or
+      the compiler knows.
   """
 
   epsilon: float

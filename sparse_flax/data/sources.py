@@ -49,7 +49,7 @@ def open_dataset(
       downsampled_imagenet/64x64: test is the published validation split; without the file of that
       split, both are the last twentieth of the training images.
       audio, images: 5 % of the recordings or pictures each are validation and test, chosen by
-        split_seed.
+      split_seed.
       enwik8, texts, bytes, enwik8_sample, audio_sample: 90, 5 and 5 % by position.
       cifar10_sample: the last 100 images are both validation and test.
     seq_len: bytes of a window, which must be the size of an image for images.

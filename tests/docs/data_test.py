@@ -1,25 +1,9 @@
-"""The example of docs/data.md runs, and its table is what `experiments.prepare` fetches."""
-
-import re
-import runpy
-
-import pytest
+"""The table of docs/data.md is what `experiments.prepare` fetches."""
 
 from experiments import prepare
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
-
-
-@pytest.mark.promotes
-@pytest.mark.one_day_in_three(2)
-def test_the_example_runs(tmp_path, monkeypatch, as_a_user):
-  (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-  path = tmp_path / "example.py"
-  path.write_text(example)
-  monkeypatch.chdir(tmp_path)
-  result = runpy.run_path(str(path))["result"]
-  assert result["data"]["name"] == "arrays" and result["step"] == 2
 
 
 def test_the_table_has_every_file():

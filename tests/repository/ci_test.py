@@ -20,4 +20,4 @@ def test_a_browser_and_its_driver_are_installed_if_one_is_missing(missing, tmp_p
   subprocess.run(command, env={"PATH": str(tmp_path)}, check=True)
   said = (tmp_path / "said").read_text().splitlines()
   installs = ["apt-get update", "apt-get install -y chromium chromium-driver"] if missing else []
-  assert said == [*installs, "make test", "make test-newest"]
+  assert said == [*installs, "make test", "make docs", "make test-newest"]

@@ -1,0 +1,70 @@
+"""python -m experiments.benchmark plots: the plots of documents, drawn from benchmarks/*.json."""
+
+import json
+import pathlib
+
+import matplotlib.figure
+
+from experiments.benchmark import cells
+from experiments.benchmark import tables
+
+PICTURES = tables.ROOT / "docs" / "pictures"
+_OURS, _PEER = "#0072b2", "#d55e00"
+_SHAPE = dict(T=32_768, D=128)
+
+
+def block_sparse(results: pathlib.Path) -> matplotlib.figure.Figure:
+  """Left: random blocks against cuDNN's dense attention. Right: the paper's patterns against it."""
+  figure = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
+  left, right = figure.subplots(1, 2)
+  _by_share(left, json.loads((results / "block_sparse_h100.json").read_text()))
+  _paper_patterns(right, json.loads((results / "attention_h100.json").read_text()))
+  for axes in (left, right):
+    axes.spines[["top", "right"]].set_visible(False)
+  return figure
+
+
+def _by_share(axes, result: cells.Result) -> None:
+  """Milliseconds over the share of causal blocks that are visited, forward and backward."""
+  shape = f"d{_SHAPE['D']}_t{_SHAPE['T']}"
+  rows = [row for row in result["rows"] if row["shape"] == shape and row["direction"] == "fwdbwd"]
+  (dense,) = (r["ms"] for r in rows if (r["pattern"], r["implementation"]) == ("dense", "cudnn"))
+  ours = sorted((r["density"], r["ms"]) for r in rows if r["pattern"] == "random")
+  shares = [share for share, _ in ours]
+  axes.plot(shares, [ms for _, ms in ours], "o-", color=_OURS, label="sparse_attention")
+  axes.plot(shares, [dense] * len(ours), "--", color=_PEER, label="cuDNN, dense")
+  axes.set(xscale="log", yscale="log", xlabel="visited blocks, share of the causal ones")
+  axes.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"], minor=False)
+  axes.set_xticks([], minor=True)
+  ticks = [2, 4, 8, 16, 32]
+  axes.set_yticks(ticks, [str(ms) for ms in ticks])
+  axes.set_yticks([], minor=True)
+  axes.set_ylabel("ms, forward + backward")
+  axes.set_title(f"Random blocks, T = {_SHAPE['T']:,}, D = {_SHAPE['D']}, 16 heads", size=11)
+  axes.grid(alpha=0.25)
+  axes.legend(frameon=False)
+
+
+def _paper_patterns(axes, result: cells.Result) -> None:
+  """Milliseconds of the paper's patterns and of dense attention for enwik8's shape."""
+  rows = cells.by(result["rows"], "shape", "pattern", "implementation", "direction")
+  bars = (
+    ("strided", "strided", "mosaic_gpu"),
+    ("fixed", "fixed", "mosaic_gpu"),
+    ("dense, by\ncuDNN", "dense", "cudnn"),
+  )
+  times = [rows["enwik8", pattern, by, "fwdbwd"]["ms"] for _, pattern, by in bars]
+  colours = [_PEER if by == "cudnn" else _OURS for *_, by in bars]
+  drawn = axes.bar([label for label, *_ in bars], times, color=colours, width=0.6)
+  axes.bar_label(drawn, [f"{ms:.2f}" for ms in times], padding=2)
+  axes.set_ylabel("ms, forward + backward")
+  sizes = result["shapes"]["enwik8"]
+  axes.set_title(f"The paper's patterns, T = {sizes['T']:,}, D = {sizes['D']}", size=11)
+
+
+def run(results: pathlib.Path) -> None:
+  """Draws every plot from a folder of results."""
+  path = PICTURES / "block-sparse.png"
+  # Without the version of matplotlib the same plot is the same file.
+  block_sparse(results).savefig(path, dpi=100, metadata={"Software": None})
+  print(path.relative_to(tables.ROOT), flush=True)
