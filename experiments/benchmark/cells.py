@@ -212,6 +212,23 @@ def step(result: Result) -> Cells:
   yield from ([row[n] for n in there] for row in [list(columns), *rows])
 
 
+def step_models(result: Result) -> Cells:
+  """The fastest step of each model by each way to compute it, milliseconds."""
+  ways = [way for way in STEPS if any(row["implementation"] == way for row in result["rows"])]
+  fastest = {}
+  for row in result["rows"]:
+    key = row["body"], row["implementation"]
+    if row["ms"]:
+      fastest[key] = min(row["ms"], fastest.get(key, row["ms"]))
+  yield "model, sequences x tokens", *(STEPS[way].format(**result) for way in ways)
+  for row in by(result["rows"], "body").values():
+    times = [fastest.get((row["body"], way)) for way in ways]
+    yield (
+      f"{MODELS[row['body']]}, {row['batch']} x {row['seq_len']:,}",
+      *(f"{ms:,.1f}" if ms else "not measured yet" for ms in times),
+    )
+
+
 def mesh(result: Result) -> Cells:
   rows = by(result["rows"], "body", "axis")
   axes = ("fsdp", "tensor", "sequence")

@@ -113,6 +113,8 @@ TABLES = {
   ),
   "block_sparse_ms": Table("block_sparse", "block_sparse_h100.json", cells.block_sparse_ms),
   "step": Table("step", "step_h100.json", cells.step),
+  "step_h200": Table("step", "step_h200.json", cells.step),
+  "step_models": Table("step", "step_h200.json", cells.step_models),
   "mesh": Table("mesh", "mesh_h200.json", cells.mesh),
   "tpu_bundles": Table("tpu_aot", "tpu_aot.json", cells.tpu_bundles, source=False),
   "tpu_memory": Table("tpu_aot", "tpu_aot.json", cells.tpu_memory),
