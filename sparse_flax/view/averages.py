@@ -28,20 +28,6 @@ _LAYER_BYTES = 2**27  # the weights of one layer, for two inputs
 _MOST_PLACES = 128
 _EXACT = 256  # distances with a value of their own; further away they share one, 12 per doubling
 
-# What the numbers of a head are called: for pictures, and for text and audio.
-IMAGE_NUMBERS = {
-  "row": "weight on its own row",
-  "column": "weight on its own column",
-  "distance": "mean distance, pixels",
-  "change": "change with the input",
-}
-SEQUENCE_NUMBERS = {
-  "row": "weight on its own block",
-  "column": "weight on its place in all blocks",
-  "distance": "mean distance, tokens",
-  "change": "change with the input",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Averages:
@@ -55,7 +41,7 @@ class Averages:
       [L, H, bins] by distance, per token.
     absolute: of pictures, mean weight on each pixel: [L, H, rows, columns].
     distances: of text and audio, the first distance of each bin; 1 is the token just before.
-    numbers: by the names of IMAGE_NUMBERS, [L, H] each. `change` is the share of the weight that
+    numbers: by the names of `meanings`, [L, H] each. `change` is the share of the weight that
       lies elsewhere for another input, from 0 to 1; NaN where there is one input only.
   """
 
@@ -65,6 +51,36 @@ class Averages:
   absolute: Float32[np.ndarray, "L H rows columns"] | None
   distances: Integer[np.ndarray, "bins"] | None
   numbers: dict[str, Float32[np.ndarray, "L H"]]
+
+
+def meanings(layout: Layout) -> dict[str, tuple[str, str]]:
+  """What each number of a head is called, and what it says in words."""
+  token = layout.token
+  if layout.modality == "image":
+    row = "Own row", f"The share of its attention that goes to the row of the predicted {token}."
+    column = "Own column", f"The share that goes to the column of the predicted {token}."
+  else:
+    row = (
+      "Own block",
+      f"The share that goes to the predicted {token}'s block of {layout.columns:,}.",
+    )
+    column = (
+      f"Every {layout.columns:,}th {token}",
+      (
+        f"The share that goes to the {token} just before the predicted one, the one "
+        f"{layout.columns:,} earlier, and so on."
+      ),
+    )
+  return dict(
+    row=row,
+    column=column,
+    distance=("Distance", f"How many {token}s away the places it attends to are, on average."),
+    change=(
+      "Change with the input",
+      f"How much of its attention moves when the {layout.whole} is another one. 0%: the "
+      "same places whatever the input, 100%: entirely other ones.",
+    ),
+  )
 
 
 def pick_places(layout: Layout, num_heads: int, *, seed: int) -> Integer[np.ndarray, "P"]:
