@@ -6,6 +6,7 @@ a few numbers.
 """
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
@@ -100,8 +101,13 @@ def average(
   inputs: UInt8[np.ndarray, "N T"],
   places: Integer[np.ndarray, "P"],
   layout: Layout,
+  *,
+  on_progress: Callable[[int], None] = lambda num_inputs: None,
 ) -> Averages:
-  """Averages over N inputs, two at a time; of an odd number > 1 the last is left out."""
+  """Averages over N inputs, two at a time; of an odd number > 1 the last is left out.
+
+  `on_progress` is called with the number of inputs that are done.
+  """
   reduce = lambda weights: _sums(weights, places, layout)
   run = jax.jit(
     lambda params, tokens: nnx.merge(graphdef, params).attention_weights(
@@ -111,9 +117,10 @@ def average(
   size = min(2, len(inputs))
   batches = [inputs[n : n + size] for n in range(0, len(inputs) - size + 1, size)]
   total = None
-  for tokens in batches:
+  for n, tokens in enumerate(batches, start=1):
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), run(params, jnp.asarray(tokens)))
     total = sums if total is None else jax.tree.map(np.add, total, sums)
+    on_progress(n * size)
   num_inputs = size * len(batches)
   each = num_inputs * len(places)
   numbers = {name: total[name] / each for name in ("row", "column")}
