@@ -210,7 +210,7 @@ def numbers(averages: Averages, layout: Layout, names: Sequence[Sequence[str]]) 
   for key, (title, caption) in averages_lib.meanings(layout).items():
     values = averages.numbers[key]
     z = [[float(x) if math.isfinite(x) else None for x in row] for row in values]
-    number = "%{z:.1f}" if key == "distance" else "%{z:.0%}"
+    number = "%{z:.3r}" if key == "distance" else "%{z:.0%}"
     heat = go.Heatmap(z=z, customdata=[list(row) for row in names], colorscale="Blues", zmin=0)
     heat.update(
       zmax=None if key == "distance" else 1,
