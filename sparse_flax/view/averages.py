@@ -66,7 +66,7 @@ def meanings(layout: Layout) -> dict[str, tuple[str, str]]:
       f"The share that goes to the predicted {token}'s block of {layout.columns:,}.",
     )
     column = (
-      f"Every {layout.columns:,}th {token}",
+      f"Steps of {layout.columns:,} {token}s",
       (
         f"The share that goes to the {token} just before the predicted one, the one "
         f"{layout.columns:,} earlier, and so on."

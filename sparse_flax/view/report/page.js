@@ -113,7 +113,8 @@ const explorers = {
     }
     element("text").replaceChildren(...blocks);
     element("text").className = width > 80 ? "wide" : "";
-    const most = weightOf(Math.max(...roots.slice(0, near)), top), earlier = weightOf(roots[near], top);
+    const most = weightOf(Math.max(...roots.slice(0, near)), top);
+    const earlier = weightOf(roots[near], top);
     say(`The byte with the most attention gets ${percent(most)} of it; the start and all bytes `
         + `before those shown get ${percent(earlier)} together.`);
   },
@@ -151,11 +152,11 @@ function fromMiddle(place) {
   return Math.hypot(Math.floor(place / columns) - 0.65 * rows, place % columns - columns / 2);
 }
 
-// Calls back where a chart is clicked or tapped, in the units of its axes. Plotly lies above the page
-// while a mouse's button is down, so that a click would not arrive; and knows no taps.
+// Calls back where a chart is clicked or tapped, in the units of its axes. Plotly lies above the
+// page while a mouse's button is down, so that a click would not arrive; and knows no taps.
 function onTap(chart, then) {
   let down = null;
-  chart.addEventListener("pointerdown", event => { down = event; });
+  chart.addEventListener("pointerdown", event => { down = event.button === 0 ? event : null; });
   addEventListener("pointercancel", () => { down = null; });  // the finger scrolls the page
   addEventListener("pointerup", ({clientX, clientY}) => {
     if (down && Math.hypot(clientX - down.clientX, clientY - down.clientY) < 10) {
