@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NoReturn
@@ -22,6 +23,7 @@ from sparse_flax import data
 from sparse_flax.run import checkpoint
 from sparse_flax.run import errors
 from sparse_flax.run import validate
+from sparse_flax.train import metrics
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # Exit statuses beside 0. PREEMPTED is sysexits' EX_TEMPFAIL: start it again.
@@ -62,6 +64,39 @@ def readable_errors() -> Iterator[None]:
     fail(str(error))
   except KeyboardInterrupt:
     fail("stopped from the keyboard", status=INTERRUPTED)
+
+
+class Progress:
+  """A line on a terminal: how far something is, how fast, and the time left.
+
+  There is none in the first `QUIET` seconds. Rates count from the first call on, which leaves
+  compilation out.
+  """
+
+  QUIET = 2.0
+
+  def __init__(self, doing: str, total: int, unit: str):
+    self._doing, self._total, self._unit = doing, total, unit
+    self._start, self._first = time.monotonic(), None
+
+  def __call__(self, done: int) -> None:
+    """Says that so many units of the total are done."""
+    now = time.monotonic()
+    self._first = self._first or (done, now)
+    if now - self._start < self.QUIET or not sys.stderr.isatty():
+      return
+    line = f"{self._doing} {done:,} of {self._total:,} {self._unit}"
+    before, since = self._first
+    if done > before and now > since:
+      rate = (done - before) / (now - since)
+      left = metrics.duration((self._total - done) / rate)
+      line += f"  {metrics.short(rate)} {self._unit}/s  {left} left"
+    print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+  def end(self) -> None:
+    """Takes the line away."""
+    if sys.stderr.isatty():
+      print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

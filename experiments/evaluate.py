@@ -26,11 +26,12 @@ def run(
   """Scores the newest checkpoint (or that of `step`), prints the score and records it."""
   folder = cli.open_workdir(workdir)
   config, _, params, step = checkpoint.restore_params(folder, step, data_path=data_path)
+  dataset = evaluate.open_dataset(config, split)
+  progress = cli.Progress("scoring", dataset.num_bytes, "bytes")
   result = evaluate.evaluate(
-    config, params, split=split, min_context=min_context, step=step, on_progress=_show
+    config, params, dataset=dataset, min_context=min_context, step=step, on_progress=progress
   )
-  if sys.stderr.isatty():
-    print("\r\033[K", end="", file=sys.stderr)
+  progress.end()
   metrics.append_line(folder / "evaluations.jsonl", result)
   print(describe(result, unit=metrics.UNIT[config.model.modality]), flush=True)
   return result
@@ -69,11 +70,6 @@ def describe(result: dict, *, unit: str) -> str:
       f"  computed  {result['dtype']}, attention {result['attention']} on {result['device']}",
     )
   )
-
-
-def _show(num_bytes: int) -> None:
-  if sys.stderr.isatty():
-    print(f"\r{num_bytes:,} bytes scored", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

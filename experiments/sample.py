@@ -100,7 +100,8 @@ def run(
     raise ValueError(f"--keep={keep}: must be between 0 and 1")
   config, graphdef, params, step = checkpoint.restore_params(workdir, step, data_path=data_path)
   examples, prompt_sizes = _examples(config, num=num, prompt=prompt, keep=keep)
-  progress = Progress(num)
+  seq_len = config.model.seq_len
+  progress, start = cli.Progress("sampling", num * seq_len, "bytes"), time.monotonic()
   # Those of a CPU share its cores.
   devices = 1 if jax.default_backend() == "cpu" else min(num, jax.device_count())
   samples = sample.generate(
@@ -113,10 +114,13 @@ def run(
     if prompt_sizes
     else None,
     mesh=sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1),
-    on_progress=progress,
+    on_progress=lambda done, steps: progress(num * done),
     on_programs=on_programs,
   )
   progress.end()
+  seconds = time.monotonic() - start
+  rate = num * seq_len / seconds
+  print(f"sampled {num} x {seq_len:,} bytes in {seconds:.1f} s, {rate:,.0f} bytes/s")
   folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
   named = ("temperature", "top_k", "top_p")  # what was kept is seen in the files
@@ -199,28 +203,6 @@ def _held_out(config: ml_collections.ConfigDict, count: int) -> np.ndarray:
       f"each"
     )
   return np.stack(chosen)
-
-
-class Progress:
-  """One line on a terminal with rate and time left, and a last one for everybody."""
-
-  def __init__(self, num: int):
-    self.num, self.start, self.done = num, time.monotonic(), 0
-
-  def __call__(self, done: int, steps: int) -> None:
-    self.done = done
-    seconds = time.monotonic() - self.start
-    if sys.stderr.isatty():
-      rate, left = self.num * done / seconds, seconds * (steps - done) / done
-      line = f"sampling {done:,} of {steps:,} bytes x {self.num}"
-      print(f"\r{line}  {rate:,.0f} bytes/s  {left:.0f} s left   ", end="", file=sys.stderr)
-
-  def end(self) -> None:
-    if sys.stderr.isatty():
-      print(file=sys.stderr)
-    seconds = time.monotonic() - self.start
-    rate = self.num * self.done / seconds
-    print(f"sampled {self.num} x {self.done:,} bytes in {seconds:.1f} s, {rate:,.0f} bytes/s")
 
 
 if __name__ == "__main__":

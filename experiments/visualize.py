@@ -123,16 +123,24 @@ def run(
 
   folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
-  paths = []
-  for layer in layers:
-    figure = _draw_layer(model, layer, tokens, places, weights[layer])
-    paths.append(_save(figure, folder / f"attention-layer{layer:03}-seed{seed}.png"))
-  figure = averages_lib.draw(attention.averages, layers, attention.names)
-  paths.append(_save(figure, folder / f"averages-seed{seed}.png"))
-  paths.append(_save(_draw_patterns(model), folder / "patterns.png"))
   records = run_lib.read_lines(epath.Path(workdir) / "metrics.jsonl")
+  figures = {
+    f"attention-layer{layer:03}-seed{seed}.png": lambda layer=layer: _draw_layer(
+      model, layer, tokens, places, weights[layer]
+    )
+    for layer in layers
+  }
+  figures[f"averages-seed{seed}.png"] = lambda: averages_lib.draw(
+    attention.averages, layers, attention.names
+  )
+  figures["patterns.png"] = lambda: _draw_patterns(model)
   if any("bits_per_byte" in record for record in records):
-    paths.append(_save(_draw_curve(config, records), folder / "curve.png"))
+    figures["curve.png"] = lambda: _draw_curve(config, records)
+  paths, progress = [], cli.Progress("drawing", len(figures), "pictures")
+  for name, draw in figures.items():
+    paths.append(_save(draw(), folder / name))
+    progress(len(paths))
+  progress.end()
   evaluations = run_lib.read_lines(epath.Path(workdir) / "evaluations.jsonl")
   page = report.build(
     title=f"{epath.Path(workdir).absolute().name}, step {step:,}",
@@ -166,11 +174,15 @@ def _attention(
   bytes_of_place = model.num_layers * model.num_heads * layout.num_cells
   places = maps_lib.spread_places(layout, max(4, min(_MOST_PLACES, _MAP_BYTES // bytes_of_place)))
   averaged = averages_lib.pick_places(layout, model.num_heads, seed=seed)
+  maps = maps_lib.make_maps(graphdef, params, inputs[0], places, layout)
+  progress = cli.Progress("averaging attention over", len(inputs), "inputs")
+  averages = averages_lib.average(graphdef, params, inputs, averaged, layout, on_progress=progress)
+  progress.end()
   return report.Attention(
     layout=layout,
     tokens=inputs[0],
-    maps=maps_lib.make_maps(graphdef, params, inputs[0], places, layout),
-    averages=averages_lib.average(graphdef, params, inputs, averaged, layout),
+    maps=maps,
+    averages=averages,
     names=[_head_names(model, layer) for layer in range(model.num_layers)],
   )
 

@@ -47,6 +47,11 @@ def make_batches(
   lengths = np.where(dataset.streams.lengths >= seq_len, dataset.streams.lengths, 0)
   spare = np.clip(lengths - seq_len + 1, 1, seq_len)  # how many offsets leave a window
   fewest = int(((lengths - spare + 1) // seq_len).sum())
+  if not fewest:
+    raise ValueError(
+      f"{seq_len=} must be at most {dataset.streams.lengths.max():,}, the longest part of the "
+      f"{dataset.split} split of {dataset.name}: take more data or shorter sequences"
+    )
   if fewest < batch_size:
     raise ValueError(
       f"{batch_size=} must be at most {fewest}, the windows of {seq_len=} bytes in the "

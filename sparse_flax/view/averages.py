@@ -6,6 +6,7 @@ a few numbers.
 """
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
@@ -28,20 +29,6 @@ _LAYER_BYTES = 2**27  # the weights of one layer, for two inputs
 _MOST_PLACES = 128
 _EXACT = 256  # distances with a value of their own; further away they share one, 12 per doubling
 
-# What the numbers of a head are called: for pictures, and for text and audio.
-IMAGE_NUMBERS = {
-  "row": "weight on its own row",
-  "column": "weight on its own column",
-  "distance": "mean distance, pixels",
-  "change": "change with the input",
-}
-SEQUENCE_NUMBERS = {
-  "row": "weight on its own block",
-  "column": "weight on its place in all blocks",
-  "distance": "mean distance, tokens",
-  "change": "change with the input",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Averages:
@@ -55,7 +42,7 @@ class Averages:
       [L, H, bins] by distance, per token.
     absolute: of pictures, mean weight on each pixel: [L, H, rows, columns].
     distances: of text and audio, the first distance of each bin; 1 is the token just before.
-    numbers: by the names of IMAGE_NUMBERS, [L, H] each. `change` is the share of the weight that
+    numbers: by the names of `meanings`, [L, H] each. `change` is the share of the weight that
       lies elsewhere for another input, from 0 to 1; NaN where there is one input only.
   """
 
@@ -65,6 +52,36 @@ class Averages:
   absolute: Float32[np.ndarray, "L H rows columns"] | None
   distances: Integer[np.ndarray, "bins"] | None
   numbers: dict[str, Float32[np.ndarray, "L H"]]
+
+
+def meanings(layout: Layout) -> dict[str, tuple[str, str]]:
+  """What each number of a head is called, and what it says in words."""
+  token = layout.token
+  if layout.modality == "image":
+    row = "Own row", f"The share of its attention that goes to the row of the predicted {token}."
+    column = "Own column", f"The share that goes to the column of the predicted {token}."
+  else:
+    row = (
+      "Own block",
+      f"The share that goes to the predicted {token}'s block of {layout.columns:,}.",
+    )
+    column = (
+      f"Steps of {layout.columns:,} {token}s",
+      (
+        f"The share that goes to the {token} just before the predicted one, the one "
+        f"{layout.columns:,} earlier, and so on."
+      ),
+    )
+  return dict(
+    row=row,
+    column=column,
+    distance=("Distance", f"How many {token}s away the places it attends to are, on average."),
+    change=(
+      "Change with the input",
+      f"How much of its attention moves when the {layout.whole} is another one. 0%: the "
+      "same places whatever the input, 100%: entirely other ones.",
+    ),
+  )
 
 
 def pick_places(layout: Layout, num_heads: int, *, seed: int) -> Integer[np.ndarray, "P"]:
@@ -84,8 +101,13 @@ def average(
   inputs: UInt8[np.ndarray, "N T"],
   places: Integer[np.ndarray, "P"],
   layout: Layout,
+  *,
+  on_progress: Callable[[int], None] = lambda num_inputs: None,
 ) -> Averages:
-  """Averages over N inputs, two at a time; of an odd number > 1 the last is left out."""
+  """Averages over N inputs, two at a time; of an odd number > 1 the last is left out.
+
+  `on_progress` is called with the number of inputs that are done.
+  """
   reduce = lambda weights: _sums(weights, places, layout)
   run = jax.jit(
     lambda params, tokens: nnx.merge(graphdef, params).attention_weights(
@@ -95,9 +117,10 @@ def average(
   size = min(2, len(inputs))
   batches = [inputs[n : n + size] for n in range(0, len(inputs) - size + 1, size)]
   total = None
-  for tokens in batches:
+  for n, tokens in enumerate(batches, start=1):
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), run(params, jnp.asarray(tokens)))
     total = sums if total is None else jax.tree.map(np.add, total, sums)
+    on_progress(n * size)
   num_inputs = size * len(batches)
   each = num_inputs * len(places)
   numbers = {name: total[name] / each for name in ("row", "column")}

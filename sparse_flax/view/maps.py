@@ -46,6 +46,16 @@ class Layout:
     return cls(model.modality, model.seq_len, -(-model.seq_len // model.stride), model.stride)
 
   @property
+  def whole(self) -> str:
+    """What an input is called."""
+    return {"image": "picture", "text": "text", "audio": "recording"}[self.modality]
+
+  @property
+  def token(self) -> str:
+    """What a place is called."""
+    return {"image": "pixel", "text": "byte", "audio": "sample"}[self.modality]
+
+  @property
   def num_places(self) -> int:
     """What can be predicted: pixels, bytes or samples."""
     return self.seq_len // self.channels

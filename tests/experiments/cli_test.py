@@ -202,3 +202,22 @@ def test_the_commands_are_listed():
   no_commands = {"__init__", "__main__", "cli", "config_help", "distributed"}
   listed = commands.commands()
   assert set(listed) == there - no_commands and all(listed.values())
+
+
+def test_progress_is_a_line_of_terminals_with_the_time_left(monkeypatch, capsys):
+  now = 100.0
+  monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+  for is_terminal, expected in ((False, []), (True, [1_500, 2_000])):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+    progress = cli.Progress("scoring", 4_000, "bytes")
+    said = []
+    for seconds, done in ((1.0, 500), (0.5, 1_000), (50.0, 1_500), (50.5, 2_000)):
+      now += seconds
+      progress(done)
+      said.append(capsys.readouterr().err)
+    shown = [line.removeprefix("\r\033[K") for line in said if line]
+    assert [int(line.split()[1].replace(",", "")) for line in shown] == expected
+    progress.end()
+    assert capsys.readouterr().err == "\r\033[K" * is_terminal
+  # Since the first call: compilation was before it.
+  assert shown[-1] == "scoring 2,000 of 4,000 bytes  14.9 bytes/s  2 min 15 s left"

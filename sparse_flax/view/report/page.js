@@ -41,13 +41,13 @@ async function draw() {
   const roots = part(maps, head * data.places.length + place, cells);
   await explorers[data.modality](roots, tops[layer][head][place] ?? 0, data.places[place]);
   if (absolute) {
-    const parts = [[byOffset, relative, 2 * columns - 1], [byPixel, absolute, columns]];
-    const shown = parts.map(([values, {tops}, width]) => {
+    const parts = [["offsets", byOffset, relative, 2 * columns - 1],
+                   ["pixels", byPixel, absolute, columns]];
+    await Promise.all(parts.map(([name, values, {tops}, width]) => {
       const one = part(values, head, rows * width);
-      return [byRows(one, width), weights(one, tops[layer][head] ?? 0, width)];
-    });
-    const [z, customdata] = [0, 1].map(n => shown.map(pair => pair[n]));
-    await Plotly.restyle("offsets", {z, customdata}, [0, 1]);
+      const customdata = weights(one, tops[layer][head] ?? 0, width);
+      return Plotly.restyle(name, {z: [byRows(one, width)], customdata: [customdata]}, [0]);
+    }));
   } else {
     const values = new Float32Array(byOffset.buffer);
     const one = part(values, head, values.length / data.heads[layer].length);
@@ -62,60 +62,61 @@ async function draw() {
 
 const weights = (roots, top, width) => byRows(Array.from(roots, r => weightOf(r, top)), width);
 
+const percent = weight => `${(100 * weight).toFixed(weight < 0.01 ? 2 : 1)}%`;
+const say = text => { element("said").textContent = text; };
+
 const explorers = {
   async image(roots, top, pixel) {
     const y = Math.floor(pixel / columns), x = pixel % columns;
-    const z = byRows(roots, columns), customdata = weights(roots, top, columns);
-    const frame = {};
-    for (const n of [0, 1]) {
-      Object.assign(frame, {[`shapes[${n}].x0`]: x - 0.5, [`shapes[${n}].x1`]: x + 0.5});
-      Object.assign(frame, {[`shapes[${n}].y0`]: y - 0.5, [`shapes[${n}].y1`]: y + 0.5});
-    }
-    await Plotly.update("explorer", {z: [z], customdata: [customdata]}, frame, [1]);
-    element("said").textContent = `largest weight on a pixel: ${top.toFixed(3)}`;
+    const frame = {"shapes[0].x0": x - 0.5, "shapes[0].x1": x + 0.5,
+                   "shapes[0].y0": y - 0.5, "shapes[0].y1": y + 0.5};
+    const map = {z: [byRows(roots, columns)], customdata: [weights(roots, top, columns)]};
+    await Promise.all([
+      Plotly.relayout("original", frame), Plotly.update("attention", map, frame, [0]),
+    ]);
+    say(`The pixel with the most attention gets ${percent(top)} of it.`);
   },
 
   async audio(roots, top, sample) {
-    const at = sample / data.rate;
+    const at = sample / data.rate, line = {"shapes[0].x0": at, "shapes[0].x1": at};
     const y = Array.from(roots, r => weightOf(r, top));
-    await Plotly.update("explorer", {y: [y]}, {"shapes[0].x0": at, "shapes[0].x1": at}, [1]);
-    const what = cellSize > 1 ? `${cellSize} samples` : "a sample";
-    element("said").textContent = `largest weight on ${what}: ${top.toFixed(3)}`;
+    await Promise.all([
+      Plotly.relayout("original", line), Plotly.update("attention", {y: [y]}, line, [0]),
+    ]);
+    const [what, get] = cellSize > 1 ? [`${cellSize} samples`, "get"] : ["sample", "gets"];
+    say(`The ${what} with the most attention ${get} ${percent(top)} of it.`);
   },
 
-  // The bytes before the predicted one in lines of a block, each the darker the more it is attended.
+  // The bytes before the predicted one in blocks, each the darker the more it is attended.
   async text(roots, top, predicted) {
     const tokens = bytesOf(data.tokens), width = columns <= 160 ? columns : 128;
     const near = roots.length - 1, first = Math.max(0, predicted - near);
     const start = first - first % width;
     const end = Math.min(length, predicted + 3 * width - predicted % width);
-    const places = new Map(data.places.map((place, n) => [place, n]));
-    const lines = document.createDocumentFragment();
+    const places = new Set(data.places);
+    const blocks = [];
     for (let t = start; t < end; t++) {
+      if (t % width === 0) blocks.push(document.createElement("div"));
       const span = document.createElement("span");
       span.textContent = letter(tokens[t]);
       span.dataset.byte = t;
       if (t >= first && t < predicted) {
         const root = roots[predicted - 1 - t];
         span.dataset.root = root;
-        span.title = `byte ${t}: weight ${weightOf(root, top).toFixed(4)}`;
+        span.title = `byte ${t}: ${percent(weightOf(root, top))}`;
         if (root) span.style.background = `rgba(0, 114, 178, ${(0.85 * root / 255).toFixed(3)})`;
       }
       if (t > predicted) span.className = "later";
-      if (places.has(t)) {
-        span.classList.add("place");
-        span.onclick = () => choose({place: places.get(t)});
-      }
+      if (places.has(t)) span.classList.add("place");
       if (t === predicted) span.classList.add("predicted");
-      lines.append(span);
-      if ((t + 1) % width === 0) lines.append("\n");
+      blocks.at(-1).append(span);
     }
-    element("explorer").replaceChildren(lines);
-    element("explorer").style.fontSize = width > 80 ? "12px" : "15px";
+    element("text").replaceChildren(...blocks);
+    element("text").className = width > 80 ? "wide" : "";
+    const most = weightOf(Math.max(...roots.slice(0, near)), top);
     const earlier = weightOf(roots[near], top);
-    element("said").textContent =
-      `largest weight on a byte: ${weightOf(Math.max(...roots.slice(0, near)), top).toFixed(3)}; `
-      + `on the start and all before what is shown: ${earlier.toFixed(3)}`;
+    say(`The byte with the most attention gets ${percent(most)} of it; the start and all bytes `
+        + `before those shown get ${percent(earlier)} together.`);
   },
 };
 
@@ -134,6 +135,8 @@ function choose(choice) {
   Object.assign(chosen, choice);
   if ("layer" in choice) fill(element("head"), data.heads[chosen.layer]);
   for (const [name, value] of Object.entries(chosen)) element(name).value = value;
+  element("previous").disabled = chosen.place === 0;
+  element("next").disabled = chosen.place === data.places.length - 1;
   return draw();
 }
 
@@ -149,35 +152,62 @@ function fromMiddle(place) {
   return Math.hypot(Math.floor(place / columns) - 0.65 * rows, place % columns - columns / 2);
 }
 
+// Calls back where a chart is clicked or tapped, in the units of its axes. Plotly lies above the
+// page while a mouse's button is down, so that a click would not arrive; and knows no taps.
+function onTap(chart, then) {
+  let down = null;
+  chart.addEventListener("pointerdown", event => { down = event.button === 0 ? event : null; });
+  addEventListener("pointercancel", () => { down = null; });  // the finger scrolls the page
+  addEventListener("pointerup", ({clientX, clientY}) => {
+    if (down && Math.hypot(clientX - down.clientX, clientY - down.clientY) < 10) {
+      const {left, top} = chart.getBoundingClientRect(), {xaxis, yaxis} = chart._fullLayout;
+      then(xaxis.p2d(clientX - left - xaxis._offset), yaxis.p2d(clientY - top - yaxis._offset));
+    }
+    down = null;
+  });
+}
+
+const within = (n, count) => Math.min(Math.max(Math.round(n), 0), count - 1);
+
 function listen() {
   for (const name of Object.keys(chosen)) {
     element(name).onchange = event => choose({[name]: Number(event.target.value)});
   }
-  element("numbers").on("plotly_click", ({points: [{x: head, y}]}) => {
-    const far = data.layers.map(layer => Math.abs(layer - y));
-    choose({layer: far.indexOf(Math.min(...far)), head});
-  });
+  element("previous").onclick = () => choose({place: chosen.place - 1});
+  element("next").onclick = () => choose({place: chosen.place + 1});
+  for (const chart of element("numbers").querySelectorAll(".chart")) {
+    onTap(chart, (x, y) => {
+      const far = data.layers.map(layer => Math.abs(layer - y));
+      const layer = far.indexOf(Math.min(...far));
+      choose({layer, head: within(x, data.heads[layer].length)});
+    });
+  }
   if (data.modality === "image") {
-    element("explorer").on("plotly_click", ({points: [{x, y}]}) => choose({
+    const choosePixel = (x, y) => choose({
       place: nearest(p => Math.hypot(Math.floor(p / columns) - y, p % columns - x)),
-    }));
+    });
+    for (const name of ["original", "attention"]) onTap(element(name), choosePixel);
   } else if (data.modality === "audio") {
-    element("explorer").on("plotly_click", ({points: [{x}]}) =>
-      choose({place: nearest(p => Math.abs(p / data.rate - x))}));
+    const chooseTime = x => choose({place: nearest(p => Math.abs(p / data.rate - x))});
+    for (const name of ["original", "attention"]) onTap(element(name), chooseTime);
+  } else {
+    element("text").onclick = ({clientX, clientY}) => {
+      const far = [...element("text").querySelectorAll(".place")].map(span => {
+        const {left, right, top, bottom} = span.getBoundingClientRect();
+        return [Math.hypot((left + right) / 2 - clientX, (top + bottom) / 2 - clientY), span];
+      });
+      const [, span] = far.reduce((best, one) => one[0] < best[0] ? one : best);
+      choose({place: data.places.indexOf(Number(span.dataset.byte))});
+    };
   }
 }
 
 async function start() {
+  const touched = matchMedia("(pointer: coarse)").matches;
   for (const [name, {data: traces, layout}] of Object.entries(figures)) {
-    const displayModeBar = layout.dragmode === false ? false : "hover";
-    const modeBarButtonsToRemove = ["select2d", "lasso2d", "sendDataToCloud"];
-    const options = {responsive: true, displaylogo: false, displayModeBar, modeBarButtonsToRemove};
-    await Plotly.newPlot(name, traces, layout, options);
+    if (touched) layout.dragmode = false;  // a finger scrolls the page
+    await Plotly.newPlot(name, traces, layout, {responsive: true, displayModeBar: false});
   }
-  element("legend").textContent = data.modality === "image"
-    ? "White is the most attended; the shade is the root of the weight."
-    : data.modality === "text" ? "The shade is the root of the weight; underlined bytes can be clicked."
-    : "Dots mark the samples that can be clicked.";
   fill(element("layer"), data.layers);
   fill(element("place"), data.places.map(nameOf));
   listen();

@@ -7,10 +7,10 @@ import math
 import pathlib
 import string
 import zlib
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 import numpy as np
-import plotly.graph_objects as go
 import plotly.offline
 from jaxtyping import Num
 from jaxtyping import UInt8
@@ -21,6 +21,7 @@ from sparse_flax.view.maps import Layout
 from sparse_flax.view.maps import Maps
 from sparse_flax.view.report import charts as charts_lib
 from sparse_flax.view.report import samples as samples_lib
+from sparse_flax.view.report.charts import Chart
 from sparse_flax.view.report.samples import escape
 
 # Bytes in the page. With 5 MB for plotly.js and SAMPLE_BYTES it stays below 25 MB.
@@ -72,24 +73,30 @@ def build(
     sample_command: how to make them.
     attention: for the explorer and the averages.
   """
-  curves = charts_lib.curves(records, unit=unit, reference=reference)
-  charts = {"curves": curves} if curves.data else {}
+  layout = attention.layout
+  curves = charts_lib.curves(records, layout, unit=unit, reference=reference)
+  curves = {"curves": curves} if curves.figure.data else {}
   drawn, left_out = samples_lib.to_html(samples)
-  values, more_charts, notes = attention_values(attention)
-  charts |= more_charts
+  values, explorer, notes = attention_values(attention)
+  averages = charts_lib.offsets(attention.averages, layout)
+  numbers = charts_lib.numbers(attention.averages, layout, attention.names)
   if left_out:
     notes.append(f"Samples not shown, for their size or their content: {', '.join(left_out)}.")
   command = f"<code>{escape(sample_command)}</code>"
   no_curves = '<p class="none">metrics.jsonl has no records of training yet.</p>'
   no_samples = f'<p class="none">No samples of this step yet. Draw some with {command}</p>'
-  figures = ",".join(f'"{name}":{chart.to_json()}' for name, chart in charts.items())
+  charts = curves | explorer | averages | numbers
+  figures = ",".join(f'"{name}":{chart.figure.to_json()}' for name, chart in charts.items())
   return string.Template(_file("page.html")).substitute(
     title=escape(title),
     facts="".join(_fact(name, value) for name, value in facts),
-    curves='<div id="curves" class="chart"></div>' if curves.data else no_curves,
+    curves=_charts(curves) or no_curves,
     samples=drawn or no_samples,
-    explorer=f'<div id="explorer" class="{attention.layout.modality}"></div>',
-    about=escape(_about(attention)),
+    said_of_heads=escape(_said_of_heads(layout)),
+    explorer=_charts(explorer) or '<div id="text"></div>',
+    said_of_averages=escape(_said_of_averages(attention)),
+    averages=_charts(averages),
+    numbers=_charts(numbers),
     notes="".join(f"<li>{escape(note)}</li>" for note in notes),
     style=_file("page.css"),
     data=_json(values),
@@ -99,7 +106,7 @@ def build(
   )
 
 
-def attention_values(attention: Attention) -> tuple[dict, dict[str, go.Figure], list[str]]:
+def attention_values(attention: Attention) -> tuple[dict, dict[str, Chart], list[str]]:
   """The explorer's numbers, its charts, and a sentence for each thing that was left out for size.
 
   Maps and averages are packed by layer: base64 of zlib of the bytes, [H, ...].
@@ -107,7 +114,6 @@ def attention_values(attention: Attention) -> tuple[dict, dict[str, go.Figure], 
   layout, averages = attention.layout, attention.averages
   layers, maps, packed, notes = _fit(attention)
   relative, absolute = _averages_of(averages, layers)
-  image = layout.modality == "image"
   values = dict(
     modality=layout.modality,
     rate=sound.RATE,
@@ -118,18 +124,15 @@ def attention_values(attention: Attention) -> tuple[dict, dict[str, go.Figure], 
     maps=dict(packed=packed, cells=maps.roots.shape[-1], tops=_rounded(maps.tops)),
     averages=dict(relative=relative, absolute=absolute),
   )
-  charts = dict(
-    offsets=charts_lib.offsets(averages, layout),
-    numbers=charts_lib.numbers(averages, layout, attention.names),
-  )
-  if image:
+  explorer = {}
+  if layout.modality == "image":
     shape = (layout.rows, layout.columns, layout.channels)
-    charts["explorer"] = charts_lib.image_explorer(attention.tokens.reshape(shape), maps.places)
+    explorer = charts_lib.image_explorer(attention.tokens.reshape(shape), maps.places)
   elif layout.modality == "audio":
-    charts["explorer"] = charts_lib.audio_explorer(attention.tokens, maps.places, layout)
+    explorer = charts_lib.audio_explorer(attention.tokens, maps.places, layout)
   else:
     values["tokens"] = base64.b64encode(attention.tokens.tobytes()).decode()
-  return values, charts, notes
+  return values, explorer, notes
 
 
 def pack(values: Num[np.ndarray, "L *shape"]) -> list[str]:
@@ -182,12 +185,39 @@ def _size(packed: Sequence[str]) -> int:
   return sum(map(len, packed))
 
 
-def _about(attention: Attention) -> str:
-  averages, noun = attention.averages, {"image": "pictures", "text": "texts", "audio": "sounds"}
-  return (
-    f"Means over {averages.num_inputs} held-out {noun[attention.layout.modality]} and "
-    f"{averages.num_places} predicted places of each."
+def _said_of_heads(layout: Layout) -> str:
+  token = layout.token
+  said = (
+    f"The model predicts a {layout.whole} {token} by {token}. Each head of a layer shares out its "
+    f"attention, 100% in all, over the {token}s before the predicted one and what stands for the "
+    "start."
   )
+  if layout.modality == "text":
+    said += (
+      " The darker a byte, the more attention it gets; the shade shows the square root. Choose an "
+      "underlined byte: the one to predict."
+    )
+  return said
+
+
+def _said_of_averages(attention: Attention) -> str:
+  averages, layout = attention.averages, attention.layout
+  return (
+    f"Means over {averages.num_inputs} {layout.whole}s that the model was not trained on, and "
+    f"{averages.num_places} predicted {layout.token}s of each."
+  )
+
+
+def _charts(charts: Mapping[str, Chart]) -> str:
+  """Where page.js draws them, with titles and captions; empty without any."""
+  figures = []
+  for name, chart in charts.items():
+    title = f"<b>{escape(chart.title)}</b> " if chart.title else ""
+    figures.append(
+      f"<figure><figcaption>{title}{escape(chart.caption)}</figcaption>"
+      f'<div id="{name}" class="chart" style="height: {chart.height}"></div></figure>'
+    )
+  return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
 def _fact(name: str, value: str) -> str:

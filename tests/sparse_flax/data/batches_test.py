@@ -139,7 +139,10 @@ def test_images_are_scored_whole():
   "make, message",
   [
     (lambda: data.make_batches(dataset_of(50), seq_len=7, batch_size=7, seed=0), "at most 6"),
-    (lambda: data.make_batches(dataset_of(5), seq_len=7, batch_size=1, seed=0), "at most 0"),
+    (
+      lambda: data.make_batches(dataset_of(5), seq_len=7, batch_size=1, seed=0),
+      r"seq_len=7 must be at most 5, the longest part of the train split of counting",
+    ),
     (lambda: data.make_batches(dataset_of(50), seq_len=7, batch_size=0, seed=0), "batch_size=0"),
     (lambda: data.make_batches(dataset_of(50), seq_len=7, batch_size=1, seed=-1), "seed=-1"),
     (lambda: data.make_batches(images_of(5), seq_len=7, batch_size=1, seed=0), "must be 12"),

@@ -2,13 +2,16 @@
 
 import base64
 import dataclasses
+import io
 import json
 import re
 import shutil
+import wave
 import zlib
 
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from etils import epath
 from flax import nnx
@@ -187,8 +190,8 @@ def test_one_input_says_nothing_about_change():
   places = averages_lib.pick_places(layout, 2, seed=0)
   got = averages_lib.average(*model, inputs[:1], places, layout)
   assert got.num_inputs == 1 and np.isnan(got.numbers["change"]).all()
-  figure = charts.numbers(got, layout, [["a", "b"]] * 3)
-  assert json.loads(figure.to_json())["data"][3]["z"] == [[None, None]] * 3
+  change = charts.numbers(got, layout, [["a", "b"]] * 3)["change"].figure
+  assert json.loads(change.to_json())["data"][0]["z"] == [[None, None]] * 3
 
 
 def test_places_to_average_fit_into_memory():
@@ -274,7 +277,7 @@ def test_numbers_that_are_not_finite_leave_json_in_order():
   broken = dataclasses.replace(attention, averages=averages)
   figures = part_of(make_page(broken, records=records), "figures")
   assert figures["curves"]["data"][0]["y"] == [8.0]
-  assert figures["numbers"]["data"][2]["z"] == [[None, None]] * 3
+  assert figures["distance"]["data"][0]["z"] == [[None, None]] * 3
 
 
 def test_without_samples_the_page_says_how_to_draw_some():
@@ -399,25 +402,26 @@ def test_a_browser_shows_pictures_and_what_is_chosen(browser, tmp_path):
   # Against the model's own weights.
   model = SparseTransformer(**config.model, rngs=nnx.Rngs(0))
   layout = maps_lib.Layout.of(config.model)
-  image = np.array(browser.execute_script("return figures.explorer.data[0].z"), np.uint8)
+  image = np.array(browser.execute_script("return figures.original.data[0].z"), np.uint8)
   places = browser.execute_script("return data.places")
   for layer, head, place in ((0, 0, 10), (1, 1, 63)):
     choose(browser, layer=layer, head=head, place=place)
     rows = layout.slots(np.array([places[place]]))
     weights = model.attention_weights(jnp.asarray(image.reshape(1, -1)), rows)[layer, 0, head]
     expected = by_pixel(np.asarray(weights), layout)[0]
-    shown = browser.execute_script("return document.getElementById('explorer').data[1].z")
+    shown = browser.execute_script("return document.getElementById('attention').data[0].z")
     np.testing.assert_allclose(
       np.square(np.divide(shown, 255)), expected / expected.max(), atol=0.02
     )
     y, x = divmod(places[place], 32)
-    frame = browser.execute_script("return document.getElementById('explorer').layout.shapes[1]")
-    assert (frame["x0"], frame["y0"]) == (x - 0.5, y - 0.5)
+    for chart in ("original", "attention"):
+      (frame,) = browser.execute_script(f"return document.getElementById('{chart}').layout.shapes")
+      assert (frame["x0"], frame["y0"]) == (x - 0.5, y - 0.5)
 
   # A click on the original chooses the nearest place: here the first, which lies at (2, 2).
   from selenium.webdriver.common.action_chains import ActionChains
 
-  area = browser.find_element("css selector", "#explorer .xy .nsewdrag, #explorer .nsewdrag.drag")
+  area = browser.find_element("css selector", "#original .nsewdrag")
   browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", area)
   side = area.size["width"] / 32
   offset = [round(3.4 * side - area.size[name] / 2) for name in ("width", "height")]
@@ -436,17 +440,17 @@ def test_a_browser_shows_texts(browser, tmp_path):
   *_, page = visualize.run(run, num=1, examples=4)
   opened(browser, page)
   choose(browser, layer=1, head=1, place=20)
-  predicted = browser.find_element("css selector", "#explorer .predicted")
+  predicted = browser.find_element("css selector", "#text .predicted")
   place = int(predicted.get_attribute("data-byte"))
   read = lambda name: browser.execute_script(
-    f"return [...document.querySelectorAll('#explorer [data-root]')].map(x => x.dataset.{name})"
+    f"return [...document.querySelectorAll('#text [data-root]')].map(x => x.dataset.{name})"
   )
   data = browser.execute_script("return data")
   roots = unpacked(data["maps"], 1).reshape(2, len(data["places"]), -1)[1, 20]
   assert data["places"][20] == place
   assert list(map(int, read("byte"))) == list(range(place))
   assert list(map(int, read("root"))) == roots[:place][::-1].tolist()
-  browser.find_elements("css selector", "#explorer .place")[0].click()
+  browser.find_elements("css selector", "#text .place")[0].click()
   wait_for(browser, f"document.body.dataset.drawn === '1 1 {data['places'][0]}'")
   assert errors(browser) == []  # and nothing of the text was run
 
@@ -461,13 +465,208 @@ def test_a_browser_shows_sounds(browser, tmp_path):
   *_, page = visualize.run(run, num=1, examples=2)
   opened(browser, page)
   choose(browser, layer=1, head=0, place=30)
-  shown = browser.execute_script("return document.getElementById('explorer').data[1].y")
+  shown = browser.execute_script("return document.getElementById('attention').data[0].y")
   data = browser.execute_script("return data")
   roots = unpacked(data["maps"], 1).reshape(2, len(data["places"]), -1)[0, 30]
   np.testing.assert_allclose(
     shown, data["maps"]["tops"][1][0][30] * np.square(roots / 255), rtol=1e-6
   )
   said = browser.find_element("id", "said").text
-  assert said == f"largest weight on a sample: {max(shown):.3f}"
+  assert said == f"The sample with the most attention gets {max(shown):.1%} of it."
   wait_for(browser, "document.querySelector('audio').duration > 0")
+  assert errors(browser) == []
+
+
+# ------------------------------------------------------------------- phones, tablets and laptops
+
+SCREENS = {390: 844, 800: 1_100, 1_280: 900}  # a phone, a tablet and a laptop
+# Of all texts and controls: which lie on each other, which leave the screen or their chart, and
+# which are too small for a finger. Texts of one paragraph count line by line.
+MEASURE = """
+const [screen] = arguments, boxes = [], outside = [], small = [];
+const add = (owner, what, rect, svg) => {
+  let {left, top, right, bottom} = rect;
+  if (!svg) for (let e = owner; e !== document.body; e = e.parentElement) {
+    if (getComputedStyle(e).overflowY === "visible") continue;
+    const clip = e.getBoundingClientRect();
+    [top, bottom] = [Math.max(top, clip.top), Math.min(bottom, clip.bottom)];
+  }
+  const within = svg ? svg.getBoundingClientRect() : {left: 0, right: screen};
+  if (right - left < 1 || bottom - top < 1) return;
+  if (left < within.left - 1 || right > within.right + 1 || right > screen + 1) outside.push(what);
+  boxes.push({owner, what, left, top, right, bottom});
+};
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), seen = new Set();
+for (let node; (node = texts.nextNode());) {
+  const parent = node.parentElement, text = parent.closest("text");
+  if (!node.data.trim() || !parent.checkVisibility()) continue;
+  if (parent.closest("script, style, select, button, #js-plotly-tester")) continue;
+  const what = node.data.trim().slice(0, 40);
+  if (!text) {
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    for (const rect of range.getClientRects()) add(parent, what, rect);
+  } else if (!seen.has(text)) {
+    seen.add(text);
+    add(text, text.textContent, text.getBoundingClientRect(), text.closest("svg"));
+  }
+}
+for (const control of document.querySelectorAll("select, button, a, input, audio, img")) {
+  const rect = control.getBoundingClientRect(), what = control.id || control.tagName;
+  add(control, what, rect);
+  if (control.tagName !== "IMG" && Math.min(rect.width, rect.height) < 40) small.push(what);
+}
+for (const e of document.querySelectorAll("html, body *")) {
+  const scrolls = ["auto", "scroll"].includes(getComputedStyle(e).overflowX);
+  if ((scrolls || e === document.documentElement) && e.scrollWidth > e.clientWidth + 1) {
+    outside.push(`${e.tagName} scrolls sideways`);
+  }
+}
+const overlaps = [];
+boxes.forEach((a, n) => boxes.slice(n + 1).forEach(b => {
+  const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+  const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+  if (a.owner !== b.owner && width > 1 && height > 1) overlaps.push(`${a.what} | ${b.what}`);
+}));
+return {overlaps, outside, small, count: boxes.length};
+"""
+
+
+def large_attention(modality):
+  """Of the size of a real run, of random numbers."""
+  layout = {
+    "image": maps_lib.Layout("image", 3_072, 32, 32, 3),
+    "text": maps_lib.Layout("text", 1_024, 8, 128),
+    "audio": maps_lib.Layout("audio", 12_288, 96, 128),
+  }[modality]
+  places = maps_lib.spread_places(layout, 64)
+  heads = (4, 8)
+  random = np.random.default_rng(0)
+  relative = random.random((*heads, 300)).astype(np.float32)
+  distances, absolute = np.arange(1, 301), None
+  if modality == "image":
+    relative, distances = random.random((*heads, 32, 63)).astype(np.float32), None
+    absolute = relative[..., :32]
+  roots = random.integers(0, 256, (*heads, len(places), layout.num_cells)).astype(np.uint8)
+  numbers = {
+    name: random.random(heads).astype(np.float32) for name in averages_lib.meanings(layout)
+  }
+  numbers["distance"] = 1_000 * numbers["distance"]
+  return report.Attention(
+    layout=layout,
+    tokens=random.integers(0, 256, layout.seq_len).astype(np.uint8),
+    maps=maps_lib.Maps(places, roots, np.full(roots.shape[:-1], 0.3, np.float32)),
+    averages=averages_lib.Averages(16, 128, relative, absolute, distances, numbers),
+    names=[[f"head {h}, strided" for h in range(heads[1])]] * heads[0],
+  )
+
+
+def large_samples(modality):
+  names = [f"completions-seed0-00-{part}" for part in ("given", "drawn1", "drawn2", "original")]
+  if modality == "image":
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (640, 240)).save(file, "PNG")
+    return [samples_lib.Sample("samples-seed0.png", file.getvalue())]
+  if modality == "text":
+    return [samples_lib.Sample(f"{name}.txt", b"words and " * 150) for name in names]
+  file = io.BytesIO()
+  with wave.open(file, "wb") as sound:
+    sound.setparams((1, 2, 12_000, 12_000, "NONE", ""))
+    sound.writeframes(bytes(24_000))
+  return [samples_lib.Sample(f"{name}.wav", file.getvalue()) for name in names]
+
+
+@pytest.fixture
+def screen(browser):
+  """A function that gives the browser a screen so wide, with touch unless it is a laptop."""
+
+  def of(width):
+    small = width < 1_000
+    size = dict(width=width, height=SCREENS[width], deviceScaleFactor=1, mobile=small)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", dict(enabled=small))
+
+  yield of
+  browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+  browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", dict(enabled=False))
+
+
+@pytest.mark.parametrize("modality", MODELS)
+def test_nothing_overlaps_or_leaves_the_screen(modality, browser, screen, tmp_path):
+  path = tmp_path / "report.html"
+  facts = [("data", f"a set of {modality}"), ("attention", "column, local, local / column, dense")]
+  records = [dict(step=n, bits_per_byte=8 - n / 999) for n in range(0, 2_000, 100)]
+  records.append(dict(step=2_000, validation_bits_per_byte=6.5))
+  page = make_page(
+    large_attention(modality), samples=large_samples(modality), records=records, facts=facts,
+    title="a-run-with-a-rather-long-name-that-has-no-spaces, step 120,000",
+  )  # fmt: skip
+  path.write_text(page)
+  for width in SCREENS:
+    screen(width)
+    opened(browser, path)
+    got = browser.execute_script(MEASURE, width)
+    assert got.pop("count") > 100
+    assert got == dict(overlaps=[], outside=[], small=[]), width
+    if modality == "image":
+      columns = 1 if width == 390 else 2
+      size = browser.execute_script(
+        "return ['original', 'attention'].map(name => document.querySelector("
+        "`#${name} .nsewdrag`).getBoundingClientRect().width)"
+      )
+      assert min(size) > 0.85 * min(width, 1_180) / columns, width
+  assert errors(browser) == []
+
+
+def touch(browser, *points):
+  """A finger that goes along some points (x, y), pixels of the screen."""
+  for n, (x, y) in enumerate(points):
+    kind = "touchMove" if n else "touchStart"
+    event = dict(type=kind, touchPoints=[dict(x=x, y=y)])
+    browser.execute_cdp_cmd("Input.dispatchTouchEvent", event)
+  browser.execute_cdp_cmd("Input.dispatchTouchEvent", dict(type="touchEnd", touchPoints=[]))
+
+
+def centre(browser, selector, n=0):
+  """Of an element, once it is in the middle of the screen."""
+  return browser.execute_script(
+    "const e = document.querySelectorAll(arguments[0])[arguments[1]];"
+    "e.scrollIntoView({block: 'center'});"
+    "const {x, y, width, height} = e.getBoundingClientRect();"
+    "return [x + width / 2, y + height / 2]",
+    selector,
+    n,
+  )
+
+
+@pytest.mark.smoke("image")
+@pytest.mark.parametrize(
+  ("modality", "dots", "beside"),
+  [
+    ("image", "#original .scatterlayer .point", (19, -19)),
+    ("text", "#text .place", (15, 13)),
+    ("audio", "#original .scatterlayer .point", (1, 60)),
+  ],
+  ids=MODELS,
+)
+def test_a_finger_chooses_places_and_heads(modality, dots, beside, browser, screen, tmp_path):
+  path = tmp_path / "report.html"
+  path.write_text(make_page(large_attention(modality)))
+  screen(390)
+  opened(browser, path)
+  places = browser.execute_script("return data.places")
+  x, y = centre(browser, dots, 20)
+  touch(browser, (x + beside[0], y + beside[1]))
+  wait_for(browser, f"document.body.dataset.drawn === '0 0 {places[20]}'")
+  touch(browser, centre(browser, "#next"))
+  wait_for(browser, f"document.body.dataset.drawn === '0 0 {places[21]}'")
+  x, y = centre(browser, "#change .nsewdrag")  # of 4 layers and 8 heads
+  touch(browser, (x + 15, y + 15))
+  wait_for(browser, f"document.body.dataset.drawn === '2 4 {places[21]}'")
+  # A finger that moves scrolls the page and chooses nothing.
+  x, y = centre(browser, "#change .nsewdrag")
+  start = browser.execute_script("return scrollY")
+  touch(browser, *((x, y + 20 * n) for n in range(15)))
+  wait_for(browser, f"scrollY < {start} - 100")
+  assert browser.execute_script("return document.body.dataset.drawn") == f"2 4 {places[21]}"
   assert errors(browser) == []
