@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 from typing import TextIO
 
+import jax
 import ml_collections
 from absl import flags
 from etils import epath
@@ -22,6 +23,7 @@ from experiments import config_help
 from sparse_flax import data
 from sparse_flax.run import checkpoint
 from sparse_flax.run import errors
+from sparse_flax.run import files
 from sparse_flax.run import validate
 from sparse_flax.train import metrics
 
@@ -244,6 +246,40 @@ def _check_names(config: ml_collections.ConfigDict, names: Sequence[str]) -> Non
 def _nearest(name: str, known: Sequence[str]) -> str:
   close = difflib.get_close_matches(name, known, n=1)
   return f"; did you mean {close[0]}?" if close else ""
+
+
+def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
+  """Adds --compilation_cache, for `keep_compiled`."""
+  parser.add_argument(
+    "--compilation_cache",
+    metavar="DIR",
+    help="keep compiled programs here, for later commands to start faster, gs://... too; they are "
+    "code: nobody else should be able to write there",
+  )
+
+
+def keep_compiled(folder: str | None) -> None:
+  """Has JAX read and write all that it compiles in a folder, which it makes; None changes nothing.
+
+  Raises:
+    ValueError: the folder cannot be written.
+  """
+  if folder is None:
+    return
+  if not files.is_remote(folder):
+    path = pathlib.Path(folder).absolute()
+    there = next(x for x in (path, *path.parents) if x.exists())
+    if not folder or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+      reason = "cannot be written" if folder and there.is_dir() else "is no folder"
+      raise ValueError(
+        f"--compilation_cache={folder}: must be a folder that can be written: "
+        f"{there if folder else 'the empty text'} {reason}"
+      )
+    folder = os.fspath(path)
+  jax.config.update("jax_compilation_cache_dir", folder)
+  # Programs of any size, however quickly they were compiled.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def open_workdir(workdir: str) -> epath.Path:

@@ -44,8 +44,10 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--min_context", type=int, help="default: the config's eval.min_context")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
+  cli.add_compilation_cache(parser)
   args = parser.parse_args(argv)
   with cli.readable_errors():
+    cli.keep_compiled(args.compilation_cache)
     run(
       args.workdir,
       split=args.split,

@@ -49,9 +49,11 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
+  cli.add_compilation_cache(parser)
   options = vars(parser.parse_args(argv))
-  workdir = cli.open_workdir(options.pop("workdir"))
   with cli.readable_errors():
+    cli.keep_compiled(options.pop("compilation_cache"))
+    workdir = cli.open_workdir(options.pop("workdir"))
     paths = run(workdir, **options, on_programs=_say_what_computes)
   texts = [path for path in paths if path.suffix == ".txt" and "-original" not in path.stem]
   for path in texts[:SHOWN]:

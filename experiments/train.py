@@ -96,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument(
     "--profile", metavar="START:STOP", help="an XProf trace of these steps, to WORKDIR/profile/"
   )
+  cli.add_compilation_cache(parser)
   distributed.add_flags(parser)
   args, config, name = cli.parse_config(parser, argv)
   workdir = args.workdir or os.path.join("runs", name)
@@ -104,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
       if not 0 <= getattr(args, flag) <= 1e7:
         raise ValueError(f"--{flag}={getattr(args, flag)}: must be seconds in [0, 10,000,000]")
     profile = range(0) if args.profile is None else _steps(args.profile)
+    cli.keep_compiled(args.compilation_cache)
     watched = watchdog.Watchdog(report_after=args.stall_report, end_after=args.stall_exit)
     distributed.join(args)
     hush()

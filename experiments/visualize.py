@@ -55,11 +55,13 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
   parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
   parser.add_argument("--masks", metavar="FILE.png", help="draw the paper's patterns instead")
+  cli.add_compilation_cache(parser)
   options = vars(parser.parse_args(argv))
   masks, workdir = options.pop("masks"), options.pop("workdir")
   if masks is not None and workdir is not None:
     cli.fail("--masks and --workdir: give one of them")
   with cli.readable_errors():
+    cli.keep_compiled(options.pop("compilation_cache"))
     if masks is not None:
       print(draw_masks(masks))
       return 0

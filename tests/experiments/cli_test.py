@@ -9,7 +9,9 @@ import pytest
 from experiments import __main__ as commands
 from experiments import cli
 from experiments import evaluate
+from experiments import sample
 from experiments import train
+from experiments import visualize
 from sparse_flax.run import errors
 from sparse_flax.run import validate
 from tests.helpers import tiny
@@ -159,6 +161,38 @@ def test_run_that_diverges_has_a_status_of_its_own(tmp_path, capsys, monkeypatch
 def test_bad_input_to_evaluation(argv, message, capsys):
   status, said = failure(evaluate.main, argv, capsys)
   assert status == 2 and said.startswith(message) and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize("command", [train, evaluate, sample, visualize], ids=lambda x: x.__name__)
+def test_a_compilation_cache_that_cannot_be_written(command, tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  for folder, reason in ((f"{tmp_path}/file/deeper", f"{tmp_path}/file is no folder"), ("", "")):
+    argv = [f"--compilation_cache={folder}"] + ([CONFIG] if command is train else [])
+    status, said = failure(command.main, argv, capsys)
+    assert status == 2 and len(said.splitlines()) == 1, said
+    assert said.startswith(f"--compilation_cache={folder}: must be a folder that can be written: ")
+    assert reason in said
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
+  script = """
+import sys
+import jax, jax.numpy as jnp
+from experiments import cli
+count = {"hits": 0, "misses": 0}
+def listen(event, **_):
+  for kind in count:
+    count[kind] += event == f"/jax/compilation_cache/cache_{kind}"
+jax.monitoring.register_event_listener(listen)
+cli.keep_compiled(sys.argv[1])
+jax.jit(lambda x: jnp.tanh(x) + 1)(jnp.arange(8.0)).block_until_ready()
+print(*count.values())
+"""
+  run = [sys.executable, "-c", script, str(tmp_path / "of" / "programs")]
+  how = dict(cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+  first, second = (tuple(map(int, subprocess.run(run, **how).stdout.split())) for _ in range(2))
+  assert first[0] == 0 < first[1] and second == (first[1], 0)
 
 
 def test_folder_without_checkpoint(tmp_path, capsys):
