@@ -6,7 +6,6 @@ import numbers
 import types
 from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +37,7 @@ def generate(
   *,
   key: Key[Array, ""],
   num: int,
+  length: int | None = None,
   temperature: int | float = 1.0,
   top_k: int | None = None,
   top_p: int | float = 1.0,
@@ -58,6 +58,7 @@ def generate(
     params: the weights of a graph, as a plain dict.
     key: a typed key, `jax.random.key(seed)`.
     num: number of sequences.
+    length: T, the bytes of each with its prompt; None is seq_len of the model.
     temperature: 1.0 samples what the model predicts, 0 takes the likeliest byte.
     top_k: draw from the k likeliest bytes only; None is all 256.
     top_p: draw from the fewest likeliest bytes that have this share of the probability.
@@ -73,22 +74,24 @@ def generate(
       and of the steps, as the programs contain them; "" where all prompts are empty.
 
   Returns:
-    Bytes, T = seq_len of the model.
+    Bytes.
 
   Raises:
-    ValueError: num, temperature, top_k, top_p, implementation or the prompts make no sense.
+    ValueError: num, length, temperature, top_k, top_p, implementation or the prompts make no sense.
     NotImplementedError: the implementation that is named does not take this model, or does not
       run here; the message says why.
   """
   graphdef, params = _graph_and_weights(model, params)
   merged = nnx.merge(graphdef, params)
   api.load_backend(merged.groups[0].attention.implementation)  # of the pass over prompts
-  T = merged.seq_len
+  if length is not None and not 1 <= length <= merged.seq_len:
+    raise ValueError(f"{length=}: must be None or a whole number from 1 to {merged.seq_len}")
+  T = length or merged.seq_len
   check_options(num=num, temperature=temperature, top_k=top_k, top_p=top_p)
   implementation = _EARLIER_NAMES.get(implementation or "", implementation)
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"{implementation=}: must be None or one of {IMPLEMENTATIONS}")
-  prompts = _checked_prompts(prompts, num=num, seq_len=T)
+  prompts = _checked_prompts(prompts, num=num, length=T)
   lengths = [len(prompt) for prompt in prompts]
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -101,23 +104,13 @@ def generate(
     known[row, : len(prompt)] = prompt
   lengths = np.pad(lengths, (0, rows - num), constant_values=P)
 
-  by_row, of_caches = jax.P(sharding.BATCH), jax.P(None, sharding.BATCH)
-  named = functools.partial(jax.NamedSharding, mesh)
-  place = lambda x: jax.device_put(x, named(by_row))
+  place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(sharding.BATCH)))
   params = jax.device_put(as_multiplied(merged, params), sharding.replicated(mesh))
-  start_up = functools.partial(_start, graphdef, sparse=sparse)
-  start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
-  options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-  options["implementation"] = implementation or best(merged, rows // shares, sparse=sparse)
-  step_kernels(options["implementation"])  # before anything is traced
-  run = jax.shard_map(  # rows know nothing of each other
-    functools.partial(run_steps, graphdef, **options),
-    mesh=mesh,
-    in_specs=(jax.P(), (by_row, of_caches), by_row, jax.P(), by_row, by_row),
-    out_specs=((by_row, of_caches), by_row),
-    check_vma=False,
+  implementation = implementation or best(merged, rows // shares, sparse=sparse)
+  step_kernels(implementation)  # before anything is traced
+  start_up, run = _programs(
+    graphdef, mesh, sparse, temperature, top_k, top_p, implementation=implementation
   )
-  run = jax.jit(run, donate_argnums=1)
   with jax.set_mesh(mesh):
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(place(np.arange(rows)))
     before = params, place(known[:, :P])
@@ -135,6 +128,33 @@ def generate(
   return np.concatenate(pieces, axis=1)[:num, :T]
 
 
+@functools.lru_cache(maxsize=4, typed=True)
+def _programs(
+  graphdef: nnx.GraphDef,
+  mesh: jax.sharding.Mesh,
+  sparse: bool,
+  temperature: int | float,
+  top_k: int | None,
+  top_p: int | float,
+  *,
+  implementation: str,
+) -> tuple[Callable, Callable]:
+  """`_start` and `run_steps`, jitted: who samples again and again compiles them once."""
+  by_row, of_caches = jax.P(sharding.BATCH), jax.P(None, sharding.BATCH)
+  named = functools.partial(jax.NamedSharding, mesh)
+  start_up = functools.partial(_start, graphdef, sparse=sparse)
+  start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
+  options = dict(temperature=temperature, top_k=top_k, top_p=top_p, implementation=implementation)
+  run = jax.shard_map(  # rows know nothing of each other
+    functools.partial(run_steps, graphdef, **options),
+    mesh=mesh,
+    in_specs=(jax.P(), (by_row, of_caches), by_row, jax.P(), by_row, by_row),
+    out_specs=((by_row, of_caches), by_row),
+    check_vma=False,
+  )
+  return start_up, jax.jit(run, donate_argnums=1)
+
+
 def _graph_and_weights(
   model: model_lib.SparseTransformer | nnx.GraphDef, params: dict | None
 ) -> tuple[nnx.GraphDef, dict]:
@@ -149,15 +169,16 @@ def _graph_and_weights(
 
 
 def _checked_prompts(
-  prompts: Sequence[Prompt] | Integer[np.ndarray, "num P"] | None, *, num: int, seq_len: int
+  prompts: Sequence[Prompt] | Integer[np.ndarray, "num P"] | None, *, num: int, length: int
 ) -> list[UInt8[np.ndarray, "_"]]:
   """The bytes of each row's prompt."""
   prompts = [b""] * num if prompts is None else prompts
   in_bytes = [_as_bytes(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
   lengths = [len(prompt) for prompt in in_bytes]
-  if len(in_bytes) != num or max(lengths) >= seq_len:
+  if len(in_bytes) != num or max(lengths) >= length:
     raise ValueError(
-      f"prompts have lengths {lengths}: must be {num=} of them, each shorter than {seq_len=}"
+      f"prompts have lengths {lengths}: must be {num=} of them, each shorter than the samples' "
+      f"{length}"
     )
   return in_bytes
 

@@ -69,6 +69,19 @@ def test_prompts_of_different_lengths_do_not_see_each_other(weights):
   np.testing.assert_array_equal(generate(weights, num=3, prompts=started)[:2], got[:2])
 
 
+def test_shorter_samples_are_the_beginnings_of_whole_ones(weights):
+  prompts = [b"", b"abc"]
+  whole = generate(weights, num=2, prompts=prompts)
+  np.testing.assert_array_equal(generate(weights, num=2, prompts=prompts, length=7), whole[:, :7])
+
+
+def test_who_samples_again_does_not_compile_again(weights, monkeypatch):
+  how = dict(num=2, length=5, temperature=0.75)
+  first = generate(weights, **how)
+  monkeypatch.delattr(SparseTransformer, "decode_step")  # which only tracing needs
+  np.testing.assert_array_equal(generate(weights, **how), first)
+
+
 @pytest.mark.smoke("6", daily=0)
 @pytest.mark.parametrize("num", [1, 6, 8])
 def test_devices_share_the_rows_and_change_none(weights, num):
@@ -174,9 +187,10 @@ def test_frequencies_are_those_of_the_softmax(weights, temperature):
     (dict(num=1, top_k=0), "top_k=0"),
     (dict(num=1, top_p=0.0), "top_p=0.0"),
     (dict(num=2, prompts=np.zeros((1, 3), np.uint8)), "num=2 of them"),
-    (dict(num=1, prompts=np.zeros((1, LENGTH), np.uint8)), f"seq_len={LENGTH}"),
+    (dict(num=1, prompts=np.zeros((1, LENGTH), np.uint8)), f"samples' {LENGTH}"),
+    (dict(num=1, length=LENGTH + 1), f"length={LENGTH + 1}: must be None or a whole number"),
   ],
-  ids=["num", "temperature", "top_k", "top_p", "rows", "length"],
+  ids=["num", "temperature", "top_k", "top_p", "rows", "prompt", "length"],
 )
 def test_options_without_sense_are_refused(weights, options, message):
   with pytest.raises(ValueError, match=message):
