@@ -14,13 +14,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import ml_collections
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from experiments import cli
 from sparse_flax import data
@@ -30,7 +27,7 @@ from sparse_flax.run import checkpoint
 from sparse_flax.run import files
 from sparse_flax.train import metrics
 from sparse_flax.view import averages as averages_lib
-from sparse_flax.view import draw as draw_lib
+from sparse_flax.view import layers as layers_lib
 from sparse_flax.view import maps as maps_lib
 from sparse_flax.view import masks as masks_lib
 from sparse_flax.view import report
@@ -114,20 +111,15 @@ def run(
   layout = maps_lib.Layout.of(model)
   places = _pick_places(layout, num=num, seed=seed)
   inputs = _pick_inputs(config, examples, seed=seed)
-  tokens, rows = inputs[0], layout.slots(places)
-  weights = jax.jit(
-    lambda params, tokens: nnx.merge(graphdef, params).attention_weights(tokens, rows)
-  )(params, jnp.asarray(tokens[None]))
-  # [L, H, P, C, T] -> [L, P, H, C, T]
-  weights = np.asarray(weights)[:, 0]
-  weights = weights.reshape(len(weights), -1, num, layout.channels, model.seq_len).swapaxes(1, 2)
+  tokens = inputs[0]
+  weights = layers_lib.weights(graphdef, params, tokens, places, layout)
   attention = _attention(model, graphdef, params, inputs, layout, seed=seed)
 
   folder = epath.Path(workdir) / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
   records = run_lib.read_lines(epath.Path(workdir) / "metrics.jsonl")
   figures = {
-    f"attention-layer{layer:03}-seed{seed}.png": lambda layer=layer: _draw_layer(
+    f"attention-layer{layer:03}-seed{seed}.png": lambda layer=layer: layers_lib.draw(
       model, layer, tokens, places, weights[layer]
     )
     for layer in layers
@@ -185,7 +177,7 @@ def _attention(
     tokens=inputs[0],
     maps=maps,
     averages=averages,
-    names=[_head_names(model, layer) for layer in range(model.num_layers)],
+    names=[layers_lib.head_names(model, layer) for layer in range(model.num_layers)],
   )
 
 
@@ -212,37 +204,6 @@ def _pick_places(layout: maps_lib.Layout, *, num: int, seed: int) -> np.ndarray:
   if not 1 <= num <= most:
     raise ValueError(f"--num={num}: must be a whole number from 1 to {most}")
   return maps_lib.random_places(layout, num, seed=seed)
-
-
-def _draw_layer(
-  model: ml_collections.ConfigDict,
-  layer: int,
-  tokens: np.ndarray,
-  places: np.ndarray,
-  weights: np.ndarray,
-) -> matplotlib.figure.Figure:
-  names = _pattern_names(model, layer)
-  labels = dict(
-    title=f"layer {layer}, {' / '.join(names)}: where its heads attend (shade: root of the weight)",
-    heads=_head_names(model, layer),
-  )
-  places = [int(place) for place in places]
-  if model.modality == "image":
-    image = tokens.reshape(model.position_shape)
-    return draw_lib.draw_image(image, places, weights, **labels)
-  draw = dict(text=draw_lib.draw_text, audio=draw_lib.draw_audio)
-  return draw[model.modality](tokens, places, weights[:, :, 0], **labels)
-
-
-def _pattern_names(model: ml_collections.ConfigDict, layer: int) -> tuple[str, ...]:
-  entry = model.attention_layers[layer % len(model.attention_layers)]
-  return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _head_names(model: ml_collections.ConfigDict, layer: int) -> list[str]:
-  names = _pattern_names(model, layer)
-  per_name = model.num_heads // len(names)
-  return [f"head {h}, {names[h // per_name]}" for h in range(model.num_heads)]
 
 
 def _reference(config: ml_collections.ConfigDict) -> tuple[str, float] | None:
