@@ -97,5 +97,6 @@ def _shared() -> dict:
     eval=dict(
       min_context=0,  # tokens known before the first scored one; training always monitors with 0
       monitor_batches=0,  # how much of the validation split training looks at; 0: all
+      pictures=4,  # samples, and completions, drawn at each evaluation of a training run; 0: none
     ),
   )

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 
 from experiments import config_help
 from sparse_flax import data
+from sparse_flax import extras
 from sparse_flax.run import checkpoint
 from sparse_flax.run import errors
 from sparse_flax.run import files
@@ -53,7 +54,8 @@ def discard(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-  """Turns a user's mistake (ValueError) and a file that cannot be used (OSError) into a message."""
+  """Turns a user's mistake (ValueError), a file that cannot be used (OSError) and a package that is
+  not installed into a message."""
   try:
     yield
   except errors.StorageError as error:
@@ -62,7 +64,7 @@ def readable_errors() -> Iterator[None]:
     fail(str(error), status=DAMAGED)
   except OSError as error:
     fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-  except ValueError as error:
+  except (ValueError, extras.MissingExtraError) as error:
     fail(str(error))
   except KeyboardInterrupt:
     fail("stopped from the keyboard", status=INTERRUPTED)

@@ -41,6 +41,7 @@ MEANINGS = {
   "mesh.sequence": "devices that share each sequence",
   "eval.min_context": "tokens known before the first one that is scored",
   "eval.monitor_batches": "batches of the validation split that training looks at; 0: all",
+  "eval.pictures": "samples, and completions, that TensorBoard gets at each evaluation; 0: none",
 }
 
 

@@ -27,10 +27,10 @@ from experiments import cli
 from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import sample
-from sparse_flax.parallel import sharding
 from sparse_flax.run import checkpoint
 from sparse_flax.run import files
 from sparse_flax.sample import files as sample_files
+from sparse_flax.sample import pictures
 from sparse_flax.sample.files import PER_ROW
 from sparse_flax.view.report import samples as samples_lib
 
@@ -68,9 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def beginning(text: bytes) -> str:
-  """Of a text, without what a terminal takes for a command."""
-  shown = text[:SHOWN_BYTES].decode(errors="replace")
-  return "".join(x if x.isprintable() or x == "\n" else "�" for x in shown).rstrip()
+  """Of a text, as it may be printed."""
+  return pictures.printable(text[:SHOWN_BYTES]).rstrip()
 
 
 def run(
@@ -104,8 +103,6 @@ def run(
   examples, prompt_sizes = _examples(config, num=num, prompt=prompt, keep=keep)
   seq_len = config.model.seq_len
   progress, start = cli.Progress("sampling", num * seq_len, "bytes"), time.monotonic()
-  # Those of a CPU share its cores.
-  devices = 1 if jax.default_backend() == "cpu" else min(num, jax.device_count())
   samples = sample.generate(
     graphdef,
     params,
@@ -115,7 +112,7 @@ def run(
     prompts=[examples[r // PER_ROW][: prompt_sizes[r // PER_ROW]] for r in range(num)]
     if prompt_sizes
     else None,
-    mesh=sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1),
+    mesh=sample.row_mesh(num),
     on_progress=lambda done, steps: progress(num * done),
     on_programs=on_programs,
   )

@@ -5,9 +5,13 @@
 
 --config.group.field=value changes any field of the config; --help lists configs and fields. On many
 hosts run the same command on each (docs/pods.md). It goes on too where the data have moved, on
-another mesh, and with other values of model.remat, model.implementation and train.*_every. Ctrl-C,
-like SIGTERM, ends the run after the step that is under way, and saves that; a second Ctrl-C ends it
-at once, and so does the first while data are prepared.
+another mesh, and with other values of model.remat, model.implementation, eval.pictures and
+train.*_every. Ctrl-C, like SIGTERM, ends the run after the step that is under way, and saves that;
+a second Ctrl-C ends it at once, and so does the first while data are prepared.
+
+At each evaluation TensorBoard (WORKDIR/tensorboard/) gets config.eval.pictures samples and as many
+completions of held-out examples, of which half is given, and pictures of attention. Of a text these
+are the first 512 bytes, of a sound the first second. Runs of several processes draw nothing.
 
 --profile=START:STOP writes an XProf trace of the steps START to STOP - 1, as the log counts them,
 to WORKDIR/profile/ and says what opens it; of many processes each writes its own.
@@ -37,6 +41,7 @@ from experiments import cli
 from experiments import distributed
 from sparse_flax import train
 from sparse_flax.run import errors
+from sparse_flax.sample import pictures
 from sparse_flax.train import watchdog
 
 
@@ -46,6 +51,7 @@ def run(
   *,
   watched: watchdog.Watchdog | None = None,
   profile: range = range(0),
+  wandb: str | None = None,
 ) -> dict:
   """Trains `config` in `workdir` and returns the last evaluation on the validation split.
 
@@ -69,6 +75,8 @@ def run(
         say=say,
         stop=stop.asked.is_set,
         around_loop=stop.by_ctrl_c(),
+        on_evaluation=pictures.Drawer(),
+        wandb=wandb,
         watched=watched,
         profile=profile,
       )
@@ -96,6 +104,9 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument(
     "--profile", metavar="START:STOP", help="an XProf trace of these steps, to WORKDIR/profile/"
   )
+  parser.add_argument(
+    "--wandb", metavar="PROJECT", help="send to Weights & Biases too what TensorBoard gets"
+  )
   cli.add_compilation_cache(parser)
   distributed.add_flags(parser)
   args, config, name = cli.parse_config(parser, argv)
@@ -109,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
     watched = watchdog.Watchdog(report_after=args.stall_report, end_after=args.stall_exit)
     distributed.join(args)
     hush()
-    run(config, workdir, watched=watched, profile=profile)
+    run(config, workdir, watched=watched, profile=profile, wandb=args.wandb)
   return 0
 
 

@@ -7,7 +7,9 @@ MODULES = {
   "data": ("PIL", "etils.epath", "tensorflow_datasets"),
   "train": ("chex", "ml_collections", "optax", "orbax.checkpoint", "safetensors", "tensorboardX"),
   "view": ("PIL", "matplotlib", "plotly"),
+  "wandb": ("wandb",),
 }
+_NOT_IN_ALL = ("wandb",)
 
 
 class MissingExtraError(ModuleNotFoundError):
@@ -19,15 +21,16 @@ def need(extra: str, *, of: str) -> None:
 
   Args:
     extra: of MODULES.
-    of: the module, for the message.
+    of: the module, or what else needs it, for the message.
 
   Raises:
     MissingExtraError: naming what to install.
   """
   missing = [name for name in MODULES[extra] if not _is_there(name)]
   if missing:
+    others = "" if extra in _NOT_IN_ALL else ", or [all]"
     raise MissingExtraError(
-      f"{of} needs {', '.join(missing)}: pip install 'sparse-flax[{extra}]', or [all]",
+      f"{of} needs {', '.join(missing)}: pip install 'sparse-flax[{extra}]'{others}",
       name=missing[0],
     )
 

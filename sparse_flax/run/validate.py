@@ -112,6 +112,7 @@ _RULES = {
   "mesh.sequence": _whole(1),
   "eval.min_context": _whole(0),
   "eval.monitor_batches": _whole(0),
+  "eval.pictures": _whole(0),
 }
 
 # Fields that configs did not always have, each with the value that says what every run did before:
@@ -123,6 +124,7 @@ ADDED: dict[str, Any] = {
   "data.skip_damaged": False,
   "model.rope": "none",
   "model.qk_norm": False,
+  "eval.pictures": 0,
 }
 
 

@@ -18,7 +18,7 @@ from sparse_flax.run import validate
 
 # What a run may go on with other values of: where arrays lie, what is computed again or by which
 # kernels, how often something is written; not what is computed.
-_MAY_CHANGE = re.compile(r"mesh\.\w+|model\.(remat|implementation)|train\.\w+_every")
+_MAY_CHANGE = re.compile(r"mesh\.\w+|model\.(remat|implementation)|train\.\w+_every|eval\.pictures")
 # Data are told by their identity, of which this is prose.
 _PATH, _REMARK = "data.path", "remark"
 
@@ -57,7 +57,7 @@ def check(
   """Makes sure that a run in `workdir`, if any, goes on as it began; writes nothing.
 
   What the result does not depend on may differ: the mesh, `model.remat`, `model.implementation`,
-  every `train.*_every`, and `data.path` where the data themselves are the same.
+  every `train.*_every`, `eval.pictures`, and `data.path` where the data themselves are the same.
 
   Args:
     workdir: the run's folder, which need not exist.

@@ -7,6 +7,7 @@ from sparse_flax.sample.generate import generate
 from sparse_flax.sample.generate import IMPLEMENTATIONS
 from sparse_flax.sample.generate import likely
 from sparse_flax.sample.generate import Prompt
+from sparse_flax.sample.generate import row_mesh
 from sparse_flax.sample.generate import run_steps
 from sparse_flax.sample.generate import step_kernels
 
@@ -18,6 +19,7 @@ __all__ = [
   "check_options",
   "generate",
   "likely",
+  "row_mesh",
   "run_steps",
   "step_kernels",
 ]

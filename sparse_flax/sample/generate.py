@@ -128,6 +128,12 @@ def generate(
   return np.concatenate(pieces, axis=1)[:num, :T]
 
 
+def row_mesh(num: int) -> jax.sharding.Mesh:
+  """A mesh of devices that share `num` rows. One of a CPU's, which would share its cores."""
+  devices = 1 if hardware.platform() == "cpu" else min(num, jax.device_count())
+  return sharding.make_mesh(data=devices, fsdp=1, tensor=1, sequence=1)
+
+
 @functools.lru_cache(maxsize=4, typed=True)
 def _programs(
   graphdef: nnx.GraphDef,
@@ -138,7 +144,7 @@ def _programs(
   top_p: int | float,
   *,
   implementation: str,
-) -> tuple[Callable, Callable]:
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
   """`_start` and `run_steps`, jitted: who samples again and again compiles them once."""
   by_row, of_caches = jax.P(sharding.BATCH), jax.P(None, sharding.BATCH)
   named = functools.partial(jax.NamedSharding, mesh)

@@ -4,6 +4,7 @@ from sparse_flax import extras
 
 extras.need("train", of=__name__)
 
+from sparse_flax.train.loop import Evaluation
 from sparse_flax.train.loop import stop_if_not_finite
 from sparse_flax.train.loop import train
 from sparse_flax.train.step import init_state
@@ -12,5 +13,6 @@ from sparse_flax.train.step import optimizer_of
 from sparse_flax.train.step import train_step
 
 __all__ = [
-  "init_state", "make_step", "optimizer_of", "stop_if_not_finite", "train", "train_step",
+  "Evaluation", "init_state", "make_step", "optimizer_of", "stop_if_not_finite", "train",
+  "train_step",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from sparse_flax import evaluate
 from sparse_flax import model as model_lib
 from sparse_flax import run
 from sparse_flax.parallel import sharding
+from sparse_flax.train import boards
 from sparse_flax.train import flops
 from sparse_flax.train import metrics
 from sparse_flax.train import profile as profile_lib
@@ -36,6 +37,26 @@ _PATIENCE = 4.0
 _OTHER_MASKS = "other masks from here on than those of the version that saved step"
 
 
+class Evaluation(NamedTuple):
+  """What `train` tells `on_evaluation`.
+
+  Attributes:
+    config: of the run.
+    step: how many are done.
+    params: the averaged weights, as they lie on the devices; those of training, not to be donated.
+    validation: the split.
+    say: takes the lines that a person shall read.
+    on_progress: to be called now and then by what takes minutes; its arguments say nothing.
+  """
+
+  config: ml_collections.ConfigDict
+  step: int
+  params: dict
+  validation: data.Dataset
+  say: Callable[[str], None]
+  on_progress: Callable[..., None]
+
+
 def train(
   config: ml_collections.ConfigDict,
   workdir: str,
@@ -44,6 +65,8 @@ def train(
   say: Callable[[str], None] = print,
   stop: Callable[[], bool] = lambda: False,
   around_loop: contextlib.AbstractContextManager | None = None,
+  on_evaluation: Callable[[Evaluation], boards.Shown] | None = None,
+  wandb: str | None = None,
   watched: watchdog.Watchdog | None = None,
   profile: range = range(0),
 ) -> dict:
@@ -61,6 +84,9 @@ def train(
     stop: whether to save and end after this step; with many processes their preemption service
       is asked instead.
     around_loop: entered when the data are prepared, left when everything is saved.
+    on_evaluation: makes what TensorBoard shows beside the numbers, after each evaluation and when
+      the step is saved; `sample.pictures.Drawer()`, for example. Every process calls it.
+    wandb: a project of Weights & Biases that gets what TensorBoard gets; None sends nothing.
     watched: gets a beat for every step.
     profile: steps, counted from 1, that are traced into the folder's `profile/`; those that were
       done before are left out.
@@ -71,6 +97,7 @@ def train(
   Raises:
     ValueError: a mistake in the config, other data, or the folder of another run; nothing has
       been written then.
+    extras.MissingExtraError: of `wandb`; likewise.
     run.Preempted: the run was stopped and saved.
     run.NonFiniteError: the loss or a weight is not finite; such weights are never saved.
     run.StorageError: a disk or a file failed; what had been saved is intact.
@@ -80,6 +107,7 @@ def train(
     config = _without_path(config)
   config = run.checked(config)
   profile_lib.check(profile, config.train.steps)
+  boards.check_wandb(wandb)
   chex.clear_trace_counter()  # of an earlier run in this process
   leads, several = jax.process_index() == 0, jax.process_count() > 1
   say = say if leads else lambda line: None
@@ -123,7 +151,10 @@ def train(
     state = newest[0] if newest else program.first_state()
 
     # ------------------------------------------------------------------- Loop
-    writer = stack.enter_context(metrics.Writer(workdir, step=first)) if leads else None
+    writer = None
+    if leads:
+      others = [boards.WandB(wandb, workdir, config=config, say=say)] if wandb else []
+      writer = stack.enter_context(metrics.Writer(workdir, step=first, others=others))
     evaluator = evaluate.Evaluator(config, splits["validation"], min_context=0, mesh=mesh)
     progress = _progress(config, writer, mesh=mesh, say=say)
     profiler = stack.enter_context(
@@ -138,6 +169,14 @@ def train(
         max_batches=config.eval.monitor_batches or None,
         on_progress=lambda num_bytes: watched.beat(patience=_PATIENCE),
       )
+
+    def show(step: int) -> None:
+      """Draws, with keys of its own: the run is the same without."""
+      beat = lambda *_: watched.beat(patience=_PATIENCE)
+      told = Evaluation(config, step, state["ema"], splits["validation"], say, beat)
+      shown = on_evaluation(told) if on_evaluation else {}
+      if writer:
+        writer.show(step, shown)
 
     def batch(step: int):
       read = lambda rows: batch_at(step, rows)
@@ -182,6 +221,10 @@ def train(
           checkpoints.wait()
           on_disk = f"saved is step {saved:,}" if saved else "nothing is saved yet"
           raise run.Preempted(f"STOPPED at step {step:,}, {on_disk}")
+        if evaluate_now:
+          watched.beat(patience=_PATIENCE)
+          with progress.pause():
+            show(step)
         watched.beat()
     if result is None:  # nothing was left to train
       result = evaluated(steps)

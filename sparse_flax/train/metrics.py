@@ -9,10 +9,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 
 from etils import epath
 
 from sparse_flax import run
+from sparse_flax.train import boards
 
 _REMOTE_SECONDS = 30.0
 
@@ -28,10 +30,14 @@ class Writer:
   are written anew, every `_REMOTE_SECONDS` at most, and at the end.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, step: int):
-    """Opens both for appending; what an earlier process wrote beyond `step` is dropped."""
-    import tensorboardX  # only training needs it: other commands start faster without
+  def __init__(self, workdir: epath.PathLike, *, step: int, others: Sequence[boards.Board] = ()):
+    """Opens both for appending; what an earlier process wrote beyond `step` is dropped.
 
+    Args:
+      workdir: the run's folder.
+      step: how many are done.
+      others: get what TensorBoard gets, and are closed with it.
+    """
     workdir = epath.Path(workdir)
     self._path, self._folder = workdir / "metrics.jsonl", workdir / "tensorboard"
     self._kept = _drop_later_lines(self._path, step)
@@ -43,16 +49,16 @@ class Writer:
       local = self._temporary.name
     else:
       self._lines = self._path.open("a")
-    purge = step + 1 if step else None
-    self._board = tensorboardX.SummaryWriter(os.fspath(local), purge_step=purge)
+    self._tensorboard = boards.TensorBoard(os.fspath(local), step=step)
+    self._boards = (self._tensorboard, *others)
 
   def write(self, step: int, **values: float | int) -> None:
     """One record: the step, the time in seconds since 1970, and what is finite of `values`."""
     values = {name: value for name, value in values.items() if math.isfinite(value)}
     record = {"step": step, "time": round(time.time(), 3), **values}
     line = json.dumps(record, allow_nan=False) + "\n"
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    for board in self._boards:
+      board.scalars(step, values)
     if not self._remote:
       self._lines.write(line)
       self._lines.flush()
@@ -61,11 +67,17 @@ class Writer:
     if time.monotonic() - self._copied > _REMOTE_SECONDS:
       self._copy()
 
+  def show(self, step: int, shown: boards.Shown) -> None:
+    """Pictures, texts and sounds of a step, for the boards alone."""
+    for board in self._boards:
+      board.show(step, shown)
+
   def __enter__(self) -> "Writer":
     return self
 
   def __exit__(self, *error) -> None:
-    self._board.close()
+    for board in self._boards:
+      board.close(failed=any(x is not None for x in error))
     if self._remote:
       self._copy()
       self._temporary.cleanup()
@@ -75,7 +87,7 @@ class Writer:
   def _copy(self) -> None:
     self._copied = time.monotonic()
     self._path.write_text("".join(self._kept))
-    self._board.flush()
+    self._tensorboard.flush()
     self._folder.mkdir(parents=True, exist_ok=True)
     for path in epath.Path(self._temporary.name).iterdir():
       path.copy(self._folder / path.name, overwrite=True)

@@ -25,7 +25,7 @@ def config(path: pathlib.Path, **groups: dict) -> ml_collections.ConfigDict:
   config.train.update(steps=6, log_every=1, eval_every=2, save_every=3, ema_decay=0.5)
   config.optim.update(learning_rate=1e-2, warmup_steps=2)
   config.mesh.data = 1
-  config.eval.min_context = 0
+  config.eval.update(min_context=0, pictures=0)
   for group, values in groups.items():
     config[group].update(values)
   return config.lock()
@@ -42,7 +42,7 @@ def golden_config(param_dtype: str) -> ml_collections.ConfigDict:
   config.train.update(steps=403, log_every=1, eval_every=200, save_every=1_000, ema_decay=0.9)
   config.optim.update(learning_rate=2e-2, warmup_steps=5)
   config.mesh.data = 1
-  config.eval.min_context = 0
+  config.eval.update(min_context=0, pictures=0)
   return config.lock()
 
 
