@@ -172,11 +172,12 @@ def _attention(
   places = maps.random_places(layout, _PLACES, seed=0)
   weights = layers_lib.weights(graphdef, params, tokens, places, layout)
   drawn: Drawn = {}
-  for layer in np.unique(np.linspace(0, model.num_layers - 1, _LAYERS).round().astype(int)):
+  chosen = np.linspace(0, model.num_layers - 1, _LAYERS).round().astype(int)
+  for layer in dict.fromkeys(chosen.tolist()):
     figure, content = layers_lib.draw(model, layer, tokens, places, weights[layer]), io.BytesIO()
     figure.savefig(content, format="png", dpi=_DPI)
     pixels = np.asarray(PIL.Image.open(content).convert("RGB"))
-    drawn[f"attention/layer {layer}"] = boards.Image(pixels)
+    drawn[f"attention/layer{layer}"] = boards.Image(pixels)
   return drawn
 
 

@@ -1,4 +1,8 @@
-"""Where a run can be watched: TensorBoard, and Weights & Biases where that is asked for."""
+"""Where a run can be watched: TensorBoard, and Weights & Biases where that is asked for.
+
+Both take `scalars`, numbers of a step by their names; `show`, what is to be seen, read and heard of
+it; and `close`, with whether the run has failed.
+"""
 
 import html
 import importlib
@@ -10,7 +14,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
-from typing import Protocol
 
 import ml_collections
 import numpy as np
@@ -36,19 +39,6 @@ class Sound(NamedTuple):
 
 
 Shown = Mapping[str, Image | Text | Sound]  # by the names that a board gives them
-
-
-class Board(Protocol):
-  """Takes what a run writes."""
-
-  def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
-    """Numbers of a step, each by its name."""
-
-  def show(self, step: int, shown: Shown) -> None:
-    """What is to be seen, read and heard of a step."""
-
-  def close(self, *, failed: bool) -> None:
-    """Nothing follows; `failed` tells that the run has ended by an error."""
 
 
 class TensorBoard:

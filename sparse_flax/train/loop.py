@@ -153,8 +153,8 @@ def train(
     # ------------------------------------------------------------------- Loop
     writer = None
     if leads:
-      others = [boards.WandB(wandb, workdir, config=config, say=say)] if wandb else []
-      writer = stack.enter_context(metrics.Writer(workdir, step=first, others=others))
+      board = boards.WandB(wandb, workdir, config=config, say=say) if wandb else None
+      writer = stack.enter_context(metrics.Writer(workdir, step=first, wandb=board))
     evaluator = evaluate.Evaluator(config, splits["validation"], min_context=0, mesh=mesh)
     progress = _progress(config, writer, mesh=mesh, say=say)
     profiler = stack.enter_context(

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Sequence
 
 from etils import epath
 
@@ -30,13 +29,13 @@ class Writer:
   are written anew, every `_REMOTE_SECONDS` at most, and at the end.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, step: int, others: Sequence[boards.Board] = ()):
+  def __init__(self, workdir: epath.PathLike, *, step: int, wandb: boards.WandB | None = None):
     """Opens both for appending; what an earlier process wrote beyond `step` is dropped.
 
     Args:
       workdir: the run's folder.
       step: how many are done.
-      others: get what TensorBoard gets, and are closed with it.
+      wandb: gets what TensorBoard gets, and is closed with it.
     """
     workdir = epath.Path(workdir)
     self._path, self._folder = workdir / "metrics.jsonl", workdir / "tensorboard"
@@ -50,7 +49,7 @@ class Writer:
     else:
       self._lines = self._path.open("a")
     self._tensorboard = boards.TensorBoard(os.fspath(local), step=step)
-    self._boards = (self._tensorboard, *others)
+    self._boards = (self._tensorboard, *([wandb] if wandb else []))
 
   def write(self, step: int, **values: float | int) -> None:
     """One record: the step, the time in seconds since 1970, and what is finite of `values`."""

@@ -175,6 +175,17 @@ def test_a_compilation_cache_that_cannot_be_written(command, tmp_path, capsys):
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_wandb_needs_is_named(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not installed
+  for project, message in (
+    ("mine", "wandb='mine' needs wandb: pip install 'sparse-flax[wandb]'"),
+    ("", "wandb='': must be the name of a project"),
+  ):
+    argv = [CONFIG, f"--wandb={project}", f"--workdir={tmp_path / 'run'}"]
+    assert failure(train.main, argv, capsys) == (2, message)
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
   script = """
 import sys

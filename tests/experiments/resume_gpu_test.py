@@ -34,6 +34,7 @@ def arguments(name: str, batch: int, data: pathlib.Path, workdir: pathlib.Path) 
     "train.save_every": STEPS,
     "optim.warmup_steps": 1,
     "eval.monitor_batches": 1,
+    "eval.pictures": 0,
   }
   fields = [f"--config.{field}={value}" for field, value in changes.items()]
   return [f"--config=configs/{name}.py", f"--workdir={workdir}", *fields]

@@ -52,6 +52,7 @@ def changes(run):
     ("train.eval_every", 7),
     ("train.save_every", 7),
     ("train.keep_every", 7),
+    ("eval.pictures", 7),
     ("model.remat", "full"),
     ("model.implementation", "xla"),
     ("mesh.fsdp", 2),
@@ -150,7 +151,7 @@ import sys, time
 from experiments import train
 from sparse_flax.run import errors
 
-def loop(config, workdir, *, say, stop, around_loop, watched, profile):
+def loop(config, workdir, *, say, stop, around_loop, **others):
   with around_loop:
     say("ready")
     while not (stop() and workdir == "once"):

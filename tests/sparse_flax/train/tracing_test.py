@@ -100,6 +100,7 @@ def test_training_goes_on_after_its_first_step_with_simulated_kernels(implementa
     "train.log_every": 1,
     "eval.min_context": 0,
     "eval.monitor_batches": 1,
+    "eval.pictures": 0,
   }
   command = [sys.executable, "-m", "experiments.train", "--config=configs/enwik8.py:quick"]
   command += [f"--config.{field}={value}" for field, value in changes.items()]
