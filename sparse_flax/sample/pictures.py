@@ -1,6 +1,8 @@
 """What a training run shows of itself: samples, completions, and where its heads attend.
 
-train.train(config, workdir, on_evaluation=pictures.Drawer())
+To have it drawn at each evaluation:
+
+  train.train(config, workdir, on_evaluation=pictures.Drawer())
 """
 
 import io
@@ -63,6 +65,8 @@ class Drawer:
       return self._end(evaluation, self._lacks)
     if self._lacks and not self._begun:
       evaluation.say(f"no pictures of attention at evaluations: {self._lacks}")
+    if not self._begun:
+      evaluation.say("compiling what draws samples ...")
     self._begun, start = True, time.perf_counter()
     try:
       drawn, words = _draw(evaluation, attention=not self._lacks)
@@ -86,14 +90,17 @@ def _draw(evaluation: train.Evaluation, *, attention: bool) -> tuple[Drawn, str]
   length = min(most, model.seq_len)
   windows = _held_out(evaluation.validation, model.seq_len, count=num, length=length)
   known = length // 2
+  mesh = row_mesh(num + len(windows))
+  with jax.set_mesh(mesh):  # not in that of training
+    key = jax.random.key(evaluation.config.seed)
   rows = generate(  # all in one loop, which takes hardly longer for more rows
     graphdef,
     evaluation.params,
-    key=jax.random.key(evaluation.config.seed),
+    key=key,
     num=num + len(windows),
     length=length,
     prompts=[b""] * num + [window[:known] for window in windows],
-    mesh=row_mesh(num + len(windows)),
+    mesh=mesh,
     on_progress=evaluation.on_progress,
   )
   show = {"image": _images, "text": _texts, "audio": _sounds}[model.modality]

@@ -109,7 +109,7 @@ class WandB:
         project=project,
         id=identity,
         resume="allow",
-        name=epath.Path(workdir).name,
+        name=epath.Path(workdir).absolute().name,
         config=config.to_dict(),
         # Object stores are not for files that grow.
         dir=tempfile.gettempdir() if run.files.is_remote(workdir) else os.fspath(workdir),
