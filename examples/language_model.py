@@ -30,7 +30,7 @@ parser = argparse.ArgumentParser(
   description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--text", help="a file, or a folder of .txt, .md and .jsonl; default: packaged")
-parser.add_argument("--steps", type=int, default=2_000, help="of training")
+parser.add_argument("--steps", type=int, default=1_000, help="of training")
 parser.add_argument("--prompt", default="The history of ", help="what to continue")
 parser.add_argument("--temperature", type=float, default=0.8, help="of sampling; 0: the likeliest")
 parser.add_argument(
