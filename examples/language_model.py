@@ -93,8 +93,8 @@ model = SparseTransformer(
   stride=16,  # near the root of CONTEXT
   summary_width=4,
   sub_blocks=4,
-  # Positions are learned, block and place in the block each: 16 + 16 vectors, not 256. (The layer
-  # `sparse_flax.SparseSelfAttention`, for models of your own, takes rope=sparse_flax.rope().)
+  # Positions are learned, block and place in the block each: 16 + 16 vectors, not 256.
+  # rope="tokens" turns queries and keys by their positions as well.
   position_shape=(CONTEXT // 16, 16),
   dropout=0.0,  # a small text seen many times wants 0.1 to 0.4
   remat="none",  # keep all that the backward pass needs; "full" trades time for memory
