@@ -32,7 +32,7 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument("--folder", help="of pictures; default: a packaged sample of CIFAR-10")
 parser.add_argument("--size", type=int, default=32, help="rows and columns of the model's pictures")
-parser.add_argument("--steps", type=int, default=1_000, help="of training")
+parser.add_argument("--steps", type=int, default=700, help="of training")
 parser.add_argument("--num", type=int, default=8, help="new pictures to draw")
 parser.add_argument("--out", default="samples.png", help="the PNG file that gets them")
 args = parser.parse_args()
