@@ -90,7 +90,7 @@ def test_a_folder_is_trained_sampled_and_reported(recipe, write, model, tmp_path
   tiny = [f"--config.model.{name}={value}" for name, value in model.items()]
   workdir = f"--workdir={tmp_path / 'run'}"
   path = f"--config.data.path={tmp_path / 'mine'}"
-  steps = ["--config.train.steps=3", "--config.train.log_every=1"]
+  steps = ["--config.train.steps=3", "--config.train.log_every=1", "--config.eval.pictures=0"]
   assert train.main([f"--config={recipe}:quick", path, workdir, *tiny, *steps]) == 0
   assert sample.main([workdir, "--num=2"]) == 0
   assert visualize.main([workdir, "--num=1", "--examples=2"]) == 0
