@@ -55,7 +55,11 @@ smartquotes = False  # "a" is a string of Python
 html_theme = "sphinx_book_theme"
 html_title = "sparse-flax"
 html_copy_source = html_show_sourcelink = False
-html_theme_options = {"show_toc_level": 2, "use_download_button": False}
+html_theme_options = {
+  "navbar_persistent": [],  # the side bar has a search
+  "show_toc_level": 2,
+  "use_download_button": False,
+}
 
 _AS_A_NOTEBOOK = "---\nfile_format: mystnb\nkernelspec: {name: python3}\n---\n"
 

@@ -189,14 +189,15 @@ STEPS = {
 
 
 def step(result: Result) -> Cells:
-  """Columns of which no row has a figure are left out: what is measured has changed with time."""
+  """Columns that tell nothing are left out: what is measured has changed with time."""
   share = lambda field: lambda row: row.get(field) is not None and f"{100 * row[field]:.0f} %"
+  attentions = {row["attention"] for row in result["rows"]}
   columns = {
     "model, sequences": lambda row: (
       f"{MODELS[row['body']]}, {row.get('batch') or result['bodies'][row['body']]['batch']}"
     ),
     "step": lambda row: STEPS.get(row.get("implementation"), "").format(**result),
-    "attention": lambda row: row["attention"],
+    "attention": lambda row: len(attentions) > 1 and row["attention"],
     "`remat`": lambda row: row["remat"],
     "ms": lambda row: row["ms"] and f"{row['ms']:,.1f}",
     "tokens/s": lambda row: row.get("tokens_per_second") and f"{row['tokens_per_second']:,}",

@@ -76,6 +76,7 @@ def test_a_step_shows_what_was_measured():
   new = dict(body="audio", implementation="ours", attention="sparse", remat="full", batch=1)
   new |= dict(ms=300.04, tokens_per_second=218_422, mfu=0.314, peak_gb=7.254321, over_ours=1.0)
   peer = new | dict(implementation="pytorch", ms=600.0, peak_gb=None, over_ours=2.0)
+  peer |= dict(attention="dense")
   failed = dict(body="audio", implementation="baseline", attention="sparse", remat="full", batch=1)
   failed |= dict(ms=None, error="out of memory")
   result = dict(rows=[new | dict(ours_share=0.089), peer, failed], bodies={}, baseline="f5fca96")
@@ -85,5 +86,14 @@ def test_a_step_shows_what_was_measured():
   ]  # fmt: skip
   assert row[:4] == ["audio, 1", "ours", "sparse", "full"]
   assert row[4:] == ["300.0", "218,422", "31 %", "7.3 GB", "9 %", "1.00"]
-  assert other[1] == "PyTorch" and other[4:] == ["600.0", "218,422", "31 %", "", "", "2.00"]
+  assert other[1:3] == ["PyTorch", "dense"] and other[4:] == [
+    "600.0",
+    "218,422",
+    "31 %",
+    "",
+    "",
+    "2.00",
+  ]
   assert last[1] == "commit f5fca96" and last[4:] == [""] * 6
+  header, row = cells.step(result | dict(rows=[new]))
+  assert header[2] == "`remat`" and row[2] == "full"  # which all have the same attention
