@@ -68,7 +68,7 @@ def write_recordings(folder: pathlib.Path) -> None:
       soundfile.write(folder / f"song {n}.mp3", stereo, 44_100, format="MP3")
 
 
-@pytest.mark.smoke("photographs")
+@pytest.mark.smoke()
 @pytest.mark.promotes
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize(
