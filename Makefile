@@ -41,7 +41,8 @@ GPU_TESTS_attention = $(KERNEL_TESTS)/attention_test.py
 # The longest tests first, so that no process ends long after the others.
 GPU_TESTS_lists = $(addprefix $(KERNEL_TESTS)/,random_calls_test.py mosaic_gpu/lists_test.py \
   mosaic_gpu/stream_test.py)
-GPU_TESTS_residual = $(KERNEL_TESTS)/residual/product_test.py $(KERNEL_TESTS)/residual/halves_test.py
+GPU_TESTS_residual = $(addprefix $(KERNEL_TESTS)/residual/,product_test.py halves_test.py \
+  gradients_test.py)
 GPU_TESTS_steps = $(MODEL_TESTS)/model/gradients_gpu_test.py tests/experiments/resume_gpu_test.py
 GPU_TESTS_decode = $(KERNEL_TESTS)/decode
 GPU_TESTS_commands = tests/experiments/commands_gpu_test.py

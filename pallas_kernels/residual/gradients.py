@@ -20,7 +20,7 @@ from pallas_kernels.residual import xla
 from pallas_kernels.residual.outer import Cut
 from pallas_kernels.residual.outer import Product
 
-WIDEST = {False: 256, True: 512}  # of streams whose gradients are made here, by `biases`
+WIDEST, WIDEST_WITH_BIASES = 256, 512  # of streams whose gradients are made here
 CUTS = Cut(), Cut(height=128)  # the second fits all widths that are multiples of 128
 
 
@@ -51,7 +51,7 @@ def over_rows(
     parts: what is to be summed over its first axis.
     biases: whether the columns of B are summed.
   """
-  if WIDEST[biases] >= E:
+  if E <= (WIDEST_WITH_BIASES if biases else WIDEST):
     return by_kernels(products, parts, cut_of(products), biases=biases)
   return by_xla(products, parts, biases=biases)
 

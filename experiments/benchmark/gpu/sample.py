@@ -4,7 +4,7 @@ A step draws one byte for every sequence. Its floor is the time to read the weig
 reads of the caches, once at the rate of a copy; beside it the kernels of a step, and what a small
 kernel takes in a loop like this one. "triton": a few kernels per layer, "xla": none of ours.
 
-On a CPU: whole pictures from the quickstart's model, and the time that computing the prefix anew
+On a CPU: whole pictures from the quickstart's model, and the time that computing the prefix again
 for every byte would take.
 """
 
@@ -123,7 +123,7 @@ def measure(name: str, rate: float, *, sparse: bool, implementation: str) -> dic
 
 
 def on_cpu() -> dict:
-  """Pictures of the quickstart's model, beside computing their prefixes anew."""
+  """Pictures of the quickstart's model, beside computing their prefixes again."""
   name = "cifar10:quick"
   config, batch = cli.recipe(name).model, BATCH[name]
   graph, shapes = transformer.graph_and_shapes(**config)
@@ -160,7 +160,7 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
     row = on_cpu()
     print(
       f"{row['name']}: {row['batch']} x {row['steps']:,} bytes in {row['seconds']:.2f} s, "
-      f"{row['faster']:,.0f} x faster than with prefixes computed anew"
+      f"{row['faster']:,.0f} x faster than with prefixes computed again"
     )
     report.write(out / "sample_cpu.json", [row])
     return True
