@@ -51,7 +51,8 @@ def over_rows(
     parts: what is to be summed over its first axis.
     biases: whether the columns of B are summed.
   """
-  if E <= (WIDEST_WITH_BIASES if biases else WIDEST):
+  widest = WIDEST_WITH_BIASES if biases else WIDEST
+  if widest >= E:
     return by_kernels(products, parts, cut_of(products), biases=biases)
   return by_xla(products, parts, biases=biases)
 

@@ -155,28 +155,13 @@ def train(
     if leads:
       board = boards.WandB(wandb, workdir, config=config, say=say) if wandb else None
       writer = stack.enter_context(metrics.Writer(workdir, step=first, wandb=board))
-    evaluator = evaluate.Evaluator(config, splits["validation"], min_context=0, mesh=mesh)
+    beat = lambda *_: watched.beat(patience=_PATIENCE)
+    evaluator = _Evaluator(config, splits["validation"], mesh=mesh, say=say, beat=beat)
     progress = _progress(config, writer, mesh=mesh, say=say)
     profiler = stack.enter_context(
       profile_lib.Profiler(workdir, profile, first=first, pause=progress.pause, say=say)
     )
     records, saved = _Records(progress, config.train.max_skipped), first
-
-    def evaluated(step: int) -> dict:
-      return evaluator(
-        state["ema"],
-        step=step,
-        max_batches=config.eval.monitor_batches or None,
-        on_progress=lambda num_bytes: watched.beat(patience=_PATIENCE),
-      )
-
-    def show(step: int) -> None:
-      """Draws, with keys of its own: the run is the same without."""
-      beat = lambda *_: watched.beat(patience=_PATIENCE)
-      told = Evaluation(config, step, state["ema"], splits["validation"], say, beat)
-      shown = on_evaluation(told) if on_evaluation else {}
-      if writer:
-        writer.show(step, shown)
 
     def batch(step: int):
       read = lambda rows: batch_at(step, rows)
@@ -210,7 +195,7 @@ def train(
         with progress.pause():
           result = None
           if evaluate_now:
-            result = evaluated(step)
+            result = evaluator.score(state["ema"], step)
             progress.evaluated(result)
           # While updates are skipped, the step to come back to is one before that began.
           if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
@@ -221,13 +206,15 @@ def train(
           checkpoints.wait()
           on_disk = f"saved is step {saved:,}" if saved else "nothing is saved yet"
           raise run.Preempted(f"STOPPED at step {step:,}, {on_disk}")
-        if evaluate_now:
-          watched.beat(patience=_PATIENCE)
+        if evaluate_now and on_evaluation:
+          beat()
           with progress.pause():
-            show(step)
+            shown = on_evaluation(evaluator.told(state["ema"], step))
+          if writer:
+            writer.show(step, shown)
         watched.beat()
     if result is None:  # nothing was left to train
-      result = evaluated(steps)
+      result = evaluator.score(state["ema"], steps)
     watched.beat(patience=_PATIENCE)  # the last save
     return result
 
@@ -282,6 +269,31 @@ def _progress(
     peak_seconds=peak and step_flops / (peak * mesh.size),
     say=say,
   )
+
+
+class _Evaluator:
+  """Scores the validation split while a run trains, and tells others of it."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    dataset: data.Dataset,
+    *,
+    mesh: jax.sharding.Mesh,
+    say: Callable[[str], None],
+    beat: Callable[..., None],
+  ):
+    self._evaluator = evaluate.Evaluator(config, dataset, min_context=0, mesh=mesh)
+    self._config, self._dataset, self._say, self._beat = config, dataset, say, beat
+
+  def score(self, params: dict, step: int) -> dict:
+    """As `evaluate.evaluate` gives it, of as much of the split as training looks at."""
+    most = self._config.eval.monitor_batches or None
+    return self._evaluator(params, step=step, max_batches=most, on_progress=self._beat)
+
+  def told(self, params: dict, step: int) -> Evaluation:
+    """For `on_evaluation`."""
+    return Evaluation(self._config, step, params, self._dataset, self._say, self._beat)
 
 
 class _Records:
