@@ -8,6 +8,7 @@ from sparse_flax.data.audio import mu_law_decode
 from sparse_flax.data.audio import mu_law_encode
 from sparse_flax.data.audio import read_wav
 from sparse_flax.data.audio import SAMPLE_RATE
+from sparse_flax.data.audio import wav_of
 from sparse_flax.data.audio import write_wav
 from sparse_flax.data.batches import eval_batches
 from sparse_flax.data.batches import make_batches
@@ -39,5 +40,6 @@ __all__ = [
   "of_arrays",
   "open_dataset",
   "read_wav",
+  "wav_of",
   "write_wav",
 ]

@@ -1,6 +1,7 @@
 """Sound as bytes: 8-bit mu-law codes and WAV files, with numpy and the standard library."""
 
 import dataclasses
+import io
 import struct
 import wave
 from typing import IO
@@ -64,12 +65,19 @@ def write_wav(
   path: epath.PathLike, samples: Float[np.ndarray, "T"], *, rate: int = SAMPLE_RATE
 ) -> None:
   """Writes mono sound in [-1, 1] (beyond is clipped) as a WAV file of 16 bits at `rate` Hz."""
+  epath.Path(path).write_bytes(wav_of(samples, rate=rate))
+
+
+def wav_of(samples: Float[np.ndarray, "T"], *, rate: int = SAMPLE_RATE) -> bytes:
+  """The bytes of the file that `write_wav` writes."""
   pcm = np.clip(np.round(samples.astype(np.float64) * 32_768), -32_768, 32_767).astype("<i2")
-  with epath.Path(path).open("wb") as file, wave.open(file, "wb") as wav:
+  file = io.BytesIO()
+  with wave.open(file, "wb") as wav:
     wav.setnchannels(1)
     wav.setsampwidth(2)
     wav.setframerate(rate)
     wav.writeframes(pcm.tobytes())
+  return file.getvalue()
 
 
 def read_wav(path: epath.PathLike) -> tuple[Float32[np.ndarray, "T C"], int]:

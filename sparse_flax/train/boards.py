@@ -21,6 +21,7 @@ from etils import epath
 from jaxtyping import Float
 from jaxtyping import UInt8
 
+from sparse_flax import data
 from sparse_flax import extras
 from sparse_flax import run
 
@@ -48,7 +49,7 @@ class TensorBoard:
     """Opens it for appending; what an earlier process wrote beyond `step` is not shown."""
     import tensorboardX  # only training needs it: other commands start faster without
 
-    self._writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1 if step else None)
+    self._writer: Any = tensorboardX.SummaryWriter(folder, purge_step=step + 1 if step else None)
 
   def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
     for name, value in values.items():
@@ -62,8 +63,21 @@ class TensorBoard:
         case Text(text):  # TensorBoard reads Markdown: an indented block stays as it is
           block = "\n".join(f"    {line}" for line in text.split("\n"))
           self._writer.add_text(name, block, step)
-        case Sound(samples, rate):
-          self._writer.add_audio(name, samples, step, sample_rate=rate)
+        case Sound():
+          self._add_sound(name, item, step)
+
+  def _add_sound(self, name: str, sound: Sound, step: int) -> None:
+    """tensorboardX's own `add_audio` needs libsndfile, which a GPU machine may lack."""
+    summary: Any = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
+    audio = summary.Audio(
+      sample_rate=sound.rate,
+      num_channels=1,
+      length_frames=len(sound.samples),
+      encoded_audio_string=data.wav_of(sound.samples, rate=sound.rate),
+      content_type="audio/wav",
+    )
+    value = summary.Value(tag=name, audio=audio)
+    self._writer.file_writer.add_summary(summary(value=[value]), step)
 
   def flush(self) -> None:
     self._writer.flush()
