@@ -15,6 +15,8 @@ import jax
 import jaxtyping
 import pytest
 
+from tests.helpers import simulator
+
 # Compiled programs, for all processes of one run: workers, and their children.
 if MADE_HERE := "TEST_CACHE" not in os.environ:
   os.environ["TEST_CACHE"] = tempfile.mkdtemp(prefix="compiled-")
@@ -33,6 +35,10 @@ flags = os.environ.get("XLA_FLAGS", "")
 if CHEAP not in flags and not os.environ.get("USERS_XLA"):
   os.environ["XLA_FLAGS"] = f"{CHEAP} {flags}"
 ON_GPU = jax.default_backend() == "gpu"
+if not ON_GPU and not os.environ.get("USERS_XLA"):
+  simulator.hand_arrays_over()
+# Workers inherit it: two threads for a product of 64 x 64 mostly wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Nearly all the time of the tests is compilation, often of what another process compiled before.
 jax.config.update("jax_compilation_cache_dir", os.environ["TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -99,8 +99,8 @@ def run(results: pathlib.Path) -> None:
 
 
 TABLES = {
-  "sample": Table("sample", "sample_h100.json", cells.sample),
-  "sample_steps": Table("sample", "sample_h100.json", cells.sample_steps),
+  "sample": Table("sample", "sample_h200.json", cells.sample),
+  "sample_steps": Table("sample", "sample_h200.json", cells.sample_steps),
   "xla": Table("xla", "xla_cpu.json", cells.xla),
   "memory": Table("memory", "memory_cpu.json", cells.memory),
   "attention_shares": Table(

@@ -60,7 +60,8 @@ def run(folder: pathlib.Path, machine: str, **environment) -> str:
   markers = "markers=smoke\none_day_in_three\none_day_in_six\nslow\ngpu\npromotes"
   command += ["-o", markers, "--continue-on-collection-errors", "-p", "machine", folder]
   variables = {key: value for key, value in os.environ.items() if key != "CI"} | environment
-  variables |= {"PYTHONPATH": str(folder), "TEST_MACHINE": machine}
+  paths = os.pathsep.join((str(folder), str(TESTS.parent)))  # conftest.py imports tests.helpers
+  variables |= {"PYTHONPATH": paths, "TEST_MACHINE": machine}
   return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True).stdout
 
 

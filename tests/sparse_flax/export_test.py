@@ -54,6 +54,7 @@ def run(tmp_path_factory):
   )
 
 
+@pytest.mark.one_day_in_three(2)
 def test_a_fresh_process_gets_the_same_logits(run):
   path = run["root"] / "logits.npy"
   subprocess.run([sys.executable, "-c", LOGITS, run["root"] / "out", path], check=True)

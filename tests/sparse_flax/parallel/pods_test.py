@@ -105,7 +105,7 @@ def stopped_at(both):
   return int(ends.pop()[0])
 
 
-@pytest.mark.one_day_in_six(0)
+@pytest.mark.one_day_in_six(3)
 def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(root):
   args = pod.arguments("fixed", root / "text", root / "stopped", train__steps=900, mesh__data=2)
   args += ["--config.train.eval_every=900", "--config.train.save_every=900"]
