@@ -3,10 +3,12 @@
 Kernel times from CUPTI. The roofline of a row is the larger of the time to move its tensors once at
 this device's copy bandwidth (4 forward, 12 forward + backward) and of the time of its matmuls at
 the rate at which cuDNN's dense causal attention does the same shape and direction, both measured in
-this run. Ratios: the peer's time over ours.
+this run. Ratios: the peer's time over ours. "flex_attention" is of PyTorch, compiled, by events of
+the device, in a process for each shape.
 """
 
 import functools
+import itertools
 import math
 import pathlib
 
@@ -14,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmark import report
+from experiments.benchmark.gpu import step
 from experiments.benchmark.gpu import timing
+from experiments.benchmark.gpu.steps import masks
 from pallas_kernels import patterns
 from pallas_kernels import sparse_attention
 
@@ -65,6 +69,10 @@ PEERS = {
     lambda shape: lambda q, k, v: transposed_cudnn(q, k, v, shape.stride),
   ),
 }
+
+FLEX = "flex_attention"
+FLEX_PATTERNS = ("local", "column", "strided", "fixed")  # whose masks `steps.masks` has
+FLEX_SECONDS = 300  # of a shape: each pattern compiles two programs
 
 # --------------------------------------------------------------------------------------- arithmetic
 
@@ -152,12 +160,31 @@ def measure(shapes: dict[str, timing.Shape], pattern_names: list[str]):
   return rates, rows
 
 
+def measure_flex(shapes: dict[str, timing.Shape], pattern_names: list[str]) -> list[dict]:
+  """The rows of FlexAttention, as those of `measure`."""
+  names, rows = [name for name in FLEX_PATTERNS if name in pattern_names], []
+  for shape_name, shape in shapes.items() if names else ():
+    described = {name: masks.described(PATTERNS[name](shape)) for name in names}
+    sizes = {name: getattr(shape, name) for name in "BTHD"}
+    told = step.told_by(FLEX, sizes | dict(patterns=described), seconds=FLEX_SECONDS)
+    for name, direction in itertools.product(names, DIRECTIONS):
+      row = dict(shape=shape_name, pattern=name, implementation=FLEX, direction=direction)
+      found = told.get(name)
+      error = {} if found else dict(error=told.get("error", "was not told"))
+      rows.append(row | dict(ms=found and found[direction]) | error)
+      print(f"{shape_name}, {name}, {FLEX}, {direction}, {rows[-1]['ms']} ms", flush=True)
+  return rows
+
+
 def compare(rows: list[dict], shape: timing.Shape, copy: float) -> None:
   """Adds roofline, bandwidth, rate and the ratios to the peers to the rows of one shape."""
   peer_ms = {
     (row["implementation"], row["direction"]): row["ms"]
     for row in rows
     if row["implementation"] in PEERS
+  }
+  flex_ms = {
+    (row["pattern"], row["direction"]): row["ms"] for row in rows if row["implementation"] == FLEX
   }
   for row in rows:
     pattern, direction, ms = row["pattern"], row["direction"], row["ms"]
@@ -177,6 +204,8 @@ def compare(rows: list[dict], shape: timing.Shape, copy: float) -> None:
       for peer, (computes, _) in PEERS.items()
       if computes in (pattern, "dense") and peer_ms.get((peer, direction))
     }
+    if flex := flex_ms.get((pattern, direction)):
+      row["peer_ratios"][FLEX] = round(flex / ms, 3)
 
 
 def summarize(rows: list[dict]) -> list[dict]:
@@ -213,9 +242,9 @@ def print_tables(rows: list[dict], summary: list[dict]) -> None:
       show(row["roofline_ms"], 4),
       show(row.get("fraction"), 3),
     ]
-    table.append((*names, *figures, *(show(ratios.get(peer), 2) for peer in PEERS)))
+    table.append((*names, *figures, *(show(ratios.get(peer), 2) for peer in (*PEERS, FLEX))))
   header = ("shape, pattern", "by", "direction", "ms", "GB/s", "roofline", "share")
-  report.print_table((*header, "cudnn / it", "window / it", "transposed / it"), table)
+  report.print_table((*header, "cudnn / it", "window / it", "transposed / it", "flex / it"), table)
   print("\nshare of the roofline over the shapes")
   table = [
     (e["pattern"], e["implementation"], e["direction"], show(e.get("geometric_mean"), 3),
@@ -234,7 +263,9 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   """Measures, prints and writes attention_<device>.json; whether all rows have figures."""
   print(__doc__, flush=True)
   shapes = {name: timing.SHAPES[name] for name in timing.chosen(timing.SHAPES, only)}
-  copies, rows = measure(shapes, timing.chosen(PATTERNS, only))
+  pattern_names = timing.chosen(PATTERNS, only)
+  copies, rows = measure(shapes, pattern_names)
+  rows += measure_flex(shapes, pattern_names)
   copy = max(copies.values())
   print(f"copy bandwidth: {copy:,.0f} GB/s {copies}\n", flush=True)
   for name, shape in shapes.items():
