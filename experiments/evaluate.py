@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import cli
+from experiments import sources
 from sparse_flax import evaluate
 from sparse_flax import run as run_lib
 from sparse_flax.train import metrics
@@ -34,7 +35,7 @@ def run(
 ) -> dict:
   """Scores the newest checkpoint (or that of `step`) or an export, prints and records the score."""
   where = dict(out=out, needs_folder=False, data_path=data_path)
-  source = cli.read_source(workdir, weights, step=step, average=average, **where)
+  source = sources.read(workdir, weights, step=step, average=average, **where)
   config = source.config
   dataset = evaluate.open_dataset(config, split)
   num_bytes = min(dataset.num_bytes, (num or dataset.num_bytes) * config.model.seq_len)
@@ -63,7 +64,7 @@ def run(
 
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
-  cli.add_source(parser, out="with --weights: a folder for evaluations.jsonl; default: none")
+  sources.add_flags(parser, out="with --weights: a folder for evaluations.jsonl; default: none")
   parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
   parser.add_argument("--min_context", type=int, help="default: the config's eval.min_context")
   parser.add_argument("--num", type=int, help="sequences, the first of the split; default: all")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
   with cli.readable_errors():
     named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
     cli.keep_compiled(options.pop("compilation_cache"))
-    cli.check_source(**named)
+    sources.check(**named)
     average = options.pop("average")
     if average is not None and options["weights"]:
       cli.fail("--average: is for --workdir; an export has one set of weights, and says which")
@@ -94,19 +95,18 @@ def describe(result: dict, *, unit: str) -> str:
   part = f"all {there:,}" if count == there else f"the first {count:,} of {there:,}"
   scored = f"{result['bytes_scored']:,} of {result['bytes_in_split']:,} bytes"
   of = "averaged (EMA)" if result["ema"] else "of the last update (not averaged)"
+  where = f", of {result['weights']}" if "weights" in result else ""
+  begun = result.get("init_from")
   lines = [
     f"{result['bits_per_byte']:.4f} {unit}{given}",
     f"  data      {data['name']} {data['version']}, {result['split']} split, {data['digest']}",
     f"            {data['remark']}",
     f"  scored    {scored}, {part} sequences",
     f"  context   {result['context']:,}, at least {result['min_context']:,} known",
-    f"  weights   {of}, step {result['step']:,}",
+    f"  weights   {of}, step {result['step']:,}{where}",
+    *([f"  begun     {run_lib.told(begun)}"] if begun else []),
     f"  computed  {result['dtype']}, attention {result['attention']} on {result['device']}",
   ]
-  if "weights" in result:
-    lines[5] += f", of {result['weights']}"
-  if "init_from" in result:
-    lines.insert(6, f"  begun     {run_lib.told(result['init_from'])}")
   return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from etils import epath
 
 from experiments import cli
+from experiments import sources
 from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import sample
@@ -40,7 +41,9 @@ SHOWN, SHOWN_BYTES = 3, 600  # texts that are printed, and of each
 
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
-  cli.add_source(parser, out="with --weights: gets samples/STEP/; default: runs/NAME of the export")
+  sources.add_flags(
+    parser, out="with --weights: gets samples/STEP/; default: runs/NAME of the export"
+  )
   parser.add_argument("--num", type=int, default=16, help="samples in all")
   parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest byte")
   parser.add_argument("--top_k", type=int, help="draw from the K likeliest bytes only")
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
   with cli.readable_errors():
     cli.keep_compiled(options.pop("compilation_cache"))
     named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
-    cli.check_source(**named)
+    sources.check(**named)
     paths = run(**options, on_programs=_say_what_computes)
   texts = [path for path in paths if path.suffix == ".txt" and "-original" not in path.stem]
   for path in texts[:SHOWN]:
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     print(path)
   page = paths[0].with_name(samples_lib.PAGE)
   if page.exists():
-    flags = cli.flags_of(**(named | dict(step=page.parent.name)))
+    flags = sources.flags_of(**(named | dict(step=page.parent.name)))
     command = _again(flags)
     print(f"{page} is older than these; to make it again: {command}", file=sys.stderr)
   return 0
@@ -102,7 +105,7 @@ def run(
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if keep is not None and not 0.0 < keep < 1.0:
     raise ValueError(f"--keep={keep}: must be between 0 and 1")
-  source = cli.read_source(workdir, weights, out=out, step=step, data_path=data_path)
+  source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
   config = source.config
   examples, prompt_sizes = _examples(config, num=num, prompt=prompt, keep=keep)
   seq_len = config.model.seq_len

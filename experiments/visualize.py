@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from experiments import cli
+from experiments import sources
 from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax.model import layer_patterns
@@ -45,7 +46,9 @@ _MAP_BYTES = 2**25  # of all maps of the report, before they are compressed
 
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
-  cli.add_source(parser, out="with --weights: gets samples/STEP/; default: runs/NAME of the export")
+  sources.add_flags(
+    parser, out="with --weights: gets samples/STEP/; default: runs/NAME of the export"
+  )
   parser.add_argument("--layers", help="numbers with commas; default: all, at most 8 of them")
   parser.add_argument("--num", type=int, default=4, help="predicted places")
   parser.add_argument("--examples", type=int, default=16, help="inputs to average over")
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     if masks is not None:
       print(draw_masks(masks))
       return 0
-    cli.check_source(**named)
+    sources.check(**named)
     options["layers"] = _parse_layers(options["layers"])
     for path in run(**options):
       print(path)
@@ -110,7 +113,7 @@ def run(
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if not 1 <= examples <= _MOST_EXAMPLES:
     raise ValueError(f"--examples={examples}: must be a whole number from 1 to {_MOST_EXAMPLES}")
-  source = cli.read_source(workdir, weights, out=out, step=step, data_path=data_path)
+  source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
   config, graphdef, params, step = source[:4]
   model, unit = config.model, metrics.UNIT[config.model.modality]
   layers = _check_layers(layers, model.num_layers)

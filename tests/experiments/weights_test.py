@@ -119,6 +119,7 @@ def test_pictures_of_an_export(root, tmp_path):
     ),
     ("--weights={golden}/export --step=3", "--step: is for --workdir; an export has one step"),
     ("--workdir={golden}/float32 --out=x", "--out: is for --weights"),
+    ("--weights={golden}/export --out={golden}/text", "/text: is no folder"),
   ],
 )
 def test_flags_that_do_not_go_together(command, flags, message, capsys):
