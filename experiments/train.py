@@ -8,8 +8,10 @@
 hosts run the same command on each (docs/pods.md). It goes on too where the data have moved, on
 another mesh, and with other values of model.remat, model.implementation, eval.pictures and
 train.*_every. Ctrl-C, like SIGTERM, ends the run after the step that is under way, and saves that;
-a second Ctrl-C ends it at once, and so does the first while data are prepared. A run that has done
-all its steps goes on with a larger --config.train.steps, as the schedule of that many has it.
+a second Ctrl-C ends it at once, and so does the first while data are prepared.
+
+A finished run goes on with a larger --config.train.steps. The learning rate is then that of the
+longer schedule; the log says from what to what it changes.
 
 --init_from begins with the weights of an export, or the averaged ones of a run's newest checkpoint,
 and with a new optimizer at step 0. Each weight that does not fit the model is named. The same

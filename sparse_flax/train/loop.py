@@ -171,6 +171,7 @@ def train(
     else:
       state = program.first_state(weights)
       if weights is not None:  # from here on nobody needs the other run or export
+        stop_if_not_finite(state, saved=first)
         checkpoints.save(state)
 
     # ------------------------------------------------------------------- Loop

@@ -114,17 +114,17 @@ def test_a_finished_run_may_have_more_steps(run):
 @pytest.mark.promotes
 def test_more_steps_have_the_schedule_of_their_number(tmp_path):
   text, workdir, lines = tiny.text_file(tmp_path / "text"), tmp_path / "run", []
-  for steps in (1, 3):
-    config = tiny.config(text, train=dict(steps=steps), optim=dict(final_lr_ratio=0.5))
+  for steps in (6, 8):
+    config = tiny.config(text, train=dict(steps=steps))
     train.train(config, str(workdir), say=lines.append)
-  rates = [train.optimizer_of(config)[1](n) for n in range(3)]
+  rates = [train.optimizer_of(config)[1](n) for n in (6, 7)]
   assert "RESUMING" in "".join(lines) and [
     line for line in lines if line.startswith("  extended")
-  ] == [f"  extended   from 1 to 3 steps; the learning rate goes from 0.01 to {rates[1]:.3g}"]
+  ] == [f"  extended   from 6 to 8 steps; the learning rate goes from 0 to {rates[0]:.3g}"]
   records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   shown = {x["step"]: x["learning_rate"] for x in records if "learning_rate" in x}
-  assert [shown[2], shown[3]] == pytest.approx([float(x) for x in rates[1:]])
-  assert checkpoint.latest_step(workdir) == workdir_lib.load_config(workdir).train.steps == 3
+  assert [shown[7], shown[8]] == pytest.approx([float(x) for x in rates])
+  assert checkpoint.latest_step(workdir) == workdir_lib.load_config(workdir).train.steps == 8
 
 
 def test_data_are_told_by_what_they_are_and_not_by_words_about_them(run):
