@@ -287,7 +287,7 @@ def _extended(config: ml_collections.ConfigDict, planned: int, state: dict) -> s
   """What more steps than were planned make of the learning rate of the next one."""
   before = ml_collections.ConfigDict(config.to_dict())
   before.train.steps = planned
-  update = optim.updates_done(state["opt"])
+  update = int(optim.updates_done(state["opt"]))  # what follows each process computes by itself
   rates = [float(step_lib.optimizer_of(x)[1](update)) for x in (before, config)]
   steps = f"from {planned:,} to {config.train.steps:,} steps"
   return f"{steps}; the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
