@@ -284,10 +284,15 @@ def keep_compiled(folder: str | None) -> None:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def open_workdir(workdir: str) -> epath.Path:
-  """The folder of an existing run; leaves with a message if it is none."""
+def open_workdir(workdir: str | None, *, others: str = "") -> epath.Path:
+  """The folder of an existing run; leaves with a message if it is none.
+
+  Args:
+    workdir: as it was given.
+    others: flags that would do as well, for that message.
+  """
   if not workdir:
-    fail("--workdir=DIR is missing: the folder of a training run")
+    fail(f"--workdir=DIR is missing: the folder of a training run{others}")
   folder = epath.Path(workdir)
   if not folder.is_dir():
     fail(f"--workdir={workdir}: no such folder")
@@ -296,3 +301,10 @@ def open_workdir(workdir: str) -> epath.Path:
   if checkpoint.latest_step(folder) is None:
     fail(f"--workdir={workdir}: holds no checkpoint yet; train first")
   return folder
+
+
+def as_boolean(text: str) -> bool:
+  """The value of a flag that is --name=true or --name=false."""
+  if text not in ("true", "false"):
+    raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+  return text == "true"

@@ -18,7 +18,7 @@ MEANINGS = {
   "data.split_seed": "which training images become the validation split",
   "data.field": "of the objects in .jsonl files that holds the text",
   "data.skip_damaged": "leaves out pictures of a folder that cannot be read, and names them",
-  "train.steps": "of the run; the learning rate ends with them",
+  "train.steps": "of the run; the learning rate ends with them; once done they may be raised",
   "train.log_every": "steps between lines of the log",
   "train.eval_every": "steps between evaluations on the validation split, with averaged weights",
   "train.save_every": "steps between checkpoints; the two newest and the best are kept",

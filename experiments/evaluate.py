@@ -1,77 +1,113 @@
 """Scores a run's averaged weights on a whole split, in bits per dim or byte.
 
-  python -m experiments.evaluate --workdir=DIR [--split=test] [--min_context=N] [--step=N]
-    [--data_path=PATH]
+  python -m experiments.evaluate --workdir=DIR [--split=test] [--min_context=N] [--num=N]
+    [--average=false] [--step=N] [--data_path=PATH]
+  python -m experiments.evaluate --weights=DIR [--out=DIR]
 
-The result is printed and appended to DIR/evaluations.jsonl.
+The second form scores an export. --num=N scores the first N sequences of the split alone;
+--average=false scores a run's weights after the last update instead of their averages. The result
+is printed, with its standard error over the sequences, and appended to evaluations.jsonl in the
+run's folder, or that of --out.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from experiments import cli
+from experiments import sources
 from sparse_flax import evaluate
-from sparse_flax.run import checkpoint
+from sparse_flax import run as run_lib
 from sparse_flax.train import metrics
 
 
 def run(
-  workdir: str,
+  workdir: str | os.PathLike | None = None,
   *,
+  weights: str | os.PathLike | None = None,
+  out: str | os.PathLike | None = None,
   split: str = "test",
   min_context: int | None = None,
+  num: int | None = None,
+  average: bool = True,
   step: int | None = None,
   data_path: str | None = None,
 ) -> dict:
-  """Scores the newest checkpoint (or that of `step`), prints the score and records it."""
-  folder = cli.open_workdir(workdir)
-  config, _, params, step = checkpoint.restore_params(folder, step, data_path=data_path)
+  """Scores the newest checkpoint (or that of `step`) or an export, prints and records the score."""
+  where = dict(out=out, needs_folder=False, data_path=data_path)
+  source = sources.read(workdir, weights, step=step, average=average, **where)
+  config = source.config
   dataset = evaluate.open_dataset(config, split)
-  progress = cli.Progress("scoring", dataset.num_bytes, "bytes")
+  num_bytes = min(dataset.num_bytes, (num or dataset.num_bytes) * config.model.seq_len)
+  progress = cli.Progress("scoring", num_bytes, "bytes")
   result = evaluate.evaluate(
-    config, params, dataset=dataset, min_context=min_context, step=step, on_progress=progress
+    config,
+    source.params,
+    dataset=dataset,
+    min_context=min_context,
+    num=num,
+    averaged=source.averaged,
+    step=source.step,
+    on_progress=progress,
   )
   progress.end()
-  metrics.append_line(folder / "evaluations.jsonl", result)
+  if weights is not None:
+    result["weights"] = os.fspath(weights)
+  elif begun := run_lib.begun_from(workdir):
+    result["init_from"] = begun
+  if source.folder is not None:
+    source.folder.mkdir(parents=True, exist_ok=True)
+    metrics.append_line(source.folder / "evaluations.jsonl", result)
   print(describe(result, unit=metrics.UNIT[config.model.modality]), flush=True)
   return result
 
 
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
-  parser.add_argument("--workdir", help="the folder of a training run")
+  sources.add_flags(parser, out="with --weights: a folder for evaluations.jsonl; default: none")
   parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
   parser.add_argument("--min_context", type=int, help="default: the config's eval.min_context")
-  parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
-  parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
+  parser.add_argument("--num", type=int, help="sequences, the first of the split; default: all")
+  parser.add_argument(
+    "--average",
+    type=cli.as_boolean,
+    metavar="true|false",
+    help="the run's averaged weights, or those after the last update; default: true",
+  )
   cli.add_compilation_cache(parser)
-  args = parser.parse_args(argv)
+  options = vars(parser.parse_args(argv))
   with cli.readable_errors():
-    cli.keep_compiled(args.compilation_cache)
-    run(
-      args.workdir,
-      split=args.split,
-      min_context=args.min_context,
-      step=args.step,
-      data_path=args.data_path,
-    )
+    named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
+    cli.keep_compiled(options.pop("compilation_cache"))
+    sources.check(**named)
+    average = options.pop("average")
+    if average is not None and options["weights"]:
+      cli.fail("--average: is for --workdir; an export has one set of weights, and says which")
+    run(**options, average=average is not False)
   return 0
 
 
 def describe(result: dict, *, unit: str) -> str:
   """The score, and below it what it is a score of."""
-  data = result["data"]
-  return "\n".join(
-    (
-      f"{result['bits_per_byte']:.4f} {unit}",
-      f"  data      {data['name']} {data['version']}, {result['split']} split, {data['digest']}",
-      f"            {data['remark']}",
-      f"  scored    {result['bytes_scored']:,} of {result['bytes_in_split']:,} bytes",
-      f"  context   {result['context']:,}, at least {result['min_context']:,} known",
-      f"  weights   averaged (EMA), step {result['step']:,}",
-      f"  computed  {result['dtype']}, attention {result['attention']} on {result['device']}",
-    )
-  )
+  data, count, there = result["data"], result["sequences"], result["sequences_in_split"]
+  error = result["standard_error"]
+  given = "" if error is None else f", standard error {error:.4f}"
+  part = f"all {there:,}" if count == there else f"the first {count:,} of {there:,}"
+  scored = f"{result['bytes_scored']:,} of {result['bytes_in_split']:,} bytes"
+  of = "averaged (EMA)" if result["ema"] else "of the last update (not averaged)"
+  where = f", of {result['weights']}" if "weights" in result else ""
+  begun = result.get("init_from")
+  lines = [
+    f"{result['bits_per_byte']:.4f} {unit}{given}",
+    f"  data      {data['name']} {data['version']}, {result['split']} split, {data['digest']}",
+    f"            {data['remark']}",
+    f"  scored    {scored}, {part} sequences",
+    f"  context   {result['context']:,}, at least {result['min_context']:,} known",
+    f"  weights   {of}, step {result['step']:,}{where}",
+    *([f"  begun     {run_lib.told(begun)}"] if begun else []),
+    f"  computed  {result['dtype']}, attention {result['attention']} on {result['device']}",
+  ]
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":

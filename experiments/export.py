@@ -1,8 +1,10 @@
 """Writes a run's averaged weights as model.safetensors and config.json, for other programs.
 
-  python -m experiments.export --workdir=DIR --out=DIR [--step=N]
+  python -m experiments.export --workdir=DIR --out=DIR [--step=N] [--average=false]
 
-`sparse_flax.export.load(DIR)` reads them back, and its docstring has the names.
+--average=false writes the weights after the last update instead; the file says which it has.
+`sparse_flax.export.load(DIR)` reads them back, and its docstring has the names. `evaluate`,
+`sample` and `visualize` take the folder as --weights=DIR, and `train` as --init_from=DIR.
 """
 
 import sys
@@ -18,13 +20,16 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--workdir", help="the folder of a training run")
   parser.add_argument("--out", help="the folder to write to, made if it is not there")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+  parser.add_argument(
+    "--average", type=cli.as_boolean, default=True, metavar="true|false", help="default: true"
+  )
   args = parser.parse_args(argv)
   if not args.out:
     cli.fail("--out=DIR is missing: the folder to write to")
   with cli.readable_errors():
     folder = cli.open_workdir(args.workdir)
-    config, _, params, step = checkpoint.restore_params(folder, args.step)
-    for path in export.save(args.out, config, params, step=step):
+    config, _, params, step = checkpoint.restore_params(folder, args.step, average=args.average)
+    for path in export.save(args.out, config, params, step=step, averaged=args.average):
       print(path)
   return 0
 

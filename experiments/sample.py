@@ -1,14 +1,16 @@
-"""Draws samples from a run's averaged weights: pictures, texts or sounds.
+"""Draws samples from the averaged weights of a run, or from an export: pictures, texts or sounds.
 
   python -m experiments.sample --workdir=DIR --num=16 [--temperature=1.0] [--top_k=K] [--top_p=P]
   python -m experiments.sample --workdir=DIR --num=16 --keep=0.5
   python -m experiments.sample --workdir=DIR --num=16 --prompt=FILE [--prompt=FILE ...] [--keep=0.5]
+  python -m experiments.sample --weights=DIR [--out=DIR] --num=16 ...
 
 The first form samples from nothing. --keep completes held-out examples of the test split, of which
 it keeps that share; --prompt completes files: pictures of the model's size, texts, WAV files, each
 of its own length. Samples are sharded over the devices there are. The files are written into
 DIR/samples/STEP/; sounds also all in one, with silence between them. A name has the seed and, if
 they are given, temperature, top_k and top_p, and a number where an earlier run has taken that name.
+--weights takes the folder of an export; DIR of the files is then that of --out, or runs/NAME.
 """
 
 import itertools
@@ -24,10 +26,10 @@ import numpy as np
 from etils import epath
 
 from experiments import cli
+from experiments import sources
 from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import sample
-from sparse_flax.run import checkpoint
 from sparse_flax.run import files
 from sparse_flax.sample import files as sample_files
 from sparse_flax.sample import pictures
@@ -39,7 +41,9 @@ SHOWN, SHOWN_BYTES = 3, 600  # texts that are printed, and of each
 
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
-  parser.add_argument("--workdir", help="the folder of a training run")
+  sources.add_flags(
+    parser, out="with --weights: gets samples/STEP/; default: runs/NAME of the export"
+  )
   parser.add_argument("--num", type=int, default=16, help="samples in all")
   parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest byte")
   parser.add_argument("--top_k", type=int, help="draw from the K likeliest bytes only")
@@ -47,14 +51,13 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--prompt", action="append", help="a file to complete; may be given again")
   parser.add_argument("--keep", type=float, help="share of each example to keep, in (0, 1)")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
-  parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
   cli.add_compilation_cache(parser)
   options = vars(parser.parse_args(argv))
   with cli.readable_errors():
     cli.keep_compiled(options.pop("compilation_cache"))
-    workdir = cli.open_workdir(options.pop("workdir"))
-    paths = run(workdir, **options, on_programs=_say_what_computes)
+    named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
+    sources.check(**named)
+    paths = run(**options, on_programs=_say_what_computes)
   texts = [path for path in paths if path.suffix == ".txt" and "-original" not in path.stem]
   for path in texts[:SHOWN]:
     print(f"--- {path.name}\n{beginning(path.read_bytes())}")
@@ -62,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
     print(path)
   page = paths[0].with_name(samples_lib.PAGE)
   if page.exists():
-    command = _again(workdir, page.parent.name)
+    flags = sources.flags_of(**(named | dict(step=page.parent.name)))
+    command = _again(flags)
     print(f"{page} is older than these; to make it again: {command}", file=sys.stderr)
   return 0
 
@@ -73,8 +77,10 @@ def beginning(text: bytes) -> str:
 
 
 def run(
-  workdir: str | os.PathLike,
+  workdir: str | os.PathLike | None = None,
   *,
+  weights: str | os.PathLike | None = None,
+  out: str | os.PathLike | None = None,
   num: int = 16,
   temperature: float = 1.0,
   top_k: int | None = None,
@@ -86,7 +92,7 @@ def run(
   data_path: str | None = None,
   on_programs: Callable[[str, str], None] = lambda prompts, steps: None,
 ) -> list[epath.Path]:
-  """Draws `num` samples from the run in `workdir`; returns the files written.
+  """Draws `num` samples from the run in `workdir`, or an export; returns the files written.
 
   `on_programs` is told what computes the attention, as by `sample.generate`.
 
@@ -99,13 +105,14 @@ def run(
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if keep is not None and not 0.0 < keep < 1.0:
     raise ValueError(f"--keep={keep}: must be between 0 and 1")
-  config, graphdef, params, step = checkpoint.restore_params(workdir, step, data_path=data_path)
+  source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
+  config = source.config
   examples, prompt_sizes = _examples(config, num=num, prompt=prompt, keep=keep)
   seq_len = config.model.seq_len
   progress, start = cli.Progress("sampling", num * seq_len, "bytes"), time.monotonic()
   samples = sample.generate(
-    graphdef,
-    params,
+    source.graphdef,
+    source.params,
     key=jax.random.key(seed),
     **options,
     # Sample r completes example r // PER_ROW.
@@ -120,7 +127,7 @@ def run(
   seconds = time.monotonic() - start
   rate = num * seq_len / seconds
   print(f"sampled {num} x {seq_len:,} bytes in {seconds:.1f} s, {rate:,.0f} bytes/s")
-  folder = epath.Path(workdir) / "samples" / str(step)
+  folder = source.folder / "samples" / str(source.step)
   folder.mkdir(parents=True, exist_ok=True)
   named = ("temperature", "top_k", "top_p")  # what was kept is seen in the files
   stem = sample_files.claim_stem(
@@ -138,14 +145,14 @@ def run(
     paths = sample_files.write_sequences(stem, modality, samples, examples, prompt_sizes)
   page = folder / samples_lib.PAGE
   if page.exists():
-    older = samples_lib.as_older(page.read_text(), command=_again(workdir, step))
+    older = samples_lib.as_older(page.read_text(), command=_again(source.flags))
     files.write(page, older.encode())
   return paths
 
 
-def _again(workdir: str | os.PathLike, step: int | str) -> str:
+def _again(flags: str) -> str:
   """What makes the report that has all samples."""
-  return f"python -m experiments.visualize --workdir={workdir} --step={step}"
+  return f"python -m experiments.visualize {flags}"
 
 
 def _say_what_computes(prompts: str, steps: str) -> None:

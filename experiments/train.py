@@ -2,12 +2,20 @@
 
   python -m experiments.train --config=cifar10:quick
   python -m experiments.train --config=enwik8 --config.data.path=FILE --workdir=DIR
+  python -m experiments.train --config=cifar10 --init_from=DIR_OR_WORKDIR
 
 --config.group.field=value changes any field of the config; --help lists configs and fields. On many
 hosts run the same command on each (docs/pods.md). It goes on too where the data have moved, on
 another mesh, and with other values of model.remat, model.implementation, eval.pictures and
 train.*_every. Ctrl-C, like SIGTERM, ends the run after the step that is under way, and saves that;
 a second Ctrl-C ends it at once, and so does the first while data are prepared.
+
+A finished run goes on with a larger --config.train.steps. The learning rate is then that of the
+longer schedule; the log says from what to what it changes.
+
+--init_from begins with the weights of an export, or the averaged ones of a run's newest checkpoint,
+and with a new optimizer at step 0. Each weight that does not fit the model is named. The same
+command, or that without the flag, continues the run, and does not read them again.
 
 At each evaluation TensorBoard (WORKDIR/tensorboard/) gets config.eval.pictures samples and as many
 completions of held-out examples, of which half is given, and pictures of attention. Of a text these
@@ -52,6 +60,7 @@ def run(
   watched: watchdog.Watchdog | None = None,
   profile: range = range(0),
   wandb: str | None = None,
+  init_from: str | None = None,
 ) -> dict:
   """Trains `config` in `workdir` and returns the last evaluation on the validation split.
 
@@ -72,6 +81,7 @@ def run(
       return train.train(
         config,
         workdir,
+        init_from=init_from,
         say=say,
         stop=stop.asked.is_set,
         around_loop=stop.by_ctrl_c(),
@@ -94,6 +104,9 @@ def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__, takes_config=True)
   parser.add_argument(
     "--workdir", help="the run's folder, gs://... too; default: runs/CONFIG-VARIANT"
+  )
+  parser.add_argument(
+    "--init_from", metavar="DIR", help="begin with the weights of this export or run"
   )
   parser.add_argument(
     "--stall_report", type=float, default=600, help="seconds without a step: print all stacks"
@@ -120,7 +133,8 @@ def main(argv: Sequence[str]) -> int:
     watched = watchdog.Watchdog(report_after=args.stall_report, end_after=args.stall_exit)
     distributed.join(args)
     hush()
-    run(config, workdir, watched=watched, profile=profile, wandb=args.wandb)
+    how = dict(profile=profile, wandb=args.wandb, init_from=args.init_from)
+    run(config, workdir, watched=watched, **how)
   return 0
 
 

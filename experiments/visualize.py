@@ -1,13 +1,15 @@
 """Draws where the heads of a trained model attend, its masks and its training curve.
 
   python -m experiments.visualize --workdir=DIR [--layers=0,1] [--num=4] [--seed=0] [--step=N]
+  python -m experiments.visualize --weights=DIR [--out=DIR] ...
   python -m experiments.visualize --masks=docs/pictures/masks.png
 
 The first form predicts places of a held-out example and shows, per layer and head, what they
 attend to, and where they attend on the average of --examples=16; the files are written into
 DIR/samples/STEP/. One of them, report.html, has everything in it, also the samples that
 experiments.sample has put there: open it in a browser to choose layer, head and place. The second
-draws the patterns of the paper and needs no run.
+takes an export instead of a run, and writes into --out, or runs/NAME. The third draws the patterns
+of the paper and needs no run.
 """
 
 import os
@@ -20,10 +22,10 @@ import numpy as np
 from etils import epath
 
 from experiments import cli
+from experiments import sources
 from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax.model import layer_patterns
-from sparse_flax.run import checkpoint
 from sparse_flax.run import files
 from sparse_flax.train import metrics
 from sparse_flax.view import averages as averages_lib
@@ -44,27 +46,29 @@ _MAP_BYTES = 2**25  # of all maps of the report, before they are compressed
 
 def main(argv: Sequence[str]) -> int:
   parser = cli.Parser(__doc__)
-  parser.add_argument("--workdir", help="the folder of a training run")
+  sources.add_flags(
+    parser, out="with --weights: gets samples/STEP/; default: runs/NAME of the export"
+  )
   parser.add_argument("--layers", help="numbers with commas; default: all, at most 8 of them")
   parser.add_argument("--num", type=int, default=4, help="predicted places")
   parser.add_argument("--examples", type=int, default=16, help="inputs to average over")
   parser.add_argument("--seed", type=int, default=0, help="picks the examples and the places")
-  parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
-  parser.add_argument("--data_path", help="where the run's data are now, if they have moved")
   parser.add_argument("--masks", metavar="FILE.png", help="draw the paper's patterns instead")
   cli.add_compilation_cache(parser)
   options = vars(parser.parse_args(argv))
-  masks, workdir = options.pop("masks"), options.pop("workdir")
-  if masks is not None and workdir is not None:
-    cli.fail("--masks and --workdir: give one of them")
+  masks = options.pop("masks")
+  named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
+  given = [name for name in ("workdir", "weights") if named[name] is not None]
+  if masks is not None and given:
+    cli.fail(f"--masks and --{given[0]}: give one of them")
   with cli.readable_errors():
     cli.keep_compiled(options.pop("compilation_cache"))
     if masks is not None:
       print(draw_masks(masks))
       return 0
-    workdir = cli.open_workdir(workdir)
+    sources.check(**named)
     options["layers"] = _parse_layers(options["layers"])
-    for path in run(workdir, **options):
+    for path in run(**options):
       print(path)
   return 0
 
@@ -78,8 +82,10 @@ def draw_masks(path: str | os.PathLike) -> epath.Path:
 
 
 def run(
-  workdir: str | os.PathLike,
+  workdir: str | os.PathLike | None = None,
   *,
+  weights: str | os.PathLike | None = None,
+  out: str | os.PathLike | None = None,
   layers: Sequence[int] | None = None,
   num: int = 4,
   examples: int = 16,
@@ -87,16 +93,18 @@ def run(
   step: int | None = None,
   data_path: str | None = None,
 ) -> list[epath.Path]:
-  """Draws what the run in `workdir` has learned; returns the files written.
+  """Draws what the run in `workdir`, or an export, has learned; returns the files written.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder; None where there are `weights`.
+    weights: the folder of an export.
+    out: with `weights`: gets samples/STEP/; None is runs/NAME of the export.
     layers: which to draw; None is all, or 8 of them spread over the depth.
     num: predicted places of the example.
     examples: how many to average over, at most; the first is the one that is drawn.
     seed: picks the examples of the test split, and the places.
-    step: of the checkpoint; None is the newest.
-    data_path: where the run's data are now, if they have moved.
+    step: of the run's checkpoint; None is the newest.
+    data_path: where the data are now, if they have moved.
 
   Raises:
     ValueError: an option makes no sense, or the model has no such layer.
@@ -105,22 +113,23 @@ def run(
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if not 1 <= examples <= _MOST_EXAMPLES:
     raise ValueError(f"--examples={examples}: must be a whole number from 1 to {_MOST_EXAMPLES}")
-  config, graphdef, params, step = checkpoint.restore_params(workdir, step, data_path=data_path)
+  source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
+  config, graphdef, params, step = source[:4]
   model, unit = config.model, metrics.UNIT[config.model.modality]
   layers = _check_layers(layers, model.num_layers)
   layout = maps_lib.Layout.of(model)
   places = _pick_places(layout, num=num, seed=seed)
   inputs = _pick_inputs(config, examples, seed=seed)
   tokens = inputs[0]
-  weights = layers_lib.weights(graphdef, params, tokens, places, layout)
+  maps = layers_lib.weights(graphdef, params, tokens, places, layout)
   attention = _attention(model, graphdef, params, inputs, layout, seed=seed)
 
-  folder = epath.Path(workdir) / "samples" / str(step)
+  folder = source.folder / "samples" / str(step)
   folder.mkdir(parents=True, exist_ok=True)
-  records = run_lib.read_lines(epath.Path(workdir) / "metrics.jsonl")
+  records = run_lib.read_lines(source.folder / "metrics.jsonl")
   figures = {
     f"attention-layer{layer:03}-seed{seed}.png": lambda layer=layer: layers_lib.draw(
-      model, layer, tokens, places, weights[layer]
+      model, layer, tokens, places, maps[layer]
     )
     for layer in layers
   }
@@ -135,9 +144,9 @@ def run(
     paths.append(_save(draw(), folder / name))
     progress(len(paths))
   progress.end()
-  evaluations = run_lib.read_lines(epath.Path(workdir) / "evaluations.jsonl")
+  evaluations = run_lib.read_lines(source.folder / "evaluations.jsonl")
   page = report.build(
-    title=f"{epath.Path(workdir).absolute().name}, step {step:,}",
+    title=f"{epath.Path(workdir or weights).absolute().name}, step {step:,}",
     facts=run_lib.facts(
       config, params, step=step, records=records, evaluations=evaluations, unit=unit
     ),
@@ -145,7 +154,7 @@ def run(
     unit=unit,
     reference=_reference(config),
     samples=run_lib.read_samples(folder),
-    sample_command=f"python -m experiments.sample --workdir={workdir} --step={step} --keep=0.5",
+    sample_command=f"python -m experiments.sample {source.flags} --keep=0.5",
     attention=attention,
   )
   paths.append(folder / samples_lib.PAGE)

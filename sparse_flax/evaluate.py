@@ -1,8 +1,9 @@
-"""Bits per byte of a whole split: averaged weights, no dropout, every byte scored exactly once."""
+"""Bits per byte of a split or of its beginning: no dropout, every byte scored exactly once."""
 
 import itertools
 import math
 from collections.abc import Callable
+from collections.abc import Iterator
 
 from sparse_flax import extras
 
@@ -24,6 +25,7 @@ from pallas_kernels import api
 from pallas_kernels import hardware
 from sparse_flax import data
 from sparse_flax import model as model_lib
+from sparse_flax.data import batches as batches_lib
 from sparse_flax.parallel import sharding
 
 
@@ -114,31 +116,43 @@ class Evaluator:
     params: dict,
     *,
     step: int,
+    averaged: bool = True,
+    num: int | None = None,
     max_batches: int | None = None,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
   ) -> dict:
     """The score, with all that is needed to know what it is a score of.
 
     Args:
-      params: the averaged weights.
+      params: the weights.
       step: of the checkpoint they are from.
-      max_batches: stop after so many; None scores the whole split.
+      averaged: whether they are the averaged ones, for the record.
+      num: sequences, the first of the split; None scores the whole split.
+      max_batches: stop after so many; None scores them all.
       on_progress: called with the number of bytes scored so far.
 
     Returns:
-      `bits_per_byte` = nats / (bytes_scored ln 2), the other things one must know to compare it,
-      and plain JSON values throughout.
+      `bits_per_byte` = nats / (bytes_scored ln 2); `standard_error`, in the same unit, over the
+      `sequences` that were scored, None for a single one; the other things one must know to compare
+      them, and plain JSON values throughout.
 
     Raises:
-      ValueError: `min_context` leaves nothing to score, or is not 0 for images.
+      ValueError: `min_context` leaves nothing to score, or is not 0 for images; or the split has
+        no `num` sequences.
     """
+    model, where = self._config.model, dict(min_context=self._min_context)
     batches = data.eval_batches(
-      self._dataset,
-      seq_len=self._config.model.seq_len,
-      min_context=self._min_context,
-      batch_size=self._batch_size,
+      self._dataset, seq_len=model.seq_len, batch_size=self._batch_size, **where
     )
-    nats, num_bytes, waiting, attention = 0.0, 0, None, ""
+    there = batches_lib.num_windows(self._dataset, seq_len=model.seq_len, **where)
+    if num is not None:
+      if not 1 <= num <= there:
+        raise ValueError(
+          f"{num=}: must be a whole number from 1 to {there}, the sequences of the "
+          f"{self._dataset.split} split of {self._dataset.name}"
+        )
+      batches = _first_of(batches, num)
+    nats, sizes, num_bytes, waiting, attention = [], [], 0, None, ""
     for tokens, scored in itertools.islice(batches, max_batches):
       placed = [
         sharding.place(lambda rows, x=x: x[rows], self._by_batch, x.shape) for x in (tokens, scored)
@@ -148,15 +162,21 @@ class Evaluator:
         attention = ", ".join(api.implementations_in(program.jaxpr))
       sums = self._nats_of_rows(params, *placed)
       if waiting is not None:  # fetched one batch late: the device is at work on the next
-        nats += _total(waiting)
+        nats.append(np.asarray(waiting, np.float64))
         on_progress(num_bytes)
       waiting = sums
-      num_bytes += int(scored.sum())
+      sizes.append(scored.sum(axis=1))
+      num_bytes += int(sizes[-1].sum())
     assert waiting is not None, "every split has a batch"
-    nats += _total(waiting)
-    model = self._config.model
+    nats.append(np.asarray(waiting, np.float64))
+    sizes_of, nats_of = np.concatenate(sizes), np.concatenate(nats)
+    is_one = sizes_of > 0  # the others fill the last batch
+    per_byte, error = _ratio(nats_of[is_one], sizes_of[is_one])
     return {
-      "bits_per_byte": nats / (num_bytes * math.log(2)),
+      "bits_per_byte": per_byte / math.log(2),
+      "standard_error": None if error is None else error / math.log(2),
+      "sequences": int(is_one.sum()),
+      "sequences_in_split": there,
       "step": step,
       "data": self._dataset.identity,
       "split": self._dataset.split,
@@ -164,7 +184,7 @@ class Evaluator:
       "bytes_in_split": self._dataset.num_bytes,
       "context": model.seq_len,
       "min_context": self._min_context,
-      "ema": True,
+      "ema": averaged,
       "dtype": model.compute_dtype,
       "attention": attention,
       "backend": hardware.platform(),
@@ -172,9 +192,31 @@ class Evaluator:
     }
 
 
-def _total(nats_of_rows: Float[Array, "B"]) -> float:
-  # In float64 from here on, so that the result does not depend on the batch size.
-  return float(np.asarray(nats_of_rows, np.float64).sum())
+def _first_of(batches: Iterator, num: int) -> Iterator:
+  """Batches of `data.eval_batches`, of which the first `num` sequences alone are scored."""
+  for tokens, scored in batches:
+    scored[num:] = False
+    yield tokens, scored
+    num -= len(tokens)
+    if num <= 0:
+      return
+
+
+def _ratio(
+  nats: Float[np.ndarray, "N"], sizes: Integer[np.ndarray, "N"]
+) -> tuple[float, float | None]:
+  """sum(nats) / sum(sizes), and its standard error: sequences count as independent draws.
+
+  The error is that of a ratio, sqrt(N / (N - 1) sum (nats - ratio sizes)^2) / sum(sizes). Where all
+  sequences are of one length it is that of their mean; of a single one there is none.
+  """
+  # In float64, so that the result does not depend on the batch size.
+  count, total = len(nats), float(sizes.sum())
+  ratio = float(nats.sum()) / total
+  if count < 2:
+    return ratio, None
+  squares = float(np.square(nats - ratio * sizes).sum())
+  return ratio, math.sqrt(count / (count - 1) * squares) / total
 
 
 def evaluate(
@@ -185,22 +227,26 @@ def evaluate(
   dataset: data.Dataset | None = None,
   min_context: int | None = None,
   step: int,
+  averaged: bool = True,
+  num: int | None = None,
   batch_size: int | None = None,
   on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> dict:
-  """Bits per byte of the averaged weights `params` on all of `split`; see Evaluator.
+  """Bits per byte of the weights `params` on `split`; see Evaluator.
 
   Args:
     config: of the run that trained the weights.
-    params: the averaged weights, as checkpoint.restore_params returns them.
+    params: the weights, as checkpoint.restore_params returns them.
     split: "train", "validation" or "test", of the config's data.
     dataset: is scored instead of these; of `data.of_arrays`, for example.
     min_context: None is the config's.
     step: of the checkpoint.
+    averaged: whether they are the averaged weights, for the record.
+    num: sequences, the first of the split; None scores all.
     batch_size: sequences at a time; None is a micro-batch of training.
     on_progress: called with the number of bytes scored so far.
   """
   min_context = config.eval.min_context if min_context is None else min_context
   dataset = checked(dataset, config) if dataset else open_dataset(config, split)
   evaluator = Evaluator(config, dataset, min_context=min_context, batch_size=batch_size)
-  return evaluator(params, step=step, on_progress=on_progress)
+  return evaluator(params, step=step, averaged=averaged, num=num, on_progress=on_progress)

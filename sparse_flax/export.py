@@ -17,6 +17,7 @@ is applied as x @ kernel. The file's metadata hold a digest of every array, whic
 import functools
 import json
 import re
+from typing import NamedTuple
 
 from sparse_flax import extras
 
@@ -37,16 +38,40 @@ from sparse_flax import run
 MODEL, CONFIG = "model.safetensors", "config.json"
 
 
+class Exported(NamedTuple):
+  """What an export holds.
+
+  Attributes:
+    config: of the run.
+    graphdef: of the model, for nnx.merge(graphdef, params).
+    params: the weights.
+    step: of the checkpoint they are from.
+    averaged: whether they are the averaged weights; else those of the last update.
+  """
+
+  config: ml_collections.ConfigDict
+  graphdef: nnx.GraphDef
+  params: dict
+  step: int
+  averaged: bool
+
+
 def save(
-  folder: epath.PathLike, config: ml_collections.ConfigDict, params: dict, *, step: int
+  folder: epath.PathLike,
+  config: ml_collections.ConfigDict,
+  params: dict,
+  *,
+  step: int,
+  averaged: bool = True,
 ) -> list[epath.Path]:
   """Writes the two files, each whole or not at all; returns their paths.
 
   Args:
     folder: made if it is not there.
     config: of the run.
-    params: its averaged weights, as checkpoint.restore_params returns them; float32 or bfloat16.
+    params: its weights, as checkpoint.restore_params returns them; float32 or bfloat16.
     step: of the checkpoint they are from.
+    averaged: whether they are the averaged ones.
 
   Raises:
     ValueError: the folder holds an exported model already, or cannot be written.
@@ -60,6 +85,7 @@ def save(
   metadata = dict(
     format="flax",
     step=str(step),
+    averaged=json.dumps(averaged),
     config=run.config_digest(text),
     digests=json.dumps(run.digest.digests(arrays)),
   )
@@ -82,7 +108,20 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
     ValueError: a file is missing, or is not that of an exported model.
     run.DamagedError: a weight is not what was exported; the message names it.
   """
-  config = run.load_config(folder)
+  return read(folder)[:3]
+
+
+def read(folder: epath.PathLike, *, data_path: str | None = None) -> Exported:
+  """As `load`, with all else that one has to know of the weights.
+
+  Args:
+    folder: of the export.
+    data_path: where the data of the config are on this machine.
+
+  Raises:
+    ValueError, run.DamagedError: as `load`.
+  """
+  config = run.load_config(folder, data_path=data_path)
   path = epath.Path(folder) / MODEL
   if not path.exists():
     raise ValueError(f"{path}: is missing")
@@ -92,6 +131,8 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     saved, config_digest = json.loads(metadata["digests"]), metadata["config"]
+    # Earlier versions exported nothing but averaged weights, and did not say so.
+    step, averaged = int(metadata["step"]), bool(json.loads(metadata.get("averaged", "true")))
   except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
     raise run.DamagedError(f"{path}: is not an exported model: {error}") from error
   if config_digest != run.config_digest((epath.Path(folder) / CONFIG).read_text()):
@@ -100,7 +141,8 @@ def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDe
   if bad := sorted(x for x in computed.keys() | saved.keys() if computed.get(x) != saved.get(x)):
     raise run.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
   graphdef, shapes = model_lib.graph_and_shapes(**config.model)
-  return config, graphdef, unflatten(arrays, shapes, cycle=len(config.model.attention_layers))
+  params = unflatten(arrays, shapes, cycle=len(config.model.attention_layers))
+  return Exported(config, graphdef, params, step, averaged)
 
 
 def _array(*, dtype: str, shape: list[int], data: bytearray) -> jax.Array:

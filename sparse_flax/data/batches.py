@@ -114,6 +114,13 @@ def eval_batches(
   return _eval_batches(dataset.streams, seq_len, seq_len - min_context, batch_size)
 
 
+def num_windows(dataset: dataset_lib.Dataset, *, seq_len: int, min_context: int) -> int:
+  """How many windows `eval_batches` has, padding apart."""
+  lengths = np.asarray(dataset.streams.lengths)
+  more = -(-np.maximum(lengths - seq_len, 0) // (seq_len - min_context))
+  return int(((lengths > 0) + more).sum())
+
+
 def _eval_batches(streams, seq_len, advance, batch_size):
   empty = lambda dtype: np.zeros((batch_size, seq_len), dtype)
   tokens, scored, filled = empty(np.uint8), empty(bool), 0

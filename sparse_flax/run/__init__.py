@@ -15,11 +15,14 @@ from sparse_flax.run.errors import NonFiniteError
 from sparse_flax.run.errors import Preempted
 from sparse_flax.run.errors import StorageError
 from sparse_flax.run.validate import checked
+from sparse_flax.run.workdir import begun_from
 from sparse_flax.run.workdir import check
 from sparse_flax.run.workdir import config_digest
 from sparse_flax.run.workdir import load_config
+from sparse_flax.run.workdir import planned_steps
 from sparse_flax.run.workdir import start
 from sparse_flax.run.workdir import to_json
+from sparse_flax.run.workdir import told
 
 __all__ = [
   "Checkpoints",
@@ -27,6 +30,7 @@ __all__ = [
   "NonFiniteError",
   "Preempted",
   "StorageError",
+  "begun_from",
   "check",
   "checked",
   "config_digest",
@@ -35,7 +39,9 @@ __all__ = [
   "laid_out",
   "latest_step",
   "load_config",
+  "planned_steps",
   "restore_params",
   "start",
   "to_json",
+  "told",
 ]

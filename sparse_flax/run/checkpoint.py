@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from pallas_kernels.residual import dropout
 from sparse_flax import model as model_lib
+from sparse_flax.parallel import sharding
 from sparse_flax.run import digest
 from sparse_flax.run import errors
 from sparse_flax.run import workdir as workdir_lib
@@ -154,8 +155,8 @@ class Checkpoints:
     Args:
       step: a step that was saved.
       shapes: the state as jax.ShapeDtypeStruct with shardings: where each leaf shall lie. With
-        "ema" alone nothing else is read. A leaf that was saved in a narrower dtype, as averages
-        of bfloat16 weights once were, is widened.
+        "ema" or "params" alone nothing else is read. A leaf that was saved in a narrower dtype, as
+        averages of bfloat16 weights once were, is widened.
 
     Raises:
       ValueError: no such step; the message lists those there are.
@@ -212,19 +213,26 @@ class Checkpoints:
     state, problems = {}, []
     without_ema = {name: value for name, value in shapes.items() if name != "ema"}
     # Without the manager, which would wait for all processes after each one.
-    handler = self._ocp.StandardCheckpointHandler()
-    for item, wanted in dict(state=without_ema, ema=shapes["ema"]).items():
+    for item, wanted in dict(state=without_ema, ema=shapes.get("ema")).items():
       if not wanted or problems:
         continue
+      handler, args = self._reader(wanted, whole=item == "ema" or "step" in wanted)
       try:
-        args = self._ocp.args.StandardRestore(wanted)
         restored = handler.restore(self._directory / str(step) / item, args=args)
         state |= {"ema": restored} if item == "ema" else restored
       except Exception as error:  # Orbax reports damage in many ways
         _stop_at_outage(error, self._directory)
         problems.append(f"{item}: {_first_line(error)}")
-    handler.close()
+      handler.close()
     return state, problems
+
+  def _reader(self, wanted: dict, *, whole: bool) -> tuple[Any, Any]:
+    """Orbax's handler, and its arguments, for an item or a part of one."""
+    if whole:
+      return self._ocp.StandardCheckpointHandler(), self._ocp.args.StandardRestore(wanted)
+    how = self._ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = self._ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+    return self._ocp.PyTreeCheckpointHandler(), args
 
   def _about(self, step: int) -> tuple[dict, list[str]]:
     """What a step says of itself, and what is wrong with that."""
@@ -308,7 +316,9 @@ def restore_params(
   workdir: epath.PathLike,
   step: int | None = None,
   *,
+  average: bool = True,
   data_path: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
   say: Callable[[str], None] = print,
 ) -> tuple[ml_collections.ConfigDict, nnx.GraphDef, dict, int]:
   """What evaluation, samples and pictures need of a run.
@@ -316,12 +326,14 @@ def restore_params(
   Args:
     workdir: the run's folder.
     step: of the checkpoint; None is the newest that is sound.
+    average: the averaged weights; else those of the last update.
     data_path: where the run's data are now, if they have moved since.
+    mesh: the devices that shall hold the weights, by the rules of `parallel.sharding`; None is one.
     say: takes a line for each step that is refused.
 
   Returns:
-    The run's config, the model's graph, its averaged weights for nnx.merge(graph, weights), in
-    float32 whatever the dtype of the weights themselves, and the step they are of.
+    The run's config, the model's graph, its weights for nnx.merge(graph, weights), in float32
+    whatever they are trained in, and the step they are of.
 
   Raises:
     ValueError: the folder is not that of a run, or there is no such checkpoint.
@@ -330,14 +342,16 @@ def restore_params(
   config = workdir_lib.load_config(workdir, data_path=data_path)
   graphdef, shapes = model_lib.graph_and_shapes(**config.model)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
-  shapes = {"ema": laid_out(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  name = "ema" if average else "params"
+  shapes = {name: laid_out(shapes, sharding.by_rules(shapes, mesh) if mesh else where)}
   with Checkpoints(workdir, read_only=True, say=say) as checkpoints:
     if step is not None:
-      return config, graphdef, checkpoints.restore(step, shapes)["ema"], step
+      return config, graphdef, checkpoints.restore(step, shapes)[name], step
     newest = checkpoints.restore_newest(shapes)
   if newest is None:
     raise ValueError(f"{workdir}: holds no checkpoint yet; train first")
-  return config, graphdef, newest[0]["ema"], newest[1]
+  return config, graphdef, newest[0][name], newest[1]
 
 
 @contextlib.contextmanager

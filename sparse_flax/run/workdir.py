@@ -1,11 +1,12 @@
-"""A run's folder: the config it was started with, what of it has changed, the identity of its data.
+"""A run's folder: the config it was started with, what of it has changed, which data it is of.
 
-`config.json` and `data.json` are written once, and stay as they are. `changes.json` has the fields
-of the last command that differ from `config.json`, by their names; it is not there as long as none
-ever did.
+`config.json` and `data.json` are written once, and stay as they are; so is `init.json`, of a run
+that began with the weights of another one. `changes.json` has the fields of the last command that
+differ from `config.json`, by their names; it is not there as long as none ever did.
 """
 
 import json
+import os
 import re
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparse_flax.run import validate
 _MAY_CHANGE = re.compile(r"mesh\.\w+|model\.(remat|implementation)|train\.\w+_every|eval\.pictures")
 # Data are told by their identity, of which this is prose.
 _PATH, _REMARK = "data.path", "remark"
+_STEPS = "train.steps"  # of a finished run they may be raised
 
 
 def load_config(
@@ -52,37 +54,50 @@ def load_config(
 
 
 def check(
-  workdir: epath.PathLike, config: ml_collections.ConfigDict, *, data: dict | None = None
+  workdir: epath.PathLike,
+  config: ml_collections.ConfigDict,
+  *,
+  data: dict | None = None,
+  done: int | None = None,
+  init_from: str | os.PathLike | None = None,
 ) -> None:
   """Makes sure that a run in `workdir`, if any, goes on as it began; writes nothing.
 
   What the result does not depend on may differ: the mesh, `model.remat`, `model.implementation`,
-  every `train.*_every`, `eval.pictures`, and `data.path` where the data themselves are the same.
+  every `train.*_every`, `eval.pictures`, and `data.path` where the data themselves are the same. A
+  run that has done all its steps may have more of them from now on.
 
   Args:
     workdir: the run's folder, which need not exist.
     config: of the command given now.
     data: {split: identity} of the data opened now; None before they are.
+    done: steps of the newest checkpoint; None without one.
+    init_from: whose weights the command says that the run begins with; None: it does not say.
 
   Raises:
-    ValueError: one line per difference, `field: old -> new`.
+    ValueError: one line per difference, `field: old -> new`; or the steps are fewer than those
+      done; or the run began with other weights.
   """
   workdir = epath.Path(workdir)
   steps = workdir / "checkpoints"
   if (workdir / "config.json").exists():
-    _check_config(workdir, config)
+    _check_config(workdir, config, done)
+    _check_init(workdir, init_from)
   elif steps.is_dir() and any(steps.iterdir()):
     raise ValueError(f"{workdir}: holds checkpoints but no config.json; choose another --workdir")
   if data is not None and (workdir / "data.json").exists():
     _check_data(workdir, data)
 
 
-def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict, done: int | None) -> None:
   old, new = _fields(_load(workdir / "config.json")), _fields(_plain(config))
+  old |= {field: value for field, value in _changes(workdir).items() if field == _STEPS}
   if unknown := sorted(old.keys() - new.keys()):
     lines = [f"  config.{field}={old[field]!r}: there is no such field" for field in unknown]
     head = f"{workdir}/config.json: is not a config of this version; choose another --workdir"
     raise ValueError("\n".join([head, *lines]))
+  steps = new[_STEPS]
+  raised = done is not None and done == old.get(_STEPS) and steps > done
   judged_later = (workdir / "data.json").exists()
   lines = [
     f"  config.{field}: {old.get(field, 'absent')!r} -> {new[field]!r}"
@@ -92,11 +107,29 @@ def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> Non
       old[field] != new[field]
       and not _MAY_CHANGE.fullmatch(field)
       and not (field == _PATH and judged_later)
+      and not (field == _STEPS and raised)
     )
   ]
+  if len(lines) == 1 and done is not None and steps < done:
+    raise ValueError(f"config.{_STEPS}={steps}: must be at least {done}, which {workdir} has done")
   if lines:
     head = f"{workdir}: this run was started with another config; choose another --workdir"
+    if _STEPS in old and old[_STEPS] != steps and not raised:
+      head += f", or raise {_STEPS} once all {old[_STEPS]} are done"
     raise ValueError("\n".join([head, *lines]))
+
+
+def _check_init(workdir: epath.Path, init_from: str | os.PathLike | None) -> None:
+  if init_from is None:
+    return
+  begun = begun_from(workdir)
+  absolute = lambda path: os.fspath(path) if files.is_remote(path) else os.path.abspath(path)
+  if begun is None or absolute(begun["from"]) != absolute(init_from):
+    weights = f"the weights of {begun['from']}" if begun else "random weights"
+    raise ValueError(
+      f"init_from={os.fspath(init_from)}: the run in {workdir} began with {weights}; leave it out "
+      "to go on, or choose another --workdir"
+    )
 
 
 def _check_data(workdir: epath.Path, data: dict) -> None:
@@ -114,10 +147,47 @@ def _check_data(workdir: epath.Path, data: dict) -> None:
     raise ValueError("\n".join([head, *lines]))
 
 
-def start(workdir: epath.PathLike, config: ml_collections.ConfigDict, *, data: dict) -> None:
+def begun_from(workdir: epath.PathLike) -> dict | None:
+  """What is known of the weights that a run began with; None where they were random.
+
+  Returns:
+    "from": the folder of a run or an export; the "step" of its checkpoint; whether they were
+    "averaged"; and their "sha256".
+  """
+  path = epath.Path(workdir) / "init.json"
+  return _load(path) if path.exists() else None
+
+
+def told(begun: dict) -> str:
+  """A line for people, of what `begun_from` gives."""
+  kind = "averaged weights" if begun["averaged"] else "weights"
+  return f"with the {kind} of {begun['from']}, step {begun['step']:,}"
+
+
+def planned_steps(workdir: epath.PathLike) -> int | None:
+  """`train.steps` of the last command that trained a run; None where there is no run yet."""
+  if not (epath.Path(workdir) / "config.json").exists():
+    return None
+  return load_config(workdir).train.steps
+
+
+def start(
+  workdir: epath.PathLike,
+  config: ml_collections.ConfigDict,
+  *,
+  data: dict,
+  init: dict | None = None,
+) -> None:
   """Makes the folder of a run, or notes with what a run goes on; each file whole or not at all.
 
-  `config.json` and `data.json` that are there stay: `check` found nothing in them that matters.
+  `config.json`, `data.json` and `init.json` that are there stay: `check` found nothing in them that
+  matters.
+
+  Args:
+    workdir: the run's folder.
+    config: of the command.
+    data: {split: identity} of its data.
+    init: as `begun_from` will give it; None for random weights.
 
   Raises:
     ValueError: the folder cannot be written.
@@ -125,8 +195,8 @@ def start(workdir: epath.PathLike, config: ml_collections.ConfigDict, *, data: d
   workdir = epath.Path(workdir)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, values in (("data", data), ("config", _plain(config))):
-      if not (workdir / f"{name}.json").exists():
+    for name, values in (("data", data), ("init", init), ("config", _plain(config))):
+      if values is not None and not (workdir / f"{name}.json").exists():
         files.write(workdir / f"{name}.json", to_json(values).encode())
     old, new = _fields(_load(workdir / "config.json")), _fields(_plain(config))
     changes = {field: value for field, value in new.items() if old[field] != value}
@@ -149,7 +219,8 @@ def config_digest(text: str) -> str:
 def _changes(workdir: epath.PathLike) -> dict:
   path = epath.Path(workdir) / "changes.json"
   changes = _load(path) if path.exists() else {}
-  if fixed := [x for x in changes if x != _PATH and not _MAY_CHANGE.fullmatch(x)]:
+  may = lambda field: field in (_PATH, _STEPS) or _MAY_CHANGE.fullmatch(field)
+  if fixed := [x for x in changes if not may(x)]:
     raise ValueError(f"{path}: config.{fixed[0]}: cannot change while a run goes on")
   return changes
 

@@ -3,6 +3,8 @@
 import collections
 import concurrent.futures
 import contextlib
+import functools
+import os
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -27,7 +29,9 @@ from sparse_flax import run
 from sparse_flax.parallel import sharding
 from sparse_flax.train import boards
 from sparse_flax.train import flops
+from sparse_flax.train import initial
 from sparse_flax.train import metrics
+from sparse_flax.train import optim
 from sparse_flax.train import profile as profile_lib
 from sparse_flax.train import step as step_lib
 from sparse_flax.train import watchdog
@@ -62,6 +66,7 @@ def train(
   workdir: str,
   *,
   datasets: Mapping[str, data.Dataset | Iterable] | None = None,
+  init_from: str | os.PathLike | None = None,
   say: Callable[[str], None] = print,
   stop: Callable[[], bool] = lambda: False,
   around_loop: contextlib.AbstractContextManager | None = None,
@@ -80,6 +85,8 @@ def train(
     datasets: "train" and "validation" instead of what `config.data` names: arrays of bytes or what
       gives one after the other, as `data.of_arrays` takes them, or what that returns. To go on,
       the same are needed again.
+    init_from: the folder of an export, or of a run, whose averaged weights are the first ones here;
+      the rest of the state is that of any new run. To go on it may be left out, and is not read.
     say: takes the lines that a person shall read.
     stop: whether to save and end after this step; with many processes their preemption service
       is asked instead.
@@ -114,10 +121,12 @@ def train(
   watched = watched or watchdog.Watchdog()
 
   # --------------------------------------------------------------------- Data
-  run.check(workdir, config)  # before data are prepared for it
+  done = run.latest_step(workdir)
+  check = functools.partial(run.check, workdir, config, done=done, init_from=init_from)
+  check()  # before data are prepared for it
   splits = _splits(config, datasets)
   identity = {split: dataset.identity for split, dataset in splits.items()}
-  run.check(workdir, config, data=identity)
+  check(data=identity)
   seq_len, batch_size = config.model.seq_len, config.data.batch_size
   batch_at = data.make_batches(
     splits["train"], seq_len=seq_len, batch_size=batch_size, seed=config.seed
@@ -127,11 +136,16 @@ def train(
   steps = config.train.steps
   mesh = sharding.make_mesh(**config.mesh)
   program = _trace(config, workdir, mesh)  # before anything is written
+  planned = run.planned_steps(workdir)
+  weights = record = None  # of a run that does not begin with random ones
+  if done is None:
+    where = dict(shapes=program.shapes["params"], mesh=mesh)
+    weights, record = _initial(init_from, workdir, config, **where, say=say)
   if leads:
-    run.start(workdir, config, data=identity)
+    run.start(workdir, config, data=identity, init=record)
   if several:  # no process may look for what the first one has not written
     multihost_utils.sync_global_devices("the folder is there")
-    run.check(workdir, config, data=identity)  # what the first one has written
+    check(data=identity)  # what the first one has written
   with contextlib.ExitStack() as stack:
     stack.enter_context(around_loop or contextlib.nullcontext())
     stack.enter_context(_no_mistake_of_the_caller(workdir))
@@ -144,11 +158,21 @@ def train(
     newest = checkpoints.restore_newest(program.shapes)
     first = newest[1] if newest else 0
     say(f"RESUMING {workdir} at step {first:,}" if newest else f"FRESH RUN in {workdir}")
+    if begun := run.begun_from(workdir):
+      say(f"  {'begun':<11}{run.told(begun)}")
     drops = config.model.dropout or config.model.embed_dropout
     if newest and drops and not checkpoints.same_dropout(first):
       say(f"  {'dropout':<11}{_OTHER_MASKS} {first:,}")
     say(_banner(config, workdir, params=program.shapes["params"], splits=splits, mesh=mesh))
-    state = newest[0] if newest else program.first_state()
+    if newest:
+      state = newest[0]
+      if planned is not None and planned != steps:
+        say(f"  {'extended':<11}{_extended(config, planned, state)}")
+    else:
+      state = program.first_state(weights)
+      if weights is not None:  # from here on nobody needs the other run or export
+        stop_if_not_finite(state, saved=first)
+        checkpoints.save(state)
 
     # ------------------------------------------------------------------- Loop
     writer = None
@@ -242,6 +266,33 @@ def _splits(config: ml_collections.ConfigDict, datasets: Mapping | None) -> dict
   return opened
 
 
+def _initial(
+  init_from: str | os.PathLike | None,
+  workdir: str,
+  config: ml_collections.ConfigDict,
+  *,
+  shapes: dict,
+  mesh: jax.sharding.Mesh,
+  say: Callable[[str], None],
+) -> tuple[dict | None, dict | None]:
+  """The weights that a run without a checkpoint begins with, and their record; None: random."""
+  recorded = run.begun_from(workdir)
+  init_from = init_from if init_from is not None or not recorded else recorded["from"]
+  if init_from is None:
+    return None, None
+  return initial.load(init_from, config, shapes=shapes, mesh=mesh, recorded=recorded, say=say)
+
+
+def _extended(config: ml_collections.ConfigDict, planned: int, state: dict) -> str:
+  """What more steps than were planned make of the learning rate of the next one."""
+  before = ml_collections.ConfigDict(config.to_dict())
+  before.train.steps = planned
+  update = int(optim.updates_done(state["opt"]))  # what follows each process computes by itself
+  rates = [float(step_lib.optimizer_of(x)[1](update)) for x in (before, config)]
+  steps = f"from {planned:,} to {config.train.steps:,} steps"
+  return f"{steps}; the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
+
+
 def _what_computes(program: "_Program") -> str:
   """The line of the log for it."""
   parts = ((of, api.implementations_in(program.jaxpr, of)) for of in ("attention", "blocks"))
@@ -326,14 +377,14 @@ class _Program(NamedTuple):
 
   Attributes:
     step: (state, tokens, dropout_key) -> (state, record), jitted; gives up its state.
-    first_state: () -> the state before the first step.
+    first_state: (weights or None) -> the state before the first step, with these or random ones.
     shapes: of the state, with its shardings.
     dropout_key: for every step, which folds its number in.
     jaxpr: of the step.
   """
 
   step: Callable
-  first_state: Callable[[], dict]
+  first_state: Callable[[dict | None], dict]
   shapes: dict
   dropout_key: Key[Array, ""]
   jaxpr: Any
@@ -357,7 +408,17 @@ def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.M
     raise ValueError(
       f"config.model.implementation={config.model.implementation!r}: {error}"
     ) from error
-  first_state = lambda: jax.jit(init, out_shardings=layout)(init_key)
+
+  def begin(weights: dict) -> dict:
+    params = jax.tree.map(lambda x, own: x.astype(own.dtype), weights, shapes["params"])
+    tx, _ = step_lib.optimizer_of(config)
+    return step_lib.state_of(params, tx=tx, loss_scale=config.optim.loss_scale)
+
+  def first_state(weights: dict | None) -> dict:
+    if weights is None:
+      return jax.jit(init, out_shardings=layout)(init_key)
+    return jax.jit(begin, out_shardings=layout)(weights)
+
   return _Program(step, first_state, shapes, dropout_key, jaxpr)
 
 

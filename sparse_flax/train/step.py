@@ -19,11 +19,16 @@ from sparse_flax.train import optim
 def init_state(
   key: Key[Array, ""], *, build: Callable, tx: optax.GradientTransformation, loss_scale: str
 ) -> dict:
-  """A plain dict: step, params, ema, opt, and loss_scale where it is dynamic.
+  """The state before the first step, with random weights; see `state_of`."""
+  params = nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+  return state_of(params, tx=tx, loss_scale=loss_scale)
+
+
+def state_of(params: dict, *, tx: optax.GradientTransformation, loss_scale: str) -> dict:
+  """A plain dict: step 0, params, ema, opt, and loss_scale where it is dynamic.
 
   Averages and the optimizer's state are float32, whatever the dtype of the weights.
   """
-  params = nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
   weights = optim.in_float32(params)
   state = {
     "step": jnp.zeros((), jnp.int32),

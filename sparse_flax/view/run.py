@@ -79,9 +79,16 @@ def facts(
     ("width, context", f"{model.width:,}, {model.seq_len:,} bytes"),
     ("attention", ", ".join(named)),
   ]
+  # Of the averaged weights, as the curve, and on the whole split.
+  scored = lambda line: line.get("bytes_scored") == line.get("bytes_in_split")
+  tests = [
+    line
+    for line in evaluations
+    if line.get("split") == "test" and line.get("ema", True) and scored(line)
+  ]
   for split, field, lines in (
     ("validation", "validation_bits_per_byte", records),
-    ("test", "bits_per_byte", [line for line in evaluations if line.get("split") == "test"]),
+    ("test", "bits_per_byte", tests),
   ):
     scores = [
       line[field] for line in lines if line["step"] == step and charts.is_number(line.get(field))

@@ -244,7 +244,7 @@ def test_help_lists_configs_and_every_field(capsys):
 
 def test_the_commands_are_listed():
   there = {path.stem for path in (ROOT / "experiments").glob("*.py")} | {"benchmark"}
-  no_commands = {"__init__", "__main__", "cli", "config_help", "distributed"}
+  no_commands = {"__init__", "__main__", "cli", "config_help", "distributed", "sources"}
   listed = commands.commands()
   assert set(listed) == there - no_commands and all(listed.values())
 

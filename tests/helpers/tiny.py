@@ -3,10 +3,12 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from configs import enwik8
+from sparse_flax import model as model_lib
 from sparse_flax import train
 from sparse_flax.parallel import sharding
 from sparse_flax.run import checkpoint
@@ -58,6 +60,13 @@ def restore(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
   where = sharding.replicated(sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1))
   with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
     return checkpoints.restore(checkpoints.latest_step(), checkpoint.laid_out(shapes, where))
+
+
+def random_weights(config: ml_collections.ConfigDict, *, seed: int = 0) -> dict:
+  """Of a config's model: small, and all of them matter."""
+  _, shapes = model_lib.graph_and_shapes(**config.model)
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), shapes)
 
 
 def leaf_bytes(tree) -> dict[str, bytes]:

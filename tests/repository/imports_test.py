@@ -28,8 +28,8 @@ ORDER = {
     "decode", "api", "residual",
   ),
   "sparse_flax": (
-    "moved", "extras", "parallel", "model", "data", "run", "evaluate", "train", "view", "sample",
-    "export", "linen",
+    "moved", "extras", "parallel", "model", "data", "run", "export", "evaluate", "train", "view",
+    "sample", "linen",
   ),
 }  # fmt: skip
 

@@ -95,6 +95,38 @@ def test_part_of_a_split_says_so(case):
   assert (result["bytes_scored"], result["bytes_in_split"]) == (64, 100)
 
 
+def test_the_first_sequences_alone_and_the_error_of_their_mean(case):
+  config, params, _, text = case
+  of_each = np.array([bits(case, text[s : s + 32], 0) for s in (0, 32, 64)]) / 32
+  result = evaluate.evaluate(config, params, step=0, num=3, batch_size=2, averaged=False)
+  assert result["bits_per_byte"] == pytest.approx(of_each.mean(), rel=1e-6)
+  assert result["standard_error"] == pytest.approx(of_each.std(ddof=1) / 3**0.5, rel=1e-3)
+  expected = dict(sequences=3, sequences_in_split=4, bytes_scored=96, bytes_in_split=100, ema=False)
+  assert result | expected == result
+
+
+def test_the_error_of_sequences_of_different_lengths(case):
+  config, params, _, text = case
+  windows = [(text[s : s + 32], 0) for s in (0, 32, 64)] + [(text[68:100], 28)]
+  of_each, sizes = np.array([bits(case, *x) for x in windows]), np.array([32, 32, 32, 4])
+  result = evaluate.evaluate(config, params, step=0)
+  # Where each sequence is left out in turn, the errors of the ratio are nearly the same.
+  ratios = [np.delete(of_each, n).sum() / np.delete(sizes, n).sum() for n in range(4)]
+  jackknife = np.sqrt(3 / 4 * np.square(ratios - np.mean(ratios)).sum())
+  assert result["standard_error"] == pytest.approx(jackknife, rel=0.5)
+  assert result["sequences"] == result["sequences_in_split"] == 4
+
+
+def test_numbers_of_sequences(case):
+  config, params, _, _ = case
+  assert evaluate.evaluate(config, params, step=0, num=1)["standard_error"] is None
+  for num in (0, 5, 12):
+    with pytest.raises(ValueError, match=rf"num={num}: .* 1 to 4, the sequences of the test split"):
+      evaluate.evaluate(config, params, step=0, num=num)
+  with pytest.raises(ValueError, match="1 to 10, the sequences"):  # of 24 + 8 bytes, but the first
+    evaluate.evaluate(config, params, step=0, num=0, min_context=24)
+
+
 @pytest.mark.parametrize("min_context", [-1, 32], ids=str)
 def test_minimum_context_out_of_range(case, min_context):
   config, params, _, _ = case

@@ -92,6 +92,41 @@ def test_what_changes_the_result_is_refused(run, field, value):
     workdir_lib.check(run, other(run, field, value), data=IDENTITY)
 
 
+def test_a_finished_run_may_have_more_steps(run):
+  longer = other(run, "train.steps", 9)
+  for done in (None, 0, 3):  # of 6
+    with pytest.raises(ValueError, match=r"or raise train\.steps once all 6 are done\n.*: 6 -> 9$"):
+      workdir_lib.check(run, longer, done=done)
+  workdir_lib.check(run, longer, data=IDENTITY, done=6)
+  workdir_lib.start(run, longer, data=IDENTITY)
+  assert workdir_lib.load_config(run) == longer and workdir_lib.planned_steps(run) == 9
+  workdir_lib.check(run, longer, done=7)
+  with pytest.raises(ValueError, match=r"config\.train\.steps: 9 -> 8$"):
+    workdir_lib.check(run, other(run, "train.steps", 8), done=7)
+  with pytest.raises(
+    ValueError, match=rf"^config\.train\.steps=6: must be at least 7, which {run}"
+  ):
+    workdir_lib.check(run, tiny.config(run.parent / "text"), done=7)
+  workdir_lib.check(run, other(run, "train.steps", 20), done=9)
+
+
+@pytest.mark.one_day_in_six(3)
+@pytest.mark.promotes
+def test_more_steps_have_the_schedule_of_their_number(tmp_path):
+  text, workdir, lines = tiny.text_file(tmp_path / "text"), tmp_path / "run", []
+  for steps in (6, 8):
+    config = tiny.config(text, train=dict(steps=steps))
+    train.train(config, str(workdir), say=lines.append)
+  rates = [train.optimizer_of(config)[1](n) for n in (6, 7)]
+  assert "RESUMING" in "".join(lines) and [
+    line for line in lines if line.startswith("  extended")
+  ] == [f"  extended   from 6 to 8 steps; the learning rate goes from 0 to {rates[0]:.3g}"]
+  records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  shown = {x["step"]: x["learning_rate"] for x in records if "learning_rate" in x}
+  assert [shown[7], shown[8]] == pytest.approx([float(x) for x in rates])
+  assert checkpoint.latest_step(workdir) == workdir_lib.load_config(workdir).train.steps == 8
+
+
 def test_data_are_told_by_what_they_are_and_not_by_words_about_them(run):
   moved = other(run, "data.path", "/mnt/elsewhere")
   said_better = {split: x | dict(remark="complete") for split, x in IDENTITY.items()}

@@ -228,7 +228,7 @@ def test_runs_of_sample_that_end_together_replace_nothing(modality, options, tmp
   model = dict(modality=modality, seq_len=32, position_shape=shape)
   config = ml_collections.ConfigDict(dict(model=model))
   restore = lambda *args, **how: (config, None, None, 3)
-  monkeypatch.setattr(launcher.checkpoint, "restore_params", restore)
+  monkeypatch.setattr(checkpoint, "restore_params", restore)
   examples = lambda *args, **how: rng.integers(0, 256, (1, 32)).astype(np.uint8)
   monkeypatch.setattr(launcher, "_held_out", examples)
   draw = lambda *weights, num, **options: rng.integers(0, 256, (num, 32)).astype(np.uint8)

@@ -1,0 +1,129 @@
+"""The weights that `evaluate`, `sample` and `visualize` work with: of a run, or of an export."""
+
+import argparse
+import os
+from typing import NamedTuple
+
+import ml_collections
+from etils import epath
+from flax import nnx
+
+from experiments import cli
+from sparse_flax import export
+from sparse_flax.run import checkpoint
+
+
+class Source(NamedTuple):
+  """Weights of a run or of an export, and where goes what is made of them.
+
+  Attributes:
+    config: of the run that trained them.
+    graphdef: of the model, for nnx.merge(graphdef, params).
+    params: the weights.
+    step: of the checkpoint they are from.
+    averaged: whether they are the averaged weights.
+    folder: of the results; None where they are only printed.
+    flags: of a command that shall find the weights, and the results, again.
+  """
+
+  config: ml_collections.ConfigDict
+  graphdef: nnx.GraphDef
+  params: dict
+  step: int
+  averaged: bool
+  folder: epath.Path | None
+  flags: str
+
+
+def add_flags(parser: argparse.ArgumentParser, *, out: str) -> None:
+  """Adds --workdir, --weights, --out, --step and --data_path, for `check`.
+
+  Args:
+    parser: of a launcher.
+    out: what --out is, for --help.
+  """
+  parser.add_argument("--workdir", metavar="DIR", help="the folder of a training run")
+  parser.add_argument("--weights", metavar="DIR", help="the folder of an export, instead of a run")
+  parser.add_argument("--out", metavar="DIR", help=out)
+  parser.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
+  parser.add_argument("--data_path", help="where the data are now, if they have moved")
+
+
+def check(workdir: str | None, weights: str | None, *, out: str | None, step: int | None) -> None:
+  """Leaves with a message unless the flags name one run that has a checkpoint, or one export."""
+  if workdir and weights:
+    cli.fail("--workdir and --weights: give one of them")
+  if not weights:
+    if out:
+      cli.fail("--out: is for --weights; what is made of a run goes into its --workdir")
+    cli.open_workdir(workdir, others=", or --weights=DIR, that of an export")
+    return
+  if step is not None:
+    cli.fail("--step: is for --workdir; an export has one step")
+  folder = epath.Path(weights)
+  if not folder.is_dir():
+    cli.fail(f"--weights={weights}: no such folder")
+  if missing := [x for x in (export.MODEL, export.CONFIG) if not (folder / x).is_file()]:
+    cli.fail(f"--weights={weights}: has no {missing[0]}, so it is not the folder of an export")
+  if out and epath.Path(out).exists() and not epath.Path(out).is_dir():
+    cli.fail(f"--out={out}: is no folder")
+
+
+def flags_of(
+  workdir: str | os.PathLike | None,
+  weights: str | os.PathLike | None,
+  *,
+  out: str | os.PathLike | None,
+  step: int | str | None,
+) -> str:
+  """What a command needs to find the same weights, and what was made of them, again."""
+  if not weights:
+    return f"--workdir={workdir} --step={step}"
+  return f"--weights={weights}" + (f" --out={out}" if out else "")
+
+
+def _default_out(weights: str | os.PathLike) -> epath.Path:
+  """Where goes what is made of an export without --out: runs/NAME, of the name of its folder.
+
+  Raises:
+    ValueError: that is the folder of a run, whose files would be mixed with these.
+  """
+  folder = epath.Path("runs") / cli.run_name(epath.Path(os.path.abspath(weights)).name)
+  if (folder / "config.json").exists():
+    raise ValueError(f"--out=DIR is missing: its default, {folder}, is the folder of a run")
+  return folder
+
+
+def read(
+  workdir: str | os.PathLike | None,
+  weights: str | os.PathLike | None = None,
+  *,
+  out: str | os.PathLike | None = None,
+  needs_folder: bool = True,
+  step: int | None = None,
+  average: bool = True,
+  data_path: str | None = None,
+) -> Source:
+  """The weights that `check` has found.
+
+  Args:
+    workdir: the folder of a run; None where there are `weights`.
+    weights: the folder of an export.
+    out: the folder of its results.
+    needs_folder: whether results go to runs/NAME without `out`; else they go nowhere.
+    step: of the run's checkpoint; None is the newest.
+    average: the averaged weights of the run; else those of the last update.
+    data_path: where the data are now, if they have moved.
+
+  Raises:
+    ValueError: runs/NAME is the folder of a run; or as `restore_params` and `export.read`.
+    errors.DamagedError: likewise.
+  """
+  if not weights:
+    assert workdir, "`check` has seen to it"
+    found = checkpoint.restore_params(workdir, step, average=average, data_path=data_path)
+    flags_again = flags_of(workdir, None, out=None, step=found[3])
+    return Source(*found, averaged=average, folder=epath.Path(workdir), flags=flags_again)
+  folder = epath.Path(out) if out else _default_out(weights) if needs_folder else None
+  found = export.read(weights, data_path=data_path)
+  return Source(*found, folder=folder, flags=flags_of(None, weights, out=out, step=None))
