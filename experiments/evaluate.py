@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
 def describe(result: dict, *, unit: str) -> str:
   """The score, and below it what it is a score of."""
   data = result["data"]
+  weights = "averaged (EMA)" if result["ema"] else "as trained, not averaged"
   return "\n".join(
     (
       f"{result['bits_per_byte']:.4f} {unit}",
@@ -68,7 +69,7 @@ def describe(result: dict, *, unit: str) -> str:
       f"            {data['remark']}",
       f"  scored    {result['bytes_scored']:,} of {result['bytes_in_split']:,} bytes",
       f"  context   {result['context']:,}, at least {result['min_context']:,} known",
-      f"  weights   averaged (EMA), step {result['step']:,}",
+      f"  weights   {weights}, step {result['step']:,}",
       f"  computed  {result['dtype']}, attention {result['attention']} on {result['device']}",
     )
   )

@@ -1,4 +1,7 @@
-"""Bits per byte of a whole split: averaged weights, no dropout, every byte scored exactly once."""
+"""Bits per byte of a whole split: no dropout, every byte scored exactly once.
+
+The weights are the averaged ones, or with train.ema_decay=0 those that were trained.
+"""
 
 import itertools
 import math
@@ -164,7 +167,7 @@ class Evaluator:
       "bytes_in_split": self._dataset.num_bytes,
       "context": model.seq_len,
       "min_context": self._min_context,
-      "ema": True,
+      "ema": self._config.train.ema_decay > 0,
       "dtype": model.compute_dtype,
       "attention": attention,
       "backend": hardware.platform(),

@@ -36,7 +36,7 @@ _DAMAGED = "checkpoints-damaged"  # where steps that were refused are moved to, 
 
 
 class Checkpoints:
-  """Saves and restores the state of a run: params, ema, opt, step, ... as plain trees.
+  """Saves and restores the state of a run: params, ema if any, opt, step, ... as plain trees.
 
   Kept are the two newest steps, the best one, and every `keep_every` steps. Saving goes on in the
   background; leaving the `with` block waits for it. All processes of a run make the same calls.
@@ -131,7 +131,9 @@ class Checkpoints:
     about["sha256"] = digest.of_json(about)
     self._bits_per_byte[step] = bits_per_byte
     args = self._ocp.args
-    items = dict(state=args.StandardSave(without_ema), ema=args.StandardSave(state["ema"]))
+    items = {"state": args.StandardSave(without_ema)}
+    if "ema" in state:
+      items["ema"] = args.StandardSave(state["ema"])
     try:
       self._manager.save(step, args=args.Composite(**items, about=args.JsonSave(about)), force=True)
     except Exception as error:
@@ -154,8 +156,8 @@ class Checkpoints:
     Args:
       step: a step that was saved.
       shapes: the state as jax.ShapeDtypeStruct with shardings: where each leaf shall lie. With
-        "ema" alone nothing else is read. A leaf that was saved in a narrower dtype, as averages
-        of bfloat16 weights once were, is widened.
+        "ema" or "params" alone nothing else is read. A leaf that was saved in a narrower dtype, as
+        averages of bfloat16 weights once were, is widened.
 
     Raises:
       ValueError: no such step; the message lists those there are.
@@ -212,12 +214,14 @@ class Checkpoints:
     state, problems = {}, []
     without_ema = {name: value for name, value in shapes.items() if name != "ema"}
     # Without the manager, which would wait for all processes after each one.
-    handler = self._ocp.StandardCheckpointHandler()
-    for item, wanted in dict(state=without_ema, ema=shapes["ema"]).items():
+    handler = self._ocp.PyTreeCheckpointHandler()
+    for item, wanted in dict(state=without_ema, ema=shapes.get("ema")).items():
       if not wanted or problems:
         continue
       try:
-        args = self._ocp.args.StandardRestore(wanted)
+        how = self._ocp.checkpoint_utils.construct_restore_args(wanted)
+        alone = wanted.keys() == {"params"}
+        args = self._ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=alone)
         restored = handler.restore(self._directory / str(step) / item, args=args)
         state |= {"ema": restored} if item == "ema" else restored
       except Exception as error:  # Orbax reports damage in many ways
@@ -320,8 +324,8 @@ def restore_params(
     say: takes a line for each step that is refused.
 
   Returns:
-    The run's config, the model's graph, its averaged weights for nnx.merge(graph, weights), in
-    float32 whatever the dtype of the weights themselves, and the step they are of.
+    The run's config, the model's graph, its averaged weights for nnx.merge(graph, weights), or with
+    train.ema_decay=0 the weights themselves, in float32 in either case, and the step they are of.
 
   Raises:
     ValueError: the folder is not that of a run, or there is no such checkpoint.
@@ -330,14 +334,15 @@ def restore_params(
   config = workdir_lib.load_config(workdir, data_path=data_path)
   graphdef, shapes = model_lib.graph_and_shapes(**config.model)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
-  shapes = {"ema": laid_out(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
+  kind = "ema" if config.train.ema_decay else "params"
+  shapes = {kind: laid_out(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
   with Checkpoints(workdir, read_only=True, say=say) as checkpoints:
     if step is not None:
-      return config, graphdef, checkpoints.restore(step, shapes)["ema"], step
+      return config, graphdef, checkpoints.restore(step, shapes)[kind], step
     newest = checkpoints.restore_newest(shapes)
   if newest is None:
     raise ValueError(f"{workdir}: holds no checkpoint yet; train first")
-  return config, graphdef, newest[0]["ema"], newest[1]
+  return config, graphdef, newest[0][kind], newest[1]
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ class Evaluation(NamedTuple):
   Attributes:
     config: of the run.
     step: how many are done.
-    params: the averaged weights, as they lie on the devices; those of training, not to be donated.
+    params: the averaged weights, or with train.ema_decay=0 the weights, as they lie on the devices;
+      those of training, not to be donated.
     validation: the split.
     say: takes the lines that a person shall read.
     on_progress: to be called now and then by what takes minutes; its arguments say nothing.
@@ -195,7 +196,7 @@ def train(
         with progress.pause():
           result = None
           if evaluate_now:
-            result = evaluator.score(state["ema"], step)
+            result = evaluator.score(step_lib.scored(state), step)
             progress.evaluated(result)
           # While updates are skipped, the step to come back to is one before that began.
           if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
@@ -209,12 +210,12 @@ def train(
         if evaluate_now and on_evaluation:
           beat()
           with progress.pause():
-            shown = on_evaluation(evaluator.told(state["ema"], step))
+            shown = on_evaluation(evaluator.told(step_lib.scored(state), step))
           if writer:
             writer.show(step, shown)
         watched.beat()
     if result is None:  # nothing was left to train
-      result = evaluator.score(state["ema"], steps)
+      result = evaluator.score(step_lib.scored(state), steps)
     watched.beat(patience=_PATIENCE)  # the last save
     return result
 
