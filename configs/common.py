@@ -75,7 +75,7 @@ def _shared() -> dict:
     train=dict(
       steps=0,
       log_every=100,  # steps
-      eval_every=0,  # steps; on the validation split, with averaged weights
+      eval_every=0,  # steps; on the validation split, with averaged weights if any
       save_every=0,  # steps; the two newest and the best are kept
       keep_every=0,  # steps; such checkpoints are kept for good; 0: none
       max_skipped=10,  # updates in a row without a finite loss and gradient that end the run

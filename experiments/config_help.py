@@ -20,7 +20,7 @@ MEANINGS = {
   "data.skip_damaged": "leaves out pictures of a folder that cannot be read, and names them",
   "train.steps": "of the run; the learning rate ends with them",
   "train.log_every": "steps between lines of the log",
-  "train.eval_every": "steps between evaluations on the validation split, with averaged weights",
+  "train.eval_every": "steps between evaluations on the validation split",
   "train.save_every": "steps between checkpoints; the two newest and the best are kept",
   "train.keep_every": "steps between checkpoints that are kept for good; 0: none",
   "train.max_skipped": "updates in a row without a finite loss and gradient that end the run",
