@@ -48,6 +48,7 @@ def _shared() -> dict:
       num_layers=0,
       num_heads=0,
       ff_mult=4.0,  # p: feed-forward width / width
+      activation="quick_gelu",  # p: u sigmoid(1.702 u), the feed-forward part's
       qk_ratio=1.0,  # p: width of q and k / width
       attention_layers=("dense",),  # a cycle over the layers; a tuple inside it: one per head group
       stride=128,

@@ -35,6 +35,13 @@ def activation(u: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
   return u * jax.nn.sigmoid(GELU_SLOPE * u)
 
 
+# f of a feed-forward part, by its name.
+ACTIVATIONS = {
+  "quick_gelu": activation,
+  "relu2": activations.ACTIVATIONS["relu2"].value,
+}
+
+
 class Weights(NamedTuple):
   """Of a block as `enter` and `leave` take them, or with an axis in front of many blocks."""
 
@@ -48,7 +55,10 @@ def seeds_of(key: Key[Array, "*B"]) -> UInt32[Array, "*B 2 2"]:
 
 
 class FeedForward(nnx.Module):
-  """W_2 f(W_1 x + b_1) + b_2 with f(u) = u sigmoid(1.702 u) (arXiv:1904.10509, Eq. 13)."""
+  """W_2 f(W_1 x + b_1) + b_2 (arXiv:1904.10509, Eq. 13).
+
+  f(u) = u sigmoid(1.702 u) is the paper's, "quick_gelu"; f(u) = max(u, 0)^2 is "relu2".
+  """
 
   def __init__(
     self,
@@ -59,8 +69,10 @@ class FeedForward(nnx.Module):
     param_dtype: jax.typing.DTypeLike,
     kernel_init: nnx.Initializer,
     out_init: nnx.Initializer,
+    activation: str = "quick_gelu",
     rngs: nnx.Rngs,
   ):
+    self.activation = activation
     linear = lambda inputs, outputs, init: nnx.Linear(
       inputs, outputs, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs
     )
@@ -68,7 +80,7 @@ class FeedForward(nnx.Module):
     self.down = linear(hidden, width, out_init)
 
   def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    return self.down(activation(checkpoint_name(self.up(x), "residual_u")))
+    return self.down(ACTIVATIONS[self.activation](checkpoint_name(self.up(x), "residual_u")))
 
 
 class Block(nnx.Module):
@@ -92,6 +104,7 @@ class Block(nnx.Module):
     implementation: str | None,
     kernel_init: nnx.Initializer,
     out_init: nnx.Initializer,
+    activation: str = "quick_gelu",
     qk_norm: bool = False,
     rope: heads.RotaryFn | None = None,
     rngs: nnx.Rngs,
@@ -113,7 +126,9 @@ class Block(nnx.Module):
       **linear,
     )
     self.feed_forward_norm = norm()
-    self.feed_forward = FeedForward(width=width, hidden=round(ff_mult * width), **linear)
+    self.feed_forward = FeedForward(
+      width=width, hidden=round(ff_mult * width), activation=activation, **linear
+    )
 
   def __call__(
     self,
@@ -181,12 +196,12 @@ class Block(nnx.Module):
       E,
       F,
       widths,
-      "quick_gelu",
+      self.feed_forward.activation,
       implementation=a.implementation,
       row_axes=axes,
       refused=self._why_no_halves(),
     )
-    return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name, axes)
+    return residual.Options(NORM_EPSILON, self.feed_forward.activation, self.dropout, name, axes)
 
   def _why_no_halves(self) -> str | None:
     """What keeps this block from two functions around attention; None: nothing does."""

@@ -64,6 +64,7 @@ _RULES = {
   "model.num_layers": _whole(1),
   "model.num_heads": _whole(1),
   "model.ff_mult": _POSITIVE,
+  "model.activation": _one_of(*model_lib.ACTIVATIONS),
   "model.qk_ratio": _POSITIVE,
   "model.attention_layers": Rule(
     (tuple, list),
@@ -130,6 +131,7 @@ ADDED: dict[str, Any] = {
   "model.rope": "none",
   "model.qk_norm": False,
   "eval.pictures": 0,
+  "model.activation": "quick_gelu",
   "optim.name": "adam",
   "optim.schedule": "cosine",
   "optim.momentum": 0.95,

@@ -23,6 +23,7 @@ def test_a_good_config_has_no_problems(path):
     ("model.num_layers", True, "a whole number >= 1"),
     ("model.ff_mult", float("nan"), "a finite number > 0"),
     ("model.attention_layers", ("local", "colunm"), "dense, local, column"),
+    ("model.activation", "relu", "'quick_gelu', 'relu2'"),
     ("model.attention_layers", (), "a tuple of names"),
     ("model.attention_layers", (("local", ("column",)),), "a tuple of names"),
     ("model.stride", 0, "a whole number >= 1"),
