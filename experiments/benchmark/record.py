@@ -149,8 +149,8 @@ def run(
     seconds=round(took, 1),
     tokens=config.train.steps * config.data.batch_size * config.model.seq_len,
     trained_on=trained.identity,
-    **{key: origin[key] for key in ("date", "commit", "versions")},
-    machine=origin["device"],
+    machine=origin.pop("device"),
+    **origin,
   )
   folder.mkdir(parents=True)
   for file in ("metrics.jsonl", "config.json"):

@@ -52,7 +52,12 @@ def make_schedule(
     steps: T, updates in all.
     final_lr_ratio: r, what is left at the end, as a share of `learning_rate`.
     schedule: "cosine" or "linear".
+
+  Raises:
+    ValueError: of `schedule`.
   """
+  if schedule not in ("cosine", "linear"):
+    raise ValueError(f"{schedule=}: must be 'cosine' or 'linear'")
 
   def rate(update):
     t = jnp.asarray(update, jnp.float32) + 1.0
@@ -120,7 +125,12 @@ def make_optimizer(
       them, 0.2 rate in the root mean square.
     momentum_dtype: "float32" or "bfloat16", of the means of gradients that are kept; those of their
       squares are float32.
+
+  Raises:
+    ValueError: of `name`.
   """
+  if name not in ("adam", "muon"):
+    raise ValueError(f"{name=}: must be 'adam' or 'muon'")
   kept = None if momentum_dtype == "float32" else jnp.dtype(momentum_dtype)  # None: the gradients'
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=kept)
   if name == "muon":

@@ -85,6 +85,13 @@ def test_what_is_no_matrix_of_a_layer_is_adams():
   assert sum(jax.tree.leaves(differs)) == 2
 
 
+def test_another_name_is_refused():
+  with pytest.raises(ValueError, match="name='sgd': must be 'adam' or 'muon'"):
+    optimizer("sgd")
+  with pytest.raises(ValueError, match="schedule='constant': must be 'cosine' or 'linear'"):
+    optim.make_schedule(learning_rate=1.0, warmup_steps=1, steps=2, schedule="constant")
+
+
 def test_means_are_kept_in_bfloat16_and_squares_in_float32():
   params, *grads = trees(2)
   for name in ("adam", "muon"):
