@@ -43,10 +43,17 @@ ACTIVATIONS = {
 
 
 class Weights(NamedTuple):
-  """Of a block as `enter` and `leave` take them, or with an axis in front of many blocks."""
+  """Of a block as `enter` and `leave` take them, or with an axis in front of many blocks.
+
+  Attributes:
+    enter: before attention.
+    leave: behind it.
+    gains: of the norms of queries and keys; None: there are no such norms.
+  """
 
   enter: residual.EnterWeights
   leave: residual.LeaveWeights
+  gains: tuple[Array, Array] | None
 
 
 def seeds_of(key: Key[Array, "*B"]) -> UInt32[Array, "*B 2 2"]:
@@ -183,7 +190,8 @@ class Block(nnx.Module):
     entering = query, key, value
     leaving = (alone(a.out), after(self.feed_forward_norm, f.up), alone(f.down))
     beside = residual.joint(*entering) if self.options.implementation == "mosaic_gpu" else None
-    return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving))
+    gains = None if a.query_norm is None else (a.query_norm.scale[...], a.key_norm.scale[...])
+    return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving), gains)
 
   @property
   def options(self) -> residual.Options:
@@ -263,7 +271,11 @@ class Block(nnx.Module):
     q, k, v = self.attention.split(q, k, v)
     if self.attention.placing is not None:
       positions = self.attention.checked_positions(None, x)
-      q, k = (self.attention.placed(y, name, positions) for y, name in ((q, "q"), (k, "k")))
+      gains = weights.gains or (None, None)
+      q, k = (
+        self.attention.placed(y, name, positions, gain=gain)
+        for y, name, gain in zip((q, k), ("q", "k"), gains, strict=True)
+      )
     o = self.attention.attended(q, k, v)
     return residual.leave(o, x, weights.leave, bits, options), (k, v)
 

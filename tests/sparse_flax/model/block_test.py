@@ -75,7 +75,7 @@ def test_prefill_is_that_of_the_modules(monkeypatch, nnx_mode):  # noqa: F811
   ids=str,
 )
 def test_norms_and_rope_stand_between_the_halves(monkeypatch, change):
-  options = dict(attention_layers=("local",), num_layers=1, dropout=0.0, **change)
+  options = dict(attention_layers=("local",), num_layers=2, dropout=0.0, **change)
   run = lambda: loss_and_gradients(compute_dtype="float32", **options)
   (loss, grads), (other, expected) = run(), by_modules(monkeypatch, run)
   np.testing.assert_allclose(loss, other, rtol=2e-5, atol=2e-7)
