@@ -24,6 +24,11 @@ With `--config.data.path=FOLDER` it learns the images of the folder instead.
 One layer with two local and two column heads: 5.45 bits/dim on the 100 images held out, after
 210 s of training (PNG needs 5.73). Every number of it is our choice (docs/notes/quickstart.md)
 and says nothing about the paper's results.
+
+`:record` is for the fewest bits/dim in 20 minutes on one H200. Every number of it is a guess that
+nothing has been measured of yet; `benchmarks/records.md` gets a line from
+
+  python -m experiments.benchmark record --config.data.path=FOLDER
 """
 
 import ml_collections
@@ -32,7 +37,7 @@ from configs import common
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """The recipe, or one of its variants: quick, dense, fixed, strided."""
+  """The recipe, or one of its variants: quick, dense, fixed, strided, record."""
   strided = ("column", "local", "local", "local")
   return common.recipe(
     variant,
@@ -74,5 +79,28 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       dense=dict(model=dict(attention_layers=("dense",))),
       fixed=dict(model=dict(attention_layers=("fixed",), summary_width=32, sub_blocks=2)),
       strided=dict(model=dict(attention_layers=strided)),
+      record=dict(
+        # Fewer layers and wider: products of this width keep a GPU busier.
+        model=dict(
+          width=512,
+          num_layers=12,
+          num_heads=4,
+          ff_mult=4.0,
+          attention_layers=(("local", "column"),),
+          rope="axes",
+          qk_norm=True,
+          dropout=0.0,  # 0.25 for 16 minutes gave 4.2 bits/dim with it on, and 5.9 with it off
+        ),
+        data=dict(batch_size=32),
+        train=dict(steps=8_000, eval_every=1_000, save_every=4_000, ema_decay=0.0),
+        optim=dict(
+          name="muon",
+          learning_rate=2e-3,
+          schedule="linear",
+          warmup_steps=200,
+          b2=0.98,
+          weight_decay=0.1,
+        ),
+      ),
     ),
   )

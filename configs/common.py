@@ -48,6 +48,7 @@ def _shared() -> dict:
       num_layers=0,
       num_heads=0,
       ff_mult=4.0,  # p: feed-forward width / width
+      activation="quick_gelu",  # p: u sigmoid(1.702 u), the feed-forward part's
       qk_ratio=1.0,  # p: width of q and k / width
       attention_layers=("dense",),  # a cycle over the layers; a tuple inside it: one per head group
       stride=128,
@@ -75,22 +76,27 @@ def _shared() -> dict:
     train=dict(
       steps=0,
       log_every=100,  # steps
-      eval_every=0,  # steps; on the validation split, with averaged weights
+      eval_every=0,  # steps; on the validation split, with averaged weights if any
       save_every=0,  # steps; the two newest and the best are kept
       keep_every=0,  # steps; such checkpoints are kept for good; 0: none
       max_skipped=10,  # updates in a row without a finite loss and gradient that end the run
       accumulation=1,  # micro-batches per step
-      ema_decay=0.999,  # d
+      ema_decay=0.999,  # d; 0: no average is kept, the weights themselves are evaluated
     ),
     optim=dict(
+      name="adam",  # p; "muon" moves the layers' matrices by Muon
       learning_rate=0.0,
+      schedule="cosine",  # p; or "linear"
       warmup_steps=5_000,  # p
       b1=0.9,  # d
       b2=0.999,  # d
       eps=1e-8,  # d
       weight_decay=0.01,  # p
       clip_norm=1.0,  # p
-      final_lr_ratio=0.0,  # d: cosine to exactly 0
+      final_lr_ratio=0.0,  # d: down to exactly 0
+      momentum=0.95,  # of Muon
+      muon_ratio=1.0,  # of Muon: how far matrices move, over what Adam's would
+      momentum_dtype="float32",  # u
       loss_scale="none",  # "dynamic" goes with compute_dtype="float16"
     ),
     mesh=dict(data=-1, fsdp=1, tensor=1, sequence=1),  # -1: all devices

@@ -112,7 +112,7 @@ def read(
     out: the folder of its results.
     needs_folder: whether results go to runs/NAME without `out`; else they go nowhere.
     step: of the run's checkpoint; None is the newest.
-    average: the averaged weights of the run; else those of the last update.
+    average: the averaged weights of the run, where it keeps them; else those of the last update.
     data_path: where the data are now, if they have moved.
 
   Raises:
@@ -123,7 +123,8 @@ def read(
     assert workdir, "`check` has seen to it"
     found = checkpoint.restore_params(workdir, step, average=average, data_path=data_path)
     flags_again = flags_of(workdir, None, out=None, step=found[3])
-    return Source(*found, averaged=average, folder=epath.Path(workdir), flags=flags_again)
+    averaged = average and found[0].train.ema_decay > 0
+    return Source(*found, averaged=averaged, folder=epath.Path(workdir), flags=flags_again)
   folder = epath.Path(out) if out else _default_out(weights) if needs_folder else None
   found = export.read(weights, data_path=data_path)
   return Source(*found, folder=folder, flags=flags_of(None, weights, out=out, step=None))

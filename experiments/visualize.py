@@ -237,7 +237,7 @@ def _draw_curve(
   axes = figure.subplots()
   for field, label, style in (
     ("bits_per_byte", "training", dict(color="#0072b2", lw=1)),
-    ("validation_bits_per_byte", "validation, averaged weights", dict(color="#d55e00", marker="o")),
+    ("validation_bits_per_byte", "validation", dict(color="#d55e00", marker="o")),
   ):
     points = [
       (record["step"], record[field]) for record in records if charts.is_number(record.get(field))

@@ -184,7 +184,7 @@ class Evaluator:
       "bytes_in_split": self._dataset.num_bytes,
       "context": model.seq_len,
       "min_context": self._min_context,
-      "ema": averaged,
+      "ema": averaged and self._config.train.ema_decay > 0,
       "dtype": model.compute_dtype,
       "attention": attention,
       "backend": hardware.platform(),

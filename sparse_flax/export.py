@@ -71,7 +71,7 @@ def save(
     config: of the run.
     params: its weights, as checkpoint.restore_params returns them; float32 or bfloat16.
     step: of the checkpoint they are from.
-    averaged: whether they are the averaged ones.
+    averaged: whether they are the averaged ones, of a run that keeps them.
 
   Raises:
     ValueError: the folder holds an exported model already, or cannot be written.
@@ -85,7 +85,7 @@ def save(
   metadata = dict(
     format="flax",
     step=str(step),
-    averaged=json.dumps(averaged),
+    averaged=json.dumps(averaged and config.train.ema_decay > 0),
     config=run.config_digest(text),
     digests=json.dumps(run.digest.digests(arrays)),
   )

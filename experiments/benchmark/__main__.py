@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import pathlib
+import sys
 
 import jax
 
@@ -16,6 +17,8 @@ BENCHMARKS = {
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
   "plots": "draws the plots of README.md and docs from the results; only when named",
+  "record": "trains a recipe and enters it into benchmarks/records.md; only when "
+  "named, and alone: it has flags of its own, see record --help",
   "residual": "the products around attention on a GPU, each alone, beside cuBLAS and the roofline",
   "sample": "sampling: on a GPU from the paper's image models, on a CPU from the quickstart's",
   "step": "training steps of the paper's models on a GPU, beside PyTorch's and plain JAX's",
@@ -43,13 +46,16 @@ MODULES = {
   "tables": "tables",
   "tpu_aot": "tpu.aot",
 }
-ONLY_NAMED = ("curves", "mesh", "plots", "tables", "tpu_aot", "tune")
+ONLY_NAMED = ("curves", "mesh", "plots", "record", "tables", "tpu_aot", "tune")
 ON_GPU = ("attention", "block_sparse", "curves", "residual", "step", "tune")
 IN_WORKERS = {"attention", "block_sparse", "curves", "residual", "step", "tune"}
 
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit status: 1 where a measurement failed."""
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:1] == ["record"]:
+    return importlib.import_module("experiments.benchmark.record").main(argv[1:])
   parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
   known = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
   parser.add_argument("names", nargs="*", metavar="NAME", help=known)
@@ -72,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if unknown := sorted(set(args.names) - set(BENCHMARKS)):
     parser.error(f"NAME={unknown[0]!r}: must be one of {', '.join(BENCHMARKS)}")
+  if "record" in args.names:
+    parser.error("NAME='record': must come first and alone, before flags of its own")
   of_step = dict(remats=args.remat, baseline=args.baseline)
   of_step = {name: value for name, value in of_step.items() if value}
   if of_step and args.names and "step" not in args.names:

@@ -25,19 +25,22 @@ def write(path: pathlib.Path, rows: Sequence[dict[str, Any]], **facts: Any) -> N
 
 def save(path: pathlib.Path, rows: Sequence[dict[str, Any]], **facts: Any) -> None:
   """As `write`, in silence; a stop leaves what there was before, or all of it."""
-  result = {
+  result = {**origin(), **facts, "rows": list(rows)}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_suffix(".unfinished")
+  unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+  unfinished.replace(path)
+
+
+def origin() -> dict[str, Any]:
+  """Device, versions, date and commit; on a GPU also its power cap and clocks."""
+  return {
     "device": _device(),
     "versions": _versions(),
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     "commit": _commit(),
     **({"gpu": gpu_state()} if jax.default_backend() == "gpu" else {}),
-    **facts,
-    "rows": list(rows),
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_suffix(".unfinished")
-  unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-  unfinished.replace(path)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -36,7 +36,17 @@ def _relu_with_derivative(u: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], ..
   return jax.nn.relu(u), (u > 0).astype(u.dtype)
 
 
+def _relu2(u: Float[Array, "*B"]) -> Float[Array, "*B"]:
+  return jnp.square(jnp.maximum(u, 0))
+
+
+def _relu2_with_derivative(u: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], ...]:
+  positive = jnp.maximum(u, 0)
+  return jnp.square(positive), 2 * positive
+
+
 ACTIVATIONS = {
   "quick_gelu": Activation(_quick_gelu, _quick_gelu_with_derivative),
+  "relu2": Activation(_relu2, _relu2_with_derivative),
   "relu": Activation(jax.nn.relu, _relu_with_derivative),
 }

@@ -9,7 +9,9 @@ s = the column sums of W' as it is rounded, norm(x) W + b is rstd (x W' - mean s
 reads x as it is in memory.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -113,20 +115,44 @@ def gelu_slope(u: Float32[Array, "rows columns"]) -> Float32[Array, "rows column
   return t + z * (1.0 - t * t)
 
 
-def gelu_back(
+def relu2(u: Float32[Array, "rows columns"]) -> Float32[Array, "rows columns"]:
+  """max(u, 0)^2."""
+  positive = jnp.maximum(u, 0.0)
+  return positive * positive
+
+
+def relu2_slope(u: Float32[Array, "rows columns"]) -> Float32[Array, "rows columns"]:
+  """Twice the derivative of `relu2`, less one, as `activation_back` takes it."""
+  return 4.0 * jnp.maximum(u, 0.0) - 1.0
+
+
+def activation_back(
   grad: Float32[Array, "rows columns"],
   slope: Float32[Array, "rows columns"],
   rstd: Float32[Array, " rows"],
 ) -> Float32[Array, "rows columns"]:
-  """The gradient of u from that of gelu(u), times rstd, as the product that follows wants it.
+  """The gradient of u from that of f(u), times rstd, as the product that follows wants it.
 
   Args:
-    grad: of gelu(u).
-    slope: `gelu_slope` of u.
+    grad: of f(u).
+    slope: 2 f'(u) - 1.
     rstd: of the rows.
   """
   half = grad * over_columns(0.5 * rstd, grad.shape[1])
   return half + half * slope
+
+
+class Activation(NamedTuple):
+  """f, and 2 f' - 1."""
+
+  value: Callable[[Float32[Array, "rows columns"]], Float32[Array, "rows columns"]]
+  slope: Callable[[Float32[Array, "rows columns"]], Float32[Array, "rows columns"]]
+
+
+ACTIVATIONS = {
+  "quick_gelu": Activation(gelu, gelu_slope),
+  "relu2": Activation(relu2, relu2_slope),
+}
 
 
 # --------------------------------------------------------------------------------------- dropout

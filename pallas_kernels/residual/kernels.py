@@ -193,14 +193,20 @@ def drop_add(
 
 
 def widen(
-  h: BFloat16[Array, "R E"], w: BFloat16[Array, "E F"], norm: Norm, sizes: Sizes | None = None
+  h: BFloat16[Array, "R E"],
+  w: BFloat16[Array, "E F"],
+  norm: Norm,
+  sizes: Sizes | None = None,
+  *,
+  activation: str = "quick_gelu",
 ) -> tuple[BFloat16[Array, "R F"], BFloat16[Array, "R F"]]:
-  """u = norm(h) W + b, and g = f(u)."""
+  """u = norm(h) W + b, and g = f(u); f is one of `epilogues.ACTIVATIONS`."""
+  f = epilogues.ACTIVATIONS[activation]
 
   def run(strip: Strip, moments: tuple, sums: tuple) -> tuple:
     for j in strip.slices:
       u = _affine(strip, j, *moments)
-      strip.put(j, u=u, g=epilogues.gelu(u))
+      strip.put(j, u=u, g=f.value(u))
     strip.rows_done()
     return sums
 
@@ -240,6 +246,8 @@ def narrow_back(
   u: BFloat16[Array, "R F"],
   norm: Norm,
   sizes: Sizes | None = None,
+  *,
+  activation: str = "quick_gelu",
 ) -> Narrowed:
   """du = (dm W^T) f'(u) rstd.
 
@@ -248,10 +256,13 @@ def narrow_back(
     w: of the product that followed f.
     u: argument of f, as `widen` gave it.
     norm: that `widen` had.
+    sizes: None: those that serve.
+    activation: f, one of `epilogues.ACTIVATIONS`.
   """
+  f = epilogues.ACTIVATIONS[activation]
 
   def before(strip: Strip) -> tuple[Traced, Traced]:
-    slope = lax.optimization_barrier(epilogues.gelu_slope(strip.first("u", 0)))
+    slope = lax.optimization_barrier(f.slope(strip.first("u", 0)))
     _, rstd = _moments(strip, norm)
     return slope, rstd
 
@@ -261,8 +272,8 @@ def narrow_back(
     total = _no_sum()
     for j in strip.slices:
       u = strip.read("u", j) if j == 0 else strip.first("u", j)
-      slope = slope if j == 0 else epilogues.gelu_slope(u)
-      du = epilogues.gelu_back(strip.part(j), slope, rstd)
+      slope = slope if j == 0 else f.slope(u)
+      du = epilogues.activation_back(strip.part(j), slope, rstd)
       b = epilogues.over_rows(strip.column("bias", j), du.shape[0])
       # As it is before it is rounded, which is fewer instructions; a mean does not feel it.
       total = total + (du * (u - b)).sum(axis=1)

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from jaxtyping import UInt32
 
 from pallas_kernels.residual import dropout
+from pallas_kernels.residual import epilogues
 from pallas_kernels.residual import fold
 from pallas_kernels.residual import gradients
 from pallas_kernels.residual import kernels
@@ -40,8 +41,8 @@ def unsupported(dtype: jnp.dtype, E: int, F: int, widths: tuple[int, ...], activ
     return f"width={E}: the kernels have {WIDTHS}"
   if any(width % UNIT for width in (F, *widths)):
     return f"queries, keys and values of {widths}, hidden {F}: must be multiples of {UNIT}"
-  if activation != "quick_gelu":
-    return f"activation={activation}: the kernels have quick_gelu"
+  if activation not in epilogues.ACTIVATIONS:
+    return f"activation={activation}: the kernels have {', '.join(epilogues.ACTIVATIONS)}"
   return None
 
 
@@ -97,7 +98,9 @@ def leave(
   h, stats = kernels.drop_add(_flat(o), out.kernel, out.bias, _flat(x), of_a, rate)
   # Here, not by who calls this: what a policy keeps is then not only kept, but read.
   h, stats = named("h", h), named("stats", stats)
-  u, g = kernels.widen(h, weights.up.kernel, _norm(stats, weights, x, options))
+  u, g = kernels.widen(
+    h, weights.up.kernel, _norm(stats, weights, x, options), activation=options.activation
+  )
   u, g = named("u", u), named("g", g)
   y, after = kernels.drop_add(g, down.kernel, down.bias, h, of_m, rate)
   return _like(y, x), after.sum(axis=0, keepdims=True), (_like(h, x), stats, u, g)
@@ -116,7 +119,9 @@ def leave_back(
   """As `xla.leave_back`."""
   h, stats, u, g = kept
   norm, rows, dm = _norm(stats, weights, h, options), _flat(h), _flat(dm)
-  du, back, sums = kernels.narrow_back(dm, weights.down.kernel, u, norm)
+  du, back, sums = kernels.narrow_back(
+    dm, weights.down.kernel, u, norm, activation=options.activation
+  )
   words, rate = (None, 0.0) if bits is None else (_words(bits[0]), _rate(options))
   dh, da, of_da = kernels.widen_back(
     du, weights.up.kernel, rows, norm, back, _flat(dy), words, rate

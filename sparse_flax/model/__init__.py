@@ -3,6 +3,7 @@
 from sparse_flax.model import cache
 from sparse_flax.model.attention import SparseSelfAttention
 from sparse_flax.model.block import activation
+from sparse_flax.model.block import ACTIVATIONS
 from sparse_flax.model.block import Block
 from sparse_flax.model.block import GELU_SLOPE
 from sparse_flax.model.cross_attention import SparseCrossAttention
@@ -21,6 +22,7 @@ from sparse_flax.model.transformer import ROPES
 from sparse_flax.model.transformer import SparseTransformer
 
 __all__ = [
+  "ACTIVATIONS",
   "COMPUTE_DTYPES",
   "GELU_SLOPE",
   "INIT_SCHEMES",

@@ -35,11 +35,25 @@ def activation(u: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
   return u * jax.nn.sigmoid(GELU_SLOPE * u)
 
 
+# f of a feed-forward part, by its name.
+ACTIVATIONS = {
+  "quick_gelu": activation,
+  "relu2": activations.ACTIVATIONS["relu2"].value,
+}
+
+
 class Weights(NamedTuple):
-  """Of a block as `enter` and `leave` take them, or with an axis in front of many blocks."""
+  """Of a block as `enter` and `leave` take them, or with an axis in front of many blocks.
+
+  Attributes:
+    enter: before attention.
+    leave: behind it.
+    gains: of the norms of queries and keys; None: there are no such norms.
+  """
 
   enter: residual.EnterWeights
   leave: residual.LeaveWeights
+  gains: tuple[Array, Array] | None
 
 
 def seeds_of(key: Key[Array, "*B"]) -> UInt32[Array, "*B 2 2"]:
@@ -48,7 +62,10 @@ def seeds_of(key: Key[Array, "*B"]) -> UInt32[Array, "*B 2 2"]:
 
 
 class FeedForward(nnx.Module):
-  """W_2 f(W_1 x + b_1) + b_2 with f(u) = u sigmoid(1.702 u) (arXiv:1904.10509, Eq. 13)."""
+  """W_2 f(W_1 x + b_1) + b_2 (arXiv:1904.10509, Eq. 13).
+
+  f(u) = u sigmoid(1.702 u) is the paper's, "quick_gelu"; f(u) = max(u, 0)^2 is "relu2".
+  """
 
   def __init__(
     self,
@@ -59,8 +76,10 @@ class FeedForward(nnx.Module):
     param_dtype: jax.typing.DTypeLike,
     kernel_init: nnx.Initializer,
     out_init: nnx.Initializer,
+    activation: str = "quick_gelu",
     rngs: nnx.Rngs,
   ):
+    self.activation = activation
     linear = lambda inputs, outputs, init: nnx.Linear(
       inputs, outputs, dtype=dtype, param_dtype=param_dtype, kernel_init=init, rngs=rngs
     )
@@ -68,7 +87,7 @@ class FeedForward(nnx.Module):
     self.down = linear(hidden, width, out_init)
 
   def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    return self.down(activation(checkpoint_name(self.up(x), "residual_u")))
+    return self.down(ACTIVATIONS[self.activation](checkpoint_name(self.up(x), "residual_u")))
 
 
 class Block(nnx.Module):
@@ -92,6 +111,7 @@ class Block(nnx.Module):
     implementation: str | None,
     kernel_init: nnx.Initializer,
     out_init: nnx.Initializer,
+    activation: str = "quick_gelu",
     qk_norm: bool = False,
     rope: heads.RotaryFn | None = None,
     rngs: nnx.Rngs,
@@ -113,7 +133,9 @@ class Block(nnx.Module):
       **linear,
     )
     self.feed_forward_norm = norm()
-    self.feed_forward = FeedForward(width=width, hidden=round(ff_mult * width), **linear)
+    self.feed_forward = FeedForward(
+      width=width, hidden=round(ff_mult * width), activation=activation, **linear
+    )
 
   def __call__(
     self,
@@ -168,7 +190,8 @@ class Block(nnx.Module):
     entering = query, key, value
     leaving = (alone(a.out), after(self.feed_forward_norm, f.up), alone(f.down))
     beside = residual.joint(*entering) if self.options.implementation == "mosaic_gpu" else None
-    return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving))
+    gains = None if a.query_norm is None else (a.query_norm.scale[...], a.key_norm.scale[...])
+    return Weights(residual.EnterWeights(*entering, beside), residual.LeaveWeights(*leaving), gains)
 
   @property
   def options(self) -> residual.Options:
@@ -181,12 +204,12 @@ class Block(nnx.Module):
       E,
       F,
       widths,
-      "quick_gelu",
+      self.feed_forward.activation,
       implementation=a.implementation,
       row_axes=axes,
       refused=self._why_no_halves(),
     )
-    return residual.Options(NORM_EPSILON, "quick_gelu", self.dropout, name, axes)
+    return residual.Options(NORM_EPSILON, self.feed_forward.activation, self.dropout, name, axes)
 
   def _why_no_halves(self) -> str | None:
     """What keeps this block from two functions around attention; None: nothing does."""
@@ -248,7 +271,11 @@ class Block(nnx.Module):
     q, k, v = self.attention.split(q, k, v)
     if self.attention.placing is not None:
       positions = self.attention.checked_positions(None, x)
-      q, k = (self.attention.placed(y, name, positions) for y, name in ((q, "q"), (k, "k")))
+      gains = weights.gains or (None, None)
+      q, k = (
+        self.attention.placed(y, name, positions, gain=gain)
+        for y, name, gain in zip((q, k), ("q", "k"), gains, strict=True)
+      )
     o = self.attention.attended(q, k, v)
     return residual.leave(o, x, weights.leave, bits, options), (k, v)
 

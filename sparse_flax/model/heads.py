@@ -82,10 +82,20 @@ class Heads(nnx.Module):
     return self.placed(_split(product(self.key, x), self.num_kv_heads), "k", positions)
 
   def placed(
-    self, x: Float[Array, "*B H D"], name: Literal["q", "k"], positions=None
+    self,
+    x: Float[Array, "*B H D"],
+    name: Literal["q", "k"],
+    positions=None,
+    *,
+    gain: Float[Array, " D"] | None = None,
   ) -> Float[Array, "*B H D"]:
-    """Queries or keys of the projections as attention reads them: normalised, then turned."""
+    """Queries or keys of the projections as attention reads them: normalised, then turned.
+
+    `gain` takes the place of the norm's own, which may be those of many layers.
+    """
     norm = self.query_norm if name == "q" else self.key_norm
+    if norm is not None and gain is not None:
+      norm = nnx.merge(nnx.graphdef(norm), {"scale": gain})
     x = x if norm is None else norm(x)
     return x if self.rope is None else self._turned(name, x, positions)
 

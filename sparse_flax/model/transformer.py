@@ -61,6 +61,7 @@ class SparseTransformer(nnx.Module):
     num_layers: int,
     num_heads: int,
     ff_mult: int | float = 4,
+    activation: str = "quick_gelu",
     qk_ratio: int | float = 1.0,
     attention_layers: Sequence[Entry],
     stride: int,
@@ -85,6 +86,8 @@ class SparseTransformer(nnx.Module):
     num_layers: residual blocks; a multiple of the cycle length.
     num_heads: H; divides width and qk_ratio * width.
     ff_mult: hidden width of the feed-forward part over E.
+    activation: f between the two products of that part: "quick_gelu", the paper's
+      u sigmoid(1.702 u), or "relu2", max(u, 0)^2, which no kernel of a step has.
     qk_ratio: width of queries and keys over E; 0.5 is the paper's half size.
     attention_layers: the cycle of patterns over depth. An entry is a name of PATTERN_NAMES, or a
       tuple of names, one per group of neighbouring heads.
@@ -121,6 +124,7 @@ class SparseTransformer(nnx.Module):
     """
     _check_choice("modality", modality, MODALITIES)
     _check_choice("init_scheme", init_scheme, initialization.INIT_SCHEMES)
+    _check_choice("activation", activation, tuple(block.ACTIVATIONS))
     _check_choice("rope", rope, ROPES)
     _check_choice("remat", remat, remat_lib.REMATS)
     _check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
@@ -178,6 +182,7 @@ class SparseTransformer(nnx.Module):
         pattern=pattern,
         qk_ratio=qk_ratio,
         ff_mult=ff_mult,
+        activation=activation,
         dropout=dropout,
         implementation=implementation,
         kernel_init=inits["kernel_init"],

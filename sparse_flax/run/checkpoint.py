@@ -37,7 +37,7 @@ _DAMAGED = "checkpoints-damaged"  # where steps that were refused are moved to, 
 
 
 class Checkpoints:
-  """Saves and restores the state of a run: params, ema, opt, step, ... as plain trees.
+  """Saves and restores the state of a run: params, ema if any, opt, step, ... as plain trees.
 
   Kept are the two newest steps, the best one, and every `keep_every` steps. Saving goes on in the
   background; leaving the `with` block waits for it. All processes of a run make the same calls.
@@ -132,7 +132,9 @@ class Checkpoints:
     about["sha256"] = digest.of_json(about)
     self._bits_per_byte[step] = bits_per_byte
     args = self._ocp.args
-    items = dict(state=args.StandardSave(without_ema), ema=args.StandardSave(state["ema"]))
+    items = {"state": args.StandardSave(without_ema)}
+    if "ema" in state:
+      items["ema"] = args.StandardSave(state["ema"])
     try:
       self._manager.save(step, args=args.Composite(**items, about=args.JsonSave(about)), force=True)
     except Exception as error:
@@ -326,7 +328,7 @@ def restore_params(
   Args:
     workdir: the run's folder.
     step: of the checkpoint; None is the newest that is sound.
-    average: the averaged weights; else those of the last update.
+    average: the averaged weights, where the run keeps them; else those of the last update.
     data_path: where the run's data are now, if they have moved since.
     mesh: the devices that shall hold the weights, by the rules of `parallel.sharding`; None is one.
     say: takes a line for each step that is refused.
@@ -343,7 +345,7 @@ def restore_params(
   graphdef, shapes = model_lib.graph_and_shapes(**config.model)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
   where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  name = "ema" if average else "params"
+  name = "ema" if average and config.train.ema_decay else "params"
   shapes = {name: laid_out(shapes, sharding.by_rules(shapes, mesh) if mesh else where)}
   with Checkpoints(workdir, read_only=True, say=say) as checkpoints:
     if step is not None:

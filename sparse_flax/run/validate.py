@@ -64,6 +64,7 @@ _RULES = {
   "model.num_layers": _whole(1),
   "model.num_heads": _whole(1),
   "model.ff_mult": _POSITIVE,
+  "model.activation": _one_of(*model_lib.ACTIVATIONS),
   "model.qk_ratio": _POSITIVE,
   "model.attention_layers": Rule(
     (tuple, list),
@@ -97,7 +98,9 @@ _RULES = {
   "train.max_skipped": _whole(1),
   "train.accumulation": _whole(1),
   "train.ema_decay": _RATE,
+  "optim.name": _one_of("adam", "muon"),
   "optim.learning_rate": _POSITIVE,
+  "optim.schedule": _one_of("cosine", "linear"),
   "optim.warmup_steps": _whole(0),
   "optim.b1": _RATE,
   "optim.b2": _RATE,
@@ -105,6 +108,9 @@ _RULES = {
   "optim.weight_decay": _NOT_NEGATIVE,
   "optim.clip_norm": _POSITIVE,
   "optim.final_lr_ratio": _number(lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+  "optim.momentum": _RATE,
+  "optim.muon_ratio": _POSITIVE,
+  "optim.momentum_dtype": _one_of("float32", "bfloat16"),
   "optim.loss_scale": _one_of("none", "dynamic"),
   "mesh.data": Rule((int,), lambda x: x == -1 or x >= 1, "-1 (all devices) or a number >= 1"),
   "mesh.fsdp": _whole(1),
@@ -125,6 +131,12 @@ ADDED: dict[str, Any] = {
   "model.rope": "none",
   "model.qk_norm": False,
   "eval.pictures": 0,
+  "model.activation": "quick_gelu",
+  "optim.name": "adam",
+  "optim.schedule": "cosine",
+  "optim.momentum": 0.95,
+  "optim.muon_ratio": 1.0,
+  "optim.momentum_dtype": "float32",
 }
 
 
@@ -168,8 +180,9 @@ def validate(config: ml_collections.ConfigDict) -> list[str]:
   Reads what it must of the data's folder, builds the model without memory, and writes nothing.
   """
   problems = validate_fields(config)
+  groups = "config.mesh", "config.data", "config.train", "config.model"
   if not any(
-    x.startswith(("config.mesh", "config.data", "config.train", "config.model")) for x in problems
+    x.startswith((*groups, "config.optim.name", "config.optim.momentum_dtype")) for x in problems
   ):
     problems += _check_mesh(config) or _check_memory(config)
   given = config.data.name == data.ARRAYS  # by a program: there is no path
@@ -278,16 +291,18 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
 def _check_memory(config: ml_collections.ConfigDict) -> list[str]:
   """The state has to fit; what a step needs beside it is known only when it is compiled."""
   shapes = jax.tree.leaves(model_lib.graph_and_shapes(**config.model)[1])
-  # Weights, and in float32 averages, two moments and gradients.
-  state = sum(math.prod(x.shape) * (x.dtype.itemsize + 4 * 4) for x in shapes)
+  # In float32 gradients, averages, and squares where Adam moves matrices too.
+  float32s = 1 + (config.train.ema_decay > 0) + (config.optim.name == "adam")
+  kept = 4 * float32s + jax.numpy.dtype(config.optim.momentum_dtype).itemsize
+  state = sum(math.prod(x.shape) * (x.dtype.itemsize + kept) for x in shapes)
   need = state // (config.mesh.fsdp * config.mesh.tensor)
   there = _device_memory()
   if there is None or need <= there:
     return []
   count = sum(math.prod(x.shape) for x in shapes)
   return [
-    f"config.model.width={config.model.width}: {count:,} parameters with moments, averages and "
-    f"gradients must fit a device's {there / 2**30:,.1f} GiB, not take {need / 2**30:,.1f} GiB"
+    f"config.model.width={config.model.width}: {count:,} parameters with all that is kept for "
+    f"each must fit a device's {there / 2**30:,.1f} GiB, not take {need / 2**30:,.1f} GiB"
   ]
 
 

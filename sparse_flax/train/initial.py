@@ -54,7 +54,7 @@ def load(
   elif run.latest_step(folder) is not None:
     step = recorded["step"] if recorded else None
     source, _, params, step = run.restore_params(folder, step, mesh=mesh, say=say)
-    averaged = True
+    averaged = source.train.ema_decay > 0
   else:
     raise ValueError(
       f"init_from={os.fspath(init_from)}: must be the folder of an export, or of a run that has a "

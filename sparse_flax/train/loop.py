@@ -47,7 +47,8 @@ class Evaluation(NamedTuple):
   Attributes:
     config: of the run.
     step: how many are done.
-    params: the averaged weights, as they lie on the devices; those of training, not to be donated.
+    params: the averaged weights, or with train.ema_decay=0 the weights, as they lie on the devices;
+      those of training, not to be donated.
     validation: the split.
     say: takes the lines that a person shall read.
     on_progress: to be called now and then by what takes minutes; its arguments say nothing.
@@ -219,7 +220,7 @@ def train(
         with progress.pause():
           result = None
           if evaluate_now:
-            result = evaluator.score(state["ema"], step)
+            result = evaluator.score(step_lib.scored(state), step)
             progress.evaluated(result)
           # While updates are skipped, the step to come back to is one before that began.
           if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
@@ -233,12 +234,12 @@ def train(
         if evaluate_now and on_evaluation:
           beat()
           with progress.pause():
-            shown = on_evaluation(evaluator.told(state["ema"], step))
+            shown = on_evaluation(evaluator.told(step_lib.scored(state), step))
           if writer:
             writer.show(step, shown)
         watched.beat()
     if result is None:  # nothing was left to train
-      result = evaluator.score(state["ema"], steps)
+      result = evaluator.score(step_lib.scored(state), steps)
     watched.beat(patience=_PATIENCE)  # the last save
     return result
 
@@ -412,7 +413,8 @@ def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.M
   def begin(weights: dict) -> dict:
     params = jax.tree.map(lambda x, own: x.astype(own.dtype), weights, shapes["params"])
     tx, _ = step_lib.optimizer_of(config)
-    return step_lib.state_of(params, tx=tx, loss_scale=config.optim.loss_scale)
+    how = dict(loss_scale=config.optim.loss_scale, ema_decay=config.train.ema_decay)
+    return step_lib.state_of(params, tx=tx, **how)
 
   def first_state(weights: dict | None) -> dict:
     if weights is None:

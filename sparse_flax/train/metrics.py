@@ -209,9 +209,10 @@ class Progress:
   def evaluated(self, result: dict) -> None:
     """Takes what evaluation found after the newest step."""
     bits, step = result["bits_per_byte"], result["step"]
+    weights = "averaged weights, " if result["ema"] else ""
     self._say(
       f"step {step:,}/{self._steps:,}  {result['split']} {bits:.3f} {self._unit}  "
-      f"averaged weights, {result['bytes_scored']:,} bytes"
+      f"{weights}{result['bytes_scored']:,} bytes"
     )
     self._write(step, validation_bits_per_byte=bits)
 

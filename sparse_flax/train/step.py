@@ -17,23 +17,34 @@ from sparse_flax.train import optim
 
 
 def init_state(
-  key: Key[Array, ""], *, build: Callable, tx: optax.GradientTransformation, loss_scale: str
+  key: Key[Array, ""],
+  *,
+  build: Callable,
+  tx: optax.GradientTransformation,
+  loss_scale: str,
+  ema_decay: float | None = None,
 ) -> dict:
   """The state before the first step, with random weights; see `state_of`."""
   params = nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
-  return state_of(params, tx=tx, loss_scale=loss_scale)
+  return state_of(params, tx=tx, loss_scale=loss_scale, ema_decay=ema_decay)
 
 
-def state_of(params: dict, *, tx: optax.GradientTransformation, loss_scale: str) -> dict:
-  """A plain dict: step 0, params, ema, opt, and loss_scale where it is dynamic.
+def state_of(
+  params: dict,
+  *,
+  tx: optax.GradientTransformation,
+  loss_scale: str,
+  ema_decay: float | None = None,
+) -> dict:
+  """A plain dict: step 0, params, ema unless `ema_decay` is 0, opt, and a dynamic loss_scale.
 
-  Averages and the optimizer's state are float32, whatever the dtype of the weights.
+  Averages are float32, whatever the dtype of the weights, and so is what the optimizer is given.
   """
   weights = optim.in_float32(params)
   state = {
     "step": jnp.zeros((), jnp.int32),
     "params": params,
-    "ema": jax.tree.map(jnp.copy, weights),
+    **({} if ema_decay == 0 else {"ema": jax.tree.map(jnp.copy, weights)}),
     "opt": tx.init(weights),
   }
   if loss_scale == "dynamic":
@@ -65,7 +76,7 @@ def train_step(
     tx: of `optim.make_optimizer`; it gets gradients and weights in float32.
     schedule: of `optim.make_schedule`; for the record only.
     accumulation: micro-batches, run one after the other and averaged.
-    ema_decay: of the averaged weights.
+    ema_decay: of the averaged weights; read where the state has them.
   """
   scale = state.get("loss_scale", jnp.ones((), jnp.float32))
   key = jax.random.fold_in(key, state["step"])
@@ -96,11 +107,9 @@ def train_step(
   updates, opt = tx.update(grads, state["opt"], weights)
   moved = optax.apply_updates(weights, updates)
   params = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state["params"])
-  new = {
-    "params": params,
-    "ema": optim.average(state["ema"], params, decay=ema_decay),
-    "opt": opt,
-  }
+  new = {"params": params, "opt": opt}
+  if "ema" in state:
+    new["ema"] = optim.average(state["ema"], params, decay=ema_decay)
   record = {
     "loss": nats,
     "grad_norm": norm,
@@ -120,10 +129,19 @@ def optimizer_of(
   config: ml_collections.ConfigDict,
 ) -> tuple[optax.GradientTransformation, Callable]:
   """The optimizer that a config describes, and its learning rate as a function of the update."""
-  rates = {name: config.optim[name] for name in ("learning_rate", "warmup_steps", "final_lr_ratio")}
+  rates = ("learning_rate", "warmup_steps", "final_lr_ratio", "schedule")
+  rates = {name: config.optim[name] for name in rates}
   schedule = optim.make_schedule(**rates, steps=config.train.steps)
-  adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-  return optim.make_optimizer(schedule=schedule, **adam), schedule
+  others = {name: x for name, x in config.optim.items() if name not in (*rates, "loss_scale")}
+  return optim.make_optimizer(schedule=schedule, **others), schedule
+
+
+def scored(state: dict) -> dict:
+  """The weights of a state that are evaluated: the averages, or where there are none its own.
+
+  In float32 in either case, as `checkpoint.restore_params` gives them.
+  """
+  return state["ema"] if "ema" in state else optim.in_float32(state["params"])
 
 
 def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
@@ -133,7 +151,8 @@ def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
   tx, schedule = optimizer_of(config)
 
   def init(key):
-    return init_state(key, build=build, tx=tx, loss_scale=config.optim.loss_scale)
+    options = dict(loss_scale=config.optim.loss_scale, ema_decay=config.train.ema_decay)
+    return init_state(key, build=build, tx=tx, **options)
 
   def step(state, tokens, key):
     options = dict(accumulation=config.train.accumulation, ema_decay=config.train.ema_decay)

@@ -14,10 +14,9 @@ from flax import nnx
 from sparse_flax import train
 from sparse_flax.model import transformer
 from sparse_flax.run import validate
-from sparse_flax.train import optim
 
 VARIANTS = {
-  "cifar10": ("", "quick", "dense", "fixed", "strided"),
+  "cifar10": ("", "quick", "dense", "fixed", "strided", "record"),
   "enwik8": ("", "quick", "dense", "fixed", "strided"),
   "imagenet64": ("", "quick", "300m"),
   "audio": ("", "quick", "262k", "1m"),
@@ -37,9 +36,7 @@ def test_every_variant_is_valid_and_takes_a_step(name, variant):
   assert validate.validate_fields(config) == []
   build = lambda rngs: transformer.SparseTransformer(**config.model, rngs=rngs)
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
-  schedule = optim.make_schedule(learning_rate=1.0, warmup_steps=2, steps=5)
-  adam = {name: config.optim[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
-  tx = optim.make_optimizer(schedule=schedule, **adam)
+  tx, schedule = train.optimizer_of(config)
   options = dict(graphdef=graphdef, tx=tx, schedule=schedule, accumulation=1, ema_decay=0.9)
   init = functools.partial(train.init_state, build=build, tx=tx, loss_scale="none")
   state = jax.eval_shape(init, jax.random.key(0))

@@ -73,7 +73,8 @@ def curves(
   of_colours = "red, green and blue of each " if layout.modality == "image" else "each "
   caption = (
     f"How many bits the model needs for {of_colours}{layout.token}: less is better, and 8 is "
-    "guessing. Validation is of inputs that it was not trained on, by the averaged weights."
+    "guessing. Validation is of inputs that it was not trained on, by the averaged weights if "
+    "the run keeps them."
   )
   # Room for the legend, above.
   return Chart(_styled(figure, hovermode="x unified", margin_t=36), caption=caption)

@@ -91,9 +91,17 @@ def test_gelu_and_its_derivative():
   np.testing.assert_allclose(slope, by_jax.reshape(u.shape), atol=2e-6)
 
 
-def test_gelu_back():
+def test_relu2_and_its_derivative():
+  u = jnp.linspace(-3, 3, ROWS * COLUMNS, dtype=jnp.float32).reshape(ROWS, COLUMNS)
+  (exact,) = wide(u)
+  np.testing.assert_allclose(epilogues.relu2(u), np.maximum(exact, 0) ** 2, atol=2e-6)
+  slope = (1 + epilogues.relu2_slope(u)) / 2
+  np.testing.assert_allclose(slope, 2 * np.maximum(exact, 0), atol=2e-6)
+
+
+def test_activation_back():
   grad, u, rstd = normal(0, ROWS, COLUMNS), 3 * normal(1, ROWS, COLUMNS), normal(2, ROWS) ** 2
-  got = epilogues.gelu_back(grad, epilogues.gelu_slope(u), rstd)
+  got = epilogues.activation_back(grad, epilogues.gelu_slope(u), rstd)
   grad, u, rstd = wide(grad, u, rstd)
   s = sigmoid(u)
   close(got, grad * (s + 1.702 * u * s * (1 - s)) * rstd[:, None])

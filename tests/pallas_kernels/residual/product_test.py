@@ -142,6 +142,19 @@ def test_widen(R, body):
   close(g, gelu(want))
 
 
+@pytest.mark.one_day_in_six(2)
+def test_squared_relu_and_its_gradient():
+  R, E, F = 150, 64, 128
+  how = dict(sizes=BODIES["stays"], activation="relu2")
+  h, w = normal(0, R, E), weights(1, E, F)
+  norm = norm_of(h, w, 2)
+  u, g = kernels.widen(h, w, norm, **how)
+  close(g, np.maximum(normalised(h)[0] @ wide(w) + wide(norm.bias), 0) ** 2)
+  dm, down = normal(3, R, E), weights(4, F, E)
+  got = kernels.narrow_back(dm, down, u, norm, **how)
+  close(got.du, (wide(dm) @ wide(down).T) * 2 * np.maximum(wide(u), 0) * normalised(h)[2])
+
+
 @some
 @by_body
 def test_narrow_back(R, body):

@@ -66,10 +66,16 @@ def test_prefill_is_that_of_the_modules(monkeypatch, nnx_mode):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-  "between", [dict(qk_norm=True), dict(rope="tokens"), dict(rope="axes", qk_norm=True)], ids=str
+  "change",
+  [
+    dict(qk_norm=True),
+    dict(rope="tokens"),
+    dict(rope="axes", qk_norm=True, activation="relu2"),
+  ],
+  ids=str,
 )
-def test_norms_and_rope_stand_between_the_halves(monkeypatch, between):
-  options = dict(attention_layers=("local",), num_layers=1, dropout=0.0, **between)
+def test_norms_and_rope_stand_between_the_halves(monkeypatch, change):
+  options = dict(attention_layers=("local",), num_layers=2, dropout=0.0, **change)
   run = lambda: loss_and_gradients(compute_dtype="float32", **options)
   (loss, grads), (other, expected) = run(), by_modules(monkeypatch, run)
   np.testing.assert_allclose(loss, other, rtol=2e-5, atol=2e-7)
@@ -78,6 +84,15 @@ def test_norms_and_rope_stand_between_the_halves(monkeypatch, between):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     assert np.abs(b).max() > 0, name  # that of the keys' bias too: no softmax takes it off
     assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max(), name
+
+
+def test_squared_relu_stands_between_the_products():
+  feed = small_model(activation="relu2").groups[0].feed_forward
+  feed = jax.tree.map(lambda x: x[0], feed)
+  x = jax.random.normal(KEY, (3, 12))
+  u = np.asarray(x) @ np.asarray(feed.up.kernel) + np.asarray(feed.up.bias)
+  expected = np.maximum(u, 0) ** 2 @ np.asarray(feed.down.kernel) + np.asarray(feed.down.bias)
+  np.testing.assert_allclose(feed(x), expected, atol=1e-5)
 
 
 LAYERS = {

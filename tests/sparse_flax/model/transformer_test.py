@@ -444,6 +444,7 @@ MISTAKES = [
   (dict(position_shape=(4, 5)), r"position_shape=\(4, 5\): text needs"),
   (dict(modality="image"), "an image needs"),
   (dict(init_scheme="best"), "init_scheme='best'"),
+  (dict(activation="relu"), "activation='relu'"),
   (dict(rope="spiral"), "rope='spiral'"),
   (dict(rope="tokens", num_heads=4), "rope='tokens': .* = 3 features per head, .* even"),
   (dict(rope="axes", num_heads=6), "rope='axes': .* = 2 features .* even number >= 4"),

@@ -130,20 +130,27 @@ def test_temperature_zero_takes_the_likeliest_byte_of_the_whole_model(weights):
   np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
 
 
-@pytest.mark.parametrize("rope", ["tokens", "axes"])
-def test_placed_keys_are_kept_placed(rope):
+@pytest.mark.parametrize("change", [dict(rope="tokens"), dict(rope="axes", activation="relu2")])
+def test_placed_keys_are_kept_placed(change):
   """With rope and norms: a prompt, then steps by the caches, beside the whole model."""
-  model = small_model(rope=rope, qk_norm=True)
+  model = small_model(qk_norm=True, **change)
   prompt = np.arange(9, dtype=np.uint8)
   got = sample.generate(model, key=jax.random.key(0), num=1, prompts=[prompt], temperature=0)
   np.testing.assert_array_equal(got[0, 9:], np.argmax(model(jnp.asarray(got)), axis=-1)[0, 9:])
 
 
-def test_kernels_of_a_step_refuse_what_they_do_not_have(monkeypatch):
-  model = small_model(rope="tokens", qk_norm=True)
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (dict(rope="tokens", qk_norm=True), "rope and qk_norm between"),
+    (dict(activation="relu2"), "activation='relu2', which"),
+  ],
+)
+def test_kernels_of_a_step_refuse_what_they_do_not_have(monkeypatch, change, reason):
+  model = small_model(**change)
   module = sys.modules["sparse_flax.sample.generate"]  # the package has the function by this name
   monkeypatch.setattr(module, "step_kernels", lambda name: types.SimpleNamespace())
-  with pytest.raises(NotImplementedError, match="triton: rope and qk_norm between"):
+  with pytest.raises(NotImplementedError, match=f"triton: {reason}"):
     sample.generate(model, key=jax.random.key(0), num=1, implementation="triton")
 
 

@@ -67,8 +67,12 @@ def test_evaluation_line_and_record(tmp_path):
   lines = []
   with metrics.Writer(tmp_path, step=0) as writer:
     result = dict(bits_per_byte=3.25, step=4, split="validation", bytes_scored=307_200)
-    make(writer, lines).evaluated(result)
-  assert lines == ["step 4/10  validation 3.250 bits/dim  averaged weights, 307,200 bytes"]
+    for ema in (True, False):
+      make(writer, lines).evaluated(result | {"ema": ema})
+  assert lines == [
+    "step 4/10  validation 3.250 bits/dim  averaged weights, 307,200 bytes",
+    "step 4/10  validation 3.250 bits/dim  307,200 bytes",
+  ]
   assert records(tmp_path)[0]["validation_bits_per_byte"] == 3.25
 
 

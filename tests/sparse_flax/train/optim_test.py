@@ -26,6 +26,17 @@ def test_schedule_is_the_papers(update, factor):
   assert float(schedule(jnp.int32(update))) == pytest.approx(2.0 * factor, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+  ("update", "factor"),
+  [(0, 1 / 5), (4, 1.0), (29, 1 - 0.75 / 4), (104, 0.25), (200, 0.25)],
+  ids=lambda x: str(x),
+)
+def test_a_line_comes_down_to_the_final_ratio(update, factor):
+  rates = dict(learning_rate=2.0, warmup_steps=5, steps=105, final_lr_ratio=0.25)
+  schedule = optim.make_schedule(**rates, schedule="linear")
+  assert float(schedule(jnp.int32(update))) == pytest.approx(2.0 * factor, abs=1e-6)
+
+
 def test_schedule_ends_at_the_final_ratio():
   schedule = optim.make_schedule(learning_rate=2.0, warmup_steps=0, steps=10, final_lr_ratio=0.25)
   assert float(schedule(9)) == pytest.approx(0.5)
