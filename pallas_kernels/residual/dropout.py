@@ -1,7 +1,8 @@
-"""Dropout masks as packed bits: a few hashes for 32 elements, the same on any mesh."""
+"""Dropout masks as packed bits: a hash or a few for 32 elements, the same on any mesh."""
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,23 @@ from jaxtyping import UInt32
 
 from pallas_kernels.residual import fold
 
-# Of the masks that a key gives; checkpoints have it. 1: `jax.random.bernoulli`, 2: `keep_bits`.
-VERSION = 2
+# Of the masks that a key gives; checkpoints have it. 1: `jax.random.bernoulli`, 2: `keep_bits`, by
+# digits, 3: rates up to RARE by places.
+VERSION = 3
 WORD = 32
 MOST_DIGITS = 32
 TOLERANCE = 1e-3
+# Up to this rate, the dropped elements of a word are drawn, rather than a bit for each element.
+RARE = 1 / 64
+MOST_DRAWN, PLACE_BITS = 6, 5  # of a word: a hash has 32 bits for their number, and for 6 places
 
 
 @functools.cache
 def digits_of(rate: float) -> tuple[int, ...]:
   """The binary digits of the probability 1 - rate to keep an element, the first one is worth 1/2.
 
-  As few as give it, and the rate, to 1 part in 1,000: 2 for 0.25 (exact), 9 for 0.4, 11 for 0.1,
-  12 for 0.01; never more than 32.
+  As few as give it, and the rate, to 1 part in 1,000: 2 for 0.25 (exact), 9 for 0.4, 11 for 0.1;
+  never more than 32.
   """
   for count in range(1, MOST_DIGITS + 1):
     dropped = min(max(round(rate * 2**count), 1), 2**count - 1)
@@ -40,10 +45,30 @@ def digits_of(rate: float) -> tuple[int, ...]:
   return tuple(digits)
 
 
+@functools.cache
+def limits_of(rate: float) -> tuple[int, ...]:
+  """Of a word, n or more places are drawn where 32 random bits are less than the n-th limit.
+
+  For rates up to `RARE`. n has Poisson's distribution with the mean -32 log(1 - rate). Then how
+  often each of 32 elements is drawn does not depend on the others, and with the probability `rate`
+  it is at least once. More than 6 are left out: in 1 word of 20 million for 0.01, of 1 million for
+  1/64.
+  """
+  mean = -WORD * math.log1p(-rate)
+  exactly = [math.exp(-mean) * mean**n / math.factorial(n) for n in range(3 * MOST_DRAWN)]
+  limits = [round(2**32 * math.fsum(exactly[n:])) for n in range(1, MOST_DRAWN + 1)]
+  return (max(limits[0], 1), *limits[1:])
+
+
 def keep_probability(rate: float) -> float:
-  """1 - rate as the digits have it. What is kept is scaled by its inverse: no bias is left."""
+  """1 - rate as limits or digits have it. What is kept is scaled by its inverse: without bias."""
   if rate == 0.0:
     return 1.0
+  if rate <= RARE:
+    at_least = [limit / 2**32 for limit in limits_of(rate)]
+    # By the n-th place first: it is drawn, it is this element, and those before it were others.
+    once = lambda n: at_least[n] * (1.0 - 1.0 / WORD) ** n / WORD
+    return 1.0 - math.fsum(map(once, range(MOST_DRAWN)))
   return sum(digit / 2**n for n, digit in enumerate(digits_of(rate), 1))
 
 
@@ -65,11 +90,9 @@ def keep_bits(
 ) -> UInt32[Array, "*B W"]:
   """A bit for each element of `shape` [*B, E], 1 with the probability `keep_probability(rate)`.
 
-  Bit c % 32 of word c // 32 is that of column c; W is E / 32, rounded up. Let p = 0.d1 d2 ... dm in
-  binary. From the last digit to the first, `word | bits` for a 1 and `word & bits` for a 0 turns
-  bits that are 1 with probability 0.d(n+1) ... dm into some with 0.dn ... dm: m random words make
-  32 elements. They are hashes of n and the number of the word in the whole array, so that a device
-  makes its own share, and any mesh has the same bits.
+  Bit c % 32 of word c // 32 is that of column c; W is E / 32, rounded up. Words are made of hashes
+  of the number of the word in the whole array, so that a device makes its own share, and any mesh
+  has the same bits: one hash for rates up to `RARE`, one for two of `digits_of` for others.
 
   Args:
     seed: of `seed_of`; another one for every array.
@@ -88,14 +111,40 @@ def keep_bits(
     number = number * jnp.uint32(size) + own
   if sharding is not None and not explicit:
     number = jax.lax.with_sharding_constraint(number, sharding)
+  # Not n alone, which would be an array that is made before a loop over layers, and read in it.
+  hash_of = lambda n: hashes.threefry2x32_p.bind(*seed, number ^ (seed[1] + jnp.uint32(n)), number)
+  return _by_places(hash_of, rate) if rate <= RARE else _by_digits(hash_of, rate)
+
+
+def _by_places(hash_of, rate):
+  """Zeros at the places that are drawn, several times maybe."""
+  random, places = hash_of(0)
+  drawn = []
+  for n, limit in enumerate(limits_of(rate)):
+    place = places >> jnp.uint32(PLACE_BITS * n) & jnp.uint32(WORD - 1)
+    drawn.append((random < jnp.uint32(limit)).astype(jnp.uint32) << place)
+  return ~functools.reduce(operator.or_, drawn)
+
+
+def _by_digits(hash_of, rate):
+  """Let p = 0.d1 d2 ... dm in binary be the probability of a 1.
+
+  From the last digit to the first, `word | bits` for a 1 and `word & bits` for a 0 turns bits that
+  are 1 with probability 0.d(n+1) ... dm into some with 0.dn ... dm: m random words make 32
+  elements.
+  """
   digits, words = digits_of(rate), []
   for n in range((len(digits) + 1) // 2):  # each hash has two words
-    # Not n alone, which would be an array that is made before a loop over layers, and read in it.
-    words += hashes.threefry2x32_p.bind(*seed, number ^ (seed[1] + jnp.uint32(n)), number)
+    words += hash_of(n)
   bits = words[len(digits) - 1]  # the last digit is a 1
   for n in reversed(range(len(digits) - 1)):
     bits = words[n] | bits if digits[n] else words[n] & bits
   return bits
+
+
+def same_masks(version: int, rate: float) -> bool:
+  """Whether keys gave the masks of this `rate` in `version` that they give today."""
+  return version == VERSION or rate == 0.0 or (version == 2 and rate > RARE)
 
 
 def words_of(shape: tuple[int, ...]) -> tuple[int, ...]:

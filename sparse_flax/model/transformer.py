@@ -236,7 +236,11 @@ class SparseTransformer(nnx.Module):
       stream = residual.start(x, options, drops=seeds is not None and self.groups[0].dropout > 0)
       blocks = [layer.run for layer in self.groups]  # with the weights that they are given
     in_loop = not modules and options.implementation in LOOPED
-    one_by_one, level = in_loop or cycle > 1, self._level(x, in_loop=in_loop)
+    level = self._level(x, in_loop=in_loop)
+    # Kernels read nothing that "hidden" does not keep, but for q and k that were moved: without
+    # barriers they read their weights where these lie, in the stacks, and not copies.
+    all_kept = in_loop and level == "hidden" and self.groups[0].attention.placing is None
+    one_by_one = not all_kept and (in_loop or cycle > 1)
     blocks = [remat_lib.rematerialised(run, level, one_by_one=one_by_one) for run in blocks]
 
     # Outside of what is computed again: bits take little room, and hashes time.
@@ -250,9 +254,13 @@ class SparseTransformer(nnx.Module):
 
     seeds = [None] * cycle if seeds is None else list(jnp.moveaxis(seeds, 1, 0))
     if in_loop:
-      # Of all layers at once: hashes are most of a program's operations, and slow to compile.
-      bits = seeds if seeds[0] is None else jax.lax.optimization_barrier(jax.vmap(bits_of)(seeds))
-      stream, _ = _loop(run_group, stream, (arrays, bits))
+      # Of all layers at once: hashes are most of a program's operations, and slow to compile. Words
+      # come before rows, as kernels read them: what a layer has of a stack is then one piece of it.
+      drawn = seeds if seeds[0] is None else jax.vmap(bits_of)(seeds)
+      bits = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.moveaxis(x, -1, 1), drawn))
+      rows_first = lambda bits: jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), bits)
+      run = lambda stream, xs: run_group(stream, (xs[0], rows_first(xs[1])))
+      stream, _ = _loop(run, stream, (arrays, bits))
     else:
       with_bits = lambda stream, xs: run_group(stream, (xs[0], bits_of(xs[1])))
       stream, _ = jax.lax.scan(with_bits, stream, (arrays, seeds))

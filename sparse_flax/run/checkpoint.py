@@ -104,9 +104,10 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def same_dropout(self, step: int) -> bool:
+  def same_dropout(self, step: int, *rates: float) -> bool:
     """Whether the masks of the steps after `step` are those that its own program would draw."""
-    return self._about(step)[0].get("dropout", 1) == dropout.VERSION  # 1 is not written down
+    version = self._about(step)[0].get("dropout", 1)  # 1 is not written down
+    return all(dropout.same_masks(version, rate) for rate in rates)
 
   def reached_preemption(self, step: int) -> bool:
     """Whether a process was told to end, and all have agreed on this step to save and stop at."""

@@ -161,8 +161,8 @@ def train(
     say(f"RESUMING {workdir} at step {first:,}" if newest else f"FRESH RUN in {workdir}")
     if begun := run.begun_from(workdir):
       say(f"  {'begun':<11}{run.told(begun)}")
-    drops = config.model.dropout or config.model.embed_dropout
-    if newest and drops and not checkpoints.same_dropout(first):
+    rates = config.model.dropout, config.model.embed_dropout
+    if newest and not checkpoints.same_dropout(first, *rates):
       say(f"  {'dropout':<11}{_OTHER_MASKS} {first:,}")
     say(_banner(config, workdir, params=program.shapes["params"], splits=splits, mesh=mesh))
     if newest:

@@ -62,6 +62,44 @@ def test_bits_are_the_binary_fold_of_hashes_of_digit_and_place():
   np.testing.assert_array_equal(dropout.unpack(jnp.asarray(bits), 70), kept == 1)
 
 
+def test_bits_of_rare_drops_are_zero_at_the_places_that_a_hash_draws():
+  """In numpy, from the definition: how many by the first word, five bits a place of the other."""
+  number = np.arange(20_000, dtype=np.uint32)
+  hashed = dropout.hashes.threefry2x32_p.bind(*SEED, jnp.asarray(number ^ SEED[1]), number)
+  expected = []
+  for random, places in zip(*(np.asarray(x).tolist() for x in hashed), strict=True):
+    drawn = sum(random < limit for limit in dropout.limits_of(0.01))
+    gone = {places >> 5 * n & 31 for n in range(drawn)}
+    expected.append(2**32 - 1 - sum(1 << place for place in gone))
+  assert len({x.bit_count() for x in expected}) >= 4
+  bits = dropout.keep_bits(SEED, 0.01, (20_000, 32))
+  np.testing.assert_array_equal(bits[:, 0], np.array(expected, np.uint32))
+
+
+@pytest.mark.parametrize("rate", [1e-5, 0.01, dropout.RARE])
+def test_rare_drops_are_independent_but_for_what_is_left_out(rate):
+  """So many of 32 are gone as of 32 draws apart, by the probability of each number of places."""
+  at_least = [1.0, *(limit / 2**32 for limit in dropout.limits_of(rate)), 0.0]
+  ways = [[0.0] * 33 for _ in range(7)]  # [places][different ones]
+  ways[0][0] = 1.0
+  for n in range(6):
+    for gone in range(7):
+      ways[n + 1][gone] += ways[n][gone] * gone / 32
+      ways[n + 1][gone + 1] += ways[n][gone] * (32 - gone) / 32
+  for gone in range(5):
+    got = sum((at_least[n] - at_least[n + 1]) * ways[n][gone] for n in range(7))
+    assert got == pytest.approx(
+      math.comb(32, gone) * rate**gone * (1 - rate) ** (32 - gone), abs=1e-6
+    )
+  expected = sum((at_least[n] - at_least[n + 1]) * (31 / 32) ** n for n in range(7))
+  assert dropout.keep_probability(rate) == pytest.approx(expected, abs=1e-12)
+
+
+def test_masks_of_older_versions():
+  same = {(v, rate) for v in (1, 2, 3) for rate in (0.0, 0.01, 0.25) if dropout.same_masks(v, rate)}
+  assert same == {(3, 0.01), (3, 0.25), (2, 0.25), *((v, 0.0) for v in (1, 2, 3))}
+
+
 @pytest.mark.parametrize("rate", [0.25, 0.4, 0.1, 0.01])
 @pytest.mark.parametrize("width", [64, 40])
 def test_the_share_that_is_kept(rate, width):

@@ -52,6 +52,9 @@ def test_kernels_run_again_for_what_a_level_does_not_keep(remat):
   names = [x.params.get("name") for x in kernels]
   assert {name: names.count(name) for name in KERNELS[remat]} == KERNELS[remat]
   assert level_in(program) == remat
+  # Barriers, behind which weights are copies, are where something is computed again.
+  barred = [x for x in jaxprs.equations(program) if x.params.get("prevent_cse")]
+  assert bool(barred) == (remat not in ("hidden", "none"))
 
 
 # Of two layers, 256 tokens, 256 columns, in bfloat16: "hidden" keeps 10 such arrays of a layer.
