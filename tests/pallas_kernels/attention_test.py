@@ -302,6 +302,7 @@ def test_short_sequences(case):
   check_kernels(case)
 
 
+@pytest.mark.smoke("128-True", "256-False", daily=0)
 @pytest.mark.parametrize("T,by_short", [(48, True), (128, True), (192, False), (256, False)])
 def test_short_sequences_of_wide_heads(T, by_short):
   case = _kernel(patterns.Column(2), T=T, H=1, Dk=128, Dv=128)  # 24, 64, 96 and 128 rows
@@ -527,7 +528,7 @@ def test_scale_and_transformations(implementation):
   assert_close(remat, jax.grad(loss)(q), tolerance=1e-6, what="checkpoint")
 
 
-@pytest.mark.smoke("wide", "fixed", "layout", "where")
+@pytest.mark.smoke("fixed", "layout", daily=1)
 @pytest.mark.parametrize(
   "name", ["local", "wide", "column", "strided", "block", "summary", "fixed", "layout", "where"]
 )

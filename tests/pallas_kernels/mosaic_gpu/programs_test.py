@@ -90,7 +90,7 @@ def test_nothing_large_is_copied(name, shape):
   assert not large_moves(program, B * T * H * D // 2)  # per_head moves half the heads at once
 
 
-@pytest.mark.smoke("local-64-1111")
+@pytest.mark.smoke("local-64-1111", daily=0)
 @pytest.mark.parametrize("T", [1_111, 1_024])
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("name", ["dense", "local", "block"])
@@ -101,7 +101,7 @@ def test_segments(name, D, T):
     assert lowered(attend, x, x, x, x).count("mosaic_gpu") >= 2
 
 
-@pytest.mark.smoke("local-64-1111", "block-32-1024", daily=1)
+@pytest.mark.smoke("block-32-1024", daily=1)
 @pytest.mark.parametrize("T", [1_111, 1_024])
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("name", ["dense", "local", "block", "long_block"])
@@ -193,7 +193,7 @@ def test_inside_shard_map(name):
   assert not large_moves(program, 2 * 1024 * 2 * 64)
 
 
-@pytest.mark.smoke("fixed-128-64", daily=2)
+@pytest.mark.smoke("fixed-128-64", daily=1)
 @pytest.mark.parametrize(
   "Dk,Dv",
   [(32, 32), (64, 128), (128, 64), (96, 96), (128, 128), (192, 192), (256, 256)],

@@ -226,7 +226,7 @@ def test_runs_of_sample_that_end_together_replace_nothing(modality, options, tmp
   rng = np.random.default_rng(0)
   shape = (4, 8, 1) if modality == "image" else (4, 8)
   model = dict(modality=modality, seq_len=32, position_shape=shape)
-  config = ml_collections.ConfigDict(dict(model=model))
+  config = ml_collections.ConfigDict(dict(model=model, train=dict(ema_decay=0.9)))
   restore = lambda *args, **how: (config, None, None, 3)
   monkeypatch.setattr(checkpoint, "restore_params", restore)
   examples = lambda *args, **how: rng.integers(0, 256, (1, 32)).astype(np.uint8)

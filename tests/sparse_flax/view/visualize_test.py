@@ -213,6 +213,7 @@ def test_image_runs_are_drawn(tmp_path):
   assert all(is_picture(path) for path in paths)
 
 
+@pytest.mark.one_day_in_three(2)
 def test_sounds_are_drawn(tmp_path):
   config = small(audio.get_config("quick"), seq_len=64, position_shape=(8, 8), stride=8)
   *paths, _ = visualize.run(make_run(tmp_path / "run", config), num=2)
