@@ -235,13 +235,11 @@ def check_kernels(case, runs: int = 1):
 
 @pytest.mark.smoke(
   "local-T130-bfloat16-Hkv1-D32-segments",
-  "local-T200-bfloat16-D128-Dv64",
   "column-T48-bfloat16-Hkv1-D64-Dv128",
   "long_column-T400-bfloat16-D256",
   "summary-T70-bfloat16-Hkv1-D32",
   "strided-T71-bfloat16-Hkv1-D32",
   "fixed-T70-bfloat16-Hkv2-D32",
-  "local-T130-bfloat16-Hkv1-D32-segments-kv_segments",
   "dense-T77-bfloat16-Hkv1-D32-S301-segments-kv_segments",
 )
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
@@ -281,9 +279,7 @@ def check_windows(direction, block_k, stages, warpgroups, case, runs: int = 1):
     check_kernels(case, runs)
 
 
-@pytest.mark.smoke(
-  "fwd-64-2-2-local-T450-bfloat16-D32", "bwd-64-1-2-local-T150-bfloat16-Hkv1-D32-Dv64-segments"
-)
+@pytest.mark.smoke("bwd-64-1-2-local-T150-bfloat16-Hkv1-D32-Dv64-segments", daily=1)
 @pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", WINDOWS, ids=str)
 def test_windows(direction, block_k, stages, warpgroups, case):
   check_windows(direction, block_k, stages, warpgroups, case)
@@ -297,6 +293,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.smoke(daily=2)
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_short_sequences(case):
   check_kernels(case)
@@ -311,6 +308,7 @@ def test_short_sequences_of_wide_heads(T, by_short):
   assert backward.called == by_short
 
 
+@pytest.mark.smoke(daily=1)
 @pytest.mark.parametrize(
   "pattern,T", [(patterns.Column(2), 512), (patterns.Strided(2), 400)], ids=str
 )

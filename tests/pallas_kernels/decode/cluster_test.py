@@ -98,7 +98,7 @@ CASES = {
 }
 
 
-@pytest.mark.smoke("fixed")
+@pytest.mark.smoke(daily=1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_that_of_the_blocks(case):
   layers, B, rows, C, more = CASES[case]

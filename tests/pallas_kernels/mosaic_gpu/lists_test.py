@@ -126,7 +126,7 @@ SIZES = {
 }
 
 
-@pytest.mark.smoke("layout", "remainder", "per_head")
+@pytest.mark.smoke("layout")
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_pattern(name):
   check(*call(PATTERNS[name](2), T=213))

@@ -193,6 +193,7 @@ def test_inside_shard_map(name):
   assert not large_moves(program, 2 * 1024 * 2 * 64)
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("fixed-128-64", daily=1)
 @pytest.mark.parametrize(
   "Dk,Dv",
@@ -220,6 +221,7 @@ def test_odd_lengths(name):
     lowered(attend_with(PATTERNS[name](96, 8)), x, x, x, x)
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("Local(window=128, causal=True)")
 @pytest.mark.parametrize(
   "pattern",

@@ -406,6 +406,7 @@ def spanning(R, clusters):
   return run, dx, np.where(keep, dx / (1 - RATE), 0), xhat
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize("clusters", ["beside", "beside, twice", "across"])
 def test_clusters_that_span_rows_lower(clusters):
   """The simulator has no clusters."""

@@ -222,7 +222,7 @@ def kept_loss_and_gradient(remat, implementation, halves):
   return kept, loss, jax.jit(lambda backward: backward(jnp.float32(1.0))[0])(backward)
 
 
-@pytest.mark.smoke(daily=1)
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_layers_in_a_loop_are_those_of_the_scan(remat, monkeypatch):
   """In two groups of two layers: loss, logits without dropout, and every gradient."""

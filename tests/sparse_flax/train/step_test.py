@@ -49,6 +49,7 @@ def runs(tmp_path_factory):
   return dict(root=root, config=config, straight=straight, resumed=resumed)
 
 
+@pytest.mark.one_day_in_three(1)
 def test_resumed_run_ends_with_the_same_bits(runs):
   states = [tiny.restore(runs["config"], runs["root"] / name) for name in ("straight", "stopped")]
   assert int(states[0]["step"]) == 6

@@ -650,6 +650,7 @@ def centre(browser, selector, n=0):
   )
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("image")
 @pytest.mark.parametrize(
   ("modality", "dots", "beside"),

@@ -205,6 +205,7 @@ def test_masks_must_be_a_png(capsys):
   assert error.value.code == 2 and "must end in .png" in capsys.readouterr().err
 
 
+@pytest.mark.one_day_in_three(0)
 def test_image_runs_are_drawn(tmp_path):
   run = make_run(tmp_path / "run", small(cifar10.get_config("quick")))
   *paths, _ = visualize.run(run, num=3, seed=1)
