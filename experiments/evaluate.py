@@ -1,4 +1,4 @@
-"""Scores a run's averaged weights on a whole split, in bits per dim or byte.
+"""Scores the weights of a run, or of an export, on a split, in bits per dim or byte.
 
   python -m experiments.evaluate --workdir=DIR [--split=test] [--min_context=N] [--num=N]
     [--average=false] [--step=N] [--data_path=PATH]

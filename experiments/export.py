@@ -1,4 +1,4 @@
-"""Writes a run's averaged weights as model.safetensors and config.json, for other programs.
+"""Writes the weights of a run as model.safetensors and config.json, for other programs.
 
   python -m experiments.export --workdir=DIR --out=DIR [--step=N] [--average=false]
 

@@ -159,21 +159,13 @@ def train(
     newest = checkpoints.restore_newest(program.shapes)
     first = newest[1] if newest else 0
     say(f"RESUMING {workdir} at step {first:,}" if newest else f"FRESH RUN in {workdir}")
-    if begun := run.begun_from(workdir):
-      say(f"  {'begun':<11}{run.told(begun)}")
-    rates = config.model.dropout, config.model.embed_dropout
-    if newest and not checkpoints.same_dropout(first, *rates):
-      say(f"  {'dropout':<11}{_OTHER_MASKS} {first:,}")
+    for line in _differences(config, workdir, checkpoints, newest, planned=planned):
+      say(line)
     say(_banner(config, workdir, params=program.shapes["params"], splits=splits, mesh=mesh))
-    if newest:
-      state = newest[0]
-      if planned is not None and planned != steps:
-        say(f"  {'extended':<11}{_extended(config, planned, state)}")
-    else:
-      state = program.first_state(weights)
-      if weights is not None:  # from here on nobody needs the other run or export
-        stop_if_not_finite(state, saved=first)
-        checkpoints.save(state)
+    state = newest[0] if newest else program.first_state(weights)
+    if weights is not None:  # from here on nobody needs the other run or export
+      stop_if_not_finite(state, saved=first)
+      checkpoints.save(state)
 
     # ------------------------------------------------------------------- Loop
     writer = None
@@ -282,6 +274,26 @@ def _initial(
   if init_from is None:
     return None, None
   return initial.load(init_from, config, shapes=shapes, mesh=mesh, recorded=recorded, say=say)
+
+
+def _differences(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  checkpoints: run.Checkpoints,
+  newest: tuple[dict, int] | None,
+  *,
+  planned: int | None,
+) -> Iterator[str]:
+  """Lines of what is not as in a run that begins with random weights and ends as planned."""
+  if begun := run.begun_from(workdir):
+    yield f"  {'begun':<11}{run.told(begun)}"
+  if newest is None:
+    return
+  state, first = newest
+  if not checkpoints.same_dropout(first, config.model.dropout, config.model.embed_dropout):
+    yield f"  {'dropout':<11}{_OTHER_MASKS} {first:,}"
+  if planned is not None and planned != config.train.steps:
+    yield f"  {'extended':<11}{_extended(config, planned, state)}"
 
 
 def _extended(config: ml_collections.ConfigDict, planned: int, state: dict) -> str:
