@@ -28,7 +28,7 @@ def get_config(name, variant=""):
   return importlib.import_module(f"configs.{name}").get_config(variant)
 
 
-@pytest.mark.smoke(daily=6)
+@pytest.mark.smoke(daily=4)
 @pytest.mark.promotes  # optax's Adam mixes dtypes
 @pytest.mark.parametrize(("name", "variant"), ALL)
 def test_every_variant_is_valid_and_takes_a_step(name, variant):

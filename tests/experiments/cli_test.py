@@ -186,6 +186,7 @@ def test_what_wandb_needs_is_named(tmp_path, capsys, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.one_day_in_three(0)
 def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
   script = """
 import sys

@@ -33,7 +33,7 @@ def root(tmp_path_factory):
   return root
 
 
-@pytest.mark.one_day_in_six(4)
+@pytest.mark.one_day_in_six(0)
 def test_an_export_is_scored_as_the_run_that_it_is_of(root, tmp_path, capsys):
   expected = evaluate.run(root / "run")
   result = evaluate.run(weights=root / "out")
@@ -71,7 +71,7 @@ def test_an_export_of_an_earlier_version_has_averaged_weights():
   assert (found.step, found.averaged) == (400, True)
 
 
-@pytest.mark.one_day_in_six(4)
+@pytest.mark.one_day_in_six(5)
 def test_samples_of_an_export(root, tmp_path, monkeypatch, capsys):
   draw = lambda *weights, num, **options: np.full((num, 32), 97, np.uint8)
   monkeypatch.setattr(sample.sample, "generate", draw)
@@ -91,7 +91,7 @@ def test_samples_of_an_export(root, tmp_path, monkeypatch, capsys):
     sample.run(weights=root / "out", num=1)
 
 
-@pytest.mark.one_day_in_six(1)
+@pytest.mark.one_day_in_six(3)
 def test_pictures_of_an_export(root, tmp_path):
   evaluate.run(weights=root / "out", out=tmp_path / "to")
   evaluate.run(weights=root / "out", out=tmp_path / "to", num=1)

@@ -145,6 +145,7 @@ def row_of_table(name: str, kind: str, implementation: str):
   return collectives(program), same
 
 
+@pytest.mark.smoke(daily=2)
 @pytest.mark.parametrize(
   ("name", "kind", "implementation"),
   [*QUICK, *(pytest.param(*x, marks=pytest.mark.slow) for x in ALL if x not in QUICK)],
@@ -428,6 +429,7 @@ def asked_as_by_a_compiler(monkeypatch):
   monkeypatch.setattr(partitioning._Call, "_compiled", compiled)
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize(
   ("name", "kind"),
   [

@@ -42,7 +42,7 @@ def whole_and_part(attend, case, run):
   return [*rows, *whole[3:]], part
 
 
-@pytest.mark.smoke("xla-traced-fixed", "reference-known-strided", daily=2)
+@pytest.mark.smoke("xla-traced-fixed", "reference-known-strided", daily=1)
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

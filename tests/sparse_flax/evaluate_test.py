@@ -45,6 +45,7 @@ def test_untrained_model_has_8_bits(case):
   assert result["bits_per_byte"] == pytest.approx(8, abs=1e-5)
 
 
+@pytest.mark.smoke()
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100], ids=lambda n: f"batch{n}")
 def test_every_byte_counts_once_whatever_the_batch(case, batch_size):
   config, params, _, text = case

@@ -194,6 +194,7 @@ def test_every_row_has_its_figures(tiny, tmp_path, capsys):
   assert "rate, blocks" in capsys.readouterr().out
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.promotes
 def test_a_row_that_fails_is_reported_and_the_others_go_on(tiny, monkeypatch, tmp_path, capsys):
   def broken(q, k, v, window=None):

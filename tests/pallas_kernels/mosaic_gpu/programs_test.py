@@ -134,7 +134,7 @@ def test_ids_of_keys_that_are_those_of_queries_change_no_program():
   assert alone == given_twice
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("fwd-512-64-3", "bwd-64-64-2", daily=0)
 @pytest.mark.parametrize("warpgroups", [1, 2, 3])
 @pytest.mark.parametrize("D", [32, 64])
@@ -147,7 +147,7 @@ def test_windows_as_the_tuning_table_may_have_them(direction, block_k, D, warpgr
     assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("strided", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_two_levels_of_vmap_copy_nothing(name):
@@ -178,7 +178,7 @@ def test_layers_that_are_computed_again(name):
   assert 0 < kept < again
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("strided", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_inside_shard_map(name):
@@ -193,7 +193,7 @@ def test_inside_shard_map(name):
   assert not large_moves(program, 2 * 1024 * 2 * 64)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("fixed-128-64", daily=1)
 @pytest.mark.parametrize(
   "Dk,Dv",
@@ -221,7 +221,7 @@ def test_odd_lengths(name):
     lowered(attend_with(PATTERNS[name](96, 8)), x, x, x, x)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("Local(window=128, causal=True)")
 @pytest.mark.parametrize(
   "pattern",

@@ -69,6 +69,7 @@ def doubled(x, num_slots: int, readers: int, lanes: int | None):
   return out
 
 
+@pytest.mark.smoke(daily=6)
 @pytest.mark.parametrize("lanes", [None, 2])
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 5])
 @pytest.mark.parametrize("steps", [1, 4])

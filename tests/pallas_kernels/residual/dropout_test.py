@@ -76,6 +76,7 @@ def test_bits_of_rare_drops_are_zero_at_the_places_that_a_hash_draws():
   np.testing.assert_array_equal(bits[:, 0], np.array(expected, np.uint32))
 
 
+@pytest.mark.smoke()
 @pytest.mark.parametrize("rate", [1e-5, 0.01, dropout.RARE])
 def test_rare_drops_are_independent_but_for_what_is_left_out(rate):
   """So many of 32 are gone as of 32 draws apart, by the probability of each number of places."""

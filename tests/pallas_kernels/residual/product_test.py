@@ -142,7 +142,7 @@ def test_widen(R, body):
   close(g, gelu(want))
 
 
-@pytest.mark.one_day_in_six(2)
+@pytest.mark.one_day_in_six(1)
 def test_squared_relu_and_its_gradient():
   R, E, F = 150, 64, 128
   how = dict(sizes=BODIES["stays"], activation="relu2")
@@ -440,6 +440,7 @@ def beside(R, clusters):
   return run, du, rows, grad.sum(0)
 
 
+@pytest.mark.smoke()
 @pytest.mark.parametrize("clusters", STAY)
 def test_clusters_of_weights_that_stay_lower(clusters):
   run, *_ = beside(200, clusters)

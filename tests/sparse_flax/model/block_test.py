@@ -65,6 +65,7 @@ def test_prefill_is_that_of_the_modules(monkeypatch, nnx_mode):  # noqa: F811
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.smoke()
 @pytest.mark.parametrize(
   "change",
   [

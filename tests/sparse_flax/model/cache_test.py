@@ -154,7 +154,7 @@ each_cycle = pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES)
 
 
 @pytest.mark.smoke(
-  "{'P': 12}-strided", "{'P': 12}-fixed", "{'P': 12, 'sparse': False}-heads-and-layers", daily=4
+  "{'P': 12}-strided", "{'P': 12}-fixed", "{'P': 12, 'sparse': False}-heads-and-layers", daily=2
 )
 @each_cycle
 @pytest.mark.parametrize("how", [dict(), dict(P=1), dict(P=12), dict(P=12, sparse=False)], ids=str)
@@ -177,6 +177,7 @@ SPOILT = {
 }
 
 
+@pytest.mark.smoke(daily=3)
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 @pytest.mark.parametrize(
   "cycle", [("strided",), ("fixed",), ("dense",)], ids=lambda cycle: cycle[0]

@@ -94,7 +94,7 @@ def test_decoding_gives_what_the_whole_sequence_gives(pattern, num_kv_heads, P):
   )
 
 
-@pytest.mark.smoke("fixed-all", "uneven-all", daily=2)
+@pytest.mark.smoke("fixed-all", "uneven-all", daily=1)
 @pytest.mark.parametrize("options", WITH.values(), ids=WITH)
 @pytest.mark.parametrize("name", ["fixed", "uneven", "strided"])
 def test_masks_and_scores_are_those_of_the_whole_sequence(name, options):

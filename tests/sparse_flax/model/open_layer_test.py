@@ -299,7 +299,7 @@ def test_cross_attention_refuses_patterns_of_one_sequence(pattern):
 # --------------------------------------------------------------------------------------- devices
 
 
-@pytest.mark.smoke("masks-data2-tensor2", daily=2)
+@pytest.mark.smoke("masks-data2-tensor2", daily=1)
 @pytest.mark.parametrize(
   "axes",
   [dict(data=2, tensor=2), dict(data=1, tensor=4), dict(data=2, sequence=2)],

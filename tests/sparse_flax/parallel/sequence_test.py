@@ -60,7 +60,7 @@ def check(pattern, arrays, **how):
   "strided-4",
   "union-4",
   "fixed_of_three-4",
-  daily=2,
+  daily=1,
 )
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("name", PATTERNS)

@@ -254,6 +254,7 @@ def test_what_is_printed_of_a_text_is_no_command_to_a_terminal():
   assert len(launcher.beginning(b"a" * 2_000)) == launcher.SHOWN_BYTES
 
 
+@pytest.mark.one_day_in_three(2)
 def test_texts_are_written_byte_by_byte(text_run, capsys):
   assert launcher.main([f"--workdir={text_run}", "--num=3", "--seed=5"]) == 0
   said = capsys.readouterr()
@@ -279,7 +280,7 @@ def test_held_out_text_is_completed_beside_the_original(text_run):
     assert all(text[8:] != example[8:] for text in drawn)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(2)
 def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
   texts = [b"Once upon", b"Two"]
   for n, text in enumerate(texts):
@@ -295,7 +296,7 @@ def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
     launcher.run(text_run, num=4, prompt=files)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_a_file_is_completed(text_run, tmp_path):
   (tmp_path / "prompt.txt").write_bytes(b"Once upon")
   paths = launcher.run(text_run, num=2, prompt=[tmp_path / "prompt.txt"])
@@ -306,6 +307,7 @@ def test_a_file_is_completed(text_run, tmp_path):
     launcher.run(text_run, num=2, prompt=[tmp_path / "long.txt"])
 
 
+@pytest.mark.smoke(daily=4)
 @pytest.mark.parametrize(
   "flags, message",
   [
@@ -339,7 +341,7 @@ def small(config, **model):
   return config.lock()
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
   run = make_run(tmp_path / "run", small(cifar10.get_config("quick")))
   (path,) = launcher.run(run, num=2, keep=0.5)
@@ -364,7 +366,7 @@ def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
     launcher.run(run, prompt=[tmp_path / "prompt.png"])
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(1)
 def test_sounds_become_wav_files(tmp_path):
   config = small(audio.get_config("quick"), seq_len=64, position_shape=(8, 8), stride=8)
   paths = launcher.run(make_run(tmp_path / "run", config), num=2, keep=0.5)

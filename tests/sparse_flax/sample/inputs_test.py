@@ -248,6 +248,7 @@ def test_runs_of_sample_that_end_together_replace_nothing(modality, options, tmp
   assert sorted(others.popitem()[0].parent.iterdir()) == there
 
 
+@pytest.mark.one_day_in_three(0)
 def test_a_report_that_is_older_than_the_samples_says_so(text_run, capsys):
   (path,) = launcher.run(text_run, num=1)
   page = path.with_name("report.html")

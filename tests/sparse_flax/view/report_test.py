@@ -248,6 +248,7 @@ def unpacked(part, layer, dtype=np.uint8):
   return np.frombuffer(zlib.decompress(base64.b64decode(part["packed"][layer])), dtype)
 
 
+@pytest.mark.smoke()
 @pytest.mark.parametrize("modality", MODELS)
 def test_the_page_holds_the_maps_and_averages(modality):
   attention = make_attention(modality)
