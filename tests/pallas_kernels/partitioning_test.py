@@ -145,7 +145,6 @@ def row_of_table(name: str, kind: str, implementation: str):
   return collectives(program), same
 
 
-@pytest.mark.smoke(daily=2)
 @pytest.mark.parametrize(
   ("name", "kind", "implementation"),
   [*QUICK, *(pytest.param(*x, marks=pytest.mark.slow) for x in ALL if x not in QUICK)],
