@@ -213,14 +213,20 @@ def step(result: Result) -> Cells:
   yield from ([row[n] for n in there] for row in [list(columns), *rows])
 
 
-def step_models(result: Result) -> Cells:
-  """The fastest step of each model by each way to compute it, milliseconds."""
-  ways = [way for way in STEPS if any(row["implementation"] == way for row in result["rows"])]
+def fastest_steps(result: Result) -> dict[tuple[str, str], float]:
+  """Milliseconds of a step by body and implementation, with or without recomputation."""
   fastest = {}
   for row in result["rows"]:
     key = row["body"], row["implementation"]
     if row["ms"]:
       fastest[key] = min(row["ms"], fastest.get(key, row["ms"]))
+  return fastest
+
+
+def step_models(result: Result) -> Cells:
+  """The fastest step of each model by each way to compute it, milliseconds."""
+  ways = [way for way in STEPS if any(row["implementation"] == way for row in result["rows"])]
+  fastest = fastest_steps(result)
   yield "model, sequences x tokens", *(STEPS[way].format(**result) for way in ways)
   for row in by(result["rows"], "body").values():
     times = [fastest.get((row["body"], way)) for way in ways]

@@ -9,7 +9,7 @@ from experiments.benchmark import cells
 from experiments.benchmark import tables
 
 PICTURES = tables.ROOT / "docs" / "pictures"
-_OURS, _PEER = "#0072b2", "#d55e00"
+_OURS, _PEER, _DENSE = "#0072b2", "#d55e00", "#999999"
 _SHAPE = dict(T=32_768, D=128)
 
 
@@ -62,9 +62,34 @@ def _paper_patterns(axes, result: cells.Result) -> None:
   axes.set_title(f"The paper's patterns, T = {sizes['T']:,}, D = {sizes['D']}", size=11)
 
 
+def steps(results: pathlib.Path) -> matplotlib.figure.Figure:
+  """Training steps of the paper's models: ours, and the same bodies by what others have."""
+  result = json.loads((results / "step_h200.json").read_text())
+  fastest = cells.fastest_steps(result)
+  bars = (
+    ("ours", "sparse-flax", _OURS),
+    ("pytorch", "PyTorch,\nFlexAttention", _PEER),
+    ("jax_cudnn", "JAX, cuDNN's\ndense", _DENSE),
+  )
+  figure = matplotlib.figure.Figure(figsize=(10, 2.9), layout="constrained", facecolor="white")
+  for axes, body in zip(figure.subplots(1, len(result["bodies"])), result["bodies"], strict=True):
+    times = [fastest[body, way] for way, *_ in bars]
+    drawn = axes.bar([name for _, name, _ in bars], times, color=[x for *_, x in bars], width=0.7)
+    axes.bar_label(
+      drawn, [f"{ms:,.0f} ms\n{ms / times[0]:.1f} x" for ms in times], padding=2, size=9
+    )
+    axes.set_title(cells.MODELS[body], size=11)
+    axes.set_ylim(0, 1.3 * max(times))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_yticks([])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+  return figure
+
+
 def run(results: pathlib.Path) -> None:
   """Draws every plot from a folder of results."""
-  path = PICTURES / "block-sparse.png"
-  # Without the version of matplotlib the same plot is the same file.
-  block_sparse(results).savefig(path, dpi=100, metadata={"Software": None})
-  print(path.relative_to(tables.ROOT), flush=True)
+  for name, draw in {"block-sparse": block_sparse, "steps": steps}.items():
+    path = PICTURES / f"{name}.png"
+    # Without the version of matplotlib the same plot is the same file.
+    draw(results).savefig(path, dpi=100, metadata={"Software": None})
+    print(path.relative_to(tables.ROOT), flush=True)

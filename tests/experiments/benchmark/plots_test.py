@@ -25,12 +25,25 @@ def test_the_plot_shows_what_was_measured():
   assert [f"{bar.get_height():.2f}" for bar in right.patches] == ["0.58", "1.42", "4.90"]
 
 
-def test_the_picture_is_of_these_results(tmp_path, monkeypatch, as_a_user):
-  old = np.asarray(PIL.Image.open(plots.PICTURES / "block-sparse.png").convert("RGB"), float)
+def test_the_plot_of_steps_has_the_fastest_of_each_way():
+  result = json.loads((RESULTS / "step_h200.json").read_text())
+  for axes, body in zip(plots.steps(RESULTS).axes, result["bodies"], strict=True):
+    times = {way: [] for way in ("ours", "pytorch", "jax_cudnn")}
+    for row in result["rows"]:
+      if row["body"] == body and row["implementation"] in times and row["ms"]:
+        times[row["implementation"]].append(row["ms"])
+    assert [bar.get_height() for bar in axes.patches] == [min(x) for x in times.values()]
+
+
+def test_the_pictures_are_of_these_results(tmp_path, monkeypatch, as_a_user):
+  names = ("block-sparse.png", "steps.png")
+  pixels = lambda path: np.asarray(PIL.Image.open(path).convert("RGB"), float)
+  old = [pixels(plots.PICTURES / name) for name in names]
   monkeypatch.setattr(plots, "PICTURES", tmp_path)
   monkeypatch.setattr(tables, "ROOT", tmp_path)
   plots.run(RESULTS)
-  new = np.asarray(PIL.Image.open(tmp_path / "block-sparse.png").convert("RGB"), float)
   # Other versions of matplotlib may draw letters otherwise.
   remedy = "run python -m experiments.benchmark plots"
-  assert new.shape == old.shape and abs(new - old).mean() < 0.5, remedy
+  for name, before in zip(names, old, strict=True):
+    new = pixels(tmp_path / name)
+    assert new.shape == before.shape and abs(new - before).mean() < 0.5, f"{name}: {remedy}"
