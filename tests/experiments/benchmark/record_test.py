@@ -31,7 +31,7 @@ def test_a_record_is_trained_scored_and_entered(tmp_path):
   assert older == "| older |" and lines[-1].endswith(new)
   cells = columns(new)
   assert cells["config"] == "`tiny --config.seed=0`" and cells["tokens"] == "768"
-  assert cells["seed"] == "0" and cells["standard error"] == ""
+  assert cells["seed"] == "0" and cells["standard error"] == f"{result['standard_error']:.4f}"
   assert cells["result"] == f"{result['bits_per_byte']:.4f} bits/byte, weights as trained"
   assert cells["data"].startswith("bytes: train 1,800 sha256:")
   assert "; test 100 sha256:" in cells["data"]
