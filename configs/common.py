@@ -72,6 +72,7 @@ def _shared() -> dict:
       split_seed=11172018,  # d: which training images become the validation split
       field="text",  # of .jsonl files
       skip_damaged=False,  # pictures of a folder that cannot be read are left out, not refused
+      mirror=False,  # p; images are trained on with left and right swapped half of the time
     ),
     train=dict(
       steps=0,

@@ -18,6 +18,7 @@ MEANINGS = {
   "data.split_seed": "which training images become the validation split",
   "data.field": "of the objects in .jsonl files that holds the text",
   "data.skip_damaged": "leaves out pictures of a folder that cannot be read, and names them",
+  "data.mirror": "swaps left and right of each training image with probability 1/2",
   "train.steps": "of the run; the learning rate ends with them; once done they may be raised",
   "train.log_every": "steps between lines of the log",
   "train.eval_every": "steps between evaluations on the validation split",

@@ -17,7 +17,12 @@ Rows = Sequence[int] | Integer[np.ndarray, "B"]
 
 
 def make_batches(
-  dataset: dataset_lib.Dataset, *, seq_len: int, batch_size: int, seed: int
+  dataset: dataset_lib.Dataset,
+  *,
+  seq_len: int,
+  batch_size: int,
+  seed: int,
+  mirror: bool = False,
 ) -> BatchAt:
   """Shuffled training batches as a pure function of the seed and the step.
 
@@ -32,6 +37,7 @@ def make_batches(
     seq_len: bytes of a window; the size of an image for images.
     batch_size: windows of a step, over all hosts.
     seed: in [0, 2**32).
+    mirror: swaps left and right of each image with probability 1/2, anew in each epoch.
 
   Returns:
     batch_at(step, rows=None): uint8 [len(rows), seq_len], the given rows (numbers below batch_size)
@@ -43,6 +49,9 @@ def make_batches(
   _check(dataset, seq_len=seq_len, batch_size=batch_size)
   if not 0 <= seed < 2**32:
     raise ValueError(f"{seed=} must be in [0, 2**32)")
+  shape = dataset.image_shape or ()
+  if mirror and not shape:
+    raise ValueError(f"{mirror=} must be False: {dataset.name} has no images")
   # Streams too short for a window get no bytes, so no window comes from them.
   lengths = np.where(dataset.streams.lengths >= seq_len, dataset.streams.lengths, 0)
   spare = np.clip(lengths - seq_len + 1, 1, seq_len)  # how many offsets leave a window
@@ -66,18 +75,22 @@ def make_batches(
     random = np.random.RandomState([seed, number])
     offsets = random.randint(seq_len) % spare
     counts = (lengths - offsets) // seq_len
-    return offsets, counts, np.cumsum(counts), random.permutation(int(counts.sum()))
+    order = random.permutation(int(counts.sum()))
+    return offsets, counts, np.cumsum(counts), order, random.random_sample(len(order)) < 0.5
 
   def batch_at(step: int, rows: Rows | None = None) -> UInt8[np.ndarray, "B T"]:
     number, position = divmod(int(step), steps_per_epoch)
-    offsets, counts, ends, order = epoch_of(number)
+    offsets, counts, ends, order, mirrored = epoch_of(number)
     batch = order[position * batch_size : (position + 1) * batch_size]
     windows = batch if rows is None else batch[np.asarray(rows)]
     tokens = np.empty((len(windows), seq_len), np.uint8)
     for row, window in enumerate(windows):
       index = int(np.searchsorted(ends, window, side="right"))
       start = int(offsets[index] + (window - ends[index] + counts[index]) * seq_len)
-      tokens[row] = dataset.streams.read(index, start, start + seq_len)
+      read = dataset.streams.read(index, start, start + seq_len)
+      if mirror and mirrored[window]:
+        read = np.reshape(read, shape)[:, ::-1].ravel()
+      tokens[row] = read
     return tokens
 
   return batch_at

@@ -90,6 +90,7 @@ _RULES = {
   "data.split_seed": _whole(0),
   "data.field": _TEXT,
   "data.skip_damaged": Rule((bool,), lambda x: True, "True or False"),
+  "data.mirror": Rule((bool,), lambda x: True, "True or False"),
   "train.steps": _whole(1),
   "train.log_every": _whole(1),
   "train.eval_every": _whole(1),
@@ -128,6 +129,7 @@ _RULES = {
 ADDED: dict[str, Any] = {
   "data.field": "text",
   "data.skip_damaged": False,
+  "data.mirror": False,
   "model.rope": "none",
   "model.qk_norm": False,
   "eval.pictures": 0,
@@ -212,6 +214,9 @@ def validate_fields(config: ml_collections.ConfigDict) -> list[str]:
   sound = lambda *names: not any(x.startswith(names) for x in problems)
   if sound("config.model", "config.optim.loss_scale", "config.eval.min_context"):
     problems += _check_numerics(config)
+  mirrored = sound("config.model", "config.data.mirror") and config.data.mirror
+  if mirrored and config.model.modality != "image":
+    problems.append("config.data.mirror=True: must be False where the data are no images")
   if sound("config.model"):
     problems += _check_model(config)
   return problems

@@ -130,7 +130,11 @@ def train(
   check(data=identity)
   seq_len, batch_size = config.model.seq_len, config.data.batch_size
   batch_at = data.make_batches(
-    splits["train"], seq_len=seq_len, batch_size=batch_size, seed=config.seed
+    splits["train"],
+    seq_len=seq_len,
+    batch_size=batch_size,
+    seed=config.seed,
+    mirror=config.data.mirror,
   )
 
   # ------------------------------------------------------ Model and optimizer

@@ -44,6 +44,25 @@ def test_each_image_comes_once_in_an_epoch_and_in_a_new_order():
   assert not np.array_equal(epochs[0], epochs[1])
 
 
+def test_half_of_the_images_are_mirrored_anew_in_each_epoch():
+  images = np.arange(60 * 12).astype(np.uint8).reshape(60, 2, 2, 3)
+  dataset = data.Dataset(
+    "tiny", "train", "image", (2, 2, 3), dataset_lib.Arrays(images), "1.0.0", ""
+  )
+  make = lambda mirror: data.make_batches(dataset, seq_len=12, batch_size=10, seed=3, mirror=mirror)
+  mirrored = []
+  for epoch in range(2):
+    plain, mixed = (epoch_of(make(mirror), 6, epoch) for mirror in (False, True))
+    same = (mixed == plain).all(axis=1)
+    turned = plain.reshape(60, 2, 2, 3)[:, :, ::-1].reshape(60, 12)
+    np.testing.assert_array_equal(mixed[~same], turned[~same])
+    assert 15 < same.sum() < 45
+    mirrored.append({tuple(x) for x in plain[~same]})
+  assert mirrored[0] != mirrored[1]
+  with pytest.raises(ValueError, match="mirror=True must be False: counting has no images"):
+    data.make_batches(dataset_of(50), seq_len=7, batch_size=1, seed=0, mirror=True)
+
+
 def test_a_ragged_last_batch_is_dropped():
   batch_at = data.make_batches(images_of(25), seq_len=12, batch_size=10, seed=3)
   epochs = [epoch_of(batch_at, steps=2, epoch=e)[:, 0] for e in range(20)]
