@@ -4,10 +4,11 @@
     [--average=false] [--step=N] [--data_path=PATH]
   python -m experiments.evaluate --weights=DIR [--out=DIR]
 
-The second form scores an export. --num=N scores the first N sequences of the split alone;
---average=false scores a run's weights after the last update instead of their averages. The result
-is printed, with its standard error over the sequences, and appended to evaluations.jsonl in the
-run's folder, or that of --out.
+The second form scores an export. experiments/pretrained/cifar10 is one that has held-out images
+beside the weights: they are scored unless --data_path says where the data are. --num=N scores the
+first N sequences of the split alone; --average=false scores a run's weights after the last update
+instead of their averages. The result is printed, with its standard error over the sequences, and
+appended to evaluations.jsonl in the run's folder, or that of --out.
 """
 
 import os
@@ -37,7 +38,7 @@ def run(
   where = dict(out=out, needs_folder=False, data_path=data_path)
   source = sources.read(workdir, weights, step=step, average=average, **where)
   config = source.config
-  dataset = evaluate.open_dataset(config, split)
+  dataset = source.open_dataset(split)
   num_bytes = min(dataset.num_bytes, (num or dataset.num_bytes) * config.model.seq_len)
   progress = cli.Progress("scoring", num_bytes, "bytes")
   result = evaluate.evaluate(
@@ -53,6 +54,8 @@ def run(
   progress.end()
   if weights is not None:
     result["weights"] = os.fspath(weights)
+    if source.matrices:
+      result["matrices"] = source.matrices
   elif begun := run_lib.begun_from(workdir):
     result["init_from"] = begun
   if source.folder is not None:
@@ -95,6 +98,7 @@ def describe(result: dict, *, unit: str) -> str:
   part = f"all {there:,}" if count == there else f"the first {count:,} of {there:,}"
   scored = f"{result['bytes_scored']:,} of {result['bytes_in_split']:,} bytes"
   of = "averaged (EMA)" if result["ema"] else "of the last update (not averaged)"
+  of += f", matrices rounded to {result['matrices']}" if "matrices" in result else ""
   where = f", of {result['weights']}" if "weights" in result else ""
   begun = result.get("init_from")
   lines = [

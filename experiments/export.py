@@ -1,8 +1,10 @@
 """Writes the weights of a run as model.safetensors and config.json, for other programs.
 
   python -m experiments.export --workdir=DIR --out=DIR [--step=N] [--average=false]
+    [--dtype=bfloat16]
 
---average=false writes the weights after the last update instead; the file says which it has.
+--average=false writes the weights after the last update instead; --dtype=bfloat16 rounds all
+matrices, for a file of half the size. The file says which weights it has, and whether rounded.
 `sparse_flax.export.load(DIR)` reads them back, and its docstring has the names. `evaluate`,
 `sample` and `visualize` take the folder as --weights=DIR, and `train` as --init_from=DIR.
 """
@@ -23,13 +25,17 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument(
     "--average", type=cli.as_boolean, default=True, metavar="true|false", help="default: true"
   )
+  parser.add_argument(
+    "--dtype", choices=export.DTYPES, help="of matrices in the file; default: as the run has them"
+  )
   args = parser.parse_args(argv)
   if not args.out:
     cli.fail("--out=DIR is missing: the folder to write to")
   with cli.readable_errors():
     folder = cli.open_workdir(args.workdir)
     config, _, params, step = checkpoint.restore_params(folder, args.step, average=args.average)
-    for path in export.save(args.out, config, params, step=step, averaged=args.average):
+    options = dict(step=step, averaged=args.average, dtype=args.dtype)
+    for path in export.save(args.out, config, params, **options):
       print(path)
   return 0
 

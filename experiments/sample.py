@@ -10,7 +10,9 @@ it keeps that share; --prompt completes files: pictures of the model's size, tex
 of its own length. Samples are sharded over the devices there are. The files are written into
 DIR/samples/STEP/; sounds also all in one, with silence between them. A name has the seed and, if
 they are given, temperature, top_k and top_p, and a number where an earlier run has taken that name.
---weights takes the folder of an export; DIR of the files is then that of --out, or runs/NAME.
+--weights takes the folder of an export; DIR of the files is then that of --out, or runs/NAME. With
+--weights=experiments/pretrained/cifar10 no data are needed: held-out images lie beside the weights,
+which are taken unless --data_path=PATH says where the data are.
 """
 
 import itertools
@@ -21,14 +23,12 @@ from collections.abc import Callable
 from collections.abc import Sequence
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 
 from experiments import cli
 from experiments import sources
 from sparse_flax import data
-from sparse_flax import evaluate
 from sparse_flax import sample
 from sparse_flax.run import files
 from sparse_flax.sample import files as sample_files
@@ -107,7 +107,7 @@ def run(
     raise ValueError(f"--keep={keep}: must be between 0 and 1")
   source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
   config = source.config
-  examples, prompt_sizes = _examples(config, num=num, prompt=prompt, keep=keep)
+  examples, prompt_sizes = _examples(source, num=num, prompt=prompt, keep=keep)
   seq_len = config.model.seq_len
   progress, start = cli.Progress("sampling", num * seq_len, "bytes"), time.monotonic()
   samples = sample.generate(
@@ -161,18 +161,18 @@ def _say_what_computes(prompts: str, steps: str) -> None:
 
 
 def _examples(
-  config: ml_collections.ConfigDict,
+  source: sources.Source,
   *,
   num: int,
   prompt: Sequence[str | os.PathLike] | None,
   keep: float | None,
 ) -> tuple[list[np.ndarray], list[int]]:
   """What to complete, one for PER_ROW samples, and how many bytes of each are given."""
-  count = -(-num // PER_ROW)
+  count, config = -(-num // PER_ROW), source.config
   if prompt is None and keep is None:
     return [], []
   if prompt is None:
-    tokens = _held_out(config, count)
+    tokens = _held_out(source, count)
     return list(tokens), [max(1, round(keep * config.model.seq_len))] * count
   if len(prompt) > count:
     raise ValueError(
@@ -194,10 +194,10 @@ def _examples(
   return [examples[n] for n in turns], [prompt_sizes[n] for n in turns]
 
 
-def _held_out(config: ml_collections.ConfigDict, count: int) -> np.ndarray:
+def _held_out(source: sources.Source, count: int) -> np.ndarray:
   """The first `count` whole sequences of the test split."""
-  dataset = evaluate.open_dataset(config, "test")
-  seq_len = config.model.seq_len
+  dataset = source.open_dataset("test")
+  seq_len = source.config.model.seq_len
   windows = data.eval_batches(dataset, seq_len=seq_len, min_context=0, batch_size=1)
   # The last window of a text or a recording is padded, or repeats bytes and scores only its end.
   whole = (tokens[0] for tokens, scored in windows if scored.all())

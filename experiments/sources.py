@@ -9,6 +9,8 @@ from etils import epath
 from flax import nnx
 
 from experiments import cli
+from sparse_flax import data
+from sparse_flax import evaluate
 from sparse_flax import export
 from sparse_flax.run import checkpoint
 
@@ -22,6 +24,8 @@ class Source(NamedTuple):
     params: the weights.
     step: of the checkpoint they are from.
     averaged: whether they are the averaged weights.
+    matrices: what those with two axes and more were rounded to: "bfloat16", or None.
+    held_out: images that lie beside the weights, if the data are elsewhere and nobody said where.
     folder: of the results; None where they are only printed.
     flags: of a command that shall find the weights, and the results, again.
   """
@@ -31,8 +35,26 @@ class Source(NamedTuple):
   params: dict
   step: int
   averaged: bool
+  matrices: str | None
+  held_out: data.Dataset | None
   folder: epath.Path | None
   flags: str
+
+  def open_dataset(self, split: str) -> data.Dataset:
+    """The split of the data; for an export without any, the images beside it, which it says.
+
+    Raises:
+      ValueError: as `evaluate.open_dataset`; or the images beside it are of another split.
+    """
+    if self.held_out is None:
+      return evaluate.open_dataset(self.config, split)
+    if split != self.held_out.split:
+      raise ValueError(
+        f"--split={split}: must be {self.held_out.split}, all that is there without "
+        "--data_path=FOLDER"
+      )
+    cli.tell(f"data: the {self.held_out.remark}; --data_path=FOLDER takes others")
+    return self.held_out
 
 
 def add_flags(parser: argparse.ArgumentParser, *, out: str) -> None:
@@ -43,7 +65,11 @@ def add_flags(parser: argparse.ArgumentParser, *, out: str) -> None:
     out: what --out is, for --help.
   """
   parser.add_argument("--workdir", metavar="DIR", help="the folder of a training run")
-  parser.add_argument("--weights", metavar="DIR", help="the folder of an export, instead of a run")
+  parser.add_argument(
+    "--weights",
+    metavar="DIR",
+    help="the folder of an export, instead of a run; experiments/pretrained/cifar10 needs no data",
+  )
   parser.add_argument("--out", metavar="DIR", help=out)
   parser.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
   parser.add_argument("--data_path", help="where the data are now, if they have moved")
@@ -124,7 +150,11 @@ def read(
     found = checkpoint.restore_params(workdir, step, average=average, data_path=data_path)
     flags_again = flags_of(workdir, None, out=None, step=found[3])
     averaged = average and found[0].train.ema_decay > 0
-    return Source(*found, averaged=averaged, folder=epath.Path(workdir), flags=flags_again)
+    nothing_else = dict(matrices=None, held_out=None)
+    where = dict(folder=epath.Path(workdir), flags=flags_again)
+    return Source(*found, averaged=averaged, **nothing_else, **where)
   folder = epath.Path(out) if out else _default_out(weights) if needs_folder else None
   found = export.read(weights, data_path=data_path)
-  return Source(*found, folder=folder, flags=flags_of(None, weights, out=out, step=None))
+  held_out = None if found.config.data.path else export.held_out(weights, found.config)
+  flags_again = flags_of(None, weights, out=out, step=None)
+  return Source(*found, held_out=held_out, folder=folder, flags=flags_again)

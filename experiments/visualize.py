@@ -24,7 +24,6 @@ from etils import epath
 from experiments import cli
 from experiments import sources
 from sparse_flax import data
-from sparse_flax import evaluate
 from sparse_flax.model import layer_patterns
 from sparse_flax.run import files
 from sparse_flax.train import metrics
@@ -119,7 +118,7 @@ def run(
   layers = _check_layers(layers, model.num_layers)
   layout = maps_lib.Layout.of(model)
   places = _pick_places(layout, num=num, seed=seed)
-  inputs = _pick_inputs(config, examples, seed=seed)
+  inputs = _pick_inputs(source, examples, seed=seed)
   tokens = inputs[0]
   maps = layers_lib.weights(graphdef, params, tokens, places, layout)
   attention = _attention(model, graphdef, params, inputs, layout, seed=seed)
@@ -162,10 +161,10 @@ def run(
   return paths
 
 
-def _pick_inputs(config: ml_collections.ConfigDict, count: int, *, seed: int) -> np.ndarray:
+def _pick_inputs(source: sources.Source, count: int, *, seed: int) -> np.ndarray:
   """At most `count` different examples of the test split: uint8 [N, T]."""
-  dataset = evaluate.open_dataset(config, "test")
-  batch_at = data.make_batches(dataset, seq_len=config.model.seq_len, batch_size=1, seed=seed)
+  dataset, seq_len = source.open_dataset("test"), source.config.model.seq_len
+  batch_at = data.make_batches(dataset, seq_len=seq_len, batch_size=1, seed=seed)
   inputs = {batch_at(n).tobytes(): batch_at(n)[0] for n in range(count)}
   return np.stack(list(inputs.values()))
 

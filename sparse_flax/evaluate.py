@@ -243,10 +243,12 @@ def evaluate(
     step: of the checkpoint.
     averaged: whether they are the averaged weights, for the record.
     num: sequences, the first of the split; None scores all.
-    batch_size: sequences at a time; None is a micro-batch of training.
+    batch_size: sequences at a time, at most `num`; None is a micro-batch of training.
     on_progress: called with the number of bytes scored so far.
   """
   min_context = config.eval.min_context if min_context is None else min_context
   dataset = checked(dataset, config) if dataset else open_dataset(config, split)
+  if num is not None and num > 0:  # no rows that fill a batch
+    batch_size = min(num, batch_size or config.data.batch_size // config.train.accumulation)
   evaluator = Evaluator(config, dataset, min_context=min_context, batch_size=batch_size)
   return evaluator(params, step=step, averaged=averaged, num=num, on_progress=on_progress)

@@ -11,7 +11,11 @@
     logits.kernel                           [E, 256]
 
 N of a layer counts them in the order in which they run, whatever the cycle of patterns. A kernel
-is applied as x @ kernel. The file's metadata hold a digest of every array, which `load` checks.
+is applied as x @ kernel. The file's metadata hold a digest of every array, which `load` checks,
+and as `matrices` the dtype that arrays of two axes and more were rounded to, if they were.
+
+Beside the two files of a model of images there may be `held_out.webp`: images that it was not
+trained on, in a grid without gaps, for those who do not have its data.
 """
 
 import functools
@@ -32,10 +36,13 @@ import safetensors.flax
 from etils import epath
 from flax import nnx
 
+from sparse_flax import data
 from sparse_flax import model as model_lib
 from sparse_flax import run
+from sparse_flax.data import samples
 
-MODEL, CONFIG = "model.safetensors", "config.json"
+MODEL, CONFIG, HELD_OUT = "model.safetensors", "config.json", "held_out.webp"
+DTYPES = ("float32", "bfloat16")
 
 
 class Exported(NamedTuple):
@@ -47,6 +54,7 @@ class Exported(NamedTuple):
     params: the weights.
     step: of the checkpoint they are from.
     averaged: whether they are the averaged weights; else those of the last update.
+    matrices: what those with two axes and more were rounded to: "bfloat16", or None.
   """
 
   config: ml_collections.ConfigDict
@@ -54,6 +62,7 @@ class Exported(NamedTuple):
   params: dict
   step: int
   averaged: bool
+  matrices: str | None
 
 
 def save(
@@ -63,6 +72,7 @@ def save(
   *,
   step: int,
   averaged: bool = True,
+  dtype: str | None = None,
 ) -> list[epath.Path]:
   """Writes the two files, each whole or not at all; returns their paths.
 
@@ -72,15 +82,24 @@ def save(
     params: its weights, as checkpoint.restore_params returns them; float32 or bfloat16.
     step: of the checkpoint they are from.
     averaged: whether they are the averaged ones, of a run that keeps them.
+    dtype: "bfloat16" rounds all arrays of two axes and more, which halves the file; "float32"
+      writes all as float32; None writes them as they are.
 
   Raises:
-    ValueError: the folder holds an exported model already, or cannot be written.
+    ValueError: `dtype` is another; or the folder holds an exported model already, or cannot be
+      written.
   """
+  if dtype not in (None, *DTYPES):
+    raise ValueError(f"{dtype=}: must be None or one of {', '.join(DTYPES)}")
   folder = epath.Path(folder)
   for name in (MODEL, CONFIG):
     if (folder / name).exists():
       raise ValueError(f"{folder}: holds a {name} already; choose another folder")
   arrays = flatten(params, cycle=len(config.model.attention_layers))
+  rounds = dtype == "bfloat16"
+  if dtype is not None:
+    is_cast = lambda x: not rounds or x.ndim > 1
+    arrays = {name: jnp.asarray(x, dtype if is_cast(x) else None) for name, x in arrays.items()}
   text = run.to_json(config.to_dict())
   metadata = dict(
     format="flax",
@@ -88,6 +107,7 @@ def save(
     averaged=json.dumps(averaged and config.train.ema_decay > 0),
     config=run.config_digest(text),
     digests=json.dumps(run.digest.digests(arrays)),
+    **(dict(matrices=dtype) if rounds else {}),
   )
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +123,8 @@ def save(
 
 def load(folder: epath.PathLike) -> tuple[ml_collections.ConfigDict, nnx.GraphDef, dict]:
   """The config, the model's graph and the weights, for nnx.merge(graph, weights).
+
+  Weights that were rounded for the file are of the config's `param_dtype` again.
 
   Raises:
     ValueError: a file is missing, or is not that of an exported model.
@@ -133,6 +155,7 @@ def read(folder: epath.PathLike, *, data_path: str | None = None) -> Exported:
     saved, config_digest = json.loads(metadata["digests"]), metadata["config"]
     # Earlier versions exported nothing but averaged weights, and did not say so.
     step, averaged = int(metadata["step"]), bool(json.loads(metadata.get("averaged", "true")))
+    matrices = metadata.get("matrices")
   except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
     raise run.DamagedError(f"{path}: is not an exported model: {error}") from error
   if config_digest != run.config_digest((epath.Path(folder) / CONFIG).read_text()):
@@ -142,7 +165,30 @@ def read(folder: epath.PathLike, *, data_path: str | None = None) -> Exported:
     raise run.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
   graphdef, shapes = model_lib.graph_and_shapes(**config.model)
   params = unflatten(arrays, shapes, cycle=len(config.model.attention_layers))
-  return Exported(config, graphdef, params, step, averaged)
+  if matrices is not None:
+    # Averages in float32 of weights in bfloat16 stay what they are.
+    widen = lambda x, shape: jnp.asarray(x, jnp.promote_types(x.dtype, shape.dtype))
+    params = jax.tree.map(widen, params, shapes)
+  return Exported(config, graphdef, params, step, averaged, matrices)
+
+
+def held_out(folder: epath.PathLike, config: ml_collections.ConfigDict) -> data.Dataset | None:
+  """The images that lie beside the weights, as a test split; None where there are none.
+
+  Args:
+    folder: of the export.
+    config: of its model.
+
+  Raises:
+    ValueError: the file is no grid of images of the model's size.
+  """
+  path = epath.Path(folder) / HELD_OUT
+  if config.model.modality != "image" or not path.exists():
+    return None
+  rows, columns, _ = config.model.position_shape
+  images = samples.images_of_grid(path, (rows, columns))
+  remark = f"{len(images):,} images of {HELD_OUT}, beside the weights"
+  return data.of_arrays(images, split="test", modality="image", remark=remark)
 
 
 def _array(*, dtype: str, shape: list[int], data: bytearray) -> jax.Array:

@@ -83,6 +83,7 @@ def of_arrays(
   *,
   split: str,
   modality: str,
+  remark: str = "arrays that a program gave",
 ) -> dataset_lib.Dataset:
   """One split of a data set that is in memory, for `train.train(datasets=...)`.
 
@@ -91,6 +92,7 @@ def of_arrays(
       the other. No window reaches from one into the next.
     split: "train", "validation" or "test".
     modality: "image", "text" or "audio".
+    remark: what they are, for the record of a result.
 
   Raises:
     ValueError: nothing is there, or something other than bytes.
@@ -105,7 +107,6 @@ def of_arrays(
     if streams[0].ndim != 3 or any(x.shape != streams[0].shape for x in streams):
       raise ValueError(f"the images of {split!r} must be [H, W, 3], all of the same size")
     image_shape = cast(tuple[int, int, int], streams[0].shape)
-  remark = "arrays that a program gave"
   return dataset_lib.Dataset(
     ARRAYS, split, modality, image_shape, dataset_lib.Arrays(streams), "1.0.0", remark
   )

@@ -155,7 +155,7 @@ def draw(
   figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
   of = f"{averages.num_inputs} inputs, {averages.num_places} places of each"
   shade = "" if averages.distances is not None else "; shade: root of the weight"
-  figure.suptitle(f"mean weight by offset from the predicted place ({of}{shade})")
+  figure.suptitle(f"mean weight by offset from the predicted place\n({of}{shade})")
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
   for line, layer in zip(grid, layers, strict=True):
     for h, axes in enumerate(line):

@@ -61,9 +61,9 @@ def draw(
     places: as for `weights`.
     weights: those of the layer.
   """
-  names = pattern_names(model, layer)
+  names = " / ".join(pattern_names(model, layer))
   labels = dict(
-    title=f"layer {layer}, {' / '.join(names)}: where its heads attend (shade: root of the weight)",
+    title=f"layer {layer}, {names}: where its heads attend\n(shade: root of the weight)",
     heads=head_names(model, layer),
   )
   at = [int(place) for place in places]

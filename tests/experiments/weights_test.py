@@ -47,6 +47,17 @@ def test_an_export_is_scored_as_the_run_that_it_is_of(root, tmp_path, capsys):
   assert json.loads(line)["bits_per_byte"] == pytest.approx(8, abs=1e-5)
 
 
+@pytest.mark.one_day_in_six(3)
+def test_a_score_of_rounded_weights_says_so(root, tmp_path, capsys):
+  out = tmp_path / "rounded"
+  assert export.main([f"--workdir={root / 'run'}", f"--out={out}", "--dtype=bfloat16"]) == 0
+  result = evaluate.run(weights=out)
+  assert result["matrices"] == "bfloat16"
+  assert "averaged (EMA), matrices rounded to bfloat16, step 3, of" in capsys.readouterr().out
+  # Averages that predict nothing are zeros, which rounding leaves.
+  assert result["bits_per_byte"] == pytest.approx(8, abs=1e-5)
+
+
 @pytest.mark.one_day_in_six(4)
 def test_averaged_weights_or_those_of_the_last_update(root, tmp_path, capsys):
   out = tmp_path / "out"

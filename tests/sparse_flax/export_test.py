@@ -77,6 +77,34 @@ def test_every_weight_comes_back_with_its_bits_under_its_name(run):
   assert len(names) == 4 * 16 + 3 + 2 + 2
 
 
+@pytest.mark.one_day_in_three(0)
+def test_rounded_matrices_come_back_as_float32_and_vectors_as_they_were(run):
+  folder = run["root"] / "rounded"
+  argv = [f"--workdir={run['root'] / 'run'}", f"--out={folder}", "--dtype=bfloat16"]
+  assert launcher.main(argv) == 0
+  found = export.read(folder)
+  assert found.matrices == "bfloat16" and export.read(run["root"] / "out").matrices is None
+  rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+  arrays, got = (export.flatten(x, cycle=2) for x in (run["params"], found.params))
+  expected = {name: rounded(x) if x.ndim > 1 else x for name, x in arrays.items()}
+  assert tiny.leaf_bytes(got) == tiny.leaf_bytes(expected)
+  assert tiny.leaf_bytes(got) != tiny.leaf_bytes(arrays)
+  with safetensors.safe_open(folder / export.MODEL, "flax") as file:
+    stored = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+  assert stored["layers.1.attention.out.kernel"] == jnp.bfloat16
+  assert stored["layers.1.attention.out.bias"] == jnp.float32
+
+
+def test_other_dtypes_than_these_are_refused(run, tmp_path, capsys):
+  with pytest.raises(SystemExit) as end:
+    launcher.main([f"--workdir={run['root'] / 'run'}", f"--out={tmp_path}", "--dtype=float16"])
+  said = capsys.readouterr().err
+  assert end.value.code == 2 and "--dtype: invalid choice: 'float16'" in said
+  with pytest.raises(ValueError, match="dtype='int8': must be None or one of float32, bfloat16"):
+    export.save(tmp_path, run["config"], run["params"], step=7, dtype="int8")
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_flipped_bit_is_named(run, tmp_path):
   content = bytearray((run["root"] / "out" / export.MODEL).read_bytes())
   content[-1] ^= 1

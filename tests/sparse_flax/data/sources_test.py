@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 import numpy as np
+import PIL.Image
 import pytest
 from etils import epath
 
@@ -46,6 +47,18 @@ def test_cifar10_from_the_binary_files(tmp_path):
     file.unlink()
   assert files.check("cifar10", tmp_path) == []
   assert files.open_split("cifar10", tmp_path).identity == train.identity
+
+
+def test_images_of_a_grid(tmp_path):
+  pixels = np.random.RandomState(0).randint(0, 256, (6, 8, 4, 3)).astype(np.uint8)
+  rows = [np.concatenate(row, axis=1) for row in pixels.reshape(2, 3, 8, 4, 3)]
+  PIL.Image.fromarray(np.concatenate(rows)).save(path := tmp_path / "grid.png")
+  np.testing.assert_array_equal(samples.images_of_grid(path, (8, 4)), pixels)
+  with pytest.raises(ValueError, match=r"grid\.png: is 12 x 16 pixels; .* of images of 5 x 8"):
+    samples.images_of_grid(path, (8, 5))
+  path.write_bytes(path.read_bytes()[:60])
+  with pytest.raises(ValueError, match=r"grid\.png: is not a picture that can be read"):
+    samples.images_of_grid(path, (8, 4))
 
 
 def test_cifar10_without_test_batch_has_the_other_splits(tmp_path):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import evaluate
@@ -59,6 +60,11 @@ def test_weights_of_a_run_or_an_export_whose_layers_take_turns_otherwise(tmp_pat
     records.append(record)
   assert records[0] == records[1] | {"from": str(tmp_path / "run")}
   assert (records[1]["step"], records[1]["averaged"]) == (3, True)
+
+  export.save(tmp_path / "rounded", config, old, step=3, dtype="bfloat16")
+  params, _ = load(tmp_path / "rounded", new)
+  kernel = export.flatten(params, cycle=1)["logits.kernel"]
+  np.testing.assert_array_equal(kernel, old["logits"]["kernel"].astype(jnp.bfloat16))
 
   with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:  # the other run goes on
     later = tiny.random_weights(config, seed=4)
