@@ -86,9 +86,35 @@ def steps(results: pathlib.Path) -> matplotlib.figure.Figure:
   return figure
 
 
+def records(results: pathlib.Path) -> matplotlib.figure.Figure:
+  """Bits/dim on the validation split over the seconds of each run in the ledger."""
+  figure = matplotlib.figure.Figure(figsize=(7, 3.6), layout="constrained", facecolor="white")
+  axes = figure.subplots()
+  for folder in sorted((results / "runs").iterdir()):
+    seconds, bits = curve(folder)
+    axes.plot(seconds, bits, "o-", markersize=4, label=folder.name)
+  axes.set(xscale="log", xlabel="seconds, compilation included", ylabel="bits/dim, validation")
+  ticks = [30, 60, 120, 240, 480, 1_200]
+  axes.set_xticks(ticks, [f"{x:,}" for x in ticks], minor=False)
+  axes.set_xticks([], minor=True)
+  axes.grid(alpha=0.25)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(frameon=False, fontsize=9)
+  return figure
+
+
+def curve(folder: pathlib.Path) -> tuple[list[float], list[float]]:
+  """Seconds and validation bits of a run: its last evaluation came when its seconds were over."""
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  scored = [line for line in lines if "validation_bits_per_byte" in line]
+  seconds = json.loads((folder / "evaluation.json").read_text())["seconds"]
+  start = scored[-1]["time"] - seconds
+  return [x["time"] - start for x in scored], [x["validation_bits_per_byte"] for x in scored]
+
+
 def run(results: pathlib.Path) -> None:
   """Draws every plot from a folder of results."""
-  for name, draw in {"block-sparse": block_sparse, "steps": steps}.items():
+  for name, draw in {"block-sparse": block_sparse, "records": records, "steps": steps}.items():
     path = PICTURES / f"{name}.png"
     # Without the version of matplotlib the same plot is the same file.
     draw(results).savefig(path, dpi=100, metadata={"Software": None})

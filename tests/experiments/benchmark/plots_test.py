@@ -35,8 +35,20 @@ def test_the_plot_of_steps_has_the_fastest_of_each_way():
     assert [bar.get_height() for bar in axes.patches] == [min(x) for x in times.values()]
 
 
+def test_a_curve_ends_with_the_seconds_of_its_run():
+  (axes,) = plots.records(RESULTS).axes
+  for line in axes.lines:
+    folder = RESULTS / "runs" / line.get_label()
+    result = json.loads((folder / "evaluation.json").read_text())
+    seconds, bits = line.get_data()
+    np.testing.assert_allclose(seconds[-1], result["seconds"], atol=1e-3)
+    assert (np.diff(seconds) > 0).all() and seconds[0] > 0
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == result["step"] and bits[-1] == last["validation_bits_per_byte"]
+
+
 def test_the_pictures_are_of_these_results(tmp_path, monkeypatch, as_a_user):
-  names = ("block-sparse.png", "steps.png")
+  names = ("block-sparse.png", "records.png", "steps.png")
   pixels = lambda path: np.asarray(PIL.Image.open(path).convert("RGB"), float)
   old = [pixels(plots.PICTURES / name) for name in names]
   monkeypatch.setattr(plots, "PICTURES", tmp_path)
