@@ -28,6 +28,8 @@ from sparse_flax import model as model_lib
 from sparse_flax.data import batches as batches_lib
 from sparse_flax.parallel import sharding
 
+OnSequences = Callable[[Float[np.ndarray, "N"]], None]
+
 
 def token_nats(
   logits: Float[Array, "B T V"], tokens: UInt8[Array, "B T"] | Integer[Array, "B T"]
@@ -120,6 +122,7 @@ class Evaluator:
     num: int | None = None,
     max_batches: int | None = None,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_sequences: OnSequences = lambda bits: None,
   ) -> dict:
     """The score, with all that is needed to know what it is a score of.
 
@@ -130,6 +133,8 @@ class Evaluator:
       num: sequences, the first of the split; None scores the whole split.
       max_batches: stop after so many; None scores them all.
       on_progress: called with the number of bytes scored so far.
+      on_sequences: called once with the bits per byte of each sequence, in order: what two models
+        gave the same sequences can be compared one by one.
 
     Returns:
       `bits_per_byte` = nats / (bytes_scored ln 2); `standard_error`, in the same unit, over the
@@ -172,6 +177,7 @@ class Evaluator:
     sizes_of, nats_of = np.concatenate(sizes), np.concatenate(nats)
     is_one = sizes_of > 0  # the others fill the last batch
     per_byte, error = _ratio(nats_of[is_one], sizes_of[is_one])
+    on_sequences(nats_of[is_one] / sizes_of[is_one] / math.log(2))
     return {
       "bits_per_byte": per_byte / math.log(2),
       "standard_error": None if error is None else error / math.log(2),
@@ -219,6 +225,26 @@ def _ratio(
   return ratio, math.sqrt(count / (count - 1) * squares) / total
 
 
+def paired_difference(
+  bits: Float[np.ndarray, "N"], others: Float[np.ndarray, "M"]
+) -> tuple[float, float]:
+  """Mean of bits - others, two models on the same sequences, and its standard error.
+
+  Most of the spread of bits is that of the sequences, which both models share: the error is several
+  times smaller than that of either mean.
+
+  Args:
+    bits, others: bits per byte of each sequence, in the same order, N = M >= 2.
+
+  Raises:
+    ValueError: they are not of as many sequences.
+  """
+  if bits.shape != others.shape or len(bits) < 2:
+    raise ValueError(f"bits of {bits.shape} and {others.shape} sequences: must be as many, >= 2")
+  difference = bits.astype(np.float64) - others
+  return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(bits))
+
+
 def evaluate(
   config: ml_collections.ConfigDict,
   params: dict,
@@ -231,6 +257,7 @@ def evaluate(
   num: int | None = None,
   batch_size: int | None = None,
   on_progress: Callable[[int], None] = lambda num_bytes: None,
+  on_sequences: OnSequences = lambda bits: None,
 ) -> dict:
   """Bits per byte of the weights `params` on `split`; see Evaluator.
 
@@ -245,10 +272,12 @@ def evaluate(
     num: sequences, the first of the split; None scores all.
     batch_size: sequences at a time, at most `num`; None is a micro-batch of training.
     on_progress: called with the number of bytes scored so far.
+    on_sequences: called once with the bits per byte of each sequence.
   """
   min_context = config.eval.min_context if min_context is None else min_context
   dataset = checked(dataset, config) if dataset else open_dataset(config, split)
   if num is not None and num > 0:  # no rows that fill a batch
     batch_size = min(num, batch_size or config.data.batch_size // config.train.accumulation)
   evaluator = Evaluator(config, dataset, min_context=min_context, batch_size=batch_size)
-  return evaluator(params, step=step, averaged=averaged, num=num, on_progress=on_progress)
+  calls = dict(on_progress=on_progress, on_sequences=on_sequences)
+  return evaluator(params, step=step, averaged=averaged, num=num, **calls)

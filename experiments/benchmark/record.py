@@ -10,8 +10,9 @@ Python's own start and the final score not. --seconds is what they may come to: 
 is the config's, and a line after a twentieth of them and one halfway predict the whole from the
 pace so far. A run that was stopped cannot be gone on with here.
 
-OUT/runs/NAME/ gets metrics.jsonl, config.json and evaluation.json, and OUT/records.md a line, above
-the older ones. The checkpoints stay in WORKDIR.
+OUT/runs/NAME/ gets metrics.jsonl, config.json, evaluation.json and bits.npy, the bits per byte of
+each sequence of the split, and OUT/records.md a line, above the older ones. The checkpoints stay in
+WORKDIR.
 """
 
 import datetime
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 
 import ml_collections
+import numpy as np
 from etils import epath
 
 from experiments import cli
@@ -142,7 +144,8 @@ def run(
   train.train(config, str(workdir), say=say, stop=pace)
   took = time.monotonic() - start
   _, _, params, step = run_lib.restore_params(workdir, config.train.steps)
-  result = evaluate.evaluate(config, params, dataset=scored, step=step)
+  bits = []
+  result = evaluate.evaluate(config, params, dataset=scored, step=step, on_sequences=bits.append)
   result |= dict(
     config=described,
     seed=config.seed,
@@ -156,6 +159,7 @@ def run(
   for file in ("metrics.jsonl", "config.json"):
     (folder / file).write_bytes((workdir / file).read_bytes())
   (folder / "evaluation.json").write_text(run_lib.to_json(result))
+  np.save(folder / "bits.npy", bits[0].astype(np.float32))
   line = row(result, unit=metrics.UNIT[config.model.modality], files=f"runs/{name}")
   enter(out / LEDGER, line)
   say(f"{HEAD.splitlines()[-2]}\n{line}")

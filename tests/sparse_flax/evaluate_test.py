@@ -99,11 +99,26 @@ def test_part_of_a_split_says_so(case):
 def test_the_first_sequences_alone_and_the_error_of_their_mean(case):
   config, params, _, text = case
   of_each = np.array([bits(case, text[s : s + 32], 0) for s in (0, 32, 64)]) / 32
-  result = evaluate.evaluate(config, params, step=0, num=3, batch_size=2, averaged=False)
+  told = []
+  how = dict(num=3, batch_size=2, averaged=False, on_sequences=told.append)
+  result = evaluate.evaluate(config, params, step=0, **how)
+  (sequences,) = told
+  np.testing.assert_allclose(sequences, of_each, rtol=1e-6)
   assert result["bits_per_byte"] == pytest.approx(of_each.mean(), rel=1e-6)
   assert result["standard_error"] == pytest.approx(of_each.std(ddof=1) / 3**0.5, rel=1e-3)
   expected = dict(sequences=3, sequences_in_split=4, bytes_scored=96, bytes_in_split=100, ema=False)
   assert result | expected == result
+
+
+def test_two_models_on_the_same_sequences():
+  random = np.random.RandomState(0)
+  hard = random.normal(3.0, 0.7, 1_000)  # what the sequences are like, to both models
+  a, b = (hard + random.normal(mean, 0.1, 1_000) for mean in (0.02, 0.0))
+  difference, error = evaluate.paired_difference(a.astype(np.float32), b.astype(np.float32))
+  assert difference == pytest.approx(a.mean() - b.mean(), abs=1e-6)
+  assert error == pytest.approx(0.1 * 2**0.5 / 1_000**0.5, rel=0.1)
+  with pytest.raises(ValueError, match=r"must be as many, >= 2"):
+    evaluate.paired_difference(a[1:], b)
 
 
 def test_the_error_of_sequences_of_different_lengths(case):

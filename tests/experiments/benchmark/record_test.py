@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as command
@@ -37,7 +38,10 @@ def test_a_record_is_trained_scored_and_entered(tmp_path):
   assert "; test 100 sha256:" in cells["data"]
   files = tmp_path / "out" / "runs" / "mine"
   assert cells["files"] == "[runs/mine](runs/mine)"
-  assert {x.name for x in files.iterdir()} == {"metrics.jsonl", "config.json", "evaluation.json"}
+  names = {"metrics.jsonl", "config.json", "evaluation.json", "bits.npy"}
+  assert {x.name for x in files.iterdir()} == names
+  bits = np.load(files / "bits.npy")  # windows of the text differ in length, the last one alone
+  assert bits.shape == (result["sequences"],) and bits.dtype == np.float32
   assert json.loads((files / "evaluation.json").read_text()) == result
   assert result["step"] == 6 and result["split"] == "test" and result["bytes_scored"] == 100
   assert sum(line.startswith("prediction: ") for line in lines) == 2

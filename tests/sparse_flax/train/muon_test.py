@@ -171,7 +171,7 @@ def test_the_weights_themselves_are_scored_and_exported(runs, capsys):
   assert tiny.leaf_bytes(params) == tiny.leaf_bytes(optim.in_float32(state["params"])) and step == 6
   result = evaluate_command.run(str(workdir), split="validation")
   assert result == runs["result"] and result["ema"] is False
-  assert "weights   as trained, not averaged, step 6" in capsys.readouterr().out
+  assert "weights   of the last update (not averaged), step 6" in capsys.readouterr().out
   assert export_command.main([f"--workdir={workdir}", f"--out={out}"]) == 0
   assert tiny.leaf_bytes(export.load(out)[2]) == tiny.leaf_bytes(params)
 
