@@ -15,6 +15,8 @@ MODELS = {
   "audio": "audio",
   "audio64k": "audio",
   "audio:1m": "audio, 1,048,576 samples",
+  "cifar10_32": "CIFAR-10, 32 layers",
+  "cifar10_64": "CIFAR-10, 64 layers",
 }
 WEIGHTS = {"cifar10": "59M", "imagenet64": "152M"}
 

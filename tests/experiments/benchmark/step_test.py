@@ -168,12 +168,13 @@ def test_rows_are_of_the_recipes_on_one_device(name):
   for way in step.WAYS:
     config = step.Case(name, way, None).config()
     differ = {field for field in recipe.model if recipe.model[field] != config.model[field]}
-    assert differ == set(step.ATTENTION[step.WAYS[way].attention])
+    changed = (body.changes or {}).get("model", {})
+    assert differ == {*step.ATTENTION[step.WAYS[way].attention], *changed}
     assert config.model.dropout > 0 and config.optim == recipe.optim
     assert set(dict(config.mesh).values()) == {1} and config.train.accumulation == 1
-    assert flops.train_flops(config.model, batch_size=body.batch) > 1e13
+    assert flops.train_flops(config.model, batch_size=body.batch) > 4e12
   tokens = {"cifar10": 16 * 3_072, "enwik8": 8 * 12_288, "imagenet64": 4 * 12_288, "audio": 65_536}
-  assert body.batch * recipe.model.seq_len == tokens[name]
+  assert body.batch * recipe.model.seq_len == tokens[body.recipe]
 
 
 def test_ours_come_first_and_peers_once_for_what_they_recompute():
@@ -189,8 +190,10 @@ def test_ours_come_first_and_peers_once_for_what_they_recompute():
     *((way, remat) for way in ("pytorch", "jax_cudnn") for remat in ("full", "none")),
   ]
   assert [case.way for case in step.cases_of(("ours_dense",), (), baseline=False)] == (
-    ["ours_dense"] * len(step.BODIES)
+    ["ours_dense"] * 4
   )
+  cases = step.cases_of(("cifar10_32", "ours"), ("full", "none"), baseline=False)
+  assert cases == [step.Case("cifar10_32", "ours", remat) for remat in ("full", "none")]
 
 
 def test_another_checkout_has_its_own_libraries_and_our_benchmark(tmp_path):

@@ -109,6 +109,8 @@ def measure(job: dict[str, Any]) -> None:
 
   child.tell(ms=child.median_ms(start, jax.block_until_ready))
   child.tell(loss=float(start()["loss"]))
+  if stats := jax.local_devices()[0].memory_stats():
+    child.tell(in_use_gb=round(stats["peak_bytes_in_use"] / 1e9, 6))
   if jax.default_backend() == "gpu":
     child.tell(**kernel_shares(timing.kernels_of(start)))
 
