@@ -28,6 +28,7 @@ from tests.helpers.arrays import assert_close
 
 B, T, H, D = 4, 24, 8, 8
 _RANDOM = np.random.default_rng(7)
+_LISTS = _RANDOM.permuted(np.tile(np.arange(3, dtype=np.int32), (B, 4, 6, 1)), axis=3)
 # Every row of the patterns' table, and what is added to one; 4 heads of a device are 2 periods.
 CASES = {
   "dense": dict(pattern=patterns.Dense()),
@@ -56,6 +57,14 @@ CASES = {
   ),
   "block_mask_of_rows": dict(
     pattern=patterns.Local(9), block_mask=_RANDOM.random((B, 1, 3, 3)) < 0.7, block_size=8
+  ),
+  "block_indices": dict(
+    pattern=patterns.Local(15),
+    block_indices=_LISTS[..., :2],
+    block_size=8,
+    query_block=4,
+    Hkv=4,
+    return_mass=True,
   ),
   "score_fn": dict(
     pattern=patterns.Fixed(6, 2, 2),
@@ -116,12 +125,15 @@ def collectives(program) -> list[str]:
   return re.findall(rf" {COLLECTIVES}(?:-start)?\(", program.as_text())
 
 
-def attend_with(implementation, *, Hkv=H, S=None, return_lse=False, **how):
+def attend_with(implementation, *, Hkv=H, S=None, return_lse=False, return_mass=False, **how):
   how["implementation"] = implementation
 
   def attend(q, k, v):
-    names = "segment_ids", "kv_segment_ids", "block_mask"
+    names = "segment_ids", "kv_segment_ids", "block_mask", "block_indices"
     masks = {name: jnp.asarray(how[name]) for name in names if name in how}
+    if return_mass:
+      out, lse, mass = sparse_attention(q, k, v, return_mass=True, **how | masks)
+      return out * mass[..., :1] + jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]
     out = sparse_attention(q, k, v, return_lse=return_lse, **how | masks)
     if not return_lse:
       return out
