@@ -60,9 +60,9 @@ def normal(rng, *shape):
 def test_lists_are_those_of_the_rules(T, Q, first, local):
   rng, H, groups = np.random.default_rng([T, Q, first, local]), 4, 2
   q, p = whole_numbers(rng, 2, T, H, 4), whole_numbers(rng, 2, T // b, groups, 4)
-  p[1, rng.random(T // b) < 0.2] = np.nan
-  p[1, rng.random(T // b) < 0.1] = np.inf
-  ids = documents(rng, 2, T, 3) if (Q + first + local) % 2 else None
+  p[1, rng.random(T // b) < 0.1] = np.inf  # times 0 it is NaN as well
+  p[1, :1] = np.nan
+  ids = documents(rng, 2, T, 3) if local > 1 else None
   how = dict(block_size=b, query_block=Q, first=first, local=local, scale=-0.5, segment_ids=ids)
   top = max(1, Q // b) + first + local
   for implementation in IMPLEMENTATIONS:
@@ -229,20 +229,6 @@ def test_no_output_depends_on_a_later_token(Q):
 
 def test_a_mean_over_the_queries_of_a_list_is_found_out():
   assert earlier_changes(4, mean_of_queries) > 10
-
-
-def test_choices_carry_no_gradient():
-  rng, T = np.random.default_rng(7), 5 * b
-  q, k = normal(rng, 1, T, 2, 4), normal(rng, 1, T, 2, 4)
-  w = jnp.ones((1, T, 2))
-
-  def loss(pooled, q_of_lists, w, lse):
-    how = dict(block_size=b, top=3, weights=w, activation="exp", lse=lse)
-    lists = select_blocks(q_of_lists, pooled, **how)
-    return sparse_attention(q, k, k, block_indices=lists, block_size=b).sum()
-
-  grads = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(pool_blocks(k, b), q, w, jnp.zeros((1, T, 2)))
-  assert not any(np.any(x) for x in grads)
 
 
 @pytest.mark.one_day_in_three(2)
