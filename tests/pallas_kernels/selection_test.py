@@ -55,7 +55,7 @@ def normal(rng, *shape):
 # ------------------------------------------------------------------------------ lists by the rules
 
 
-@pytest.mark.smoke("43-1-2-3", "43-16-0-1", daily=3)
+@pytest.mark.smoke("43-1-2-3", "43-16-0-1", daily=2)
 @pytest.mark.parametrize("T,Q,first,local", SIZES)
 def test_lists_are_those_of_the_rules(T, Q, first, local):
   rng, H, groups = np.random.default_rng([T, Q, first, local]), 4, 2
