@@ -248,6 +248,57 @@ def test_choices_have_a_name_for_policies():
   assert times(policy=policy) == 1 and times() == 2
 
 
+@pytest.mark.one_day_in_three(0)
+@pytest.mark.parametrize("Q", [4, 16])
+def test_documents_stay_apart(Q):
+  """In bits: what changes in one document changes no output of another, and all have keys."""
+  rng, T = np.random.default_rng(10), 9 * b + 5
+  q, k, v = (np.asarray(normal(rng, 1, T, 2, 4)) for _ in range(3))
+  ids = np.searchsorted([5, 21, 50], np.arange(T), side="right")[None]
+
+  @jax.jit
+  def program(q, k, v):
+    pooled = pool_blocks(k, b, segment_ids=ids)
+    how = dict(block_size=b, query_block=Q, segment_ids=ids)
+    lists = select_blocks(q, pooled, top=2 + max(1, Q // b), **how)
+    return sparse_attention(q, k, v, block_indices=lists, return_lse=True, **how)
+
+  out, lse = program(q, k, v)
+  assert np.isfinite(lse).all()
+  for document in range(4):
+    own = ids == document
+    others = (np.where(own[..., None, None], x * 9, x) for x in (q, k, v))
+    changed, _ = program(*others)
+    np.testing.assert_array_equal(changed[~own], out[~own])
+    assert not np.array_equal(changed[own], out[own])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_lists_of_any_numbers_where_scores_are_not_near(seed):
+  """As by hand in float64, where the last chosen block is ahead of the next one by 1e-5."""
+  T, Q, top, rng = 40 * b + 3, 4, 7, np.random.default_rng(seed)
+  q, k = (normal(rng, 1, T, 2, 16) for _ in range(2))
+  pooled = pool_blocks(k, b)
+  lists = [
+    select_blocks(q, pooled, block_size=b, query_block=Q, top=top, implementation=x)
+    for x in IMPLEMENTATIONS
+  ]
+  compared = 0
+  for h in range(2):
+    heads, keys = (np.asarray(x, np.float64)[0, :, h] for x in (q, pooled))
+    expected = select(heads[:, None], keys, b, Q, top, 1, 1, 0.25)
+    for n, row in enumerate(expected):
+      scores = 0.25 * keys[1 : n * Q // b] @ heads[n * Q]
+      ordered = np.sort(scores)[::-1]
+      room = top - 2
+      near = len(ordered) > room and ordered[room - 1] - ordered[room] < 1e-5 * np.ptp(ordered)
+      for got in lists:
+        assert near or got[0, h, n].tolist() == row.tolist()
+      compared += not near
+  assert compared > 0.9 * lists[0].shape[2] * 2
+
+
 # ------------------------------------------------------------------------------------ pooled keys
 
 
