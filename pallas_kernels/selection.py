@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from typing import Any
 from typing import Literal
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,23 +165,19 @@ def select_blocks(
   of_blocks = None if ids is None else ids[:, block_size - 1 :: block_size]
   if lse is not None:  # no pooled key was visible, and none is a candidate
     lse = jnp.where(lse == -jnp.inf, 0.0, lse).astype(jnp.float32)
-  anchors = _Rows(q, weights, lse, ids)
-  anchors = jax.tree.map(lambda x: x[:, ::query_block], anchors)
+  anchors = jax.tree.map(lambda x: x[:, ::query_block], _Rows(q, weights, lse, ids))
   given = jax.lax.stop_gradient((anchors, pooled, of_blocks, jnp.asarray(scale, jnp.float32)))
   select = _all_at_once if implementation == "reference" else _in_chunks
   return checkpoint_name(select(choice, *given), "attention_blocks")
 
 
-class _Rows:
-  """What is known of anchors; a tree of arrays [B, rows, ...], None where there is nothing."""
+class _Rows(NamedTuple):
+  """What is known of queries, or of anchors: arrays [B, rows, ...], None where there is nothing."""
 
-  def __init__(self, q: Any, weights: Any, lse: Any, ids: Any):
-    self.q, self.weights, self.lse, self.ids = q, weights, lse, ids
-
-
-jax.tree_util.register_pytree_node(
-  _Rows, lambda x: ((x.q, x.weights, x.lse, x.ids), None), lambda _, xs: _Rows(*xs)
-)
+  q: Any
+  weights: Any
+  lse: Any
+  ids: Any
 
 
 @dataclasses.dataclass(frozen=True)
