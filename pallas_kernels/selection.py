@@ -23,6 +23,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import Integer
 
+from pallas_kernels import partitioning
 from pallas_kernels import segments
 
 Activation = Literal["none", "relu", "exp"]
@@ -152,7 +153,8 @@ def select_blocks(
   _check_sizes(q, pooled, block_size, query_block, top, first, local)
   num_lists = _number_of_lists(q, pooled, weights, lists)
   T = q.shape[1]
-  choice = _Choice(T, block_size, query_block, top, first, local, num_lists, activation)
+  sharded = partitioning.mesh_of(q, pooled) is not None
+  choice = _Choice(T, block_size, query_block, top, first, local, num_lists, activation, sharded)
   if choice.most_forced > top:
     own = max(1, query_block // block_size)
     raise ValueError(
@@ -182,7 +184,7 @@ class _Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-  """The numbers of a call of `select_blocks`; the fields are its arguments."""
+  """The arguments of a call of `select_blocks`, and whether a mesh may shard its arrays."""
 
   T: int
   block_size: int
@@ -192,6 +194,7 @@ class _Choice:
   local: int
   num_lists: int
   activation: Activation
+  sharded: bool
 
   @property
   def nq(self) -> int:
@@ -262,6 +265,17 @@ class _Choice:
       return is_one
     return is_one & (ids[:, None, :, None] == of_blocks[:, None, None, :])
 
+  def best(
+    self, scores: Float[Array, "B Hl N M"], blocks: Int[Array, "B Hl N M"]
+  ) -> tuple[Float[Array, "B Hl N k"], Int[Array, "B Hl N k"]]:
+    """The best blocks, of blocks that ascend where scores are equal, and their scores."""
+    most = self.most_scored
+    if self.sharded:  # the compiler gathers what top_k is of, and leaves a sort where it is
+      lost, blocks = jax.lax.sort((-scores, blocks), num_keys=2)
+      return -lost[..., :most], blocks[..., :most]
+    scores, places = jax.lax.top_k(scores, most)  # of equal ones the first
+    return scores, jnp.take_along_axis(blocks, places, axis=-1)
+
   def lists(
     self,
     rows: Int[Array, "N"],
@@ -326,12 +340,9 @@ def _in_chunks(choice: _Choice, anchors: _Rows, pooled: Array, of_blocks: Any, s
       is_one = choice.candidates(rows, blocks, anchors.ids, ids)
       scores = jnp.where(is_one, choice.importance(anchors, keys, scale), -jnp.inf)
       blocks = jnp.broadcast_to(blocks, scores.shape)
-      # The carry first: its blocks are the lower ones, and of equal scores top_k takes the first.
-      scores, blocks = (
-        jnp.concatenate(x, axis=-1) for x in zip(best, (scores, blocks), strict=True)
-      )
-      scores, places = jax.lax.top_k(scores, most)
-      return scores, jnp.take_along_axis(blocks, places, axis=-1)
+      # What is carried first: its blocks are the lower ones.
+      both = zip(best, (scores, blocks), strict=True)
+      return choice.best(*(jnp.concatenate(x, axis=-1) for x in both))
 
     shape = B, choice.num_lists, at_once, most
     best = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)

@@ -20,6 +20,8 @@ from pallas_kernels import api
 from pallas_kernels import mosaic_gpu
 from pallas_kernels import partitioning
 from pallas_kernels import patterns
+from pallas_kernels import pool_blocks
+from pallas_kernels import select_blocks
 from pallas_kernels import sparse_attention
 from pallas_kernels.lowering.plan import of_call
 from pallas_kernels.scores import Scores
@@ -163,6 +165,23 @@ def row_of_table(name: str, kind: str, implementation: str):
 )
 def test_nothing_moves(name, kind, implementation):
   assert row_of_table(name, kind, implementation) == ([], True)
+
+
+@pytest.mark.one_day_in_three(0)
+@pytest.mark.parametrize("kind", ["auto", pytest.param("explicit", marks=pytest.mark.slow)])
+def test_nothing_moves_where_blocks_are_chosen(kind):
+  def attend(q, k):
+    how = dict(block_size=4, query_block=2)
+    lists = select_blocks(q, pool_blocks(k, 4), top=3, **how)
+    return lists, sparse_attention(q, k, k, block_indices=lists, implementation="xla", **how)
+
+  q, k, *_ = arrays(Hkv=4)
+  placed = laid(make_mesh(kind), [q, k], SPEC)
+  program = jax.jit(attend).lower(*placed).compile()
+  assert not collectives(program)
+  (lists, out), (expected, truth) = program(*placed), jax.jit(attend)(q, k)
+  np.testing.assert_array_equal(lists, expected)
+  assert_close(out, truth, tolerance=1e-5, what="out")
 
 
 # ------------------------------------------------------------------------------- ways to call it

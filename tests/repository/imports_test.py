@@ -24,7 +24,7 @@ MAY_IMPORT = {
 ORDER = {
   "pallas_kernels": (
     "moved", "hardware", "patterns", "functions", "scores", "tuning", "lowering", "protocol",
-    "offset", "segments", "selection", "reference", "partitioning", "xla", "mosaic_gpu",
+    "offset", "segments", "reference", "partitioning", "selection", "xla", "mosaic_gpu",
     "mosaic_tpu", "decode", "api", "residual",
   ),
   "sparse_flax": (
