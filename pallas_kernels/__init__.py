@@ -5,8 +5,17 @@ from pallas_kernels import patterns
 from pallas_kernels.api import IMPLEMENTATIONS
 from pallas_kernels.api import sparse_attention
 from pallas_kernels.reference import reference_attention
+from pallas_kernels.selection import pool_blocks
+from pallas_kernels.selection import select_blocks
 
-__all__ = ["IMPLEMENTATIONS", "patterns", "reference_attention", "sparse_attention"]
+__all__ = [
+  "IMPLEMENTATIONS",
+  "patterns",
+  "pool_blocks",
+  "reference_attention",
+  "select_blocks",
+  "sparse_attention",
+]
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 from typing import Literal
+from typing import NamedTuple
 from typing import NoReturn
 
 import jax
@@ -20,6 +21,7 @@ from jax.extend.core import Jaxpr
 from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
+from jaxtyping import Int
 from jaxtyping import Integer
 
 from pallas_kernels import hardware
@@ -29,6 +31,7 @@ from pallas_kernels import protocol
 from pallas_kernels import reference
 from pallas_kernels import segments
 from pallas_kernels import xla
+from pallas_kernels.lowering import indices
 from pallas_kernels.lowering import plan as plans
 from pallas_kernels.patterns import check as check_pattern
 from pallas_kernels.patterns import Dense
@@ -42,6 +45,20 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla", "mosaic_gpu",
 logger = logging.getLogger(__name__)
 
 
+class Attended(NamedTuple):
+  """What `sparse_attention` gives with `return_mass`.
+
+  Attributes:
+    out: the result, in the dtype of q.
+    lse: the natural log-sum-exp of the logits, float32.
+    mass: the share of the softmax on each listed block, float32; 0 where none is listed.
+  """
+
+  out: Float[Array, "B T H Dv"]
+  lse: Float[Array, "B T H"]
+  mass: Float[Array, "B T H top"]
+
+
 def sparse_attention(
   q: Float[Array, "B T H Dk"],
   k: Float[Array, "B S Hkv Dk"],
@@ -49,7 +66,9 @@ def sparse_attention(
   *,
   pattern: Pattern = Dense(),
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None,
+  block_indices: Int[Array | np.ndarray, "Bi Hi nq top"] | None = None,
   block_size: int = 128,
+  query_block: int | None = None,
   score_fn: Callable | None = None,
   scale: float | Float[Array, ""] | None = None,
   segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
@@ -59,7 +78,8 @@ def sparse_attention(
   implementation: Implementation | None = None,
   deterministic: bool = True,
   return_lse: bool = False,
-) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+  return_mass: bool = False,
+) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]] | Attended:
   """softmax(scale q k^T over the keys that `pattern` allows) v  (arXiv:1904.10509, Eq. 2-3).
 
   No implementation but `reference` builds a T x T array. Gradients are exact, also from the
@@ -85,7 +105,15 @@ def sparse_attention(
       With T != S both queries and keys count from 0, but for `query_offset`.
     block_mask: which blocks of queries and keys attend, of the pairs of the pattern: Bm is B or 1,
       Hm is H or 1, nq and nk are T and S in blocks, rounded up. It may be traced.
-    block_size: tokens per block of `block_mask`.
+    block_indices: which blocks of keys each group of `query_block` queries reads, of the pairs of
+      the pattern, as `select_blocks` lists them: int32, Bi is B or 1, Hi is H, Hkv (a list for the
+      query heads of a key head) or 1, nq is T in groups, rounded up. -1, or any number that is no
+      block, is none; a block that is twice in a list is a mistake, which `reference` looks for
+      where the numbers are known. It may be traced. `reference` and `xla` take lists as they are;
+      for kernels they become a block mask, which `mosaic_gpu` takes where `query_block` and
+      `block_size` are multiples of 128.
+    block_size: tokens per block of `block_mask`, or of a block of keys that is listed.
+    query_block: queries that share a row of `block_indices`; None: `block_size`.
     score_fn: (logit, i, j, h) -> logit, for one query i, key j and query head h: operators and
       jax.numpy, with one floating point number as result. It may look up arrays (`slopes[h]`,
       `bias[i - j]`). It is traced at every call; functions that compute the same share a program.
@@ -105,10 +133,13 @@ def sparse_attention(
     deterministic: whether equal inputs must give equal bits, as all our own kernels do. False lets
       `mosaic_gpu` call cuDNN for `Dense` without `return_lse`, at about the same rate.
     return_lse: whether to return the log-sum-exp too.
+    return_mass: whether to return, besides the log-sum-exp, the share of each query's softmax that
+      is on each block of `block_indices`, with its gradient: `reference` and `xla`.
 
   Returns:
     The result in the dtype of q, and with `return_lse` the natural log-sum-exp of the logits,
-    float32. A query without keys gets zeros and -inf, and sends no gradient.
+    float32; with `return_mass` both and the shares, `Attended`. A query without keys gets zeros
+    and -inf, and sends no gradient.
 
   Raises:
     ValueError: for shapes, dtypes or names that do not fit; the message says which.
@@ -120,6 +151,12 @@ def sparse_attention(
   check_pattern(pattern, "pattern")
   pattern, score_fn = offset.shifted(pattern, score_fn, query_offset, q.shape[1])
   _check_blocks(q, k, block_mask, block_size)
+  block_indices = _checked_indices(q, k, block_indices, block_size, query_block, implementation)
+  if block_mask is not None and block_indices is not None:
+    raise ValueError("block_mask and block_indices: only one of them may be given")
+  if block_indices is None and (return_mass or query_block is not None):
+    name = "return_mass" if return_mass else "query_block"
+    raise ValueError(f"{name} without block_indices: is of the blocks that those list")
   if score_fn is not None and not callable(score_fn):
     raise ValueError(f"{score_fn=}: must be a function of (logit, i, j, h), or None")
   plan, arrays = plans.of_call(
@@ -131,17 +168,23 @@ def sparse_attention(
     segment_ids=ids,
     kv_segment_ids=kv_ids,
     block_mask=block_mask,
+    block_indices=block_indices,
     block_size=block_size,
+    query_block=query_block,
     return_lse=return_lse,
+    return_mass=return_mass,
   )
   plan = partitioning.placed(plan, arrays)
   if implementation == "reference":
     with computed_by("reference"):
-      out, lse = _named(*partitioning.reference(plan, arrays))
-    return (out, lse) if return_lse else out
+      out, *residual = _named(*partitioning.reference(plan, arrays))
+    return Attended(out, *residual) if return_mass else (out, *residual) if return_lse else out
   name = choose(implementation)
-  if reason := _module(name).unsupported(plan):
+  takes_lists = block_indices is None or name == "xla"
+  if reason := _why_not(name, plan, takes_lists):
     name = _instead(implementation, offset.explained(reason, query_offset))
+  elif not takes_lists:
+    plan, arrays = indices.as_mask(plan), indices.mask_of(plan, arrays)
   may_call_cudnn = name == "mosaic_gpu" and not (plan.sharded or deterministic or return_lse)
   if may_call_cudnn and _module(name).cudnn_serves(plan):
     with computed_by("cudnn"):
@@ -212,6 +255,19 @@ def _is_program(x: Any) -> bool:
   return isinstance(x, Jaxpr | ClosedJaxpr)
 
 
+def _why_not(name: str, plan: plans.Plan, takes_lists: bool) -> str | None:
+  """Why an implementation cannot compute a call; None where it can."""
+  if takes_lists:
+    return _module(name).unsupported(plan)
+  if plan.return_mass:
+    return f"{name}: return_mass is not supported, reference and xla have it"
+  mask = indices.as_mask(plan)
+  if reason := _module(name).unsupported(mask):
+    sizes = f"query_block={plan.query_block} and block_size={plan.block_size}"
+    reason += f" (block_indices of {sizes} become a block mask of {mask.block_size})"
+  return reason
+
+
 def _instead(implementation: Implementation | None, reason: str) -> Implementation:
   """`xla` where the choice was ours, said once; else an error."""
   if implementation is not None:
@@ -266,14 +322,17 @@ def _attend_forward(plan: plans.Plan, arrays: plans.Arrays) -> tuple:
   # lse among them is as the backend wants it: the public one is made for who asks.
   forward = functools.partial(backend.forward, plan)
   out, residual = _named(*_differentiated_once(forward, arrays))
+  if plan.return_mass:
+    return Attended(out, *residual), (arrays, out, residual)
   result = (out, backend.natural_lse(plan, residual)) if plan.return_lse else out
   return result, (arrays, out, residual)
 
 
 def _attend_backward(plan: plans.Plan, residuals: tuple, cotangents: Any) -> tuple:
-  dout, dlse = cotangents if plan.return_lse else (cotangents, None)
+  if not plan.return_mass:
+    cotangents = cotangents if plan.return_lse else (cotangents, None)
   backward = functools.partial(_backend(plan).backward, plan)
-  return (_differentiated_once(backward, *residuals, dout, dlse),)
+  return (_differentiated_once(backward, *residuals, *cotangents),)
 
 
 _attend.__wrapped__.defvjp(_attend_forward, _attend_backward)  # pyrefly: ignore[missing-attribute]
@@ -293,9 +352,9 @@ def _differentiated_twice(function: Callable, primals: Any, tangents: Any) -> No
   )
 
 
-def _named(out: Array, lse: Any) -> tuple:
+def _named(out: Array, *lse: Any) -> tuple:
   """Names for remat policies: jax.checkpoint_policies.save_only_these_names and the like."""
-  return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+  return checkpoint_name(out, "attention_out"), *checkpoint_name(lse, "attention_lse")
 
 
 def _scale(scale: Any, head_size: int) -> Any:
@@ -379,3 +438,37 @@ def _check_blocks(q: Any, k: Any, block_mask: Any, block_size: Any) -> None:
       f"block_mask {block_mask.dtype}{list(shape)}: must be bool of shape [{B} or 1, {H} or 1, "
       f"{nq}, {nk}], T={T} and S={S} in blocks of block_size={block_size}"
     )
+
+
+def _checked_indices(
+  q: Any, k: Any, given: Any, block_size: int, query_block: Any, implementation: str | None
+) -> Any:
+  """`block_indices` as int32."""
+  whole = isinstance(query_block, int) and not isinstance(query_block, bool)
+  if query_block is not None and not (whole and query_block >= 1):
+    raise ValueError(f"{query_block=}: must be a whole number >= 1, or None for block_size")
+  if given is None:
+    return None
+  (B, T, H, _), S, Hkv = q.shape, k.shape[1], k.shape[2]
+  if not (hasattr(given, "shape") and hasattr(given, "dtype")):
+    raise ValueError(f"block_indices: must be an array, not {type(given).__name__}")
+  if not isinstance(B, int) and implementation != "reference":
+    raise NotImplementedError(f"block_indices with a symbolic batch {B}: reference alone takes it")
+  width, shape = query_block or block_size, given.shape
+  nq, nk = -(-T // width), -(-S // block_size)
+  fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, H, Hkv) and shape[3] > 0
+  if not fits or shape[2] != nq or given.dtype != np.int32:
+    raise ValueError(
+      f"block_indices {given.dtype}{list(shape)}: must be int32 of shape [{B} or 1, {H}, {Hkv} or "
+      f"1, {nq}, top], T={T} in groups of query_block={width}"
+    )
+  if implementation == "reference" and not isinstance(given, jax.core.Tracer):
+    ordered = np.sort(np.asarray(given), axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if (twice & (ordered[..., 1:] < nk)).any():
+      b, h, n, place = (int(x[0]) for x in np.nonzero(twice))
+      raise ValueError(
+        f"block_indices[{b}, {h}, {n}] has block {ordered[b, h, n, place]} twice: must have each "
+        "block once"
+      )
+  return jnp.asarray(given)

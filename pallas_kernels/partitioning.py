@@ -46,14 +46,17 @@ _NAMES = {
   "segment_ids": ("B", "T"),
   "kv_segment_ids": ("B", "S"),
   "block_mask": ("B", "H", "nq", "nk"),
+  "block_indices": ("B", "H", "nq", "top"),
   "out": ("B", "T", "H", "Dv"),
   "lse": ("B", "T", "H"),
   "dout": ("B", "T", "H", "Dv"),
   "dlse": ("B", "T", "H"),
+  "mass": ("B", "T", "H", "top"),
+  "dmass": ("B", "T", "H", "top"),
   "head_numbers": ("H",),
 }
 # Operands that a backward pass has from the forward pass and from its caller's use of the results.
-_OF_RESULTS = ("out", "lse", "dout", "dlse")
+_OF_RESULTS = ("out", "lse", "mass", "dout", "dlse", "dmass")
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +120,7 @@ def placed(plan: Plan, arrays: Arrays) -> Plan:
   )
 
 
-def reference(plan: Plan, arrays: Arrays) -> tuple[Array, Array]:
+def reference(plan: Plan, arrays: Arrays) -> tuple[Array, ...]:
   """`reference.forward`; where types say how arrays are sharded, on each device.
 
   Of automatic axes the compiler itself leaves batch and heads of its products where they are, and a
@@ -134,14 +137,18 @@ def _reference(plan: Plan, arrays: Arrays):
   def local(first_head, arrays):
     return dense.forward(*_share(plan, arrays, first_head))
 
-  call, operands = _call(local, plan, arrays, {}, ("out", "lse"))
+  call, operands = _call(local, plan, arrays, {}, _results(plan))
   return call.differentiable(*operands)
+
+
+def _results(plan: Plan) -> tuple[str, ...]:
+  return ("out", "lse", "mass") if plan.return_mass else ("out", "lse")
 
 
 class PerDevice:
   """A backend (`protocol.Backend`) that calls another one on each device.
 
-  The residual is the natural log-sum-exp, `[B, T, H]`.
+  The residual is the natural log-sum-exp, `[B, T, H]`, with the mass where that is wanted.
   """
 
   def __init__(self, backend: protocol.Backend):
@@ -158,12 +165,15 @@ class PerDevice:
     def local(first_head, arrays):
       share, arrays = self._planned_share(plan, arrays, first_head)
       out, residual = self.backend.forward(share, arrays)
+      if plan.return_mass:
+        return out, *residual
       return out, self.backend.natural_lse(share, residual)
 
-    call, operands = _call(local, plan, arrays, {}, ("out", "lse"))
-    return call(*operands)
+    call, operands = _call(local, plan, arrays, {}, _results(plan))
+    out, *residual = call(*operands)
+    return out, tuple(residual) if plan.return_mass else residual[0]
 
-  def natural_lse(self, plan: Plan, residual: Array) -> Array:
+  def natural_lse(self, plan: Plan, residual: Any) -> Any:
     del plan
     return residual
 
@@ -171,16 +181,18 @@ class PerDevice:
     del plan
     return lse
 
-  def backward(self, plan: Plan, arrays: Arrays, out, residual, dout, dlse) -> Arrays:
-    def local(first_head, arrays, out, lse, dout, dlse):
+  def backward(self, plan: Plan, arrays: Arrays, out, residual, dout, dlse, dmass=None) -> Arrays:
+    def local(first_head, arrays, out, lse, mass, dout, dlse, dmass):
       share, arrays = self._planned_share(plan, arrays, first_head)
-      residual = self.backend.lse_of_natural(share, lse)
-      grads = self.backend.backward(share, arrays, out, residual, dout, dlse)
+      residual = (lse, mass) if plan.return_mass else self.backend.lse_of_natural(share, lse)
+      of_mass = (dmass,) if plan.return_mass else ()
+      grads = self.backend.backward(share, arrays, out, residual, dout, dlse, *of_mass)
       return *grads[:3], *(grads.held[n] for n in share.scores.learned)
 
     learned = plan.scores.learned
     results = ("q", "k", "v", *(f"held {n}" for n in learned))
-    of_results = dict(out=out, lse=residual, dout=dout, dlse=dlse)
+    lse, mass = residual if plan.return_mass else (residual, None)
+    of_results = dict(out=out, lse=lse, mass=mass, dout=dout, dlse=dlse, dmass=dmass)
     call, operands = _call(local, plan, arrays, of_results, results)
     like = *arrays[:3], *(arrays.held[n] for n in learned)
     return plan.gradients(arrays, *_typed_like(call(*operands), like))
@@ -220,8 +232,10 @@ def _call(
     if label.startswith("held"):
       return tuple(f"{label}, axis {n}" for n in range(given[label].ndim))
     names = _NAMES[label]
-    if label == "block_mask":  # one row may serve the whole batch, or all heads
-      shape, sizes = given[label].shape, dict(B=plan.B, H=plan.H)
+    if label == "block_indices" and given[label].shape[1] not in (1, plan.H):
+      names = tuple("Hkv" if n == "H" else n for n in names)
+    if label in ("block_mask", "block_indices"):  # one row may serve the whole batch, or all heads
+      shape, sizes = given[label].shape, dict(B=plan.B, H=plan.H, Hkv=plan.Hkv)
       names = (x if n == sizes.get(x, n) else "one" for x, n in zip(names, shape, strict=True))
     return tuple(names)
 

@@ -19,7 +19,8 @@ from pallas_kernels.lowering.plan import Plan
 class Backend(Protocol):
   """How a backend computes attention, and its gradients.
 
-  A residual is the log-sum-exp in whatever form the backward pass wants it. Queries without keys
+  A residual is the log-sum-exp in whatever form the backward pass wants it; with
+  `plan.return_mass`, which backends may refuse, the natural one and the mass. Queries without keys
   have results of zeros and a natural log-sum-exp of -inf, and no gradient.
   """
 
@@ -46,6 +47,7 @@ class Backend(Protocol):
     residual: Any,
     dout: Float[Array, "B T H Dv"],
     dlse: Float[Array, "B T H"] | None,
+    dmass: Float[Array, "B T H top"] | None = None,
   ) -> Arrays:
     """Gradients of q, of k and v per key head, and of what `plan.scores.learned` says of `held`.
 
@@ -55,4 +57,5 @@ class Backend(Protocol):
       out, residual: what `forward` returned.
       dout: the cotangent of `out`.
       dlse: of the natural log-sum-exp; None where nothing depends on it.
+      dmass: of the mass, given with `plan.return_mass` alone: backends that refuse it do without.
     """

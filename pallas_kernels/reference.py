@@ -12,6 +12,7 @@ from jaxtyping import Int
 from jaxtyping import Integer
 
 from pallas_kernels import functions
+from pallas_kernels.lowering import indices
 from pallas_kernels.lowering import plan as plans
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import attending
@@ -49,11 +50,15 @@ def reference_attention(
     block_mask=block_mask,
     block_size=block_size,
   )
-  return forward(plan, arrays)
+  out, lse, *_ = forward(plan, arrays)
+  return out, lse
 
 
-def forward(plan: plans.Plan, arrays: plans.Arrays) -> tuple[Array, Array]:
-  """`reference_attention` of a call that was planned; its derivatives are JAX's own."""
+def forward(plan: plans.Plan, arrays: plans.Arrays) -> tuple[Array, ...]:
+  """`reference_attention` of a call that was planned; its derivatives are JAX's own.
+
+  With `plan.return_mass` also the share of each listed block, [B, T, H, top].
+  """
   ids, kv_ids, block_mask = arrays.segment_ids, arrays.kv_segment_ids, arrays.block_mask
   only = None
   if ids is not None:
@@ -62,11 +67,31 @@ def forward(plan: plans.Plan, arrays: plans.Arrays) -> tuple[Array, Array]:
     blocks = jnp.repeat(jnp.repeat(block_mask, plan.block_size, axis=2), plan.block_size, axis=3)
     blocks = blocks[:, :, : plan.T, : plan.S]
     only = blocks if only is None else only & blocks
+  if arrays.block_indices is not None:
+    lists = indices.per_query_head(plan, arrays.block_indices)
+    blocks = indices.of_blocks(lists, -(-plan.S // plan.block_size))
+    blocks = jnp.repeat(jnp.repeat(blocks, plan.query_block, axis=2), plan.block_size, axis=3)
+    blocks = blocks[:, :, : plan.T, : plan.S]
+    only = blocks if only is None else only & blocks
   logits, mask = _logits_and_mask(plan, arrays, np.arange(plan.T), only)
   weights, lse = _softmax(logits, mask)
   v = jnp.repeat(arrays.v.astype(jnp.float32), plan.H // plan.Hkv, axis=2)
   out = jnp.einsum("BHTS,BSHD->BTHD", weights, v, precision="highest")
-  return out.astype(plan.dtype), lse.transpose(0, 2, 1)
+  results = out.astype(plan.dtype), lse.transpose(0, 2, 1)
+  return (*results, _mass(plan, arrays, weights)) if plan.return_mass else results
+
+
+def _mass(plan, arrays, weights: Float[Array, "B H T S"]) -> Float[Array, "B T H top"]:
+  """The sums of the weights over the listed blocks."""
+  nk = -(-plan.S // plan.block_size)
+  of_blocks = jnp.pad(weights, [(0, 0)] * 3 + [(0, nk * plan.block_size - plan.S)])
+  of_blocks = of_blocks.reshape(*weights.shape[:3], nk, plan.block_size).sum(axis=-1)
+  lists = indices.per_query_head(plan, arrays.block_indices)
+  lists = jnp.repeat(lists, plan.query_block, axis=2)[:, :, : plan.T]
+  lists = jnp.broadcast_to(lists, (*weights.shape[:3], lists.shape[3]))
+  there = (lists >= 0) & (lists < nk)
+  mass = jnp.take_along_axis(of_blocks, jnp.where(there, lists, 0), axis=-1)
+  return jnp.where(there, mass, 0.0).transpose(0, 2, 1, 3)
 
 
 def attention_weights(

@@ -6,6 +6,8 @@ import types as _types
 from pallas_kernels import __version__ as __version__
 from pallas_kernels import moved as _finder
 from pallas_kernels import patterns
+from pallas_kernels import pool_blocks
+from pallas_kernels import select_blocks
 from pallas_kernels import sparse_attention
 from sparse_flax import moved as _moved
 from sparse_flax.model.attention import SparseSelfAttention
@@ -20,7 +22,9 @@ __all__ = [
   "SparseTransformer",
   "attention_fn",
   "patterns",
+  "pool_blocks",
   "rope",
+  "select_blocks",
   "sparse_attention",
 ]
 

@@ -36,6 +36,7 @@ class Arrays(NamedTuple):
     segment_ids: int32, queries attend to keys of equal ones.
     kv_segment_ids: those of keys; None: keys have those of the queries.
     block_mask: which blocks of queries and keys attend.
+    block_indices: or which blocks of keys a group of queries reads.
     held: what the plan's traced functions hold, by their `functions.Place`.
   """
 
@@ -45,6 +46,7 @@ class Arrays(NamedTuple):
   segment_ids: Int[Array, "B T"] | None = None
   kv_segment_ids: Int[Array, "B S"] | None = None
   block_mask: Bool[Array, "Bm Hm nq nk"] | None = None
+  block_indices: Int[Array, "Bi Hi nq top"] | None = None
   held: tuple[Array | None, ...] = ()
 
 
@@ -75,8 +77,11 @@ class Plan:
     segment_ids: whether there are any.
     kv_segment_ids: whether keys have others than queries.
     block_mask: batch rows and heads of the block mask; None without one.
-    block_size: tokens of a block of the mask; 0 without one.
+    block_size: tokens of a block of the mask, keys of one that is listed; 0 without either.
+    block_indices: batch rows and heads of the lists of blocks; None without them.
+    query_block: queries that share a list; 0 without lists.
     return_lse: whether the caller wants the log-sum-exp.
+    return_mass: whether the caller wants the share of each listed block.
     sharded: whether a mesh may shard the arrays, so that each device plans its own share.
     heads_are_numbered: whether a device may have other heads than the first, and logits depend
       on that.
@@ -98,7 +103,10 @@ class Plan:
   kv_segment_ids: bool = False
   block_mask: tuple[Any, int] | None = None
   block_size: int = 0
+  block_indices: tuple[Any, int] | None = None
+  query_block: int = 0
   return_lse: bool = False
+  return_mass: bool = False
   sharded: bool = False
   heads_are_numbered: bool = False
   implementation: str = ""
@@ -139,7 +147,7 @@ class Plan:
 
   def of_share(self, arrays: Arrays, scores: Scores) -> "Plan":
     """The plan of what one device has of sharded arrays, without groups yet."""
-    sizes = _sizes(*arrays[:3], arrays.block_mask)
+    sizes = _sizes(*arrays[:3], arrays.block_mask, arrays.block_indices)
     own = dict(scores=scores, sharded=False, heads_are_numbered=False, groups=())
     return dataclasses.replace(self, **sizes, **own)
 
@@ -161,8 +169,11 @@ def of_call(
   segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
   kv_segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
   block_mask: Bool[Array | np.ndarray, "Bm Hm nq nk"] | None = None,
+  block_indices: Int[Array | np.ndarray, "Bi Hi nq top"] | None = None,
   block_size: int = 128,
+  query_block: int | None = None,
   return_lse: bool = False,
+  return_mass: bool = False,
 ) -> tuple[Plan, Arrays]:
   """Traces the functions of a call; its plan, and its arrays, of which shapes alone will do too.
 
@@ -170,20 +181,25 @@ def of_call(
     ValueError: a function fails, or does not give what it must.
   """
   held = []
+  has_lists = block_indices is not None
   plan = Plan(
     pattern=functions.of_pattern(pattern, q.shape[1], k.shape[1], held),
     scores=scores.traced(held),
-    **_sizes(q, k, v, block_mask),
+    **_sizes(q, k, v, block_mask, block_indices),
     dtype=np.dtype(q.dtype),
     segment_ids=segment_ids is not None,
     kv_segment_ids=kv_segment_ids is not None,
-    block_size=0 if block_mask is None else block_size,
+    block_size=0 if block_mask is None and not has_lists else block_size,
+    query_block=(query_block or block_size) if has_lists else 0,
     return_lse=return_lse,
+    return_mass=return_mass,
   )
-  return plan, Arrays(q, k, v, segment_ids, kv_segment_ids, block_mask, tuple(held))
+  arrays = q, k, v, segment_ids, kv_segment_ids, block_mask, block_indices
+  return plan, Arrays(*arrays, tuple(held))
 
 
-def _sizes(q, k, v, block_mask) -> dict[str, Any]:
+def _sizes(q, k, v, block_mask, block_indices) -> dict[str, Any]:
   (B, T, H, Dk), (S, Hkv), Dv = q.shape, k.shape[1:3], v.shape[3]
-  rows = None if block_mask is None else tuple(block_mask.shape[:2])
-  return dict(B=B, T=T, S=S, H=H, Hkv=Hkv, Dk=Dk, Dv=Dv, block_mask=rows)
+  rows = lambda x: None if x is None else tuple(x.shape[:2])
+  masks = dict(block_mask=rows(block_mask), block_indices=rows(block_indices))
+  return dict(B=B, T=T, S=S, H=H, Hkv=Hkv, Dk=Dk, Dv=Dv, **masks)

@@ -1,6 +1,7 @@
 """The backend protocol in jax.numpy: the passes of a group of heads merge into one softmax."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from pallas_kernels.lowering import heads
 from pallas_kernels.lowering.plan import Arrays
 from pallas_kernels.lowering.plan import Plan
+from pallas_kernels.xla import listed
 from pallas_kernels.xla import problems
 from pallas_kernels.xla import views
 
@@ -20,7 +22,9 @@ def unsupported(plan: Plan) -> str | None:
 
 
 def planned(plan: Plan) -> Plan:
-  """With the views of all heads' passes."""
+  """With the views of all heads' passes; lists of blocks are swept as they are."""
+  if plan.block_indices is not None:
+    return plan
   groups = []
   for group in plan.lowered(natural=views.needs_positions(plan)):
     each = tuple(views.view_of(plan, pass_, group.heads) for pass_ in group.passes)
@@ -28,8 +32,11 @@ def planned(plan: Plan) -> Plan:
   return dataclasses.replace(plan, groups=tuple(groups))
 
 
-def forward(plan: Plan, arrays: Arrays) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-  """The result, and the natural log-sum-exp of its logits."""
+def forward(plan: Plan, arrays: Arrays) -> tuple[Float[Array, "B T H Dv"], Any]:
+  """The result, and the natural log-sum-exp of its logits; with the mass, where that is wanted."""
+  if plan.block_indices is not None:
+    out, lse, mass = listed.forward(plan, arrays)
+    return out.astype(plan.dtype), (lse, mass) if plan.return_mass else lse
   parts = []
   for group in plan.groups:
     part = None
@@ -59,21 +66,29 @@ def backward(
   plan: Plan,
   arrays: Arrays,
   out: Float[Array, "B T H Dv"],
-  residual: Float[Array, "B T H"],
+  residual: Any,
   dout: Float[Array, "B T H Dv"],
   dlse: Float[Array, "B T H"] | None,
+  dmass: Float[Array, "B T H top"] | None = None,
 ) -> Arrays:
   """Gradients of q, k, v and of learned arrays.
 
   With P = exp(S - lse) of the merged lse, dS = P (dP - delta), delta = rowsum(dout out) - dlse:
   every pass of a merged pattern uses the same two rows, and the merge is never differentiated.
+  The mass m of a block, the sum of its P, adds its cotangent to dP, and dm m to delta.
   """
-  lse, learned = residual, [arrays.held[n] for n in plan.scores.learned]
+  lse, mass = residual if plan.return_mass else (residual, None)
+  learned = [arrays.held[n] for n in plan.scores.learned]
   delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
   delta = delta if dlse is None else delta - dlse
+  delta = delta if dmass is None else delta + jnp.sum(dmass * mass, axis=-1)
   # A row without keys has no pair to use these, and its cotangent of lse = -inf may be anything.
   has_keys = jnp.isfinite(lse)
   lse, delta = jnp.where(has_keys, lse, 0.0), jnp.where(has_keys, delta, 0.0)
+  if plan.block_indices is not None:
+    grads, of_learned = listed.backward(plan, arrays, dout, lse, delta, dmass)
+    pairs = zip((*grads, *of_learned), (*arrays[:3], *learned), strict=True)
+    return plan.gradients(arrays, *(grad.astype(x.dtype) for grad, x in pairs))
   grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in arrays[:3])
   of_learned = [jnp.zeros(x.shape, jnp.float32) for x in learned]
   for group in plan.groups:

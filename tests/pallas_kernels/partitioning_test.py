@@ -20,6 +20,8 @@ from pallas_kernels import api
 from pallas_kernels import mosaic_gpu
 from pallas_kernels import partitioning
 from pallas_kernels import patterns
+from pallas_kernels import pool_blocks
+from pallas_kernels import select_blocks
 from pallas_kernels import sparse_attention
 from pallas_kernels.lowering.plan import of_call
 from pallas_kernels.scores import Scores
@@ -28,6 +30,7 @@ from tests.helpers.arrays import assert_close
 
 B, T, H, D = 4, 24, 8, 8
 _RANDOM = np.random.default_rng(7)
+_LISTS = _RANDOM.permuted(np.tile(np.arange(3, dtype=np.int32), (B, 4, 6, 1)), axis=3)
 # Every row of the patterns' table, and what is added to one; 4 heads of a device are 2 periods.
 CASES = {
   "dense": dict(pattern=patterns.Dense()),
@@ -56,6 +59,14 @@ CASES = {
   ),
   "block_mask_of_rows": dict(
     pattern=patterns.Local(9), block_mask=_RANDOM.random((B, 1, 3, 3)) < 0.7, block_size=8
+  ),
+  "block_indices": dict(
+    pattern=patterns.Local(15),
+    block_indices=_LISTS[..., :2],
+    block_size=8,
+    query_block=4,
+    Hkv=4,
+    return_mass=True,
   ),
   "score_fn": dict(
     pattern=patterns.Fixed(6, 2, 2),
@@ -116,12 +127,15 @@ def collectives(program) -> list[str]:
   return re.findall(rf" {COLLECTIVES}(?:-start)?\(", program.as_text())
 
 
-def attend_with(implementation, *, Hkv=H, S=None, return_lse=False, **how):
+def attend_with(implementation, *, Hkv=H, S=None, return_lse=False, return_mass=False, **how):
   how["implementation"] = implementation
 
   def attend(q, k, v):
-    names = "segment_ids", "kv_segment_ids", "block_mask"
+    names = "segment_ids", "kv_segment_ids", "block_mask", "block_indices"
     masks = {name: jnp.asarray(how[name]) for name in names if name in how}
+    if return_mass:
+      out, lse, mass = sparse_attention(q, k, v, return_mass=True, **how | masks)
+      return out * mass[..., :1] + jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]
     out = sparse_attention(q, k, v, return_lse=return_lse, **how | masks)
     if not return_lse:
       return out
@@ -151,6 +165,23 @@ def row_of_table(name: str, kind: str, implementation: str):
 )
 def test_nothing_moves(name, kind, implementation):
   assert row_of_table(name, kind, implementation) == ([], True)
+
+
+@pytest.mark.one_day_in_three(0)
+@pytest.mark.parametrize("kind", ["auto", pytest.param("explicit", marks=pytest.mark.slow)])
+def test_nothing_moves_where_blocks_are_chosen(kind):
+  def attend(q, k):
+    how = dict(block_size=4, query_block=2)
+    lists = select_blocks(q, pool_blocks(k, 4), top=3, **how)
+    return lists, sparse_attention(q, k, k, block_indices=lists, implementation="xla", **how)
+
+  q, k, *_ = arrays(Hkv=4)
+  placed = laid(make_mesh(kind), [q, k], SPEC)
+  program = jax.jit(attend).lower(*placed).compile()
+  assert not collectives(program)
+  (lists, out), (expected, truth) = program(*placed), jax.jit(attend)(q, k)
+  np.testing.assert_array_equal(lists, expected)
+  assert_close(out, truth, tolerance=1e-5, what="out")
 
 
 # ------------------------------------------------------------------------------- ways to call it

@@ -24,8 +24,8 @@ MAY_IMPORT = {
 ORDER = {
   "pallas_kernels": (
     "moved", "hardware", "patterns", "functions", "scores", "tuning", "lowering", "protocol",
-    "offset", "segments", "reference", "partitioning", "xla", "mosaic_gpu", "mosaic_tpu",
-    "decode", "api", "residual",
+    "offset", "segments", "reference", "partitioning", "selection", "xla", "mosaic_gpu",
+    "mosaic_tpu", "decode", "api", "residual",
   ),
   "sparse_flax": (
     "moved", "extras", "parallel", "model", "data", "run", "export", "evaluate", "train", "view",
