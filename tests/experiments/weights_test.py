@@ -33,7 +33,7 @@ def root(tmp_path_factory):
   return root
 
 
-@pytest.mark.one_day_in_six(0)
+@pytest.mark.one_day_in_six(4)
 def test_an_export_is_scored_as_the_run_that_it_is_of(root, tmp_path, capsys):
   expected = evaluate.run(root / "run")
   result = evaluate.run(weights=root / "out")
@@ -47,7 +47,7 @@ def test_an_export_is_scored_as_the_run_that_it_is_of(root, tmp_path, capsys):
   assert json.loads(line)["bits_per_byte"] == pytest.approx(8, abs=1e-5)
 
 
-@pytest.mark.one_day_in_six(3)
+@pytest.mark.one_day_in_six(5)
 def test_a_score_of_rounded_weights_says_so(root, tmp_path, capsys):
   out = tmp_path / "rounded"
   assert export.main([f"--workdir={root / 'run'}", f"--out={out}", "--dtype=bfloat16"]) == 0
@@ -58,7 +58,7 @@ def test_a_score_of_rounded_weights_says_so(root, tmp_path, capsys):
   assert result["bits_per_byte"] == pytest.approx(8, abs=1e-5)
 
 
-@pytest.mark.one_day_in_six(4)
+@pytest.mark.one_day_in_six(0)
 def test_averaged_weights_or_those_of_the_last_update(root, tmp_path, capsys):
   out = tmp_path / "out"
   averaged = evaluate.run(root / "run")
@@ -82,7 +82,7 @@ def test_an_export_of_an_earlier_version_has_averaged_weights():
   assert (found.step, found.averaged) == (400, True)
 
 
-@pytest.mark.one_day_in_six(5)
+@pytest.mark.one_day_in_six(4)
 def test_samples_of_an_export(root, tmp_path, monkeypatch, capsys):
   draw = lambda *weights, num, **options: np.full((num, 32), 97, np.uint8)
   monkeypatch.setattr(sample.sample, "generate", draw)

@@ -163,7 +163,7 @@ def test_exp_is_the_softmax_over_blocks():
   assert select_blocks(q, p, **how)[0, 0, -1].tolist() == [2, 4]
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(1)
 def test_more_entries_are_more_blocks():
   """Lists of top are parts of those of top + 1, the log-sum-exp never falls, all is `Dense()`."""
   rng, T, Q = np.random.default_rng(5), 6 * b + 5, 4
@@ -231,7 +231,7 @@ def test_a_mean_over_the_queries_of_a_list_is_found_out():
   assert earlier_changes(4, mean_of_queries) > 10
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 def test_choices_have_a_name_for_policies():
   """So that a backward pass reads the lists of the forward pass."""
   q = jnp.ones((1, 4 * b, 1, 4))
@@ -335,7 +335,7 @@ def test_pooled_keys_are_of_the_document_of_the_last_token(weighted):
 # ------------------------------------------------------------------------------- what is not there
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(2)
 def test_a_long_program_holds_no_scores_of_all_pairs():
   """Compiled at 65,536 tokens: nothing of T x T, nor an entry for every list and block."""
   T, size = 1 << 16, 128

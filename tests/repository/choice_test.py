@@ -67,7 +67,7 @@ def run(folder: pathlib.Path, machine: str, **environment) -> str:
   return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True).stdout
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_cases_are_chosen_and_neither_lost_nor_skipped(tmp_path):
   shutil.copy(CONFTEST, tmp_path / "conftest.py")
   (tmp_path / "machine.py").write_text(MACHINE)

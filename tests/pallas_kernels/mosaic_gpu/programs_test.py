@@ -134,7 +134,7 @@ def test_ids_of_keys_that_are_those_of_queries_change_no_program():
   assert alone == given_twice
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("fwd-512-64-3", "bwd-64-64-2", daily=0)
 @pytest.mark.parametrize("warpgroups", [1, 2, 3])
 @pytest.mark.parametrize("D", [32, 64])
@@ -158,7 +158,7 @@ def test_two_levels_of_vmap_copy_nothing(name):
   assert not large_moves(program, 3 * 1024 * 64)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("fixed", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_layers_that_are_computed_again(name):
@@ -178,7 +178,7 @@ def test_layers_that_are_computed_again(name):
   assert 0 < kept < again
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("strided", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_inside_shard_map(name):
@@ -193,7 +193,7 @@ def test_inside_shard_map(name):
   assert not large_moves(program, 2 * 1024 * 2 * 64)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("fixed-128-64", daily=1)
 @pytest.mark.parametrize(
   "Dk,Dv",

@@ -33,7 +33,7 @@ def check_calls(chips, cases) -> set[str]:
   return {kernel["kernel"] for row in found for kernel in row["kernels"]}
 
 
-@pytest.mark.one_day_in_six(4)
+@pytest.mark.one_day_in_six(1)
 def test_columns_compile_for_all_chips_and_move_their_arrays_once():
   assert check_calls(compiler.CHIPS, ["column"]) == {"attention_forward", "attention_backward"}
 

@@ -39,7 +39,7 @@ def dense_mask(pattern, T=T, S=T):
   return jnp.asarray(np.stack(heads)[None])
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.promotes
 @pytest.mark.parametrize("options", [{}, dict(normalize_qk=True, dtype=jnp.bfloat16)], ids=str)
 def test_nnx_computes_what_it_does_with_the_mask(x, options):

@@ -35,7 +35,7 @@ QUICK = {
 }
 
 
-@pytest.mark.one_day_in_six(5)
+@pytest.mark.one_day_in_six(2)
 @pytest.mark.parametrize(
   "modality, cycle, dtype, prompt",
   [
@@ -116,7 +116,7 @@ def _accesses(hlo: str, caches: set[str]) -> tuple[int, list[str]]:
   return read, copies
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(1)
 def test_a_strided_model_reads_and_copies_no_more_than_two_square_roots():
   lengths = (1_024, 4_096, 16_384, 65_536)
   loops = [Loop(T, "strided") for T in lengths]

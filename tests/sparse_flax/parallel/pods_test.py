@@ -66,7 +66,7 @@ def check(found, alone):
     assert losses == pytest.approx(alone, rel=1e-6), mesh
 
 
-@pytest.mark.one_day_in_six(2)
+@pytest.mark.one_day_in_six(0)
 def test_two_processes_train_as_one_does(root):
   (alone,) = train_on(root, "fixed", ["1,1,1,1"], processes=1, devices=1).values()
   check(train_on(root, "fixed", ["1,2,1,2"], processes=2, devices=2), alone)
@@ -105,7 +105,7 @@ def stopped_at(both):
   return int(ends.pop()[0])
 
 
-@pytest.mark.one_day_in_six(1)
+@pytest.mark.one_day_in_six(2)
 def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(root):
   args = pod.arguments("fixed", root / "text", root / "stopped", train__steps=900, mesh__data=2)
   args += ["--config.train.eval_every=900", "--config.train.save_every=900"]
@@ -131,7 +131,7 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(root):
   assert whole == list(range(1, stopped_at(again) + 1))
 
 
-@pytest.mark.one_day_in_six(3)
+@pytest.mark.one_day_in_six(0)
 def test_a_missing_host_is_told_before_the_abort(root):
   args = pod.arguments("fixed", root / "text", root / "missing")
   join = [f"--coordinator={pod.LOOPBACK}:{pod.free_port()}", "--num_processes=2", "--process_id=0"]

@@ -72,7 +72,7 @@ def make_run(workdir, config, *, step=5):
   return ones
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_averaged_weights_come_back_with_config_and_graph(tmp_path):
   config = tiny.config(tmp_path / "text")
   ones = make_run(tmp_path / "run", config)

@@ -110,7 +110,7 @@ def test_a_finished_run_may_have_more_steps(run):
   workdir_lib.check(run, other(run, "train.steps", 20), done=9)
 
 
-@pytest.mark.one_day_in_six(4)
+@pytest.mark.one_day_in_six(5)
 @pytest.mark.promotes
 def test_more_steps_have_the_schedule_of_their_number(tmp_path):
   text, workdir, lines = tiny.text_file(tmp_path / "text"), tmp_path / "run", []
@@ -257,7 +257,7 @@ def test_a_second_ctrl_c_ends_at_once(start_loop):
   assert child.returncode == 130 and "the same command goes on" in said
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_ctrl_c_that_ends_the_reader_of_the_output_too(start_loop):
   child = start_loop("once", stderr=subprocess.STDOUT)
   child.stdout.close()  # as `2>&1 | tee log` has it
@@ -300,7 +300,7 @@ def forget_dropout(path):
   path.write_text(json.dumps(about | dict(sha256=digest.of_json(about))))
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.promotes
 @pytest.mark.parametrize("rate", [0.1, 0.0])
 def test_a_run_that_drew_other_masks_goes_on_and_says_so_once(tmp_path, rate):

@@ -170,7 +170,7 @@ def test_every_step_of_every_row_draws_anew(weights):
   assert (got[1:] != got[:-1]).mean() > 0.9
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("0.5", daily=0)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_are_those_of_the_softmax(weights, temperature):
@@ -254,7 +254,7 @@ def test_what_is_printed_of_a_text_is_no_command_to_a_terminal():
   assert len(launcher.beginning(b"a" * 2_000)) == launcher.SHOWN_BYTES
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_texts_are_written_byte_by_byte(text_run, capsys):
   assert launcher.main([f"--workdir={text_run}", "--num=3", "--seed=5"]) == 0
   said = capsys.readouterr()
@@ -280,7 +280,7 @@ def test_held_out_text_is_completed_beside_the_original(text_run):
     assert all(text[8:] != example[8:] for text in drawn)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
   texts = [b"Once upon", b"Two"]
   for n, text in enumerate(texts):
@@ -341,7 +341,7 @@ def small(config, **model):
   return config.lock()
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
   run = make_run(tmp_path / "run", small(cifar10.get_config("quick")))
   (path,) = launcher.run(run, num=2, keep=0.5)

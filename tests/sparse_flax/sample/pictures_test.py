@@ -47,7 +47,7 @@ def pixels_of(item):
   return item.pixels
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_pictures_of_a_model_of_images():
   said = []
   drawn = pictures.Drawer()(evaluation("image", said))
@@ -65,7 +65,7 @@ def test_pictures_of_a_model_of_images():
   assert said[1].endswith(" s: 2 samples, 2 completions, attention")
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(1)
 def test_texts_end_early(monkeypatch):
   monkeypatch.setattr(pictures, "TEXT_BYTES", 16)
   said = []
@@ -79,7 +79,7 @@ def test_texts_end_early(monkeypatch):
   assert said[1].endswith("2 completions, of each the first 16 of 48 bytes, attention")
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_sounds_can_be_heard_and_compared():
   one, again = (pictures.Drawer()(evaluation("audio", [])) for _ in range(2))
   assert [name for name in one if "attention" not in name] == [

@@ -45,7 +45,7 @@ def load(folder, config, **how):
   return initial.load(folder, config, shapes=shapes, mesh=mesh, **how)
 
 
-@pytest.mark.one_day_in_six(2)
+@pytest.mark.one_day_in_six(3)
 def test_weights_of_a_run_or_an_export_whose_layers_take_turns_otherwise(tmp_path):
   config = tiny.config(tmp_path / "text", model=TURNS)
   old = save_run(tmp_path / "run", config)
@@ -75,7 +75,7 @@ def test_weights_of_a_run_or_an_export_whose_layers_take_turns_otherwise(tmp_pat
     load(tmp_path / "run", new, recorded=records[0] | {"step": 4})
 
 
-@pytest.mark.one_day_in_six(2)
+@pytest.mark.one_day_in_six(3)
 def test_every_weight_that_does_not_fit_is_named_and_nothing_written(tmp_path, capsys):
   config = tiny.config(text := tiny.text_file(tmp_path / "text"))
   save_run(tmp_path / "wide", tiny.config(text, model=dict(ff_mult=2.0, num_layers=4)))

@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
   return dict(root=root, config=config, straight=straight, resumed=resumed)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 def test_resumed_run_ends_with_the_same_bits(runs):
   states = [tiny.restore(runs["config"], runs["root"] / name) for name in ("straight", "stopped")]
   assert int(states[0]["step"]) == 6
@@ -98,7 +98,7 @@ def test_run_leaves_what_the_design_says(runs):
   assert saved["model"]["position_shape"] == [4, 8]
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_finished_run_has_nothing_left(runs):
   result, lines = run(runs["config"], runs["root"] / "straight")
   assert lines[0].startswith("RESUMING") and "nothing left to train" in lines
@@ -124,7 +124,7 @@ def test_other_data_are_refused(runs):
   path.write_bytes(text)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
   config = tiny.config(
     tiny.text_file(tmp_path / "text"), optim=dict(learning_rate=1e30), train=dict(max_skipped=3)

@@ -141,7 +141,7 @@ def test_like_heads_share_a_panel():
     np.testing.assert_array_equal(blue, one.mask(16))
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 def test_the_readme_picture_needs_no_run(tmp_path, capsys):
   path = tmp_path / "masks.png"
   assert visualize.main([f"--masks={path}"]) == 0
@@ -159,7 +159,7 @@ def text_run(tmp_path_factory):
   return make_run(folder / "run", config)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 def test_text_runs_give_layers_patterns_and_the_curve(text_run, capsys):
   records = [dict(step=1, bits_per_byte=8.0), dict(step=2, validation_bits_per_byte=7.5)]
   lines = "".join(json.dumps(record) + "\n" for record in records)
