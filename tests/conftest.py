@@ -92,7 +92,9 @@ def _choose(cases: list[pytest.Function]) -> None:
       raise pytest.Collector.CollectError(f"{function}: no case {unknown[0]!r} among {[*by_name]}")
     others = [case for name, case in by_name.items() if name not in mark.args]
     daily = mark.kwargs.get("daily", 1)
-    first = daily * today
+    # Of a function that has its days, the next cases come with the next of these.
+    days = next((n for name, n in DAYS.items() if cases[0].get_closest_marker(name)), 1)
+    first = daily * (today // days)
     for n, case in enumerate(others):
       if (n - first) % len(others) >= daily:
         case.add_marker(pytest.mark.slow)

@@ -79,7 +79,7 @@ def elsewhere(tmp_path, monkeypatch):
   return tmp_path / "work"
 
 
-@pytest.mark.one_day_in_six(4)
+@pytest.mark.one_day_in_six(3)
 def test_it_runs(elsewhere, monkeypatch):
   monkeypatch.setenv("TOUR_STEPS", "10")
   notebook = read()

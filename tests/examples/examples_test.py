@@ -34,7 +34,7 @@ def check_losses(name, *flags):
   assert len(found) >= 3 and found[0] == 8.0 and max(found[-2:]) < 7.9, done.stdout
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(0)
 def test_a_language_model_of_ones_own_text(tmp_path):
   (tmp_path / "text").write_bytes(b"the same again and again, " * 200)
   out = tmp_path / "sample.txt"
@@ -43,7 +43,7 @@ def test_a_language_model_of_ones_own_text(tmp_path):
   assert out.read_bytes().startswith(b"the same") and out.stat().st_size == 256
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(0)
 def test_a_model_of_ones_own_pictures(tmp_path):
   (tmp_path / "pictures").mkdir()
   for n in range(40):
@@ -56,7 +56,7 @@ def test_a_model_of_ones_own_pictures(tmp_path):
     assert picture.size == (2 * 100 + 4, 2 * 100 + 4)  # of 8 pixels, 12 times enlarged
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(1)
 def test_a_model_of_ones_own_recordings(tmp_path):
   time = np.arange(12_000) / data.SAMPLE_RATE
   data.write_wav(tmp_path / "tone.wav", 0.5 * np.sin(880 * np.pi * time))

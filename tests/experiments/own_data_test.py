@@ -68,6 +68,7 @@ def write_recordings(folder: pathlib.Path) -> None:
       soundfile.write(folder / f"song {n}.mp3", stereo, 44_100, format="MP3")
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke()
 @pytest.mark.promotes
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

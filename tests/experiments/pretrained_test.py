@@ -26,7 +26,7 @@ def test_the_card_has_the_digest_of_each_file(name):
   assert re.search(rf"`{name}`.*`{digest}`", CARD)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(2)
 def test_the_weights_are_small_and_what_the_card_says(found):
   assert (FOLDER / export.MODEL).stat().st_size <= 15 * 2**20
   assert (found.step, found.averaged, found.matrices) == (4_800, False, "bfloat16")
@@ -34,7 +34,7 @@ def test_the_weights_are_small_and_what_the_card_says(found):
   assert f"{count:,} parameters" in CARD
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 def test_without_data_the_images_beside_them_are_taken_and_it_says_so(found, capsys, tmp_path):
   dataset = found.open_dataset("test")
   assert dataset.identity["count"] == 100
@@ -49,7 +49,7 @@ def test_without_data_the_images_beside_them_are_taken_and_it_says_so(found, cap
     sources.read(None, FOLDER, **elsewhere).open_dataset("test")
 
 
-@pytest.mark.one_day_in_six(2)
+@pytest.mark.one_day_in_six(3)
 def test_an_image_needs_as_many_bits_as_when_they_were_exported(found):
   dataset = found.open_dataset("test")
   result = evaluate.evaluate(found.config, found.params, dataset=dataset, num=1, step=0)

@@ -9,7 +9,7 @@ from experiments import quickstart
 from tests.helpers.paths import ROOT
 
 
-@pytest.mark.one_day_in_six(5)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.promotes
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_it_ends_with_the_score_and_pictures_that_exist(tmp_path, capsys):

@@ -33,7 +33,7 @@ def root(tmp_path_factory):
   return root
 
 
-@pytest.mark.one_day_in_six(4)
+@pytest.mark.one_day_in_six(2)
 def test_an_export_is_scored_as_the_run_that_it_is_of(root, tmp_path, capsys):
   expected = evaluate.run(root / "run")
   result = evaluate.run(weights=root / "out")
@@ -47,7 +47,7 @@ def test_an_export_is_scored_as_the_run_that_it_is_of(root, tmp_path, capsys):
   assert json.loads(line)["bits_per_byte"] == pytest.approx(8, abs=1e-5)
 
 
-@pytest.mark.one_day_in_six(5)
+@pytest.mark.one_day_in_six(2)
 def test_a_score_of_rounded_weights_says_so(root, tmp_path, capsys):
   out = tmp_path / "rounded"
   assert export.main([f"--workdir={root / 'run'}", f"--out={out}", "--dtype=bfloat16"]) == 0
@@ -102,7 +102,7 @@ def test_samples_of_an_export(root, tmp_path, monkeypatch, capsys):
     sample.run(weights=root / "out", num=1)
 
 
-@pytest.mark.one_day_in_six(3)
+@pytest.mark.one_day_in_six(4)
 def test_pictures_of_an_export(root, tmp_path):
   evaluate.run(weights=root / "out", out=tmp_path / "to")
   evaluate.run(weights=root / "out", out=tmp_path / "to", num=1)

@@ -277,6 +277,7 @@ def check_windows(direction, block_k, stages, warpgroups, case, runs: int = 1):
     check_kernels(case, runs)
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("bwd-64-1-2-local-T150-bfloat16-Hkv1-D32-Dv64-segments", daily=1)
 @pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", WINDOWS, ids=str)
 def test_windows(direction, block_k, stages, warpgroups, case):
@@ -291,12 +292,14 @@ SHORT = [
 ]
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke(daily=2)
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_short_sequences(case):
   check_kernels(case)
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("128-True", "256-False", daily=0)
 @pytest.mark.parametrize("T,by_short", [(48, True), (128, True), (192, False), (256, False)])
 def test_short_sequences_of_wide_heads(T, by_short):
@@ -306,6 +309,7 @@ def test_short_sequences_of_wide_heads(T, by_short):
   assert backward.called == by_short
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke(daily=1)
 @pytest.mark.parametrize(
   "pattern,T", [(patterns.Column(2), 512), (patterns.Strided(2), 400)], ids=str
@@ -315,7 +319,7 @@ def test_four_tiles_with_their_derivatives_in_memory(pattern, T):
     check_kernels(_kernel(pattern, T=T, H=1, Dk=64, Dv=64))
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_four_warpgroups_of_a_window():
   sizes = tuning.BlockSizes(256, 256, 2, 4, at_once=1)
   with tuning.override("local", "fwd", sizes):
@@ -328,6 +332,7 @@ def test_windows_on_a_gpu(direction, block_k, stages, warpgroups, case):
   check_windows(direction, block_k, stages, warpgroups, case, runs=3)
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("Strided(stride=8)", daily=0)
 @pytest.mark.parametrize(
   "pattern", [patterns.Strided(8), patterns.Fixed(16, 4), patterns.Local(64)], ids=repr
@@ -342,7 +347,7 @@ def test_huge_values_give_numbers(pattern):
   assert np.abs(np.asarray(out, np.float32)).max() <= 3.01e4
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(2)
 @pytest.mark.smoke("Local(window=16, causal=True)", daily=0)
 @pytest.mark.parametrize("pattern", [patterns.Local(16), patterns.Fixed(16, 4)], ids=repr)
 def test_kernels_under_transformations(pattern):
@@ -411,6 +416,7 @@ def test_dense_repeats_bit_by_bit_unless_told_otherwise(D):
       np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("strided", "layout")
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 def test_long_inputs_are_swept_in_tiles(name, monkeypatch):
@@ -481,7 +487,7 @@ def test_the_support_of_the_gradient_is_the_mask(name, implementation):
     np.testing.assert_array_equal(influence[:, h] != 0, mask[h % len(mask)])
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_without_keys_give_zeros_and_send_no_gradient(implementation):
   case = Case(patterns.Summary(8, 2), T=12, **SIZES.get(implementation, {}))
@@ -495,7 +501,7 @@ def test_rows_without_keys_give_zeros_and_send_no_gradient(implementation):
   assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (out, dq, dk, dv))
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_cotangent_of_an_empty_row_does_harm(implementation):
   """Whoever merges results through lse meets -inf, and sends back what is no number."""
@@ -511,6 +517,7 @@ def test_no_cotangent_of_an_empty_row_does_harm(implementation):
     assert_close(got, expected, tolerance=TOLERANCE[case.dtype], what="gradient")
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_scale_and_transformations(implementation):
   q, k, v, *_ = Case(patterns.Strided(4), T=12).arrays()
@@ -554,7 +561,7 @@ def test_a_policy_keeps_out_and_lse_by_name():
   assert count(kept) < count(recomputed)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_number_of_a_batch_row_reaches_another(implementation):
   case = Case(patterns.Local(70), T=150, H=1, Hkv=1, Dk=32, Dv=32, dtype="bfloat16")

@@ -214,7 +214,7 @@ def choose(q, k):
   return select_blocks(q, pool_blocks(k, 8), block_size=8, query_block=4, top=3)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(1)
 def test_gradients_are_slopes_and_nothing_comes_from_blocks_that_nobody_read():
   """Finite differences of the whole, choice included, where no choice changes."""
   normal = functools.partial(Lists().normal, 1, 45, 2, 4)

@@ -129,6 +129,7 @@ def test_it_is_what_the_door_says(name, score_fn, implementation):
     assert_close(a, b, tolerance=1e-5, what=what)
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("whole-fixed-9-31", "tiles-strided-31-9", daily=2)
 @pytest.mark.parametrize("T,S", [(9, 31), (31, 9)])
 @pytest.mark.parametrize("name", PATTERNS)
@@ -148,6 +149,7 @@ def test_later_keys(name, sizes):
   check(arrays(23, 23), pattern=PATTERNS[name])
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("whole-fixed", "tiles-layout", daily=2)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_scores_are_changed(name, sizes):
@@ -161,6 +163,7 @@ def test_scores_are_capped(name, score_fn, sizes):
   check(arrays(25, 25), pattern=PATTERNS[name], logits_soft_cap=0.8, score_fn=score_fn)
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("whole-layout_both-True-True")
 @pytest.mark.parametrize("of_batch", [True, False])
 @pytest.mark.parametrize("of_heads", [True, False])
@@ -177,7 +180,7 @@ def test_masks_of_blocks_with_segments(sizes):
   check(arrays(22, 22), pattern=patterns.Strided(4), **how)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(3)
 @pytest.mark.parametrize("name", ["dense_both", "local_both"])
 def test_longer_than_a_tile(name):
   pattern = {"local_both": patterns.Local(300, causal=False)}.get(name, PATTERNS[name])
@@ -214,6 +217,7 @@ def test_blocks_may_be_chosen_while_a_model_runs():
     assert_close(a, b, tolerance=1e-5, what="gradient")
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.parametrize("wrap", [jax.vmap, lambda f: jax.checkpoint(f, prevent_cse=False)])
 def test_transformations(wrap):
   q, k, v, *_ = arrays(24, 24)

@@ -167,7 +167,7 @@ def test_nothing_moves(name, kind, implementation):
   assert row_of_table(name, kind, implementation) == ([], True)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.parametrize("kind", ["auto", pytest.param("explicit", marks=pytest.mark.slow)])
 def test_nothing_moves_where_blocks_are_chosen(kind):
   def attend(q, k):
@@ -459,7 +459,7 @@ def asked_as_by_a_compiler(monkeypatch):
   monkeypatch.setattr(partitioning._Call, "_compiled", compiled)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(3)
 @pytest.mark.parametrize(
   ("name", "kind"),
   [

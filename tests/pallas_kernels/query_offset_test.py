@@ -42,6 +42,7 @@ def whole_and_part(attend, case, run):
   return [*rows, *whole[3:]], part
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("xla-traced-fixed", "reference-known-strided", daily=1)
 @pytest.mark.parametrize("name", EVERY_PATTERN)
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "traced"])
@@ -73,6 +74,7 @@ def test_a_block_mask_is_of_the_queries_that_there_are():
   assert_close(part, whole[:, 8:], tolerance=1e-5, what="out")
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.parametrize(
   "implementation, dtype", [("mosaic_tpu", "float32"), ("mosaic_gpu", "bfloat16")]
 )

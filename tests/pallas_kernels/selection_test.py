@@ -104,6 +104,7 @@ def test_lists_do_not_depend_on_the_sweep(small_pieces):
     np.testing.assert_array_equal(xla[0, h], expected)
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_zeros_of_both_signs_are_equal(implementation):
   """Sorts and `top_k` put 0.0 before -0.0; here lower blocks come first."""
@@ -163,7 +164,7 @@ def test_exp_is_the_softmax_over_blocks():
   assert select_blocks(q, p, **how)[0, 0, -1].tolist() == [2, 4]
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(0)
 def test_more_entries_are_more_blocks():
   """Lists of top are parts of those of top + 1, the log-sum-exp never falls, all is `Dense()`."""
   rng, T, Q = np.random.default_rng(5), 6 * b + 5, 4
@@ -231,7 +232,7 @@ def test_a_mean_over_the_queries_of_a_list_is_found_out():
   assert earlier_changes(4, mean_of_queries) > 10
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 def test_choices_have_a_name_for_policies():
   """So that a backward pass reads the lists of the forward pass."""
   q = jnp.ones((1, 4 * b, 1, 4))
@@ -248,7 +249,7 @@ def test_choices_have_a_name_for_policies():
   assert times(policy=policy) == 1 and times() == 2
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize("Q", [4, 16])
 def test_documents_stay_apart(Q):
   """In bits: what changes in one document changes no output of another, and all have keys."""
@@ -316,6 +317,7 @@ def test_pooled_keys_are_means_of_complete_blocks():
   assert pool_blocks(x[:, : b - 1], b).shape == (2, 0, 2, 4)
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_pooled_keys_are_of_the_document_of_the_last_token(weighted):
   rng, T = np.random.default_rng(9), 6 * b + 1
@@ -335,7 +337,7 @@ def test_pooled_keys_are_of_the_document_of_the_last_token(weighted):
 # ------------------------------------------------------------------------------- what is not there
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_a_long_program_holds_no_scores_of_all_pairs():
   """Compiled at 65,536 tokens: nothing of T x T, nor an entry for every list and block."""
   T, size = 1 << 16, 128

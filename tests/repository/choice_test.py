@@ -1,5 +1,6 @@
 """What tests/conftest.py promises: cases by name and by date, none lost, none skipped in CI."""
 
+import datetime
 import os
 import pathlib
 import re
@@ -27,6 +28,11 @@ def test_of_the_day(): pass
 
 @pytest.mark.one_day_in_six(5)
 def test_of_the_week(): pass
+
+@pytest.mark.smoke()
+@pytest.mark.one_day_in_three(0)
+@pytest.mark.parametrize("n", range(3))
+def test_in_turn(n): pass
 """,
   "unknown": """
 @pytest.mark.smoke("10")
@@ -67,7 +73,7 @@ def run(folder: pathlib.Path, machine: str, **environment) -> str:
   return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True).stdout
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(1)
 def test_cases_are_chosen_and_neither_lost_nor_skipped(tmp_path):
   shutil.copy(CONFTEST, tmp_path / "conftest.py")
   (tmp_path / "machine.py").write_text(MACHINE)
@@ -94,3 +100,10 @@ def test_cases_are_chosen_and_neither_lost_nor_skipped(tmp_path):
   days = [said, other_day, run(tmp_path, "Linux x86_64", TEST_DATE="2026-12-01")]
   assert ["test_of_the_day PASSED" in day for day in days].count(True) == 1
   assert ["test_of_the_week PASSED" in day for day in days] == [True, False, False]
+
+  # The days of a function that has its days are all of the same remainder: its cases still turn.
+  day = ["test_of_the_day PASSED" in day for day in days].index(True)
+  later = datetime.date(2026, 11, 29) + datetime.timedelta(days=day + 3)
+  two = days[day], run(tmp_path, "Linux x86_64", TEST_DATE=later.isoformat())
+  cases = [re.findall(r"::test_in_turn\[(\d)\] PASSED", said) for said in two]
+  assert [len(x) for x in cases] == [1, 1] and cases[0] != cases[1]

@@ -24,7 +24,7 @@ def told(away: float, noise: float = 0.0):
   return [float(x) for x in falling + noise * np.resize([1.0, -1.0], curves.STEPS)]
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.promotes
 def test_a_run_tells_the_loss_of_every_step(monkeypatch, capsys):
   monkeypatch.setattr(losses, "EVERY", 2)

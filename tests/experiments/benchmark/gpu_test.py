@@ -407,7 +407,7 @@ def test_tune_covers_every_kernel(no_gpu, monkeypatch, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------ workers
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(0)
 def test_workers_measure_and_survive_what_their_jobs_do(monkeypatch, capsys):
   monkeypatch.setattr(os, "cpu_count", lambda: 3)
   monkeypatch.setattr(timing, "MEASURE_SECONDS", 2)

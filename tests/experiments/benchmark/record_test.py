@@ -19,7 +19,7 @@ def columns(line):
 
 
 @pytest.mark.promotes  # optax's Adam mixes dtypes
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(4)
 def test_a_record_is_trained_scored_and_entered(tmp_path):
   config = tiny.config(tiny.text_file(tmp_path / "text"), train=dict(ema_decay=0.0))
   folders = dict(workdir=tmp_path / "run", out=tmp_path / "out")

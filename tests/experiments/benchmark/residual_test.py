@@ -31,7 +31,7 @@ def no_gpu(monkeypatch):
     )
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("drop_add,narrow_back", daily=0)
 @pytest.mark.parametrize("names", ["drop_add,narrow_back", ",".join(residual.NAMES)])
 def test_rows_have_errors_and_shares(no_gpu, names, tmp_path):

@@ -21,7 +21,7 @@ def small(monkeypatch):
   monkeypatch.setattr(timing, "kernels_of", lambda call, times=1: [("kernel", 0.5)] * 10**5)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(1)
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_the_floor_is_of_weights_and_of_what_a_step_reads(small):
   sparse, dense = (

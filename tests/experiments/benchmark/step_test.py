@@ -48,7 +48,7 @@ def tiny_body(monkeypatch):
 
 
 @pytest.mark.promotes
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(5)
 def test_the_step_that_is_timed_is_the_products(tiny_body):
   job = json.loads(json.dumps(step.Case("tiny", "ours", None).job()))
   config = ours.config_of(job["recipe"], job["changes"])
@@ -66,7 +66,7 @@ def test_the_step_that_is_timed_is_the_products(tiny_body):
   assert tiny.leaf_bytes(after) == tiny.leaf_bytes(expected)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(1)
 def test_every_way_has_its_row(tiny_body, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(flops, "peak_flops", lambda kind: 1e12)
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -299,7 +299,7 @@ def peers_weights(params: dict) -> dict:
   )
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.smoke("full", daily=0)
 @pytest.mark.promotes
 @pytest.mark.parametrize("remat", ["full", "none"])

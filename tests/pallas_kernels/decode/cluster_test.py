@@ -98,6 +98,7 @@ CASES = {
 }
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke(daily=1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_that_of_the_blocks(case):

@@ -97,6 +97,7 @@ def test_attention_is_that_of_the_other_way(name, step):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("fixed-bfloat16", daily=1)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("cycle", ["dense", "fixed", "block-summary", "heads-and-layers"])
@@ -117,6 +118,7 @@ def test_samples_are_those_of_the_other_way():
   np.testing.assert_array_equal(draw("triton"), draw("xla"))
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize("cycle", ["fixed", "heads-and-layers"])
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 def test_a_step_lowers_for_a_gpu(cycle):

@@ -78,6 +78,7 @@ def attend_with(pattern, implementation="mosaic_gpu"):
   return functools.partial(sparse_attention, pattern=pattern, implementation=implementation)
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("strided-enwik8")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PATTERNS)
@@ -90,6 +91,7 @@ def test_nothing_large_is_copied(name, shape):
   assert not large_moves(program, B * T * H * D // 2)  # per_head moves half the heads at once
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("local-64-1111", daily=0)
 @pytest.mark.parametrize("T", [1_111, 1_024])
 @pytest.mark.parametrize("D", [32, 64, 128])
@@ -101,6 +103,7 @@ def test_segments(name, D, T):
     assert lowered(attend, x, x, x, x).count("mosaic_gpu") >= 2
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("block-32-1024", daily=1)
 @pytest.mark.parametrize("T", [1_111, 1_024])
 @pytest.mark.parametrize("D", [32, 64, 128])
@@ -134,7 +137,7 @@ def test_ids_of_keys_that_are_those_of_queries_change_no_program():
   assert alone == given_twice
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(5)
 @pytest.mark.smoke("fwd-512-64-3", "bwd-64-64-2", daily=0)
 @pytest.mark.parametrize("warpgroups", [1, 2, 3])
 @pytest.mark.parametrize("D", [32, 64])
@@ -147,7 +150,7 @@ def test_windows_as_the_tuning_table_may_have_them(direction, block_k, D, warpgr
     assert lowered(attend_with(patterns.Local(128)), x, x, x, x).count("mosaic_gpu") >= 2
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(3)
 @pytest.mark.smoke("strided", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_two_levels_of_vmap_copy_nothing(name):
@@ -158,7 +161,7 @@ def test_two_levels_of_vmap_copy_nothing(name):
   assert not large_moves(program, 3 * 1024 * 64)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(0)
 @pytest.mark.smoke("fixed", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_layers_that_are_computed_again(name):
@@ -178,7 +181,7 @@ def test_layers_that_are_computed_again(name):
   assert 0 < kept < again
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(0)
 @pytest.mark.smoke("strided", daily=0)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_inside_shard_map(name):
@@ -193,7 +196,7 @@ def test_inside_shard_map(name):
   assert not large_moves(program, 2 * 1024 * 2 * 64)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.smoke("fixed-128-64", daily=1)
 @pytest.mark.parametrize(
   "Dk,Dv",
@@ -212,7 +215,7 @@ def test_every_head_size(name, Dk, Dv):
   assert not large_moves(program, 1024 * 2 * 32)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(2)
 @pytest.mark.smoke("per_head")
 @pytest.mark.parametrize("name", PATTERNS)
 def test_odd_lengths(name):
@@ -221,7 +224,7 @@ def test_odd_lengths(name):
     lowered(attend_with(PATTERNS[name](96, 8)), x, x, x, x)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(2)
 @pytest.mark.smoke("Local(window=128, causal=True)")
 @pytest.mark.parametrize(
   "pattern",

@@ -108,6 +108,7 @@ def test_gradients_of_a_sequence_that_does_not_fit_have_a_kernel_each(monkeypatc
   check(_whole(patterns.Local(50)))
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.parametrize("size", [16, 1_024])
 def test_a_traced_block_mask_matches_the_reference(size):
   case, n = _grouped(patterns.Local(90)), -(-150 // size)

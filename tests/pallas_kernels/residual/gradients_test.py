@@ -154,6 +154,7 @@ def parts_of(half):
   return [normal(n, *shape, dtype=jnp.float32) for n, shape in enumerate(shapes)]
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("enter-0")
 @by_cut
 def test_lowers_for_an_h100_without_copies(half, cut):

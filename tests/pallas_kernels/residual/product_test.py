@@ -142,7 +142,7 @@ def test_widen(R, body):
   close(g, gelu(want))
 
 
-@pytest.mark.one_day_in_six(5)
+@pytest.mark.one_day_in_six(3)
 def test_squared_relu_and_its_gradient():
   R, E, F = 150, 64, 128
   how = dict(sizes=BODIES["stays"], activation="relu2")
@@ -340,6 +340,7 @@ def lowered(function, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("enter_back-enwik8", "narrow_back-imagenet64")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
@@ -406,7 +407,7 @@ def spanning(R, clusters):
   return run, dx, np.where(keep, dx / (1 - RATE), 0), xhat
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(1)
 @pytest.mark.parametrize("clusters", ["beside", "beside, twice", "across"])
 def test_clusters_that_span_rows_lower(clusters):
   """The simulator has no clusters."""

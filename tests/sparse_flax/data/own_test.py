@@ -192,7 +192,7 @@ def test_a_machine_without_soundfile_says_so_for_the_files_that_need_it(
   assert f"{name} needs soundfile, which cannot be imported" in problem
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(3)
 @pytest.mark.promotes  # optax's Adam mixes dtypes
 def test_arrays_of_a_program_are_trained_on(tmp_path):
   config = tiny.config(tmp_path / "nothing")

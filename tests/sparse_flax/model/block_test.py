@@ -40,7 +40,7 @@ def by_modules(monkeypatch, run):
     return run()
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(1)
 @pytest.mark.smoke("bfloat16-0.1", daily=0)
 @pytest.mark.parametrize(
   ("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.1), ("float16", 0.02)]

@@ -177,6 +177,7 @@ SPOILT = {
 }
 
 
+@pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke(daily=3)
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 @pytest.mark.parametrize(

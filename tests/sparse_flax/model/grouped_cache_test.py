@@ -83,6 +83,7 @@ def inputs():
   return jax.random.normal(jax.random.key(1), (B, T, E))
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke("0-2-fixed", "13-3-per-head", "13-2-uneven", daily=2)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 3])
@@ -94,6 +95,7 @@ def test_decoding_gives_what_the_whole_sequence_gives(pattern, num_kv_heads, P):
   )
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("fixed-all", "uneven-all", daily=1)
 @pytest.mark.parametrize("options", WITH.values(), ids=WITH)
 @pytest.mark.parametrize("name", ["fixed", "uneven", "strided"])

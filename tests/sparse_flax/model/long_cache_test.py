@@ -35,7 +35,7 @@ QUICK = {
 }
 
 
-@pytest.mark.one_day_in_six(2)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.parametrize(
   "modality, cycle, dtype, prompt",
   [

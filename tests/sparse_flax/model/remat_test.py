@@ -43,6 +43,7 @@ def step_by_kernels(remat):
     return jax.make_jaxpr(jax.grad(run))(params, tokens).jaxpr
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("block", daily=1)
 @pytest.mark.parametrize("remat", KERNELS)
 def test_kernels_run_again_for_what_a_level_does_not_keep(remat):

@@ -163,6 +163,7 @@ def reachable_slots(model):
   return reach
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke(daily=3)
 @pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES)
 def test_the_support_of_the_gradient_is_what_the_masks_reach(cycle):
@@ -222,7 +223,7 @@ def kept_loss_and_gradient(remat, implementation, halves):
   return kept, loss, jax.jit(lambda backward: backward(jnp.float32(1.0))[0])(backward)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_layers_in_a_loop_are_those_of_the_scan(remat, monkeypatch):
   """In two groups of two layers: loss, logits without dropout, and every gradient."""
@@ -247,7 +248,7 @@ def test_layers_in_a_loop_are_those_of_the_scan(remat, monkeypatch):
   jax.tree.map(close, results(), scanned)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(1)
 @pytest.mark.smoke("None-xla", daily=0)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("halves", [None, "xla"])

@@ -55,6 +55,7 @@ def check(pattern, arrays, **how):
     assert_close(a, b, tolerance=2e-6, what=what)
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke(
   "column-2",
   "strided-4",

@@ -117,7 +117,7 @@ def formula(config) -> dict[str, int]:
 ALL = ("local", "column", "strided", "fixed")
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(2)
 @pytest.mark.parametrize(
   ("mesh", "layers"),
   [
@@ -143,7 +143,7 @@ def test_a_step_moves_what_the_formula_says(mesh, layers):
   assert moved == formula(config)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(0)
 @pytest.mark.smoke("modules-(2, 2, 2, 1)", "xla-(2, 2, 1, 2)", daily=0)
 @pytest.mark.parametrize("mesh", [(2, 2, 2, 1), (1, 2, 1, 4), (2, 2, 1, 2)], ids=str)
 @pytest.mark.parametrize("blocks", ["modules", "xla"])
@@ -194,7 +194,7 @@ def test_rows_are_sharded_by_our_meshes_alone():
     assert sharding.row_axes() == ()
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(3)
 def test_a_step_on_a_mesh_of_gpus_has_the_kernels():
   config = cifar10.get_config()
   with config.unlocked():
@@ -223,7 +223,7 @@ def test_a_step_on_a_mesh_of_gpus_has_the_kernels():
 # ------------------------------------------------------------------------------------------- pmap
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(4)
 def test_three_steps_under_pmap_lose_what_the_jitted_step_loses(tmp_path):
   """Who has pmap may keep it: the modules are plain functions of their arrays."""
   config = tiny.config(tmp_path / "none", model=dict(dropout=0.0), data=dict(batch_size=8))

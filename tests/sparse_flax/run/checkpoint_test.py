@@ -50,6 +50,7 @@ def test_no_checkpoint_yet(tmp_path):
   assert checkpoint.latest_step(tmp_path) is None
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize("devices", [1, 4], ids=lambda n: f"{n}-devices")
 def test_state_comes_back_with_every_bit_where_it_is_wanted(tmp_path, devices):
   save_all(tmp_path, {3: 4.0})
@@ -72,7 +73,7 @@ def make_run(workdir, config, *, step=5):
   return ones
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(2)
 def test_averaged_weights_come_back_with_config_and_graph(tmp_path):
   config = tiny.config(tmp_path / "text")
   ones = make_run(tmp_path / "run", config)

@@ -218,6 +218,7 @@ def _start_loop(kind, **how):
   return child
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.promotes
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -257,7 +258,7 @@ def test_a_second_ctrl_c_ends_at_once(start_loop):
   assert child.returncode == 130 and "the same command goes on" in said
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(0)
 def test_ctrl_c_that_ends_the_reader_of_the_output_too(start_loop):
   child = start_loop("once", stderr=subprocess.STDOUT)
   child.stdout.close()  # as `2>&1 | tee log` has it
@@ -300,7 +301,7 @@ def forget_dropout(path):
   path.write_text(json.dumps(about | dict(sha256=digest.of_json(about))))
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(1)
 @pytest.mark.promotes
 @pytest.mark.parametrize("rate", [0.1, 0.0])
 def test_a_run_that_drew_other_masks_goes_on_and_says_so_once(tmp_path, rate):

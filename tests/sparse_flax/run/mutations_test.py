@@ -55,7 +55,7 @@ def mutate(config: ml_collections.ConfigDict, chance) -> str:
   return " ".join(done)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize(
   "count", [12, pytest.param(500, marks=pytest.mark.slow)], ids=lambda n: f"{n}-mutations"
 )

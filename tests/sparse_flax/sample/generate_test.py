@@ -130,6 +130,7 @@ def test_temperature_zero_takes_the_likeliest_byte_of_the_whole_model(weights):
   np.testing.assert_array_equal(got, np.argmax(logits, axis=-1))
 
 
+@pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize("change", [dict(rope="tokens"), dict(rope="axes", activation="relu2")])
 def test_placed_keys_are_kept_placed(change):
   """With rope and norms: a prompt, then steps by the caches, beside the whole model."""
@@ -170,7 +171,7 @@ def test_every_step_of_every_row_draws_anew(weights):
   assert (got[1:] != got[:-1]).mean() > 0.9
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(2)
 @pytest.mark.smoke("0.5", daily=0)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_are_those_of_the_softmax(weights, temperature):
@@ -254,7 +255,7 @@ def test_what_is_printed_of_a_text_is_no_command_to_a_terminal():
   assert len(launcher.beginning(b"a" * 2_000)) == launcher.SHOWN_BYTES
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(2)
 def test_texts_are_written_byte_by_byte(text_run, capsys):
   assert launcher.main([f"--workdir={text_run}", "--num=3", "--seed=5"]) == 0
   said = capsys.readouterr()
@@ -280,7 +281,7 @@ def test_held_out_text_is_completed_beside_the_original(text_run):
     assert all(text[8:] != example[8:] for text in drawn)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(1)
 def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
   texts = [b"Once upon", b"Two"]
   for n, text in enumerate(texts):
@@ -296,7 +297,7 @@ def test_files_of_different_lengths_are_completed_in_turn(text_run, tmp_path):
     launcher.run(text_run, num=4, prompt=files)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(0)
 def test_a_file_is_completed(text_run, tmp_path):
   (tmp_path / "prompt.txt").write_bytes(b"Once upon")
   paths = launcher.run(text_run, num=2, prompt=[tmp_path / "prompt.txt"])
@@ -341,7 +342,7 @@ def small(config, **model):
   return config.lock()
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(0)
 def test_pictures_become_a_grid_of_prompt_completions_and_original(tmp_path):
   run = make_run(tmp_path / "run", small(cifar10.get_config("quick")))
   (path,) = launcher.run(run, num=2, keep=0.5)

@@ -185,7 +185,7 @@ def test_partial_windows_of_recordings_hide_no_whole_ones():
     launcher._held_out(source, 7)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(5)
 def test_no_run_of_sample_replaces_the_files_of_another(text_run):
   runs = [
     dict(num=1),

@@ -47,7 +47,7 @@ def pixels_of(item):
   return item.pixels
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(0)
 def test_pictures_of_a_model_of_images():
   said = []
   drawn = pictures.Drawer()(evaluation("image", said))
@@ -122,7 +122,7 @@ def test_what_fails_in_drawing_ends_the_drawing(monkeypatch):
   ]
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(5)
 @pytest.mark.promotes
 def test_a_run_with_pictures_is_the_same_bit_for_bit(tmp_path):
   """Also on several devices, and where it was stopped and goes on with another number of them."""

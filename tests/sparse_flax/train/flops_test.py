@@ -87,7 +87,7 @@ def test_a_step_has_the_products_that_are_counted(tmp_path):
   assert products(jaxpr) == flops.train_flops(model, batch_size=4) + uncounted
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.promotes
 def test_the_log_shows_the_share_of_the_peak_that_these_operations_are(tmp_path, monkeypatch):
   peak = 1e9

@@ -145,7 +145,7 @@ def runs(tmp_path_factory):
   return dict(root=root, config=config, result=result)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(3)
 def test_a_resumed_run_ends_with_the_same_bits(runs):
   states = [tiny.restore(runs["config"], runs["root"] / name) for name in ("straight", "stopped")]
   assert int(states[0]["step"]) == 6
@@ -155,7 +155,7 @@ def test_a_resumed_run_ends_with_the_same_bits(runs):
   assert rates == pytest.approx([5e-3, 1e-2, 7.5e-3, 5e-3, 2.5e-3, 0.0], abs=1e-9)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(4)
 def test_nothing_keeps_an_average(runs):
   state = tiny.restore(runs["config"], runs["root"] / "straight")
   assert state.keys() == {"step", "params", "opt"}
@@ -163,7 +163,7 @@ def test_nothing_keeps_an_average(runs):
   assert not [*steps.glob("*/ema")] and [*steps.glob("*/state")]
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(1)
 def test_the_weights_themselves_are_scored_and_exported(runs, capsys):
   workdir, out = runs["root"] / "straight", runs["root"] / "out"
   state = tiny.restore(runs["config"], workdir)
@@ -176,7 +176,7 @@ def test_the_weights_themselves_are_scored_and_exported(runs, capsys):
   assert tiny.leaf_bytes(export.load(out)[2]) == tiny.leaf_bytes(params)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(4)
 def test_a_run_that_once_kept_copies_as_averages_goes_on(tmp_path):
   """With ema_decay=0 earlier versions kept an average that was equal to the weights."""
   config = tiny.config(tmp_path / "text", train=dict(ema_decay=0.0))

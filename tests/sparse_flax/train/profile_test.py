@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
   return root, config, run(config, root / "profiled", profile=range(3, 5))
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(3)
 def test_steps_are_traced_and_losses_are_the_same(runs):
   root, config, said = runs
   assert traced(root / "profiled" / "profile") == [3, 4]
@@ -61,7 +61,7 @@ def test_steps_are_traced_and_losses_are_the_same(runs):
   assert not (root / "plain" / "profile").exists()
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(5)
 def test_a_run_that_ends_or_goes_on_among_the_steps_traces_those_it_takes(runs, tmp_path):
   _, config, _ = runs
   run(config, tmp_path / "run", profile=range(2, 6), stop=iter([False, False, True]).__next__)

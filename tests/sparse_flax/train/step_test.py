@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
   return dict(root=root, config=config, straight=straight, resumed=resumed)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_three(2)
 def test_resumed_run_ends_with_the_same_bits(runs):
   states = [tiny.restore(runs["config"], runs["root"] / name) for name in ("straight", "stopped")]
   assert int(states[0]["step"]) == 6
@@ -98,7 +98,7 @@ def test_run_leaves_what_the_design_says(runs):
   assert saved["model"]["position_shape"] == [4, 8]
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(5)
 def test_finished_run_has_nothing_left(runs):
   result, lines = run(runs["config"], runs["root"] / "straight")
   assert lines[0].startswith("RESUMING") and "nothing left to train" in lines
@@ -156,7 +156,7 @@ def stepper(tmp_path_factory):
 TOKENS = jnp.asarray(np.random.RandomState(0).randint(0, 256, (8, 32)), jnp.uint8)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(0)
 def test_accumulation_and_devices_do_not_change_the_step(stepper):
   state, step = stepper(dropout=0.0)
   once, record = step(state, TOKENS, jax.random.key(2))
@@ -171,7 +171,7 @@ def test_accumulation_and_devices_do_not_change_the_step(stepper):
   chex.assert_trees_all_close(once["ema"], spread["ema"], atol=2e-4)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_three(1)
 def test_step_counts_averages_and_draws_another_dropout(stepper):
   state, step = stepper(dropout=0.5)
   new, record = step(state, TOKENS, jax.random.key(2))

@@ -79,7 +79,7 @@ assert num_traces == 1, num_traces
 """)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(0)
 @pytest.mark.smoke("mosaic_gpu", daily=0)
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
 def test_training_goes_on_after_its_first_step_with_simulated_kernels(implementation, tmp_path):

@@ -396,8 +396,8 @@ def errors(browser):
   return [line["message"] for line in browser.get_log("browser")]
 
 
-@pytest.mark.one_day_in_three(2)
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(2)
+@pytest.mark.one_day_in_six(2)
 def test_a_browser_shows_pictures_and_what_is_chosen(browser, tmp_path):
   config = cifar10.get_config("quick").copy_and_resolve_references().unlock()
   config.model.update(width=8, num_layers=2, num_heads=2)
@@ -651,7 +651,7 @@ def centre(browser, selector, n=0):
   )
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(4)
 @pytest.mark.smoke("image")
 @pytest.mark.parametrize(
   ("modality", "dots", "beside"),

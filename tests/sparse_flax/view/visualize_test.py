@@ -159,7 +159,7 @@ def text_run(tmp_path_factory):
   return make_run(folder / "run", config)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(3)
 def test_text_runs_give_layers_patterns_and_the_curve(text_run, capsys):
   records = [dict(step=1, bits_per_byte=8.0), dict(step=2, validation_bits_per_byte=7.5)]
   lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -175,6 +175,7 @@ def test_text_runs_give_layers_patterns_and_the_curve(text_run, capsys):
   (text_run / "metrics.jsonl").unlink()
 
 
+@pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke(daily=3)
 @pytest.mark.parametrize(
   "flags, message",
@@ -207,7 +208,7 @@ def test_masks_must_be_a_png(capsys):
   assert error.value.code == 2 and "must end in .png" in capsys.readouterr().err
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(0)
 def test_image_runs_are_drawn(tmp_path):
   run = make_run(tmp_path / "run", small(cifar10.get_config("quick")))
   *paths, _ = visualize.run(run, num=3, seed=1)
@@ -216,7 +217,7 @@ def test_image_runs_are_drawn(tmp_path):
   assert all(is_picture(path) for path in paths)
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_three(0)
 def test_sounds_are_drawn(tmp_path):
   config = small(audio.get_config("quick"), seq_len=64, position_shape=(8, 8), stride=8)
   *paths, _ = visualize.run(make_run(tmp_path / "run", config), num=2)
