@@ -235,7 +235,9 @@ def check_kernels(case, runs: int = 1):
 
 @pytest.mark.smoke(
   "local-T130-bfloat16-Hkv1-D32-segments",
+  "column-T48-bfloat16-Hkv1-D64-Dv128",
   "long_column-T400-bfloat16-D256",
+  "summary-T70-bfloat16-Hkv1-D32",
   "strided-T71-bfloat16-Hkv1-D32",
   "fixed-T70-bfloat16-Hkv2-D32",
   "dense-T77-bfloat16-Hkv1-D32-S301-segments-kv_segments",
@@ -277,7 +279,6 @@ def check_windows(direction, block_k, stages, warpgroups, case, runs: int = 1):
     check_kernels(case, runs)
 
 
-@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("bwd-64-1-2-local-T150-bfloat16-Hkv1-D32-Dv64-segments", daily=1)
 @pytest.mark.parametrize("direction,block_k,stages,warpgroups,case", WINDOWS, ids=str)
 def test_windows(direction, block_k, stages, warpgroups, case):

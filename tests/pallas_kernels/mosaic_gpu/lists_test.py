@@ -132,7 +132,7 @@ def test_every_pattern(name):
   check(*call(PATTERNS[name](2), T=213))
 
 
-@pytest.mark.smoke("segments_of_bits", "segments_of_keys")
+@pytest.mark.smoke("segments_of_bits", "segments_of_keys", "bent")
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_argument(name):
   how = dict(ARGUMENTS[name])
