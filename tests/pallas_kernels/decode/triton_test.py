@@ -118,7 +118,6 @@ def test_samples_are_those_of_the_other_way():
   np.testing.assert_array_equal(draw("triton"), draw("xla"))
 
 
-@pytest.mark.one_day_in_three(1)
 @pytest.mark.parametrize("cycle", ["fixed", "heads-and-layers"])
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 def test_a_step_lowers_for_a_gpu(cycle):

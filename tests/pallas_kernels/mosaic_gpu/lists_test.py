@@ -232,7 +232,6 @@ def test_lowering_of_functions(name, monkeypatch):
       assert lowered(functools.partial(attend, **more), x, x, x, x).count("@mosaic_gpu") >= 3
 
 
-@pytest.mark.one_day_in_three(2)
 @pytest.mark.smoke("keys", daily=0)
 @pytest.mark.parametrize("of", ["queries", "keys"])
 def test_logits_of_hidden_pairs_may_be_anything(of):
