@@ -26,8 +26,8 @@ One layer with two local and two column heads: 5.45 bits/dim on the 100 images h
 and says nothing about the paper's results.
 
 `:record` is for the fewest bits/dim in 20 minutes on one H200: 1.7 million tokens per second there.
-Its first 4 minutes, with `train.steps=2400`, gave 3.07 on data_batch_5 (docs/recipes.md, and
-`benchmarks/records.md`, which gets a line from the command); the 20 minutes have not been run.
+A run of 2,400 steps, 4 minutes, gave 3.07 on data_batch_5 (docs/recipes.md, and
+`benchmarks/records.md`, which gets a line from the command); one of 20 minutes was not made yet.
 
   python -m experiments.benchmark record --config.data.path=FOLDER
 """
@@ -102,7 +102,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
           b2=0.98,
           weight_decay=0.1,
         ),
-        eval=dict(pictures=0),  # drawing takes a tenth of the time
+        eval=dict(pictures=0),  # no kernel of a step has rope or QK norm: drawing takes long
       ),
     ),
   )

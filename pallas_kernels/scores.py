@@ -120,3 +120,23 @@ def attending(mask: Any, i: Any, j: Any) -> tuple:
   i = xp.where(some, rows, rows.reshape(-1)[row])
   in_row = xp.where(some, in_row, in_row.reshape(-1)[row])
   return i, xp.where(mask, j, in_row)
+
+
+def logits_of_learned(scores: Scores, held: Any, i: Any, j: Any, h: Any, mask: Any) -> tuple:
+  """(products, learned arrays) -> logits where `mask` says, and those arrays.
+
+  Args:
+    held: what traced scores hold, those that are learned among it.
+    i, j, h: positions and heads of the pairs; they broadcast to the products.
+    mask: which pairs attend.
+  """
+  if scores.learned:
+    i, j = attending(mask, i, j)
+
+  def logits(products: Any, *values: Any) -> Any:
+    given = list(held)
+    for n, x in zip(scores.learned, values, strict=True):
+      given[n] = x
+    return scores(products, i, j, h, held=tuple(given))
+
+  return logits, tuple(held[n] for n in scores.learned)

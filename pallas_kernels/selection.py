@@ -114,7 +114,7 @@ def select_blocks(
   list depends on its anchor, and on complete blocks before it, and on nothing else.
 
   Indices carry no gradient. They have the name "attention_blocks" for policies of `jax.checkpoint`:
-  a policy that does not save them computes them anew for the backward pass, where near ties may
+  a policy that does not save them computes them again for the backward pass, where near ties may
   fall otherwise than in the forward pass.
 
   Args:

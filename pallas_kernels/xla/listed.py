@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pallas_kernels import functions
 from pallas_kernels.lowering.plan import Arrays
 from pallas_kernels.lowering.plan import Plan
-from pallas_kernels.scores import attending
+from pallas_kernels.scores import logits_of_learned
 from pallas_kernels.xla import sizes
 from pallas_kernels.xla import softmax
 
@@ -113,17 +113,7 @@ class _Lists:
 
   def learned_logits(self, i: Any, j: Any, h: Any, mask: Any) -> tuple:
     """(products, learned arrays) -> logits where `mask` says, and those arrays."""
-    learned = self.plan.scores.learned
-    if learned:
-      i, j = attending(mask, i, j)
-
-    def logits(products: Any, *values: Any) -> Any:
-      held = list(self.held)
-      for n, x in zip(learned, values, strict=True):
-        held[n] = x
-      return self.plan.scores(products, i, j, h, held=tuple(held))
-
-    return logits, tuple(self.held[n] for n in learned)
+    return logits_of_learned(self.plan.scores, self.held, i, j, h, mask)
 
 
 def forward(plan: Plan, arrays: Arrays) -> tuple[Array, Array, Array | None]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels import functions
 from pallas_kernels.lowering.plan import Arrays
-from pallas_kernels.scores import attending
+from pallas_kernels.scores import logits_of_learned
 from pallas_kernels.scores import Scores
 from pallas_kernels.xla import sizes
 from pallas_kernels.xla import softmax
@@ -81,17 +81,8 @@ class Problem(NamedTuple):
 
   def learned_logits(self, i: Any, j: Any, mask: Any) -> tuple:
     """(products, arrays that `scores.learned` says) -> logits where `mask` says."""
-    learned, (i, j) = self.scores.learned, (i[..., None, :, None], j[..., None, None, :])
-    if learned:
-      i, j = attending(mask, i, j)
-
-    def logits(products: Any, *values: Any) -> Any:
-      held = list(self.held)
-      for n, x in zip(learned, values, strict=True):
-        held[n] = x
-      return self.scores(products, i, j, self._heads(), held=tuple(held))
-
-    return logits, tuple(self.held[n] for n in learned)
+    pairs = i[..., None, :, None], j[..., None, None, :]
+    return logits_of_learned(self.scores, self.held, *pairs, self._heads(), mask)
 
   def _heads(self) -> np.ndarray:
     return np.asarray(self.view.heads, np.int32)[:, None, None]

@@ -37,7 +37,7 @@ def make_batches(
     seq_len: bytes of a window; the size of an image for images.
     batch_size: windows of a step, over all hosts.
     seed: in [0, 2**32).
-    mirror: swaps left and right of each image with probability 1/2, anew in each epoch.
+    mirror: swaps left and right of each image with probability 1/2, drawn for each epoch.
 
   Returns:
     batch_at(step, rows=None): uint8 [len(rows), seq_len], the given rows (numbers below batch_size)
