@@ -7,12 +7,13 @@ extras.need("train", of=__name__)
 from sparse_flax.train.loop import Evaluation
 from sparse_flax.train.loop import stop_if_not_finite
 from sparse_flax.train.loop import train
+from sparse_flax.train.step import compiler_options
 from sparse_flax.train.step import init_state
 from sparse_flax.train.step import make_step
 from sparse_flax.train.step import optimizer_of
 from sparse_flax.train.step import train_step
 
 __all__ = [
-  "Evaluation", "init_state", "make_step", "optimizer_of", "stop_if_not_finite", "train",
-  "train_step",
+  "Evaluation", "compiler_options", "init_state", "make_step", "optimizer_of",
+  "stop_if_not_finite", "train", "train_step",
 ]  # fmt: skip

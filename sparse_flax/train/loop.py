@@ -415,7 +415,12 @@ def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.M
   layout = sharding.by_rules(shapes, mesh)
   shapes = run.laid_out(shapes, layout)
   step = chex.assert_max_traces(one_step, n=1)
-  step = jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+  step = jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(layout, sharding.replicated(mesh)),
+    compiler_options=step_lib.compiler_options(mesh),
+  )
   size = (config.data.batch_size, config.model.seq_len)
   tokens = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=sharding.by_batch(mesh))
   try:

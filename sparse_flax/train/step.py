@@ -15,6 +15,15 @@ from sparse_flax import evaluate
 from sparse_flax import model as model_lib
 from sparse_flax.train import optim
 
+# XLA else times what can compute a product in every process anew, on a GPU that others may use,
+# and takes what came out first: two processes then differ in their last bits.
+GPU_COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, int | bool]:
+  """Of `jax.jit` for a training step, so that every process computes the same bits."""
+  return GPU_COMPILER_OPTIONS if mesh.devices.flat[0].platform == "gpu" else {}
+
 
 def init_state(
   key: Key[Array, ""],
