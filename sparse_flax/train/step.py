@@ -17,7 +17,7 @@ from sparse_flax.train import optim
 
 # XLA else times what can compute a product in every process anew, on a GPU that others may use,
 # and takes what came out first: two processes then differ in their last bits.
-GPU_COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+GPU_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, int | bool]:
