@@ -2,8 +2,9 @@
 
 Gradients of weights of a narrow stream are bound by memory: their products of all rows are one
 kernel, which leaves parts of them (outer.py); these, and what the kernels before have left in
-parts, are added by another one (totals.py). Where the stream is wider cuBLAS is at its peak, and
-the kernel pays for products whose factors are also to be summed: XLA reads them again for that.
+parts, are added by another one (totals.py). Where the stream is wider cuBLAS is at its peak, but
+for gradients of few columns: they fill the device only if the rows are cut, which its first choice
+does not do, and XLA reads the factors again for sums of their columns.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from pallas_kernels.residual import xla
 from pallas_kernels.residual.outer import Cut
 from pallas_kernels.residual.outer import Product
 
-WIDEST, WIDEST_WITH_BIASES = 256, 512  # of streams whose gradients are made here
+WIDEST, WIDEST_OF_BOTH = 256, 512  # of streams, and of both factors, whose gradients are made here
 CUTS = Cut(), Cut(height=128)  # the second fits all widths that are multiples of 128
 
 
@@ -51,10 +52,26 @@ def over_rows(
     parts: what is to be summed over its first axis.
     biases: whether the columns of B are summed.
   """
-  widest = WIDEST_WITH_BIASES if biases else WIDEST
-  if widest >= E:
-    return by_kernels(products, parts, cut_of(products), biases=biases)
-  return by_xla(products, parts, biases=biases)
+  ours = [E <= WIDEST or widest(product) <= WIDEST_OF_BOTH for product in products]
+  if not any(ours):
+    return by_xla(products, parts, biases=biases)
+  here = list(itertools.compress(products, ours))
+  made = by_kernels(here, parts, cut_of(here), biases=biases)
+  others = [product for product, is_ours in zip(products, ours, strict=True) if not is_ours]
+  left = by_xla(others, [], biases=biases)
+
+  def in_order(made: list, left: list) -> list:
+    results = {True: iter(made), False: iter(left)}
+    owners = [is_ours for (_, bs), is_ours in zip(products, ours, strict=True) for _ in bs]
+    return [next(results[is_ours]) for is_ours in owners]
+
+  of_biases = in_order(made.biases, left.biases) if biases else []
+  return Sums(in_order(made.weights, left.weights), of_biases, made.totals)
+
+
+def widest(product: Product) -> int:
+  """Columns of the widest factor."""
+  return max(x.shape[1] for x in (product.a, *product.b))
 
 
 def cut_of(products: Sequence[Product]) -> Cut:
