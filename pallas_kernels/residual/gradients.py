@@ -2,26 +2,30 @@
 
 Gradients of weights of a narrow stream are bound by memory: their products of all rows are one
 kernel, which leaves parts of them (outer.py); these, and what the kernels before have left in
-parts, are added by another one (totals.py). Where the stream is wider cuBLAS is at its peak, but
-for gradients of few columns: they fill the device only if the rows are cut, which its first choice
-does not do, and XLA reads the factors again for sums of their columns.
+parts, are added by another one (totals.py). Where the stream is wider cuBLAS is at its peak, and
+the kernel pays for products whose factors are also to be summed: XLA reads them again for that.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from jaxtyping import BFloat16
 from jaxtyping import Float32
 
+from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.residual import outer
 from pallas_kernels.residual import totals
 from pallas_kernels.residual import xla
 from pallas_kernels.residual.outer import Cut
 from pallas_kernels.residual.outer import Product
 
-WIDEST, WIDEST_OF_BOTH = 256, 512  # of streams, and of both factors, whose gradients are made here
+WIDEST, WIDEST_WITH_BIASES = 256, 512  # of streams whose gradients are made here
+CUBLAS_TILE = 256, 128  # of its fastest kernels
 CUTS = Cut(), Cut(height=128)  # the second fits all widths that are multiples of 128
 
 
@@ -52,26 +56,10 @@ def over_rows(
     parts: what is to be summed over its first axis.
     biases: whether the columns of B are summed.
   """
-  ours = [E <= WIDEST or widest(product) <= WIDEST_OF_BOTH for product in products]
-  if not any(ours):
-    return by_xla(products, parts, biases=biases)
-  here = list(itertools.compress(products, ours))
-  made = by_kernels(here, parts, cut_of(here), biases=biases)
-  others = [product for product, is_ours in zip(products, ours, strict=True) if not is_ours]
-  left = by_xla(others, [], biases=biases)
-
-  def in_order(made: list, left: list) -> list:
-    results = {True: iter(made), False: iter(left)}
-    owners = [is_ours for (_, bs), is_ours in zip(products, ours, strict=True) for _ in bs]
-    return [next(results[is_ours]) for is_ours in owners]
-
-  of_biases = in_order(made.biases, left.biases) if biases else []
-  return Sums(in_order(made.weights, left.weights), of_biases, made.totals)
-
-
-def widest(product: Product) -> int:
-  """Columns of the widest factor."""
-  return max(x.shape[1] for x in (product.a, *product.b))
+  widest = WIDEST_WITH_BIASES if biases else WIDEST
+  if widest >= E:
+    return by_kernels(products, parts, cut_of(products), biases=biases)
+  return by_xla(products, parts, biases=biases)
 
 
 def cut_of(products: Sequence[Product]) -> Cut:
@@ -85,13 +73,29 @@ def by_xla(
   *,
   biases: bool = False,
 ) -> Sums:
-  """`over_rows` by XLA: a product for each weight, and a sum for each of all else."""
+  """`over_rows` by XLA: a product of each cut for each weight, and a sum for each of all else."""
   pairs = [(a, b) for a, bs in products for b in bs]
   return Sums(
-    [xla.outer(a, b) for a, b in pairs],
+    [outer_in_cuts(a, b) for a, b in pairs],
     [xla.column_sums(b) for _, b in pairs] if biases else [],
     [x.sum(axis=0) for x in parts],
   )
+
+
+def outer_in_cuts(
+  a: BFloat16[Array, "R M"], b: BFloat16[Array, "R N"]
+) -> Float32[Array, "M N"]:
+  """`xla.outer`, its rows cut so that tiles of all cuts fill the device.
+
+  cuBLAS's first choice cuts no rows, and takes small tiles to have enough of them.
+  """
+  tiles = math.prod(-(-x.shape[1] // size) for x, size in zip((a, b), CUBLAS_TILE, strict=True))
+  rows = a.shape[0]
+  cuts = next(n for n in range(max(1, gpu.num_multiprocessors() // tiles), 0, -1) if rows % n == 0)
+  if cuts == 1:
+    return xla.outer(a, b)
+  a, b = (x.reshape(cuts, rows // cuts, x.shape[1]) for x in (a, b))
+  return jax.vmap(xla.outer)(a, b).sum(axis=0)
 
 
 def by_kernels(
