@@ -25,8 +25,8 @@ One layer with two local and two column heads: 5.45 bits/dim on the 100 images h
 210 s of training (PNG needs 5.73). Every number of it is our choice (docs/notes/quickstart.md)
 and says nothing about the paper's results.
 
-`:record` is for the fewest bits/dim in 20 minutes on one H200: 1.7 million tokens per second there.
-A run of 2,400 steps, 4 minutes, gave 3.07 on data_batch_5 (docs/recipes.md, and
+`:record` is for the fewest bits/dim in 20 minutes on one H200: 1.6 million tokens per second there.
+A run of 8,000 steps, 9 minutes, gave 2.96 on data_batch_5 (docs/recipes.md, and
 `benchmarks/records.md`, which gets a line from the command); one of 20 minutes was not made yet.
 
   python -m experiments.benchmark record --config.data.path=FOLDER
