@@ -15,7 +15,7 @@ BENCHMARKS = {
   "checkpoints": "a save and a restore of a state of 2.4 GB, with digests",
   "curves": "200 steps of each recipe by its modules and by kernels, on a GPU; only when named",
   "memory": "the published memory table, and what XLA needs",
-  "mesh": "training steps on one device and on two, by each axis of the mesh; only when named",
+  "mesh": "training steps on 1, 2, 4, ... GPUs of one host, by each axis; only when named",
   "plots": "draws the plots of README.md and docs from the results; only when named",
   "record": "trains a recipe and enters it into benchmarks/records.md; only when "
   "named, and alone: it has flags of its own, see record --help",
@@ -48,7 +48,7 @@ MODULES = {
 }
 ONLY_NAMED = ("curves", "mesh", "plots", "record", "tables", "tpu_aot", "tune")
 ON_GPU = ("attention", "block_sparse", "curves", "residual", "step", "tune")
-IN_WORKERS = {"attention", "block_sparse", "curves", "residual", "step", "tune"}
+IN_WORKERS = {"attention", "block_sparse", "curves", "mesh", "residual", "step", "tune"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--baseline", type=_checkout, metavar="DIR", help="step: also the step of this checkout"
   )
+  parser.add_argument("--devices", type=int, metavar="N", help="mesh: at most so many")
   args = parser.parse_args(argv)
   if unknown := sorted(set(args.names) - set(BENCHMARKS)):
     parser.error(f"NAME={unknown[0]!r}: must be one of {', '.join(BENCHMARKS)}")
@@ -84,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
   of_step = {name: value for name, value in of_step.items() if value}
   if of_step and args.names and "step" not in args.names:
     parser.error("--remat and --baseline: only step reads them")
+  if args.devices and "mesh" not in args.names:
+    parser.error("--devices: only mesh reads it")
   names = args.names or [name for name in BENCHMARKS if name not in ONLY_NAMED]
   if IN_WORKERS & set(names):
     # Read when JAX finds the GPU: the memory must be left to the processes that measure.
@@ -102,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := sorted(set(args.only) - set(parts)):
       parser.error(f"--only={unknown[0]}: {name} has {', '.join(parts) or 'no parts'}")
     # Those for a GPU say whether every row has its figures.
-    options = of_step if name == "step" else {}
+    options = {"step": of_step, "mesh": dict(devices=args.devices)}.get(name, {})
     complete &= (
       module.run(args.out, args.only, **options) if parts else module.run(args.out) is None
     )

@@ -108,6 +108,10 @@ TABLES = {
   ),
   "attention_first": Table("attention", "attention_h100.json", cells.attention_first),
   "attention_shapes": Table("attention", "attention_h100.json", cells.attention_shapes),
+  "attention_shares_h200": Table(
+    "attention", "attention_h200.json", cells.attention_shares, source=False
+  ),
+  "attention_first_h200": Table("attention", "attention_h200.json", cells.attention_first),
   "block_sparse_rates": Table(
     "block_sparse", "block_sparse_h100.json", cells.block_sparse_rates, source=False
   ),

@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 
 from experiments.benchmark import __main__ as command
-from experiments.benchmark.gpu import mesh
 from experiments.benchmark.gpu import step
 from experiments.benchmark.gpu import training
 from experiments.benchmark.gpu.steps import child
@@ -348,22 +347,3 @@ def test_plain_jax_makes_our_update(tiny_body):
   for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     assert np.abs(b).max() > 0
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.promotes
-@pytest.mark.slow
-def test_two_devices_lose_what_one_does(monkeypatch, tmp_path, capsys):
-  recipe = tiny.config(tmp_path / "text", model=dict(implementation="xla", remat="full"))
-  monkeypatch.setattr(mesh.cli, "recipe", lambda name: recipe.copy_and_resolve_references())
-  monkeypatch.setattr(mesh, "BODIES", {"tiny": 2})
-  # The kernels' place is taken by what a CPU has.
-  ways = [(axis, blocks and blocks.replace("mosaic_gpu", "xla")) for axis, blocks in mesh.WAYS]
-  monkeypatch.setattr(mesh, "WAYS", ways)
-  assert mesh.run(tmp_path / "out")
-  (path,) = (tmp_path / "out").iterdir()
-  rows = json.loads(path.read_text())["rows"]
-  assert [(row["axis"], row["blocks"]) for row in rows] == ways
-  assert {axis for axis, _ in ways} == {None, "fsdp", "tensor", "sequence"}
-  for row in rows:
-    np.testing.assert_allclose(row["losses"], rows[0]["losses"], rtol=1e-5)
-  assert "speed, one = 1" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from configs import cifar10
+from experiments.benchmark.gpu import traffic
 from pallas_kernels import api
 from pallas_kernels import residual
 from sparse_flax import evaluate
@@ -18,7 +19,6 @@ from sparse_flax import train
 from sparse_flax.model import transformer
 from sparse_flax.parallel import sharding
 from sparse_flax.run import checkpoint
-from tests.helpers import hlo
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.promotes
@@ -81,37 +81,7 @@ def step_bytes(mesh: tuple[int, ...], layers: tuple[str, ...], **model) -> tuple
   with jax.set_mesh(mesh):
     program = jax.jit(step, out_shardings=(layout, sharding.replicated(mesh)))
     lowered = program.lower(checkpoint.laid_out(shapes, layout), tokens, jax.random.key(0))
-    return config, hlo.bytes_moved(lowered.compile().as_text())
-
-
-def formula(config) -> dict[str, int]:
-  """docs/sharding.md, for float32, remat="full" and one micro-batch."""
-  model, (d, f, t, s) = config.model, (config.mesh[name] for name in sharding.AXES)
-  B, T, E = config.data.batch_size // (d * f), model.seq_len // s, model.width
-  F, L, rows = round(model.ff_mult * E), model.num_layers, sum(model.position_shape)
-  H, D, stride = model.num_heads // t, E // model.num_heads, model.stride
-  matrices, vectors = (4 * E * E + 2 * E * F) // t, (3 * E + F) // t + 6 * E
-  rest = (2 * 256 + 3) * E
-  kinds = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
-  words = dict.fromkeys(kinds, 0)
-  words["all-reduce"] += (s > 1) * (L * vectors + rest + rows * E + B)
-  words["all-reduce"] += (d * f > 1) * (L * vectors + rest + rows * E)
-  words["all-reduce"] += L * matrices * ((d > 1) + (s > 1) + (f > 1) * f) // f
-  words["all-gather"] += 2 * L * matrices * (f - 1) // f
-  if t > 1:
-    words["all-reduce"] += 7 * L * B * T * E
-  for n in range(L if s > 1 else 0):
-    name = model.attention_layers[n % len(model.attention_layers)]
-    if name in ("local", "strided"):
-      words["collective-permute"] += 3 * B * stride * H * 2 * D
-    if name in ("column", "strided"):
-      lse = name == "strided"
-      words["all-to-all"] += 3 * B * T * H * (4 * D + lse) * (s - 1) // s
-    if name == "fixed":
-      gathered = (s - 1) * B * (T // stride) * model.summary_width * H * 2 * D
-      words["all-gather"] += 2 * gathered
-      words["reduce-scatter"] += gathered
-  return {name: 4 * number for name, number in words.items() if number}
+    return config, traffic.bytes_moved(lowered.compile().as_text())
 
 
 ALL = ("local", "column", "strided", "fixed")
@@ -140,7 +110,7 @@ ALL = ("local", "column", "strided", "fixed")
 )
 def test_a_step_moves_what_the_formula_says(mesh, layers):
   config, moved = step_bytes(mesh, layers)
-  assert moved == formula(config)
+  assert moved == traffic.formula(config)
 
 
 @pytest.mark.one_day_in_six(0)

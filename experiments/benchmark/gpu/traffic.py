@@ -1,7 +1,11 @@
-"""What crosses between devices in a compiled program."""
+"""What crosses between devices in a compiled program, and what should."""
 
 import math
 import re
+
+import ml_collections
+
+from sparse_flax.parallel import sharding
 
 _SIZES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8}
 _LEAST = 64  # bytes
@@ -65,3 +69,33 @@ def _group_size(line: str) -> int:
   if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
     return int(found.group(1))
   return len(re.search(r"replica_groups=\{\{([\d,]+)\}", line).group(1).split(","))
+
+
+def formula(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """The same for a step, by docs/sharding.md: float32, remat="full" and one micro-batch."""
+  model, (d, f, t, s) = config.model, (config.mesh[name] for name in sharding.AXES)
+  B, T, E = config.data.batch_size // (d * f), model.seq_len // s, model.width
+  F, L, rows = round(model.ff_mult * E), model.num_layers, sum(model.position_shape)
+  H, D, stride = model.num_heads // t, E // model.num_heads, model.stride
+  matrices, vectors = (4 * E * E + 2 * E * F) // t, (3 * E + F) // t + 6 * E
+  rest = (2 * 256 + 3) * E
+  kinds = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+  words = dict.fromkeys(kinds, 0)
+  words["all-reduce"] += (s > 1) * (L * vectors + rest + rows * E + B)
+  words["all-reduce"] += (d * f > 1) * (L * vectors + rest + rows * E)
+  words["all-reduce"] += L * matrices * ((d > 1) + (s > 1) + (f > 1) * f) // f
+  words["all-gather"] += 2 * L * matrices * (f - 1) // f
+  if t > 1:
+    words["all-reduce"] += 7 * L * B * T * E
+  for n in range(L if s > 1 else 0):
+    name = model.attention_layers[n % len(model.attention_layers)]
+    if name in ("local", "strided"):
+      words["collective-permute"] += 3 * B * stride * H * 2 * D
+    if name in ("column", "strided"):
+      lse = name == "strided"
+      words["all-to-all"] += 3 * B * T * H * (4 * D + lse) * (s - 1) // s
+    if name == "fixed":
+      gathered = (s - 1) * B * (T // stride) * model.summary_width * H * 2 * D
+      words["all-gather"] += 2 * gathered
+      words["reduce-scatter"] += gathered
+  return {name: 4 * number for name, number in words.items() if number}
