@@ -109,9 +109,9 @@ def sparse_attention(
       the pattern, as `select_blocks` lists them: int32, Bi is B or 1, Hi is H, Hkv (a list for the
       query heads of a key head) or 1, nq is T in groups, rounded up. -1, or any number that is no
       block, is none; a block that is twice in a list is a mistake, which `reference` looks for
-      where the numbers are known. It may be traced. `reference` and `xla` take lists as they are;
-      for kernels they become a block mask, which `mosaic_gpu` takes where `query_block` and
-      `block_size` are multiples of 128.
+      where the numbers are known. It may be traced. `reference` and `xla` take lists as they are,
+      and `mosaic_gpu` does where `query_block` and `block_size` are multiples of 128; for
+      `mosaic_tpu` they become a block mask.
     block_size: tokens per block of `block_mask`, or of a block of keys that is listed.
     query_block: queries that share a row of `block_indices`; None: `block_size`.
     score_fn: (logit, i, j, h) -> logit, for one query i, key j and query head h: operators and
@@ -180,7 +180,7 @@ def sparse_attention(
       out, *residual = _named(*partitioning.reference(plan, arrays))
     return Attended(out, *residual) if return_mass else (out, *residual) if return_lse else out
   name = choose(implementation)
-  takes_lists = block_indices is None or name == "xla"
+  takes_lists = block_indices is None or _module(name).takes_lists(plan)
   if reason := _why_not(name, plan, takes_lists):
     name = _instead(implementation, offset.explained(reason, query_offset))
   elif not takes_lists:

@@ -157,6 +157,9 @@ class PerDevice:
   def unsupported(self, plan: Plan) -> str | None:
     return self.backend.unsupported(plan)
 
+  def takes_lists(self, plan: Plan) -> bool:
+    return self.backend.takes_lists(plan)
+
   def planned(self, plan: Plan) -> Plan:
     """As it is: each device plans its own share."""
     return plan

@@ -27,6 +27,9 @@ class Backend(Protocol):
   def unsupported(self, plan: Plan) -> str | None:
     """Why this backend cannot compute a call, and what it can; None where it can."""
 
+  def takes_lists(self, plan: Plan) -> bool:
+    """Whether it reads lists of blocks as they are: else a block mask is made of them."""
+
   def planned(self, plan: Plan) -> Plan:
     """The plan of a call that is supported, with groups of heads and what sweeps them."""
 

@@ -246,9 +246,9 @@ def masked(
     mask = jnp.repeat(jnp.repeat(mask, ratio, axis=2), ratio, axis=3)[:, :, :nq, :nk]
     some, every = some & mask, every & mask
   if segment_ids is not None:
-    low, high = kv_low, kv_high = _ranges(segment_ids)
+    low, high = kv_low, kv_high = ranges(segment_ids)
     if kv_segment_ids is not None:
-      kv_low, kv_high = _ranges(kv_segment_ids)
+      kv_low, kv_high = ranges(kv_segment_ids)
     queries, keys = (lambda x: x[:, None, :, None]), (lambda x: x[:, None, None, :])
     some = some & (queries(low) <= keys(kv_high)) & (keys(kv_low) <= queries(high))
     one_id = queries(low == high) & keys(kv_low == kv_high) & (queries(low) == keys(kv_low))
@@ -256,7 +256,7 @@ def masked(
   return blocks.Blocks(some, every)
 
 
-def _ranges(ids: Int[Array, "B T"]) -> tuple[Int[Array, "B nq"], Int[Array, "B nq"]]:
+def ranges(ids: Int[Array, "B T"]) -> tuple[Int[Array, "B nq"], Int[Array, "B nq"]]:
   """The least and the largest id of each block."""
   B, T = ids.shape
   ids = jnp.pad(ids, [(0, 0), (0, -T % BLOCK)], mode="edge").reshape(B, -1, BLOCK)
@@ -269,7 +269,7 @@ def traced_by_queries(
   """As `by_queries`, of the blocks to visit."""
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
   some, every = visits
-  which, words = _traced_bits(pattern, problem, with_bits, transposed=False)
+  which, words = traced_bits(pattern, problem, with_bits, transposed=False)
   nobody = ~some.any(axis=-1, keepdims=True)  # a column behind the last key
   wider = lambda x, column: jnp.concatenate([x, jnp.broadcast_to(column, nobody.shape)], axis=-1)
   some, every = wider(some, nobody), wider(every, False)
@@ -295,12 +295,12 @@ def traced_by_keys(
     table = jnp.moveaxis(table, 2, 3)
     return table.reshape(*table.shape[:3], -1)
 
-  which, words = _traced_bits(pattern, problem, with_bits, transposed=True)
+  which, words = traced_bits(pattern, problem, with_bits, transposed=True)
   some, every, which = transposed(visits.some), transposed(visits.every), transposed(which)
   return _traced(some, every, which, words, heads, problem)
 
 
-def _traced_bits(
+def traced_bits(
   pattern: patterns.Pattern, problem: Problem, with_bits: bool, *, transposed: bool
 ) -> tuple[Int[np.ndarray, "1 heads nq nk"] | None, bits.Words | None]:
   """The mask of each block, [1, heads or 1, nq, nk], and the masks; None without bits."""
@@ -324,17 +324,35 @@ def _traced(
   if which is not None:
     masks = jnp.take_along_axis(jnp.broadcast_to(which, numbers.shape), numbers, axis=-1)
   count = lambda table: table.sum(axis=-1, dtype=jnp.int32)
-  num_lists, (rows, width) = numbers.shape[:2], numbers.shape[2:]
-  start = jnp.arange(num_lists[0] * num_lists[1] * rows, dtype=jnp.int32) * width
+  num, width = count(some), numbers.shape[-1]
+  start = jnp.arange(num.size, dtype=jnp.int32).reshape(num.shape) * width
+  fields = dict(start=start, num_full=count(some & every), num=num)
+  return dealt(fields, heads, problem, numbers, masks, words)
+
+
+def dealt(
+  fields: dict[str, Int[Array, "_ _ rows"]],
+  heads: list[tuple[int, int]],
+  problem: Problem,
+  numbers: Array,
+  masks: Array,
+  words: bits.Words | None,
+) -> Lists:
+  """Lists that were made where the program runs, each for a core.
+
+  Args:
+    fields: `start`, `num_full` and `num` of the lists of each, or of all, batch rows and heads.
+    heads: (result, key head).
+    problem: of the launch.
+    numbers, masks, words: as in `Lists`, in any shape.
+  """
+  rows = fields["num"].shape[2]
   axis = lambda x, n: np.asarray(x, np.int32).reshape([-1 if m == n else 1 for m in range(3)])
-  fields = dict(
+  fields = fields | dict(
     b=axis(range(problem.B), 0),
     h=axis([h for h, _ in heads], 1),
     kv=axis([kv for _, kv in heads], 1),
     tile=axis(range(rows), 2),
-    start=start.reshape(*num_lists, rows),
-    num_full=count(some & every),
-    num=count(some),
   )
   wide = lambda x: jnp.broadcast_to(x, (problem.B, len(heads), rows)).reshape(-1)
   items = jnp.stack([wide(fields[name]) for name in FIELDS], axis=1)

@@ -117,8 +117,8 @@ class Plan:
     """What the call has beyond the plain case, causal attention of T queries to T keys.
 
     "not_causal"; "lengths": T and S differ; "segment_ids"; "kv_segment_ids"; "block_mask";
-    "logits": they are more than products times a positive factor; "positions": they depend on where
-    a pair is.
+    "block_indices"; "logits": they are more than products times a positive factor; "positions":
+    they depend on where a pair is.
     """
     scores = self.scores
     has = dict(
@@ -127,6 +127,7 @@ class Plan:
       segment_ids=self.segment_ids,
       kv_segment_ids=self.kv_segment_ids,
       block_mask=self.block_mask is not None,
+      block_indices=self.block_indices is not None,
       logits=not scores.only_scale or scores.scale <= 0,
       positions=scores.of_positions,
     )

@@ -5,6 +5,7 @@ from pallas_kernels.mosaic_gpu.backend import forward
 from pallas_kernels.mosaic_gpu.backend import lse_of_natural
 from pallas_kernels.mosaic_gpu.backend import natural_lse
 from pallas_kernels.mosaic_gpu.backend import planned
+from pallas_kernels.mosaic_gpu.backend import takes_lists
 from pallas_kernels.mosaic_gpu.backend import unsupported
 from pallas_kernels.mosaic_gpu.cudnn import cudnn_attention
 from pallas_kernels.mosaic_gpu.cudnn import cudnn_serves
@@ -17,5 +18,6 @@ __all__ = [
   "lse_of_natural",
   "natural_lse",
   "planned",
+  "takes_lists",
   "unsupported",
 ]

@@ -60,6 +60,11 @@ def unsupported(plan: Plan) -> str | None:
   return None
 
 
+def takes_lists(plan: Plan) -> bool:
+  """Those of whole tiles of queries and of keys."""
+  return not (plan.query_block % lists.BLOCK or plan.block_size % lists.BLOCK or plan.return_mass)
+
+
 def planned(plan: Plan) -> Plan:
   """With the kernels of all heads, and their sizes."""
   return dataclasses.replace(plan, groups=groups.groups_of(plan))

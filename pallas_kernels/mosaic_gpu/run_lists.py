@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.lowering import heads
+from pallas_kernels.lowering import indexed
+from pallas_kernels.lowering import indices
 from pallas_kernels.lowering import lists
 from pallas_kernels.lowering.plan import Arrays
 from pallas_kernels.lowering.plan import Group
@@ -79,8 +81,17 @@ def _frame(
   # Bits, a mask in memory for every block, only where no formula gives the pairs.
   with_bits, by_keys = not stream.formulas(plan.pattern, of_group)[0], None
   own = plan.pattern, problem, with_bits
-  # Lists of patterns alone are made once, by numpy; with masks they are made where the call runs.
-  if arrays.segment_ids is None and arrays.block_mask is None:
+  # Lists of patterns alone are made once, by numpy; all others are made where the call runs.
+  if arrays.block_indices is not None:
+    each = indices.per_query_head(plan, arrays.block_indices)
+    each = each[:, list(of_group)] if each.shape[1] > 1 else each
+    listed = indexed.Indexed(indices=each, block_size=plan.block_size, query_block=plan.query_block)
+    segments = arrays.segment_ids, arrays.kv_segment_ids
+    of = indexed.entries(listed, *own, segments)
+    by_queries = indexed.by_queries(of, *own)
+    if backward:
+      by_keys = indexed.by_keys(of, *own)
+  elif arrays.segment_ids is None and arrays.block_mask is None:
     by_queries = lists.by_queries(*own)
     if backward:
       by_keys = lists.by_keys(*own)

@@ -59,6 +59,12 @@ def _unsupported_view(view: views.View) -> str | None:
   return None
 
 
+def takes_lists(plan: Plan) -> bool:
+  """None: on a TPU a block mask says which blocks are read."""
+  del plan
+  return False
+
+
 def planned(plan: Plan) -> Plan:
   """With a view for every pass of all heads."""
   groups = []

@@ -11,6 +11,15 @@ from pallas_kernels.xla.backend import forward
 from pallas_kernels.xla.backend import lse_of_natural
 from pallas_kernels.xla.backend import natural_lse
 from pallas_kernels.xla.backend import planned
+from pallas_kernels.xla.backend import takes_lists
 from pallas_kernels.xla.backend import unsupported
 
-__all__ = ["backward", "forward", "lse_of_natural", "natural_lse", "planned", "unsupported"]
+__all__ = [
+  "backward",
+  "forward",
+  "lse_of_natural",
+  "natural_lse",
+  "planned",
+  "takes_lists",
+  "unsupported",
+]

@@ -21,6 +21,12 @@ def unsupported(plan: Plan) -> str | None:
   del plan
 
 
+def takes_lists(plan: Plan) -> bool:
+  """All, of any sizes."""
+  del plan
+  return True
+
+
 def planned(plan: Plan) -> Plan:
   """With the views of all heads' passes; lists of blocks are swept as they are."""
   if plan.block_indices is not None:

@@ -182,7 +182,7 @@ KERNELS = {
 @pytest.mark.parametrize(
   "implementation", [pytest.param("mosaic_gpu", marks=pytest.mark.slow), "mosaic_tpu"]
 )
-def test_kernels_sweep_the_block_mask_that_lists_mean(implementation):
+def test_kernels_sweep_what_lists_mean(implementation):
   T, Q, size, dtype, D = KERNELS[implementation]
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.standard_normal((1, T, h, D)), dtype) for h in (2, 1, 1))

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import patterns
 from pallas_kernels.lowering import bits
+from pallas_kernels.lowering import indexed
 from pallas_kernels.lowering import lists
 from tests.helpers.arrays import EVERY_PATTERN
 
@@ -173,3 +174,66 @@ def test_too_many_different_masks_are_none(monkeypatch):
   monkeypatch.setattr(bits, "MOST", 4)
   assert bits.bits_of((patterns.Column(7),), 200, 200, 32) is None
   assert bits.bits_of((patterns.Local(32),), 200, 200, 32) is not None
+
+
+@pytest.mark.smoke(daily=4)
+@pytest.mark.parametrize("transposed", [False, True], ids=["by_queries", "by_keys"])
+@pytest.mark.parametrize("shared", [False, True], ids=["of_heads", "of_all"])
+@pytest.mark.parametrize("name", ["dense", "local", "odd_blocks", "per_head", "both_ways"])
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2)], ids=str)
+def test_lists_of_indices_hold_the_same(name, sizes, shared, transposed):
+  """Lists of several tiles of queries, blocks of several tiles of keys, and numbers of no block."""
+  pattern, one, rng = PATTERNS[name], problem(T=140, S=140), np.random.default_rng(0)
+  query_block, block_size = (n * BLOCK for n in sizes)
+  rows, nk, heads = -(-140 // query_block), -(-140 // block_size), 1 if shared else H
+  given = np.full((2, heads, rows, 4), -1)
+  for place in np.ndindex(2, heads, rows):
+    blocks = np.sort(rng.permutation(nk)[: rng.integers(0, 4)])
+    given[place][: len(blocks)] = blocks
+  given[0, 0, 0, 3] = nk + 7  # none either
+  ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, one.T)), axis=1))
+
+  @jax.jit
+  def make(given, ids):
+    lists_of = indexed.Indexed(indices=given, block_size=block_size, query_block=query_block)
+    of = indexed.entries(lists_of, pattern, one, True, (ids, None))
+    return (indexed.by_keys if transposed else indexed.by_queries)(of, pattern, one, True)
+
+  found = lists.Lists(*map(np.asarray, make(jnp.asarray(given), ids)))
+  words = words_of(pattern, one, transposed)
+  got = put_together(pattern, one, found, transposed, words)
+  segments = np.asarray(ids)[:, None, :, None] == np.asarray(ids)[:, None, None, :]
+  listed = (given[..., None] == np.arange(nk)).any(axis=3)
+  wide = listed.repeat(query_block, 2).repeat(block_size, 3)[:, :, : one.T, : one.S]
+  np.testing.assert_array_equal(got & segments, truth(pattern, one) & wide & segments)
+  # In the order of a block mask's lists, of which the results of a kernel have their bits.
+  mask = jnp.asarray(listed.repeat(query_block // BLOCK, 2).repeat(block_size // BLOCK, 3))
+  masked = lists.masked(lists.of_pattern(pattern, one), mask, BLOCK, ids, None, one.heads)
+  traced = lists.traced_by_keys if transposed else lists.traced_by_queries
+  same = lists.Lists(*map(np.asarray, traced(masked, pattern, one, True)))
+  entries = lambda lists_: {
+    (x["b"], x["h"], x["tile"]): (
+      x["num_full"],
+      lists_.numbers[x["start"] : x["start"] + x["num"]].tolist(),
+      lists_.masks[x["start"] + x["num_full"] : x["start"] + x["num"]].tolist(),
+    )
+    for x in dealt(lists_)
+  }
+  assert entries(found) == entries(same)
+
+
+def test_lists_of_a_million_tokens_have_no_table_of_all_blocks(monkeypatch):
+  monkeypatch.setattr(lists, "BLOCK", 128)
+  T = 1_048_576
+  one = lists.Problem(1, T, T, (0, 1), 2, True, 132)
+  nq = one.nq
+
+  def make(indices):
+    lists_of = indexed.Indexed(indices=indices, block_size=128, query_block=128)
+    of = indexed.entries(lists_of, patterns.Dense(), one, False)
+    return [f(of, patterns.Dense(), one, False) for f in (indexed.by_queries, indexed.by_keys)]
+
+  program = jax.make_jaxpr(make)(jax.ShapeDtypeStruct((1, 1, nq, 16), jnp.int32))
+  sizes = [x.aval.size for line in program.jaxpr.eqns for x in (*line.invars, *line.outvars)]
+  # A word has the bits of 32 tiles, of both heads.
+  assert len(sizes) > 50 and max(sizes) <= nq * nq * 2 // 32
