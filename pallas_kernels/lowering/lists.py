@@ -331,7 +331,7 @@ def _traced(
 
 
 def dealt(
-  fields: dict[str, Int[Array, "_ _ rows"]],
+  fields: dict[str, Int[Any, "_ _ rows"]],
   heads: list[tuple[int, int]],
   problem: Problem,
   numbers: Array,

@@ -15,3 +15,5 @@ from pallas_kernels.residual.fold import LeaveWeights as LeaveWeights
 from pallas_kernels.residual.fold import linear as linear
 from pallas_kernels.residual.options import Bits as Bits
 from pallas_kernels.residual.options import Options as Options
+from pallas_kernels.residual.xla import multiply as multiply
+from pallas_kernels.residual.xla import weight_gradient as weight_gradient

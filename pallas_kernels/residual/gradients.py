@@ -7,17 +7,13 @@ the kernel pays for products whose factors are also to be summed: XLA reads them
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from jaxtyping import BFloat16
 from jaxtyping import Float32
 
-from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.residual import outer
 from pallas_kernels.residual import totals
 from pallas_kernels.residual import xla
@@ -25,7 +21,6 @@ from pallas_kernels.residual.outer import Cut
 from pallas_kernels.residual.outer import Product
 
 WIDEST, WIDEST_WITH_BIASES = 256, 512  # of streams whose gradients are made here
-CUBLAS_TILE = 256, 128  # of its fastest kernels
 CUTS = Cut(), Cut(height=128)  # the second fits all widths that are multiples of 128
 
 
@@ -73,29 +68,13 @@ def by_xla(
   *,
   biases: bool = False,
 ) -> Sums:
-  """`over_rows` by XLA: a product of each cut for each weight, and a sum for each of all else."""
+  """`over_rows` by XLA: a product for each weight, and a sum for each of all else."""
   pairs = [(a, b) for a, bs in products for b in bs]
   return Sums(
-    [outer_in_cuts(a, b) for a, b in pairs],
+    [xla.weight_gradient(a, b) for a, b in pairs],
     [xla.column_sums(b) for _, b in pairs] if biases else [],
     [x.sum(axis=0) for x in parts],
   )
-
-
-def outer_in_cuts(
-  a: BFloat16[Array, "R M"], b: BFloat16[Array, "R N"]
-) -> Float32[Array, "M N"]:
-  """`xla.outer`, its rows cut so that tiles of all cuts fill the device.
-
-  cuBLAS's first choice cuts no rows, and takes small tiles to have enough of them.
-  """
-  tiles = math.prod(-(-x.shape[1] // size) for x, size in zip((a, b), CUBLAS_TILE, strict=True))
-  rows = a.shape[0]
-  cuts = next(n for n in range(max(1, gpu.num_multiprocessors() // tiles), 0, -1) if rows % n == 0)
-  if cuts == 1:
-    return xla.outer(a, b)
-  a, b = (x.reshape(cuts, rows // cuts, x.shape[1]) for x in (a, b))
-  return jax.vmap(xla.outer)(a, b).sum(axis=0)
 
 
 def by_kernels(

@@ -6,6 +6,7 @@ Arrays have the dtype of the stream, statistics and sums float32; each is rounde
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,12 @@ Options = options_lib.Options
 Bits = options_lib.Bits
 Rows = Float[Array, "*B E"]
 Stats = Float[Array, "*B n 2"]
+
+# Of products over rows on an H200, see docs/notes/residual.md.
+TILE = 256, 128  # of cuBLAS's fastest kernels
+FULL = 128  # tiles that fill the device
+PARTS = 2, 4, 8, 16  # more take longer to be summed
+FEW_ROWS = 4_096  # a product of fewer is not worth a sum
 
 
 def row_sums(x: Rows) -> Stats:
@@ -62,7 +69,7 @@ def enter_back(
     fold.wide(_back(dy, kernel)) for dy, kernel in zip(cotangents, kernels, strict=True)
   )
   pairs = zip(apart(normed, 3), cotangents, strict=True)
-  dweights = tuple((outer(x, dy), column_sums(dy)) for x, dy in pairs)
+  dweights = tuple((weight_gradient(x, dy), column_sums(dy)) for x, dy in pairs)
   dx = fold.wide(dx) + _norm_back(dnormed, normed, rstd)
   dm = dropped(dx, bits, options).astype(x.dtype)
   return dx.astype(x.dtype), dm, column_sums(dm), dweights
@@ -104,8 +111,8 @@ def leave_back(
   normed, rstd = _normalised(h, stats, options.epsilon)
   dh = (fold.wide(dy) + _norm_back(fold.wide(_back(du, up)), normed, rstd)).astype(h.dtype)
   da = dropped(dh, of_a, options)
-  of_out, of_up = ((outer(x, dy), column_sums(dy)) for x, dy in ((o, da), (normed, du)))
-  return _back(da, out), dh, (of_out, of_up, outer(g.astype(u.dtype), dm))
+  of_out, of_up = ((weight_gradient(x, dy), column_sums(dy)) for x, dy in ((o, da), (normed, du)))
+  return _back(da, out), dh, (of_out, of_up, weight_gradient(g.astype(u.dtype), dm))
 
 
 def column_sums(dy: Float[Array, "*B N"]) -> Float[Array, "N"]:
@@ -162,11 +169,65 @@ def _back(dy: Float[Array, "*B N"], kernel: Float[Array, "E N"]) -> Float[Array,
   return jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
 
 
-def outer(x: Float[Array, "*B E"], dy: Float[Array, "*B N"]) -> Float[Array, "E N"]:
-  """The gradient of a kernel: a sum over all rows, never rounded to the stream's dtype."""
+@jax.custom_vjp
+def multiply(x: Float[Array, "*B M"], kernel: Float[Array, "M N"]) -> Float[Array, "*B N"]:
+  """x W, whose gradient for W is `weight_gradient`."""
+  return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _multiply_forward(x, kernel):
+  return multiply(x, kernel), (x, kernel)
+
+
+def _multiply_backward(kept, dy):
+  x, kernel = kept
+  # In the order of JAX's own rule, and so with its bits.
+  return _back(dy, kernel), weight_gradient(dy, x).T.astype(kernel.dtype)
+
+
+multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def weight_gradient(
+  x: Float[Array, "*B M"],
+  dy: Float[Array, "*B N"],
+  precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "M N"]:
+  """x^T dy, the gradient of a kernel: a sum over all rows, never rounded to the stream's dtype.
+
+  On an NVIDIA GPU a sum of such products over parts of the rows, whose tiles together fill the
+  device: cuBLAS's first choice cuts no rows, and takes small tiles to have enough of them.
+  """
+  exact = dict(precision=precision, preferred_element_type=fold.wide_dtype(x.dtype))
   rows = tuple(range(x.ndim - 1))
-  exact = dict(preferred_element_type=fold.wide_dtype(x.dtype))
-  return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), **exact)
+  whole = lambda x, dy: jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), **exact)
+  if (parts := parts_of(x.shape, dy.shape[-1])) is None:
+    return whole(x, dy)
+
+  def in_parts(x, dy):
+    x, dy = (x.reshape(*parts, x.shape[-1]) for x in (x, dy))
+    dims = (((2,), (2,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, dy, dims, **exact).sum(axis=(0, 1))
+
+  return jax.lax.platform_dependent(x, dy, cuda=in_parts, default=whole)
+
+
+def parts_of(shape: tuple[int, ...], N: int) -> tuple[int, int, int] | None:
+  """(sequences, parts of each, rows of a part) for `weight_gradient` of [*B, M] and [*B, N].
+
+  None where one product is better. Sequences are cut, or put together, by powers of two, so that
+  what lies on several devices stays there.
+  """
+  *batch, T, M = shape
+  B = math.prod(batch)
+  tiles = -(-M // TILE[0]) * -(-N // TILE[1])
+  wanted = max((n for n in PARTS if n * tiles <= FULL), default=1)
+  if wanted == 1 or B * T < FEW_ROWS:
+    return None
+  if wanted < B:
+    return None if B % wanted else (wanted, 1, B // wanted * T)
+  cuts = max(n for n in (1, *PARTS) if n * B <= wanted and T % n == 0)
+  return None if B * cuts == 1 else (B, cuts, T // cuts)
 
 
 def _activation(options: Options) -> activations.Activation:

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from jaxtyping import Integer
 from jaxtyping import Shaped
 
+from pallas_kernels import residual
+
 VOCABULARY = 256  # raw bytes; audio is 8-bit mu-law
 
 
@@ -141,10 +143,9 @@ def _rows_forward(table, index, size, dtype):
 
 def _rows_backward(size, dtype, index, dy):
   hits = index[..., None] == jnp.arange(size, dtype=index.dtype).reshape((1,) * index.ndim + (-1,))
-  places = tuple(range(index.ndim))
-  exact = dict(precision="highest", preferred_element_type=dy.dtype)  # no rounding of float32
-  contract = ((places, places), ((), ()))
-  return jax.lax.dot_general(hits.astype(dtype), dy.astype(dtype), contract, **exact), None
+  exact = dict(precision="highest")  # no rounding of float32
+  dtable = residual.weight_gradient(hits.astype(dtype), dy.astype(dtype), **exact)
+  return dtable.astype(dy.dtype), None
 
 
 _rows.defvjp(_rows_forward, _rows_backward)

@@ -41,6 +41,12 @@ LOOPED = ("mosaic_gpu",)
 Tokens = UInt8[Array, "B T"] | Integer[Array, "B T"]
 
 
+def _multiply(x: Array, kernel: Array, *dims: Any, **options: Any) -> Array:
+  """`residual.multiply` for `nnx.Linear`, whose dimensions and options are the usual ones."""
+  del dims, options
+  return residual.multiply(x, kernel)
+
+
 class SparseTransformer(nnx.Module):
   """Predicts every byte of a sequence from the bytes before it (arXiv:1904.10509).
 
@@ -203,6 +209,7 @@ class SparseTransformer(nnx.Module):
       dtype=jnp.float32,
       param_dtype=dtypes["param_dtype"],
       kernel_init=nnx.initializers.zeros_init(),
+      dot_general=_multiply,
       rngs=rngs,
     )
 

@@ -173,7 +173,7 @@ def test_row_sums_go_on_with_the_rows_and_have_no_gradient(dtype):
 def test_gradients_of_weights_are_never_rounded_to_the_dtype_of_the_stream(dtype):
   """Rows of 1 and of 2^-12: their sum has no place in either dtype."""
   x = jnp.full((4_097, 8), 2.0**-12, dtype).at[0].set(1)
-  sums = xla.outer(x, jnp.ones((4_097, 3), dtype))
+  sums = xla.weight_gradient(x, jnp.ones((4_097, 3), dtype))
   assert sums.dtype == jnp.float32
   np.testing.assert_array_equal(sums, np.full((8, 3), 2.0))
   given = arrays()
