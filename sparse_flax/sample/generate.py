@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from pallas_kernels import api
 from pallas_kernels import hardware
 from sparse_flax import model as model_lib
+from sparse_flax.model import levels
 from sparse_flax.parallel import sharding
 
 IMPLEMENTATIONS = ("xla", "triton", "cluster")
@@ -83,7 +84,7 @@ def generate(
   """
   graphdef, params = _graph_and_weights(model, params)
   merged = nnx.merge(graphdef, params)
-  api.load_backend(merged.groups[0].attention.implementation)  # of the pass over prompts
+  api.load_backend(levels.first_block(merged).attention.implementation)  # of the pass over prompts
   if length is not None and not 1 <= length <= merged.seq_len:
     raise ValueError(f"{length=}: must be None or a whole number from 1 to {merged.seq_len}")
   T = length or merged.seq_len
@@ -247,10 +248,11 @@ def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = 
 
 def _why_xla_alone(model: model_lib.SparseTransformer) -> str | None:
   """Why no kernels compute the steps of a model; None where they may."""
-  activation = model.groups[0].feed_forward.activation
+  first = levels.first_block(model)
+  activation = first.feed_forward.activation
   if activation != "quick_gelu":
     return f"{activation=}, which kernels of a step do not have"
-  placing = model.groups[0].attention.placing
+  placing = first.attention.placing
   return placing and f"{placing}, which kernels of a step do not have"
 
 
@@ -316,8 +318,8 @@ def likely(
 
 def as_multiplied(model, params: dict) -> dict:
   """The layers' weights in the dtype of their products: a step mostly reads weights."""
-  dtype = model.groups[0].feed_forward.up.dtype
-  names = ("attention", "feed_forward")
+  dtype = levels.first_block(model).feed_forward.up.dtype
+  names = ("attention", "feed_forward", "pool", "spread")
   of_product = lambda path: any(getattr(entry, "key", None) in names for entry in path)
   narrow = lambda path, x: jnp.asarray(x, dtype) if of_product(path) else x
   return jax.tree.map_with_path(narrow, params)
