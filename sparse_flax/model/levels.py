@@ -5,6 +5,7 @@ model without an inner level is one level. See docs/multiscale.md.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -30,6 +31,7 @@ INHERITED = (
   "width", "num_heads", "ff_mult", "qk_ratio", "attention_layers", "stride", "summary_width",
   "sub_blocks", "dropout",
 )  # fmt: skip
+FACTORS, POOLS, UPS = shorten_lib.FACTORS, shorten_lib.POOLS, shorten_lib.UPS
 REQUIRED = ("num_layers", "shorten")
 OPTIONAL = {
   "num_layers_after": 0,
@@ -139,8 +141,8 @@ def _check_names(inside: dict, name: str) -> None:
     if field not in inside:
       raise ValueError(f"{name}.{field} is missing: a level needs {' and '.join(REQUIRED)}")
   factor = inside["shorten"]
-  if not isinstance(factor, int) or factor not in shorten_lib.FACTORS:
-    least, most = shorten_lib.FACTORS[0], shorten_lib.FACTORS[-1]
+  if not isinstance(factor, int) or factor not in FACTORS:
+    least, most = FACTORS[0], FACTORS[-1]
     raise ValueError(f"{name}.shorten={factor!r}: must be a whole number from {least} to {most}")
 
 
@@ -179,7 +181,7 @@ def _spec(fields: dict, name: str, length: int, factor: int, shorten: int, *, in
     )
   if not 0.0 <= fields["dropout"] < 1.0:
     raise ValueError(f"{at}dropout={fields['dropout']}: must be in [0, 1)")
-  for field, choices in (("pool", shorten_lib.POOLS), ("up", shorten_lib.UPS)):
+  for field, choices in (("pool", POOLS), ("up", UPS)):
     if fields[field] not in choices:
       raise ValueError(f"{at}{field}={fields[field]!r}: must be one of {choices}")
   named = {field.name for field in dataclasses.fields(Spec)} & fields.keys()
@@ -472,6 +474,14 @@ def beginning_at(step: int, factors: tuple[int, ...]) -> int:
   return sum(step % math.prod(factors[: n + 1]) == 0 for n in range(len(factors)))
 
 
+def by_stack(level: Any, caches: Any, name: str = "") -> dict[str, Any]:
+  """The caches of each of `stacks`, by its name."""
+  if level.inner is None:
+    return {f"{name}groups": caches}
+  around = {f"{name}before": caches.before, f"{name}after": caches.after}
+  return around | by_stack(level.inner, caches.inner, f"{name}inner.")
+
+
 def init_caches(
   level: Any, batch_size: int, *, width: int, dtype: jax.typing.DTypeLike, of_stack: Callable
 ) -> Any:
@@ -583,6 +593,8 @@ def scan_steps(
   Returns:
     The carry behind the last step, and the results of all, stacked.
   """
+  if not factors:
+    return jax.lax.scan(functools.partial(one_step, 0), carry, steps)
   sizes = [math.prod(factors[:n]) for n in range(len(factors) + 1)]
 
   def span(level, beginning, carry, xs):

@@ -226,7 +226,7 @@ def _changes(workdir: epath.PathLike) -> dict:
 
 
 def _fields(values: dict) -> dict:
-  return validate.flatten(validate.completed(values))
+  return validate.by_field(validate.completed(values))
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict:

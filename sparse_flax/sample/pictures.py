@@ -179,7 +179,7 @@ def _attention(
   places = maps.random_places(layout, _PLACES, seed=0)
   weights = layers_lib.weights(graphdef, params, tokens, places, layout)
   drawn: Drawn = {}
-  chosen = np.linspace(0, model.num_layers - 1, _LAYERS).round().astype(int)
+  chosen = np.linspace(0, layers_lib.num_layers(model) - 1, _LAYERS).round().astype(int)
   for layer in dict.fromkeys(chosen.tolist()):
     figure, content = layers_lib.draw(model, layer, tokens, places, weights[layer]), io.BytesIO()
     figure.savefig(content, format="png", dpi=_DPI)
