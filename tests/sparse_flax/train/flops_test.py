@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
@@ -106,7 +107,7 @@ def test_products_of_every_level_are_counted():
     pairs = sum(x.num_pairs(level.length) for x in level.patterns) / len(level.patterns)
     width = (1 + level.qk_ratio) * level.width
     hidden += 2 * level.depth * (level.length**2 - pairs) * width
-  arguments = dict(ff_mult=2, qk_ratio=1.0) | config
+  arguments = ml_collections.ConfigDict(dict(qk_ratio=1.0) | config)
   assert products(jaxpr) == flops.forward_flops(arguments) + hidden
   assert sum(flops.level_flops(arguments)) == flops.forward_flops(arguments) - 2 * 23 * 256 * 12
 

@@ -1,19 +1,21 @@
 """A run of a model of two levels: on several devices, resumed, exported, and drawn."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import evaluate as evaluate_command
 from experiments import export as export_command
 from experiments import sample as sample_command
 from experiments import visualize
+from sparse_flax import evaluate
 from sparse_flax import export
+from sparse_flax import model as model_lib
 from sparse_flax import train
 from sparse_flax.parallel import sharding
-from sparse_flax.run import checkpoint
 from sparse_flax.run import validate
+from sparse_flax.view import layers as layers_lib
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.promotes
@@ -27,28 +29,27 @@ def config_of(path, **groups):
   return tiny.config(path, model=TWO, **groups)
 
 
-@pytest.mark.one_day_in_three(2)
+@pytest.mark.one_day_in_six(2)
 def test_devices_that_share_the_batch_and_the_weights_change_nothing(tmp_path):
+  config = config_of(tmp_path)
+  graphdef, _ = model_lib.graph_and_shapes(**config.model)
+  weights = tiny.random_weights(config)
+  tokens = np.random.default_rng(0).integers(0, 256, (4, 32)).astype(np.uint8)
+
+  def loss(params, tokens):
+    return evaluate.token_nats(nnx.merge(graphdef, params)(tokens), tokens).mean()
+
   results = []
-  for mesh in (dict(data=1), dict(data=2, fsdp=2, tensor=2)):
-    config = config_of(tmp_path, mesh=mesh)
-    init, step = train.make_step(config)
-    mesh = sharding.make_mesh(**config.mesh)
+  for shape in (dict(data=1), dict(data=2, fsdp=2, tensor=2)):
+    mesh = sharding.make_mesh(**dict(fsdp=1, tensor=1, sequence=1) | shape)
+    layout = sharding.by_rules(weights, mesh)
     with jax.set_mesh(mesh):
-      shapes = jax.eval_shape(init, jax.random.key(0))
-      layout = sharding.by_rules(shapes, mesh)
-      state = jax.jit(init, out_shardings=layout)(jax.random.key(0))
-      tokens = np.random.default_rng(0).integers(0, 256, (4, 32)).astype(np.uint8)
-      for _ in range(2):
-        state, record = jax.jit(step)(state, jnp.asarray(tokens), jax.random.key(1))
-    results.append((record["loss"], state["params"]))
-  pool = layout["params"]["inner"]["shorten"]["pool"]["kernel"].spec
-  assert pool == jax.P("fsdp", "tensor")
-  assert layout["params"]["inner"]["lengthen"]["spread"]["kernel"].spec == jax.P("tensor", "fsdp")
-  (loss, params), (loss_of_8, params_of_8) = results
-  np.testing.assert_allclose(loss_of_8, loss, rtol=1e-5)
-  for actual, wanted in zip(*map(jax.tree.leaves, (params_of_8, params)), strict=True):
-    np.testing.assert_allclose(actual, wanted, atol=2e-5)
+      placed = jax.device_put(weights, layout), jax.device_put(tokens, sharding.by_batch(mesh))
+      results.append(jax.jit(jax.grad(loss), out_shardings=layout)(*placed))
+  assert layout["inner"]["shorten"]["pool"]["kernel"].spec == jax.P("fsdp", "tensor")
+  assert layout["inner"]["lengthen"]["spread"]["kernel"].spec == jax.P("tensor", "fsdp")
+  for actual, wanted in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=1e-5)
 
 
 def test_what_is_not_sharded_is_refused_with_the_reason(tmp_path):
@@ -91,8 +92,29 @@ def test_a_run_without_the_field_goes_on_and_another_level_is_refused(tmp_path):
   assert validate.flatten(config_of(tmp_path).to_dict())["model.inner.shorten"] == 3
 
 
-@pytest.mark.one_day_in_three(1)
-def test_commands_take_a_model_of_two_levels(tmp_path, capsys):
+def test_an_export_has_each_layer_by_its_stack(tmp_path):
+  config = config_of(tmp_path)
+  params = tiny.random_weights(config)
+  export.save(tmp_path / "out", config, params, step=1)
+  loaded, _, again = export.load(tmp_path / "out")
+  assert loaded.model.inner.shorten == 3 and tiny.leaf_bytes(again) == tiny.leaf_bytes(params)
+  names = export.flatten(params, cycle=export.cycles_of(config.model))
+  layers = ("before.0", "after.0", "inner.layers.0", "inner.layers.1")
+  assert {f"{layer}.attention.out.kernel" for layer in layers} < set(names)
+
+
+def test_layers_are_numbered_as_they_run(tmp_path):
+  model = config_of(tmp_path).model
+  named = [layers_lib.head_names(model, layer) for layer in range(layers_lib.num_layers(model))]
+  assert [len(names) for names in named] == [2, 4, 4, 2]
+  assert [names[0] for names in named] == [
+    "head 0, local", "head 0, local", "head 0, column", "head 0, local"
+  ]  # fmt: skip
+  assert layers_lib.row_name(model, 1) == "groups of 3, " and not layers_lib.row_name(model, 3)
+
+
+@pytest.mark.slow
+def test_commands_take_a_model_of_two_levels(tmp_path):
   """Trained, resumed, evaluated, sampled, exported, drawn."""
   text, run = tiny.text_file(tmp_path / "text"), tmp_path / "run"
   lines = []
@@ -105,11 +127,5 @@ def test_commands_take_a_model_of_two_levels(tmp_path, capsys):
   assert 0 < result["bits_per_byte"] < 9
   assert sample_command.run(run, num=1, keep=0.4)
   assert export_command.main([f"--workdir={run}", f"--out={tmp_path / 'out'}"]) == 0
-  config, _, params = export.load(tmp_path / "out")
-  assert config.model.inner.shorten == 3
-  assert tiny.leaf_bytes(params) == tiny.leaf_bytes(checkpoint.restore_params(run)[2])
-  names = export.flatten(params, cycle=export.cycles_of(config.model))
-  layers = ("before.0", "after.0", "inner.layers.0", "inner.layers.1")
-  assert {f"{layer}.attention.out.kernel" for layer in layers} < set(names)
   drawn = [path.name for path in visualize.run(run, num=2, examples=2)]
   assert "report.html" in drawn and "attention-layer003-seed0.png" in drawn
