@@ -62,6 +62,8 @@ def _shared() -> dict:
       rope="none",  # p: learned positions alone
       qk_norm=False,  # p
       inner=dict(),  # p; layers on groups of tokens: dict(shorten=3, num_layers=8, ...)
+      order="raster",  # p; "patches": images square by square
+      patch=2,  # pixels of a side of a square
       remat="auto",  # u: the most that fits where blocks are kernels'; else the paper's "full"
       compute_dtype="bfloat16",  # u: the paper has float16
       param_dtype="float32",  # p

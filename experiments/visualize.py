@@ -184,7 +184,7 @@ def _attention(
   named = [layers_lib.head_names(model, layer) for layer in range(num_layers)]
   return report.Attention(
     layout=layout,
-    tokens=inputs[0],
+    tokens=inputs[0] if layout.order is None else layout.order.drawn(inputs[0]),
     maps=maps,
     averages=averages,
     names=[names + ["no such head"] * (num_heads - len(names)) for names in named],

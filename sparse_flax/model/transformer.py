@@ -23,6 +23,7 @@ from sparse_flax.model import cache as cache_lib
 from sparse_flax.model import embedding
 from sparse_flax.model import initialization
 from sparse_flax.model import levels
+from sparse_flax.model import order as order_lib
 from sparse_flax.model import remat as remat_lib
 from sparse_flax.model import rope as rope_lib
 from sparse_flax.model.layer_patterns import Entry
@@ -84,6 +85,8 @@ class SparseTransformer(nnx.Module):
     rope: str = "none",
     qk_norm: bool = False,
     inner: Any = None,
+    order: str = "raster",
+    patch: int = 2,
     remat: str = "full",
     compute_dtype: str = "bfloat16",
     param_dtype: str = "float32",
@@ -122,6 +125,9 @@ class SparseTransformer(nnx.Module):
       attention_layers, stride, summary_width, sub_blocks and dropout, which are else those of the
       level around it and count groups; pool ("linear" or "mean"), up ("linear" or "repeat"),
       positions (False), and an inner of its own.
+    order: of the bytes of an image: "raster", row by row, or "patches", square by square, and row
+      by row in each. Tokens keep the learned positions of their bytes.
+    patch: pixels of a side of these squares; divides rows and columns.
     remat: what the forward pass keeps for the backward pass. "full" keeps the input of each block
       and computes all else again, "attention" keeps attention's result too, "block" also q, k, v
       and the residual stream between the two branches, "hidden" also the argument of f and f of
@@ -168,6 +174,9 @@ class SparseTransformer(nnx.Module):
       inner=inner,
     )
     _check_positions(modality, tuple(position_shape), seq_len)
+    reads = order_lib.Order(order, tuple(position_shape), patch)
+    if rope == "axes" and not reads.is_raster:
+      raise ValueError(f"{rope=}: must be 'none' or 'tokens' with {order=}")
     for spec in specs:
       _check_head_size(_rope_of(rope, tuple(position_shape), spec), rope, spec)
     api.load_backend(implementation)  # not within the trace of vmap
@@ -189,6 +198,7 @@ class SparseTransformer(nnx.Module):
       position_shape=tuple(position_shape),
       token_init=inits["token_init"],
       position_init=inits["position_init"],
+      order=None if reads.is_raster else reads,
       rngs=rngs,
       **dtypes,
     )
@@ -256,10 +266,19 @@ class SparseTransformer(nnx.Module):
       tokens: bytes, any integer dtype; T <= seq_len.
       dropout_key: None turns dropout off.
     """
+    return self.head(self.hidden(tokens, dropout_key=dropout_key))
+
+  def hidden(
+    self, tokens: Tokens, *, dropout_key: Key[Array, ""] | None = None
+  ) -> Float[Array, "B T E"]:
+    """The residual stream behind all blocks; `head` makes logits of it, or of some of its rows."""
     embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
     keep = self.remat == "none"
-    x = levels.run(self, x, layers_key, run_stack=self._run_stack, keep=keep)
+    return levels.run(self, x, layers_key, run_stack=self._run_stack, keep=keep)
+
+  def head(self, x: Float[Array, "B T E"]) -> Float32[Array, "B T 256"]:
+    """Logits of rows of the residual stream."""
     return self.logits(self.final_norm(x))
 
   def _run_stack(self, level, groups, x, key):

@@ -15,6 +15,7 @@ from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import model as model_lib
 from sparse_flax.model import levels
+from sparse_flax.model import order
 from sparse_flax.parallel import sharding
 
 
@@ -82,6 +83,8 @@ _RULES = {
   "model.init_scheme": _one_of(*model_lib.INIT_SCHEMES),
   "model.rope": _one_of(*model_lib.ROPES),
   "model.qk_norm": Rule((bool,), lambda x: True, "True or False"),
+  "model.order": _one_of(*order.ORDERS),
+  "model.patch": _whole(1),
   "model.inner": Rule((dict,), lambda x: True, "{}, or the fields of a level"),
   "model.remat": _one_of(*model_lib.REMATS),
   "model.compute_dtype": _one_of(*model_lib.COMPUTE_DTYPES),
@@ -144,6 +147,8 @@ ADDED: dict[str, Any] = {
   "optim.momentum_dtype": "float32",
   "model.num_layers_after": 0,
   "model.inner": {},
+  "model.order": "raster",
+  "model.patch": 2,
 }
 
 # The fields of an inner level beside those that it shares with the outermost one.

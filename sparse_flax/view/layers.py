@@ -13,6 +13,7 @@ from jaxtyping import Integer
 from jaxtyping import UInt8
 
 from sparse_flax.model import levels
+from sparse_flax.model import order as order_lib
 from sparse_flax.view import draw as draw_lib
 from sparse_flax.view import maps
 
@@ -35,6 +36,7 @@ def weights(
   """
   run = _program(graphdef, tuple(layout.slots(places).tolist()))
   found = np.asarray(run(params, jnp.asarray(tokens[None])))[:, 0]  # [L, H, P C, T]
+  found = np.asarray(layout.in_rows(found))
   shape = *found.shape[:2], len(places), layout.channels, found.shape[-1]
   return found.reshape(shape).swapaxes(1, 2)
 
@@ -69,7 +71,10 @@ def draw(
   )
   at, weights = [int(place) for place in places], weights[:, : len(labels["heads"])]
   if model.modality == "image":
-    return draw_lib.draw_image(tokens.reshape(model.position_shape), at, weights, **labels)
+    order = order_lib.Order.of(model)
+    return draw_lib.draw_image(
+      order.drawn(tokens).reshape(model.position_shape), at, weights, **labels
+    )
   by_modality = dict(text=draw_lib.draw_text, audio=draw_lib.draw_audio)
   return by_modality[model.modality](tokens, at, weights[:, :, 0], **labels)
 

@@ -1,6 +1,7 @@
 """Levels of groups: by their definition, causal, complete, and one step after the other."""
 
 import functools
+import importlib
 import math
 
 import jax
@@ -339,19 +340,56 @@ def test_no_inner_level_is_the_model_of_before():
   np.testing.assert_array_equal(actual, expected)
 
 
+def check_dependence(model, T: int, width: int) -> None:
+  """Logits t depend on the slots up to t, all of them and no other."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, width)), jnp.float32)
+
+  def logits(x):
+    x = levels.run(model, x, None, run_stack=model._run_stack, keep=False)
+    return model.head(x)[0, :, :2].sum(axis=-1)
+
+  found = np.abs(jax.jit(jax.jacrev(logits))(x)[:, 0]).sum(axis=-1) != 0
+  np.testing.assert_array_equal(found, np.tri(T, dtype=bool))
+
+
 @pytest.mark.one_day_in_three(0)
 @pytest.mark.smoke(daily=1)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_depend_on_all_bytes_before_and_on_no_other(name):
-  model, T = small_model(**MODELS[name]), 23
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, BASE["width"])), jnp.float32)
+  check_dependence(small_model(**MODELS[name]), 23, BASE["width"])
 
-  def logits(x):
-    x = levels.run(model, x, None, run_stack=model._run_stack, keep=False)
-    return model.logits(model.final_norm(x))[0, :, :2].sum(axis=-1)
 
-  found = np.abs(jax.jit(jax.jacrev(logits))(x)[:, 0]).sum(axis=-1) != 0
-  np.testing.assert_array_equal(found, np.tri(T, dtype=bool))
+def narrow(level: dict) -> dict:
+  """A shipped level with few layers of small width; factors, patterns and strides stay."""
+  cycle = len(level.get("attention_layers", ("local",)))
+  few = {
+    name: min(level[name], cycle) for name in ("num_layers", "num_layers_after") if name in level
+  }
+  inner = narrow(level["inner"]) if level.get("inner") else {}
+  return level | few | dict(width=8, num_heads=2, ff_mult=2, inner=inner)
+
+
+SHIPPED = {
+  "cifar10:shorten": dict(seq_len=36, position_shape=(4, 3, 3)),
+  "cifar10:patches": dict(seq_len=36, position_shape=(2, 6, 3)),
+  "enwik8:shorten": dict(seq_len=31, position_shape=(4, 8), sub_blocks=1),
+  "enwik8:megabyte": dict(seq_len=31, position_shape=(4, 8)),
+  "audio:1m-shorten": dict(seq_len=31, position_shape=(4, 8)),
+  "photographs:": dict(seq_len=36, position_shape=(2, 6, 3)),
+}
+
+
+@pytest.mark.one_day_in_six(5)
+@pytest.mark.smoke(daily=1)
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_shipped_models_of_small_width_are_causal_and_complete(recipe):
+  name, _, variant = recipe.partition(":")
+  model = importlib.import_module(f"configs.{name}").get_config(variant).model.to_dict()
+  sizes = narrow(model) | SHIPPED[recipe]
+  sizes |= dict(compute_dtype="float32", implementation="reference", dropout=0.0)
+  if sizes["sub_blocks"] == 1 and recipe == "enwik8:shorten":
+    sizes["inner"]["sub_blocks"] = 1  # there are two heads
+  check_dependence(small_model(**sizes), sizes["seq_len"], 8)
 
 
 @pytest.mark.one_day_in_three(1)

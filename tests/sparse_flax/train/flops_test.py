@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.extend import core
 
+from configs import audio
 from configs import cifar10
 from configs import enwik8
 from configs import imagenet64
@@ -28,6 +29,11 @@ TERA = {
   "enwik8-strided": (enwik8, 2.39),
   "enwik8-dense": (enwik8, 6.96),
   "imagenet64-": (imagenet64, 3.84),
+  "cifar10-shorten": (cifar10, 0.1575),
+  "cifar10-patches": (cifar10, 0.0919),
+  "enwik8-shorten": (enwik8, 1.063),
+  "enwik8-megabyte": (enwik8, 1.19),
+  "audio-1m-shorten": (audio, 1.984),
 }
 
 
