@@ -45,8 +45,9 @@ class Order:
 
   @classmethod
   def of(cls, model: Any) -> "Order":
-    """That of `config.model`."""
-    return cls(model.order, tuple(model.position_shape), model.patch)
+    """That of `config.model`; of one without the fields row by row."""
+    name, patch = getattr(model, "order", "raster"), getattr(model, "patch", 2)
+    return cls(name, tuple(model.position_shape), patch)
 
   @property
   def is_raster(self) -> bool:
