@@ -503,11 +503,11 @@ def _banner(
   axes = " x ".join(f"{name} {length}" for name, length in mesh.shape.items() if length > 1)
   layers = ", ".join(map(str, model.attention_layers))
   found = levels.specs_of(**model)
+  shape = f"{model.num_layers} layers of width {model.width}, attention {layers}"
+  shape = shape if len(found) == 1 else f"{len(found)} levels"
   lines = {
     "model": f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
-    f"{model.num_layers} layers of width {model.width}, attention {layers}, {model.compute_dtype}"
-    if len(found) == 1
-    else f"{len(found)} levels, {model.compute_dtype}",
+    f"{shape}, {model.compute_dtype}",
     **_by_level(model, found),
     "step": f"{size * model.seq_len:,} tokens ({size} sequences of {model.seq_len:,}), "
     f"{metrics.short(step_flops)} FLOP",
