@@ -271,7 +271,17 @@ class SparseTransformer(nnx.Module):
   def hidden(
     self, tokens: Tokens, *, dropout_key: Key[Array, ""] | None = None
   ) -> Float[Array, "B T E"]:
-    """The residual stream behind all blocks; `head` makes logits of it, or of some of its rows."""
+    """The residual stream behind all blocks; `head` makes logits of it, or of some of its rows.
+
+    Raises:
+      NotImplementedError: a model with inner levels, where a mesh has an axis for sequences.
+    """
+    parts = jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
+    if self.factors and parts > 1:
+      raise NotImplementedError(
+        f"mesh axis sequence={parts}: the groups of a device would have to begin with a row of the "
+        "device before; give the mesh sequence=1 for a model with inner levels"
+      )
     embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
     keep = self.remat == "none"

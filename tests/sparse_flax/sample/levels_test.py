@@ -71,3 +71,15 @@ def test_inner_levels_take_a_step_for_a_group():
   steps = jnp.arange(24)
   levels.scan_steps(one_step, (), steps, count=24, phase=0, factors=model.factors)
   assert sorted(taken) == [0, 0, 1, 2]  # each is traced once
+
+
+@pytest.mark.one_day_in_six(1)
+def test_kernels_of_a_step_are_run_for_each_stack():
+  model = small_model(**BASE, inner=INNER["two"], width=16, compute_dtype="bfloat16")
+  options = dict(key=jax.random.key(0), num=2, temperature=0)
+  said = []
+  options["on_programs"] = lambda *names: said.append(names[1])
+  expected = sample.generate(model, **options)
+  actual = sample.generate(model, **options, implementation="triton")
+  np.testing.assert_array_equal(actual, expected)
+  assert said == ["xla", "triton"]

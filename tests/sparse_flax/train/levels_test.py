@@ -58,6 +58,11 @@ def test_what_is_not_sharded_is_refused_with_the_reason(tmp_path):
     "config.mesh.sequence=2: must be 1 with config.model.inner: the groups of a device would have "
     "to begin with a row of the device before"
   ]
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=2)
+  graphdef, shapes = model_lib.graph_and_shapes(**config.model)
+  tokens = jax.ShapeDtypeStruct((1, 32), np.uint8)
+  with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="sequence=2: the groups"):
+    jax.eval_shape(lambda params, x: nnx.merge(graphdef, params)(x), shapes, tokens)
 
 
 @pytest.mark.parametrize(
