@@ -12,6 +12,7 @@ from flax import nnx
 
 from sparse_flax.model import levels
 from sparse_flax.model import shorten
+from tests.helpers.models import nnx_mode  # noqa: F401
 from tests.helpers.models import random_tokens
 from tests.helpers.models import small_model
 
@@ -338,6 +339,15 @@ def test_no_inner_level_is_the_model_of_before():
   expected = jax.jit(lambda model, tokens: model(tokens))(flat, random_tokens())
   actual = jax.jit(lambda model, tokens: model(tokens))(empty, random_tokens())
   np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.one_day_in_six(0)
+def test_it_is_the_same_in_both_modes_of_nnx(nnx_mode):  # noqa: F811
+  model, tokens = small_model(**TWO), random_tokens(length=7)
+  logits = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+  filled, _ = jax.jit(lambda model, tokens: model.prefill(tokens))(model, tokens)
+  np.testing.assert_allclose(filled, logits, atol=1e-5)
+  assert np.abs(logits).max() > 0.1
 
 
 def check_dependence(model, T: int, width: int) -> None:
