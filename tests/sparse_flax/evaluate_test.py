@@ -160,7 +160,7 @@ def test_data_of_another_modality(case):
     evaluate.open_dataset(other, "test")
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(1)
 def test_logits_in_pieces_give_the_same_loss_and_gradients(monkeypatch):
   inner = dict(shorten=3, num_layers=1, attention_layers=("dense",))
   model = small_model(inner=inner, attention_layers=("local",))

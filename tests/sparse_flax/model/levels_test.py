@@ -155,7 +155,7 @@ def reads(top, T: int) -> np.ndarray:
   """[t, s]: whether row t of the result depends on row s."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, 3)), jnp.float32)
   run = lambda x: levels.run(top, x, None, run_stack=smeared, keep=True)[0].sum(axis=-1)
-  return np.abs(jax.jacobian(run)(x)[:, 0]).sum(axis=-1) != 0
+  return np.abs(jax.jit(jax.jacobian(run))(x)[:, 0]).sum(axis=-1) != 0
 
 
 # k of each level; what layers before and after carry; whether each row sees all rows before it.

@@ -57,8 +57,9 @@ def test_the_likelihood_of_an_image_is_that_of_its_permuted_bytes():
   assert dataset.identity == images_of.identity and images_of.places is None
   ((tokens, scored),) = data.eval_batches(dataset, seq_len=72, min_context=0, batch_size=2)
   assert scored.all()
-  probabilities = jax.nn.softmax(model(jnp.asarray(tokens)), axis=-1)
-  nats = evaluate.token_nats(model(jnp.asarray(tokens)), jnp.asarray(tokens)).sum(axis=1)
+  logits = jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens))
+  probabilities = jax.nn.softmax(logits, axis=-1)
+  nats = evaluate.token_nats(logits, jnp.asarray(tokens)).sum(axis=1)
   for image, of_model, total in zip(
     images.reshape(2, -1), np.asarray(probabilities), nats, strict=True
   ):

@@ -30,7 +30,7 @@ def generate(weights, *, num, **options):
   return sample.generate(*weights, key=jax.random.key(0), num=num, **options)
 
 
-@pytest.mark.one_day_in_three(0)
+@pytest.mark.one_day_in_six(0)
 @pytest.mark.smoke(daily=1)
 def test_a_row_is_the_same_alone_and_among_16_and_follows_the_whole_model(weights):
   prompts = np.random.default_rng(0).integers(0, 256, (16, 7)).astype(np.uint8)
@@ -48,7 +48,7 @@ def test_a_row_is_the_same_alone_and_among_16_and_follows_the_whole_model(weight
   np.testing.assert_array_equal(alone, many[:1])
 
 
-@pytest.mark.one_day_in_three(1)
+@pytest.mark.one_day_in_six(3)
 @pytest.mark.smoke(daily=1)
 def test_pieces_and_shorter_lengths_change_nothing(weights):
   told = []
@@ -73,7 +73,7 @@ def test_inner_levels_take_a_step_for_a_group():
   assert sorted(taken) == [0, 0, 1, 2]  # each is traced once
 
 
-@pytest.mark.one_day_in_six(1)
+@pytest.mark.slow
 def test_kernels_of_a_step_are_run_for_each_stack():
   model = small_model(**BASE, inner=INNER["two"], width=16, compute_dtype="bfloat16")
   options = dict(key=jax.random.key(0), num=2, temperature=0)

@@ -97,6 +97,7 @@ def test_a_run_without_the_field_goes_on_and_another_level_is_refused(tmp_path):
   assert validate.flatten(config_of(tmp_path).to_dict())["model.inner.shorten"] == 3
 
 
+@pytest.mark.one_day_in_three(1)
 def test_an_export_has_each_layer_by_its_stack(tmp_path):
   config = config_of(tmp_path)
   params = tiny.random_weights(config)
