@@ -30,6 +30,15 @@ A run of 8,000 steps, 9 minutes, gave 2.96 on data_batch_5 (docs/recipes.md, and
 `benchmarks/records.md`, which gets a line from the command); one of 20 minutes was not made yet.
 
   python -m experiments.benchmark record --config.data.path=FOLDER
+
+`:shorten` and `:patches` run most layers on groups of bytes (docs/multiscale.md): 112 of the 128 on
+pixels, .41 of the operations of the recipe; or 16 on pixels and 72, wider, on patches of 2 x 2
+pixels, .24 of them, in the order of these patches. Every number of them is our choice.
+
+| variant    | layers, on groups of                    | parameters | ours     |
+|------------|-----------------------------------------|------------|----------|
+| `:shorten` | 16 on bytes, 112 on 3                   | 59.6M      | none yet |
+| `:patches` | 12 on bytes, 16 on 3, 72 x 384 on 12    | 88.8M      | none yet |
 """
 
 import ml_collections
@@ -38,7 +47,7 @@ from configs import common
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """The recipe, or one of its variants: quick, dense, fixed, strided, record."""
+  """The recipe, or one of its variants: quick, dense, fixed, strided, record, shorten, patches."""
   strided = ("column", "local", "local", "local")
   return common.recipe(
     variant,
@@ -80,6 +89,42 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       dense=dict(model=dict(attention_layers=("dense",))),
       fixed=dict(model=dict(attention_layers=("fixed",), summary_width=32, sub_blocks=2)),
       strided=dict(model=dict(attention_layers=strided)),
+      shorten=dict(
+        model=dict(
+          num_layers=8,
+          num_layers_after=8,
+          attention_layers=("local",),
+          inner=dict(
+            shorten=3,  # a group is a pixel
+            num_layers=112,
+            attention_layers=strided,
+            stride=32,  # a row
+          ),
+        ),
+      ),
+      patches=dict(
+        model=dict(
+          num_layers=6,
+          num_layers_after=6,
+          attention_layers=("local",),
+          order="patches",
+          patch=2,
+          inner=dict(
+            shorten=3,  # a group is a pixel
+            num_layers=8,
+            num_layers_after=8,
+            stride=32,  # 8 patches
+            inner=dict(
+              shorten=4,  # a group is a patch of 2 x 2 pixels
+              num_layers=72,
+              width=384,
+              num_heads=3,
+              attention_layers=strided,
+              stride=16,  # a row of patches
+            ),
+          ),
+        ),
+      ),
       record=dict(
         # Fewer layers and wider: products of this width keep a GPU busier.
         model=dict(

@@ -46,6 +46,7 @@ def _shared() -> dict:
       seq_len=0,
       width=0,
       num_layers=0,
+      num_layers_after=0,  # of inner
       num_heads=0,
       ff_mult=4.0,  # p: feed-forward width / width
       activation="quick_gelu",  # p: u sigmoid(1.702 u), the feed-forward part's
@@ -60,6 +61,9 @@ def _shared() -> dict:
       init_scheme="default",  # u: the paper's embeddings, the published code's matrices
       rope="none",  # p: learned positions alone
       qk_norm=False,  # p
+      inner=dict(),  # p; layers on groups of tokens: dict(shorten=3, num_layers=8, ...)
+      order="raster",  # p; "patches": images square by square
+      patch=2,  # pixels of a side of a square
       remat="auto",  # u: the most that fits where blocks are kernels'; else the paper's "full"
       compute_dtype="bfloat16",  # u: the paper has float16
       param_dtype="float32",  # p

@@ -12,6 +12,10 @@ WIDTH = 100
 # Of the fields that are no arguments of the model, whose docstring tells of the others.
 MEANINGS = {
   "seed": "of initial values, batches and dropout",
+  "model.inner.shorten": "rows of the level around it that a row of the inner level stands for",
+  "model.inner.pool": "how rows become a group: a product with a matrix, or their mean",
+  "model.inner.up": "how a group becomes rows: a product with a matrix, or copies",
+  "model.inner.positions": "whether groups have a table of positions of their own",
   "data.name": "of the data set; where only data.path is given, what lies there decides",
   "data.path": "file or folder of the data, gs://... too",
   "data.batch_size": "sequences of a step, over all devices and hosts",

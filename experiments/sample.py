@@ -30,6 +30,7 @@ from experiments import cli
 from experiments import sources
 from sparse_flax import data
 from sparse_flax import sample
+from sparse_flax.model import order as order_lib
 from sparse_flax.run import files
 from sparse_flax.sample import files as sample_files
 from sparse_flax.sample import pictures
@@ -139,7 +140,8 @@ def run(
   )
   if config.model.modality == "image":
     paths = [stem.with_name(f"{stem.name}.png")]
-    sample_files.write_grid(paths[0], config.model.position_shape, samples, examples, prompt_sizes)
+    shape, order = config.model.position_shape, order_lib.Order.of(config.model)
+    sample_files.write_grid(paths[0], shape, samples, examples, prompt_sizes, order)
   else:
     modality = config.model.modality
     paths = sample_files.write_sequences(stem, modality, samples, examples, prompt_sizes)

@@ -54,7 +54,7 @@ class Source(NamedTuple):
         "--data_path=FOLDER"
       )
     cli.tell(f"data: the {self.held_out.remark}; --data_path=FOLDER takes others")
-    return self.held_out
+    return evaluate.checked(self.held_out, self.config)
 
 
 def add_flags(parser: argparse.ArgumentParser, *, out: str) -> None:

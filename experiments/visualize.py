@@ -24,7 +24,7 @@ from etils import epath
 from experiments import cli
 from experiments import sources
 from sparse_flax import data
-from sparse_flax.model import layer_patterns
+from sparse_flax.model import levels
 from sparse_flax.run import files
 from sparse_flax.train import metrics
 from sparse_flax.view import averages as averages_lib
@@ -115,7 +115,7 @@ def run(
   source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
   config, graphdef, params, step = source[:4]
   model, unit = config.model, metrics.UNIT[config.model.modality]
-  layers = _check_layers(layers, model.num_layers)
+  layers = _check_layers(layers, layers_lib.num_layers(model))
   layout = maps_lib.Layout.of(model)
   places = _pick_places(layout, num=num, seed=seed)
   inputs = _pick_inputs(source, examples, seed=seed)
@@ -173,19 +173,21 @@ def _attention(
   model: ml_collections.ConfigDict, graphdef, params: dict, inputs, layout, *, seed: int
 ) -> report.Attention:
   """The maps of the first input, for as many places as there is room for, and the averages."""
-  bytes_of_place = model.num_layers * model.num_heads * layout.num_cells
+  num_layers, num_heads = layers_lib.num_layers(model), layers_lib.most_heads(model)
+  bytes_of_place = num_layers * num_heads * layout.num_cells
   places = maps_lib.spread_places(layout, max(4, min(_MOST_PLACES, _MAP_BYTES // bytes_of_place)))
-  averaged = averages_lib.pick_places(layout, model.num_heads, seed=seed)
+  averaged = averages_lib.pick_places(layout, num_heads, seed=seed)
   maps = maps_lib.make_maps(graphdef, params, inputs[0], places, layout)
   progress = cli.Progress("averaging attention over", len(inputs), "inputs")
   averages = averages_lib.average(graphdef, params, inputs, averaged, layout, on_progress=progress)
   progress.end()
+  named = [layers_lib.head_names(model, layer) for layer in range(num_layers)]
   return report.Attention(
     layout=layout,
-    tokens=inputs[0],
+    tokens=inputs[0] if layout.order is None else layout.order.drawn(inputs[0]),
     maps=maps,
     averages=averages,
-    names=[layers_lib.head_names(model, layer) for layer in range(model.num_layers)],
+    names=[names + ["no such head"] * (num_heads - len(names)) for names in named],
   )
 
 
@@ -219,13 +221,16 @@ def _reference(config: ml_collections.ConfigDict) -> tuple[str, float] | None:
 
 
 def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure:
-  options = {name: model[name] for name in ("num_heads", "stride", "summary_width", "sub_blocks")}
-  named = {}
-  for entry in model.attention_layers:
-    name = entry if isinstance(entry, str) else " / ".join(entry)
-    named[name] = layer_patterns.make_pattern(entry, **options)
-  T = min(model.seq_len, 4 * model.stride)
-  return masks_lib.draw_layers(list(named.items()), T=T, num_heads=model.num_heads)
+  """Of each level; rows of an inner one are groups."""
+  named, counts, found = {}, {}, levels.specs_of(**dict(model.items()))
+  for level in found:
+    for entry, pattern in zip(level.attention_layers, level.patterns, strict=True):
+      name = entry if isinstance(entry, str) else " / ".join(entry)
+      at = f"{name}, groups of {level.factor}" if level.name else name
+      if level.depth:
+        named[at], counts[at] = pattern, level.num_heads
+  T = min(model.seq_len, 4 * max(level.stride for level in found))
+  return masks_lib.draw_layers(list(named.items()), T=T, num_heads=list(counts.values()))
 
 
 def _draw_curve(

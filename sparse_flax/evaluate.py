@@ -19,6 +19,7 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Integer
+from jaxtyping import Key
 from jaxtyping import UInt8
 
 from pallas_kernels import api
@@ -26,8 +27,12 @@ from pallas_kernels import hardware
 from sparse_flax import data
 from sparse_flax import model as model_lib
 from sparse_flax.data import batches as batches_lib
+from sparse_flax.model import order as order_lib
 from sparse_flax.parallel import sharding
 
+# Tokens of a sequence from which on the logits of a model with inner levels are made in pieces, and
+# of a piece: 16 MB of logits.
+LONG, PIECE = 2**16, 2**14
 OnSequences = Callable[[Float[np.ndarray, "N"]], None]
 
 
@@ -38,6 +43,36 @@ def token_nats(
   return optax.softmax_cross_entropy_with_integer_labels(
     logits.astype(jnp.float32), tokens.astype(jnp.int32)
   )
+
+
+def nats_of(
+  model: model_lib.SparseTransformer,
+  tokens: UInt8[Array, "B T"] | Integer[Array, "B T"],
+  *,
+  dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "B T"]:
+  """-log p of every byte by a model; of long sequences with inner levels piece by piece.
+
+  Inner levels are small beside the logits of a long sequence, 1 kB a token: these are made of
+  `PIECE` rows at a time, and again for the backward pass.
+  """
+  T = tokens.shape[1]
+  if T <= LONG or not model.factors:
+    return token_nats(model(tokens, dropout_key=dropout_key), tokens)
+  x, number = model.hidden(tokens, dropout_key=dropout_key), -(-T // PIECE)
+
+  def cut(rows):
+    padded = jnp.pad(rows, ((0, 0), (0, number * PIECE - T), *((0, 0),) * (rows.ndim - 2)))
+    return jnp.moveaxis(padded.reshape(len(rows), number, PIECE, *rows.shape[2:]), 1, 0)
+
+  # A scan keeps the compiler from merging the two computations.
+  of_piece = jax.checkpoint(
+    lambda model, x, tokens: token_nats(model.head(x), tokens), prevent_cse=False
+  )
+  _, nats = jax.lax.scan(
+    lambda _, piece: (None, of_piece(model, *piece)), None, (cut(x), cut(tokens))
+  )
+  return jnp.moveaxis(nats, 0, 1).reshape(len(tokens), -1)[:, :T]
 
 
 def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
@@ -61,7 +96,7 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
 
 
 def checked(dataset: data.Dataset, config: ml_collections.ConfigDict) -> data.Dataset:
-  """The data set, if it is one for the model.
+  """The data set, if it is one for the model, with its bytes in the order of the model.
 
   Raises:
     ValueError: it has another modality, or images of another size.
@@ -76,7 +111,8 @@ def checked(dataset: data.Dataset, config: ml_collections.ConfigDict) -> data.Da
       f"config.model.seq_len={config.model.seq_len}: must be {math.prod(dataset.image_shape)} for "
       f"images of {dataset.image_shape}"
     )
-  return dataset
+  order = order_lib.Order.of(config.model)
+  return dataset.read_at(None if order.is_raster else order.places)
 
 
 class Evaluator:
@@ -107,7 +143,7 @@ class Evaluator:
     self._by_batch = sharding.by_batch(mesh)
 
     def nats_of_rows(params, tokens, scored: Bool[Array, "B T"]) -> Float[Array, "B"]:
-      nats = token_nats(nnx.merge(graphdef, params)(tokens), tokens)
+      nats = nats_of(nnx.merge(graphdef, params), tokens)
       return jnp.where(scored, nats, 0.0).sum(axis=1)
 
     # Every process gets the whole result.

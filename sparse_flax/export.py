@@ -10,9 +10,18 @@
     final_norm.scale, .bias                 [E]
     logits.kernel                           [E, 256]
 
-N of a layer counts them in the order in which they run, whatever the cycle of patterns. A kernel
-is applied as x @ kernel. The file's metadata hold a digest of every array, which `load` checks,
-and as `matrices` the dtype that arrays of two axes and more were rounded to, if they were.
+N of a layer counts them in the order in which they run, whatever the cycle of patterns. Of a model
+with inner levels they are `before.N` and `after.N`, those inside `inner.layers.N`, or
+`inner.before.N` and so on, and there are
+
+    inner.shorten.norm.scale, .bias         [E]
+    inner.shorten.pool.kernel, .bias        [k E, E'], [E']
+    inner.shorten.positions                 [groups, E']
+    inner.lengthen.norm.scale, .bias        [E']
+    inner.lengthen.spread.kernel, .bias     [E', k E], [k E]
+
+A kernel is applied as x @ kernel. The file's metadata hold a digest of every array, which `load`
+checks, and as `matrices` the dtype that arrays of two axes and more were rounded to, if they were.
 
 Beside the two files of a model of images there may be `held_out.webp`: images that it was not
 trained on, in a grid without gaps, for those who do not have its data.
@@ -21,6 +30,7 @@ trained on, in a grid without gaps, for those who do not have its data.
 import functools
 import json
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sparse_flax import extras
@@ -40,6 +50,7 @@ from sparse_flax import data
 from sparse_flax import model as model_lib
 from sparse_flax import run
 from sparse_flax.data import samples
+from sparse_flax.model import levels
 
 MODEL, CONFIG, HELD_OUT = "model.safetensors", "config.json", "held_out.webp"
 DTYPES = ("float32", "bfloat16")
@@ -95,7 +106,7 @@ def save(
   for name in (MODEL, CONFIG):
     if (folder / name).exists():
       raise ValueError(f"{folder}: holds a {name} already; choose another folder")
-  arrays = flatten(params, cycle=len(config.model.attention_layers))
+  arrays = flatten(params, cycle=cycles_of(config.model))
   rounds = dtype == "bfloat16"
   if dtype is not None:
     is_cast = lambda x: not rounds or x.ndim > 1
@@ -164,7 +175,7 @@ def read(folder: epath.PathLike, *, data_path: str | None = None) -> Exported:
   if bad := sorted(x for x in computed.keys() | saved.keys() if computed.get(x) != saved.get(x)):
     raise run.DamagedError(f"{path}: {', '.join(bad[:3])}: not what was exported")
   graphdef, shapes = model_lib.graph_and_shapes(**config.model)
-  params = unflatten(arrays, shapes, cycle=len(config.model.attention_layers))
+  params = unflatten(arrays, shapes, cycle=cycles_of(config.model))
   if matrices is not None:
     # Averages in float32 of weights in bfloat16 stay what they are.
     widen = lambda x, shape: jnp.asarray(x, jnp.promote_types(x.dtype, shape.dtype))
@@ -199,21 +210,39 @@ def _array(*, dtype: str, shape: list[int], data: bytearray) -> jax.Array:
   return jnp.asarray(np.frombuffer(data, kinds[dtype]).reshape(shape))
 
 
-def flatten(params: dict, *, cycle: int) -> dict[str, jax.Array]:
-  """{canonical name: array} of weights whose layers are stacked in groups of one cycle."""
+def cycles_of(model: ml_collections.ConfigDict) -> tuple[int, ...]:
+  """The length of the cycle of patterns of each level, for `flatten`."""
+  return tuple(len(level.patterns) for level in levels.specs_of(**dict(model.items())))
+
+
+def flatten(params: dict, *, cycle: int | tuple[int, ...]) -> dict[str, jax.Array]:
+  """{canonical name: array} of weights whose layers are stacked in groups of one cycle.
+
+  `cycle` is its length, or those of each level.
+  """
   arrays = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = run.digest.name_of(path).replace("/", ".")
-    if match := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
-      first, suffix = int(match.group(1)), match.group(2)
+    if stacked := _stacked(name, cycle):
       for n, layer in enumerate(leaf):
-        arrays[f"layers.{n * cycle + first}.{suffix}"] = layer
+        arrays[stacked(n)] = layer
     else:
       arrays[name] = leaf
   return arrays
 
 
-def unflatten(arrays: dict[str, jax.Array], shapes: dict, *, cycle: int) -> dict:
+def _stacked(name: str, cycle: int | tuple[int, ...]) -> Callable[[int], str] | None:
+  """The name of the n-th array of a stack, where `name` is one."""
+  match = re.fullmatch(r"((?:inner\.)*)(groups|before|after)\.(\d+)\.(.*)", name)
+  if match is None:
+    return None
+  level, stack, first, suffix = match.groups()
+  size = cycle if isinstance(cycle, int) else cycle[level.count("inner.")]
+  stack = "layers" if stack == "groups" else stack
+  return lambda n: f"{level}{stack}.{n * size + int(first)}.{suffix}"
+
+
+def unflatten(arrays: dict[str, jax.Array], shapes: dict, *, cycle: int | tuple[int, ...]) -> dict:
   """The inverse of `flatten`, for a model of these shapes.
 
   Raises:
@@ -230,10 +259,8 @@ def unflatten(arrays: dict[str, jax.Array], shapes: dict, *, cycle: int) -> dict
 
   def of(path, leaf):
     name = run.digest.name_of(path).replace("/", ".")
-    if match := re.fullmatch(r"groups\.(\d+)\.(.*)", name):
-      first, suffix = int(match.group(1)), match.group(2)
-      layers = range(first, leaf.shape[0] * cycle, cycle)
-      return jnp.stack([arrays[f"layers.{n}.{suffix}"] for n in layers])
+    if stacked := _stacked(name, cycle):
+      return jnp.stack([arrays[stacked(n)] for n in range(leaf.shape[0])])
     return arrays[name]
 
   return jax.tree.map_with_path(of, shapes)

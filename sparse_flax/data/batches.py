@@ -90,7 +90,7 @@ def make_batches(
       read = dataset.streams.read(index, start, start + seq_len)
       if mirror and mirrored[window]:
         read = np.reshape(read, shape)[:, ::-1].ravel()
-      tokens[row] = read
+      tokens[row] = read if dataset.places is None else read[dataset.places]
     return tokens
 
   return batch_at
@@ -124,7 +124,11 @@ def eval_batches(
     raise ValueError(f"{min_context=} must be 0 for images, which have no bytes before them")
   if not 0 <= min_context < seq_len:
     raise ValueError(f"{min_context=} must be in [0, {seq_len=})")
-  return _eval_batches(dataset.streams, seq_len, seq_len - min_context, batch_size)
+  batches = _eval_batches(dataset.streams, seq_len, seq_len - min_context, batch_size)
+  if dataset.places is None:
+    return batches
+  # An image is one window, of which all is scored.
+  return ((tokens[:, dataset.places], scored) for tokens, scored in batches)
 
 
 def num_windows(dataset: dataset_lib.Dataset, *, seq_len: int, min_context: int) -> int:

@@ -1,5 +1,6 @@
 """What every data set becomes: byte streams with a name, a split and a fingerprint."""
 
+import copy
 import dataclasses
 import hashlib
 import io
@@ -97,6 +98,7 @@ class Dataset:
     remark: how the data relates to the published set.
     identity: name, version, split, count (of images, bytes or recordings), num_bytes, digest,
       remark: goes with every result. A run refuses to go on where any of it but the remark differs.
+    places: which byte of an image each token of a window is; None: they are in order.
   """
 
   name: str
@@ -107,6 +109,7 @@ class Dataset:
   version: str
   remark: str
   identity: dict[str, Any] = dataclasses.field(init=False)
+  places: Int[np.ndarray, "T"] | None = dataclasses.field(init=False, default=None)
 
   def __post_init__(self):
     if not self.num_bytes:
@@ -125,6 +128,12 @@ class Dataset:
   @property
   def num_bytes(self) -> int:
     return int(self.streams.lengths.sum())
+
+  def read_at(self, places: Int[np.ndarray, "T"] | None) -> "Dataset":
+    """The same images, whose windows have their bytes in another order."""
+    ordered = copy.copy(self)
+    object.__setattr__(ordered, "places", places)
+    return ordered
 
   def _digest(self) -> str:
     """sha256 over the first and the last 1,000 records: images, or 10,000 bytes of the rest."""

@@ -12,8 +12,11 @@ from sparse_flax.model.embedding import VOCABULARY
 from sparse_flax.model.initialization import INIT_SCHEMES
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
+from sparse_flax.model.order import Order
 from sparse_flax.model.remat import level_in
 from sparse_flax.model.remat import REMATS
+from sparse_flax.model.shorten import Lengthen
+from sparse_flax.model.shorten import Shorten
 from sparse_flax.model.transformer import COMPUTE_DTYPES
 from sparse_flax.model.transformer import graph_and_shapes
 from sparse_flax.model.transformer import MODALITIES
@@ -33,6 +36,9 @@ __all__ = [
   "ROPES",
   "VOCABULARY",
   "Block",
+  "Lengthen",
+  "Order",
+  "Shorten",
   "SparseCrossAttention",
   "SparseSelfAttention",
   "SparseTransformer",

@@ -13,6 +13,7 @@ from jaxtyping import Integer
 from jaxtyping import Shaped
 
 from pallas_kernels import residual
+from sparse_flax.model import order as order_lib
 
 VOCABULARY = 256  # raw bytes; audio is 8-bit mu-law
 
@@ -53,6 +54,7 @@ class Embedding(nnx.Module):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     token_init: nnx.Initializer,
     position_init: nnx.Initializer,
+    order: order_lib.Order | None = None,
     rngs: nnx.Rngs,
   ):
     """Args:
@@ -63,10 +65,12 @@ class Embedding(nnx.Module):
     param_dtype: of the tables.
     token_init: initialiser of the byte table and of the start vector.
     position_init: initialiser of the position tables.
+    order: which place each token has; None: that of its number.
     rngs: source of the initial values.
     """
     self.position_shape = tuple(position_shape)
     self.dtype = dtype or param_dtype
+    self.order = order
     table = lambda rows, init: nnx.Embed(
       rows,
       width,
@@ -116,6 +120,8 @@ class Embedding(nnx.Module):
     return jnp.where(steps[None, :, None] == 0, start, x).astype(self.dtype)
 
   def _at(self, index: Integer[Array, "B T"]) -> Float[Array, "B T E"]:
+    if self.order is not None:
+      index = jnp.take(jnp.asarray(self.order.places), index, mode="clip")
     digits = jnp.unravel_index(index, self.position_shape)
     tables = (table.embedding[...].astype(jnp.float32) for table in self.positions)
     return sum(rows_of(x, n, self.dtype) for x, n in zip(tables, digits, strict=True))

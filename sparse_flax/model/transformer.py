@@ -22,11 +22,11 @@ from sparse_flax.model import block
 from sparse_flax.model import cache as cache_lib
 from sparse_flax.model import embedding
 from sparse_flax.model import initialization
+from sparse_flax.model import levels
+from sparse_flax.model import order as order_lib
 from sparse_flax.model import remat as remat_lib
 from sparse_flax.model import rope as rope_lib
 from sparse_flax.model.layer_patterns import Entry
-from sparse_flax.model.layer_patterns import PATTERN_NAMES
-from sparse_flax.model.layer_patterns import patterns_of
 from sparse_flax.parallel import sharding
 
 MODALITIES = ("image", "text", "audio")
@@ -39,6 +39,7 @@ AXES_THETA = 100.0  # places along an axis are fewer than tokens
 LOOPED = ("mosaic_gpu",)
 
 Tokens = UInt8[Array, "B T"] | Integer[Array, "B T"]
+Caches = tuple[cache_lib.Cache, ...] | levels.Caches
 
 
 def _multiply(x: Array, kernel: Array, *dims: Any, **options: Any) -> Array:
@@ -56,7 +57,16 @@ class SparseTransformer(nnx.Module):
 
   The weights of the blocks are stacked in groups, one group per cycle of `attention_layers`:
   `groups[n]` holds those of layers n, n + cycle, n + 2 cycle, ... along a leading axis.
+
+  With `inner` the layers in the middle run on groups of tokens: `before`, `inner` and `after` take
+  the place of `groups`, and `inner` has groups of its own, or these three again.
   """
+
+  # Of the model, as of its levels: `groups`, or the other three.
+  groups: Any = None
+  before: Any = None
+  inner: levels.Level | None = None
+  after: Any = None
 
   def __init__(
     self,
@@ -65,6 +75,7 @@ class SparseTransformer(nnx.Module):
     seq_len: int,
     width: int,
     num_layers: int,
+    num_layers_after: int = 0,
     num_heads: int,
     ff_mult: int | float = 4,
     activation: str = "quick_gelu",
@@ -79,6 +90,9 @@ class SparseTransformer(nnx.Module):
     init_scheme: str = "default",
     rope: str = "none",
     qk_norm: bool = False,
+    inner: Any = None,
+    order: str = "raster",
+    patch: int = 2,
     remat: str = "full",
     compute_dtype: str = "bfloat16",
     param_dtype: str = "float32",
@@ -89,7 +103,9 @@ class SparseTransformer(nnx.Module):
     modality: "image", "text" or "audio": what the bytes are.
     seq_len: the longest sequence, tokens.
     width: E, the width of the residual stream.
-    num_layers: residual blocks; a multiple of the cycle length.
+    num_layers: residual blocks; a multiple of the cycle length. With `inner` those before it, 0
+      too.
+    num_layers_after: with `inner`, the residual blocks behind it; a multiple of the cycle length.
     num_heads: H; divides width and qk_ratio * width.
     ff_mult: hidden width of the feed-forward part over E.
     activation: f between the two products of that part: "quick_gelu", the paper's
@@ -110,6 +126,14 @@ class SparseTransformer(nnx.Module):
     rope: what turns queries and keys, beside the learned positions: "none", "tokens", the token's
       number, or "axes", its place along each axis of `position_shape`.
     qk_norm: whether queries and keys are normalised, by head.
+    inner: layers on groups of tokens; {} has none. It needs shorten, the tokens of a group, and
+      num_layers; it may have num_layers_after, width, num_heads, ff_mult, qk_ratio,
+      attention_layers, stride, summary_width, sub_blocks and dropout, which are else those of the
+      level around it and count groups; pool ("linear" or "mean"), up ("linear" or "repeat"),
+      positions (False), and an inner of its own.
+    order: of the bytes of an image: "raster", row by row, or "patches", square by square, and row
+      by row in each. Tokens keep the learned positions of their bytes.
+    patch: pixels of a side of these squares; divides rows and columns.
     remat: what the forward pass keeps for the backward pass. "full" keeps the input of each block
       and computes all else again, "attention" keeps attention's result too, "block" also q, k, v
       and the residual stream between the two branches, "hidden" also the argument of f and f of
@@ -136,41 +160,43 @@ class SparseTransformer(nnx.Module):
     _check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
     _check_choice("param_dtype", param_dtype, PARAM_DTYPES)
     _check_choice("implementation", implementation, (None, *api.IMPLEMENTATIONS))
-    sizes = dict(seq_len=seq_len, width=width, num_layers=num_layers, num_heads=num_heads)
-    for name, value in sizes.items():
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be a whole number >= 1")
-    for name, rate in dict(dropout=dropout, embed_dropout=embed_dropout).items():
-      if not 0.0 <= rate < 1.0:
-        raise ValueError(f"{name}={rate}: must be in [0, 1)")
-    if ff_mult <= 0 or ff_mult * width != round(ff_mult * width):
-      raise ValueError(f"{ff_mult=}: ff_mult * {width=} must be a whole number >= 1")
-    if isinstance(attention_layers, str) or not attention_layers:
-      raise ValueError(f"{attention_layers=}: must be a tuple of names from {PATTERN_NAMES}")
-    if num_layers % len(attention_layers):
-      raise ValueError(
-        f"{num_layers=}: must be a multiple of {len(attention_layers)}, "
-        f"the length of {attention_layers=}"
-      )
-    _check_positions(modality, tuple(position_shape), seq_len)
-    turn = _rope_of(rope, tuple(position_shape))
-    _check_head_size(turn, rope, round(qk_ratio * width) // num_heads)
-    api.load_backend(implementation)  # not within the trace of vmap
-
-    self.modality = modality
-    self.seq_len = seq_len
-    self.num_layers = num_layers
-    self.embed_dropout = embed_dropout
-    self.remat = remat
-    self.patterns = patterns_of(
-      attention_layers=attention_layers,
+    if not isinstance(seq_len, int) or seq_len < 1:
+      raise ValueError(f"{seq_len=}: must be a whole number >= 1")
+    if not 0.0 <= embed_dropout < 1.0:
+      raise ValueError(f"{embed_dropout=}: must be in [0, 1)")
+    specs = levels.specs_of(
+      seq_len=seq_len,
+      width=width,
+      num_layers=num_layers,
+      num_layers_after=num_layers_after,
       num_heads=num_heads,
+      ff_mult=ff_mult,
+      qk_ratio=qk_ratio,
+      attention_layers=attention_layers,
       stride=stride,
       summary_width=summary_width,
       sub_blocks=sub_blocks,
+      dropout=dropout,
+      inner=inner,
     )
+    _check_positions(modality, tuple(position_shape), seq_len)
+    reads = order_lib.Order(order, tuple(position_shape), patch)
+    if rope == "axes" and not reads.is_raster:
+      raise ValueError(f"{rope=}: must be 'none' or 'tokens' with {order=}")
+    for spec in specs:
+      _check_head_size(_rope_of(rope, tuple(position_shape), spec), rope, spec)
+    api.load_backend(implementation)  # not within the trace of vmap
+
+    self.modality = modality
+    self.num_layers = sum(spec.depth for spec in specs)
+    self.embed_dropout = embed_dropout
+    self.remat = remat
+    self.patterns = specs[0].patterns
+    # What "auto" keeps of all levels: columns of their rows, for one token.
+    self.columns = sum(spec.depth * spec.width * spec.length for spec in specs) / seq_len
+    self.most_heads = max(spec.num_heads for spec in specs)
     inits = initialization.make_initializers(
-      init_scheme, width=width, num_tables=len(position_shape), num_layers=num_layers
+      init_scheme, width=width, num_tables=len(position_shape), num_layers=self.num_layers
     )
     dtypes = dict(dtype=jnp.dtype(compute_dtype), param_dtype=jnp.dtype(param_dtype))
     self.embedding = embedding.Embedding(
@@ -178,29 +204,45 @@ class SparseTransformer(nnx.Module):
       position_shape=tuple(position_shape),
       token_init=inits["token_init"],
       position_init=inits["position_init"],
+      order=None if reads.is_raster else reads,
       rngs=rngs,
       **dtypes,
     )
-    make_group = lambda rngs: nnx.List(
+    make_group = lambda rngs, spec: nnx.List(
       block.Block(
-        width=width,
-        num_heads=num_heads,
+        width=spec.width,
+        num_heads=spec.num_heads,
         pattern=pattern,
-        qk_ratio=qk_ratio,
-        ff_mult=ff_mult,
+        qk_ratio=spec.qk_ratio,
+        ff_mult=spec.ff_mult,
         activation=activation,
-        dropout=dropout,
+        dropout=spec.dropout,
         implementation=implementation,
         kernel_init=inits["kernel_init"],
         out_init=inits["out_init"],
         qk_norm=qk_norm,
-        rope=turn,
+        rope=_rope_of(rope, tuple(position_shape), spec),
         rngs=rngs,
         **dtypes,
       )
-      for pattern in self.patterns
+      for pattern in spec.patterns
     )
-    self.groups = nnx.vmap(make_group)(rngs.split(self.num_groups))
+
+    def make_stack(spec, num_layers, rngs):
+      number = num_layers // len(spec.patterns)
+      return nnx.vmap(lambda rngs: make_group(rngs, spec))(rngs.split(number))
+
+    levels.add_layers(
+      self,
+      specs,
+      make_stack=make_stack,
+      kernel_init=inits["kernel_init"],
+      out_init=inits["out_init"],
+      position_init=inits["position_init"],
+      epsilon=block.NORM_EPSILON,
+      rngs=rngs,
+      **dtypes,
+    )
     self.final_norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
     self.logits = nnx.Linear(
       width,
@@ -217,6 +259,11 @@ class SparseTransformer(nnx.Module):
   def num_groups(self) -> int:
     return self.num_layers // len(self.patterns)
 
+  @property
+  def factors(self) -> tuple[int, ...]:
+    """`shorten` of each inner level, the outermost first; () of a model that has none."""
+    return levels.factors(self)
+
   def __call__(
     self, tokens: Tokens, *, dropout_key: Key[Array, ""] | None = None
   ) -> Float32[Array, "B T 256"]:
@@ -226,33 +273,58 @@ class SparseTransformer(nnx.Module):
       tokens: bytes, any integer dtype; T <= seq_len.
       dropout_key: None turns dropout off.
     """
+    return self.head(self.hidden(tokens, dropout_key=dropout_key))
+
+  def hidden(
+    self, tokens: Tokens, *, dropout_key: Key[Array, ""] | None = None
+  ) -> Float[Array, "B T E"]:
+    """The residual stream behind all blocks; `head` makes logits of it, or of some of its rows.
+
+    Raises:
+      NotImplementedError: a model with inner levels, where a mesh has an axis for sequences.
+    """
+    parts = jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
+    if self.factors and parts > 1:
+      raise NotImplementedError(
+        f"mesh axis sequence={parts}: the groups of a device would have to begin with a row of the "
+        "device before; give the mesh sequence=1 for a model with inner levels"
+      )
     embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
-    cycle = len(self.patterns)
+    keep = self.remat == "none"
+    return levels.run(self, x, layers_key, run_stack=self._run_stack, keep=keep)
+
+  def head(self, x: Float[Array, "B T E"]) -> Float32[Array, "B T 256"]:
+    """Logits of rows of the residual stream."""
+    return self.logits(self.final_norm(x))
+
+  def _run_stack(self, level, groups, x, key):
+    """All blocks of a stack."""
+    cycle = len(groups)
     seeds = None
-    if layers_key is not None:
-      seeds = block.seeds_of(jax.random.split(layers_key, (self.num_groups, cycle)))
+    if key is not None:
+      seeds = block.seeds_of(jax.random.split(key, (levels.num_groups(groups), cycle)))
     # Folded and cast here, once, not for every layer, nor again where layers are computed again.
-    arrays = [layer.weights() for layer in self.groups]
-    options = self.groups[0].options
+    arrays = [layer.weights() for layer in groups]
+    options = groups[0].options
     modules = any(weights is None for weights in arrays)
     if modules:
-      arrays, stream = self.groups, x
+      arrays, stream = groups, x
       blocks = [lambda x, layer, bits: layer(x, bits=bits)] * cycle
     else:
-      stream = residual.start(x, options, drops=seeds is not None and self.groups[0].dropout > 0)
-      blocks = [layer.run for layer in self.groups]  # with the weights that they are given
+      stream = residual.start(x, options, drops=seeds is not None and groups[0].dropout > 0)
+      blocks = [layer.run for layer in groups]  # with the weights that they are given
     in_loop = not modules and options.implementation in LOOPED
-    level = self._level(x, in_loop=in_loop)
+    remat = self._remat_of(level, groups, x, in_loop=in_loop)
     # Kernels read nothing that "hidden" does not keep, but for q and k that were moved: without
     # barriers they read their weights where these lie, in the stacks, and not copies.
-    all_kept = in_loop and level == "hidden" and self.groups[0].attention.placing is None
+    all_kept = in_loop and remat == "hidden" and groups[0].attention.placing is None
     one_by_one = not all_kept and (in_loop or cycle > 1)
-    blocks = [remat_lib.rematerialised(run, level, one_by_one=one_by_one) for run in blocks]
+    blocks = [remat_lib.rematerialised(run, remat, one_by_one=one_by_one) for run in blocks]
 
     # Outside of what is computed again: bits take little room, and hashes time.
     def bits_of(seeds):
-      return [layer.keep_bits(x, seed) for layer, seed in zip(self.groups, seeds, strict=True)]
+      return [layer.keep_bits(x, seed) for layer, seed in zip(groups, seeds, strict=True)]
 
     def run_group(stream, arrays_and_bits):
       for run_block, arrays, bits in zip(blocks, *arrays_and_bits, strict=True):
@@ -271,20 +343,21 @@ class SparseTransformer(nnx.Module):
     else:
       with_bits = lambda stream, xs: run_group(stream, (xs[0], bits_of(xs[1])))
       stream, _ = jax.lax.scan(with_bits, stream, (arrays, seeds))
-    x = stream if modules else residual.end(stream, options)
-    return self.logits(self.final_norm(x))
+    return stream if modules else residual.end(stream, options)
 
-  def _level(self, x: Float[Array, "B T E"], *, in_loop: bool) -> str:
+  def _remat_of(self, level, groups, x: Float[Array, "B T E"], *, in_loop: bool) -> str:
     """What is kept of blocks: `remat`, or what "auto" means for these rows."""
     if self.remat != "auto":
       return self.remat
     if not in_loop:
       return "full"  # keeping more has not paid in a scan, which copies what it keeps
-    attention, hidden = self.groups[0].attention, self.groups[0].feed_forward.up.kernel.shape[-1]
+    attention, hidden = groups[0].attention, groups[0].feed_forward.up.kernel.shape[-1]
     E, Q = attention.query.kernel.shape[-2:]
     widths = remat_lib.Widths(E=E, Q=Q, V=attention.value.kernel.shape[-1], F=hidden)
     rows = sharding.rows_on_a_device(*x.shape[:2])
-    return remat_lib.most_that_fits(widths, rows * self.num_layers * x.dtype.itemsize)
+    # As if all levels were layers of this one.
+    layers = round(self.columns * self.seq_len / (E * level.seq_len))
+    return remat_lib.most_that_fits(widths, rows * layers * x.dtype.itemsize)
 
   def attention_weights(
     self,
@@ -303,54 +376,70 @@ class SparseTransformer(nnx.Module):
 
     Returns:
       What `reduce` returns with an axis of layers in front: float32 [L, B, H, Q, T] by default.
+      Layers count in the order in which they run. The weight that one of an inner level gives a
+      group is shared by the slots that the group pools; levels with fewer heads than others have
+      zeros for the rest.
     """
 
-    def run_group(x, group):
-      results = []
-      for layer in group:
-        x, weights = layer.with_weights(x, rows)
-        results.append(reduce(weights))
-      return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    def run_stack(groups, x, rows, factor):
+      def run_group(x, group):
+        results = []
+        for layer in group:
+          x, weights = layer.with_weights(x, rows)
+          results.append(reduce(levels.on_slots(weights, factor, T, self.most_heads)))
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
-    _, results = jax.lax.scan(run_group, self._embed(tokens), self.groups)
-    return jax.tree.map(lambda y: y.reshape(self.num_layers, *y.shape[2:]), results)
+      x, results = jax.lax.scan(run_group, x, groups)
+      return x, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), results)
 
-  def init_cache(self, batch_size: int, *, sparse: bool = True) -> tuple[cache_lib.Cache, ...]:
+    T = tokens.shape[1]
+    _, results = levels.run_looking(self, self._embed(tokens), rows, run_stack=run_stack)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+
+  def init_cache(self, batch_size: int, *, sparse: bool = True) -> Caches:
     """Empty caches for decoding `batch_size` sequences of `seq_len` tokens, one per cycle entry.
 
     With sparse=False they keep every key and value, and every step reads them all: for comparisons.
+    Of a model with inner levels they are `levels.Caches`. B is the second axis of all arrays.
     """
-    room = dict(num_layers=self.num_groups, sparse=sparse)
-    return tuple(
-      layer.attention.init_cache(batch_size, self.seq_len, **room) for layer in self.groups
-    )
+
+    def of_stack(groups, length):
+      room = dict(num_layers=levels.num_groups(groups), sparse=sparse)
+      return tuple(layer.attention.init_cache(batch_size, length, **room) for layer in groups)
+
+    sizes = dict(width=self.embedding.start.shape[-1], dtype=self.embedding.dtype)
+    return levels.init_caches(self, batch_size, **sizes, of_stack=of_stack)
 
   def prefill(
     self, tokens: Integer[Array, "B P"], *, sparse: bool = True
-  ) -> tuple[Float32[Array, "B P 256"], tuple[cache_lib.Cache, ...]]:
+  ) -> tuple[Float32[Array, "B P 256"], Caches]:
     """Logits of positions 0 to P - 1 in one pass, and the caches as P decoding steps leave them.
 
     Position P is next: `decode_step(tokens[:, -1], P, caches)`.
     """
 
-    def run_group(x, group):
-      caches = []
-      for layer in group:
-        x, filled = layer.prefill(x, self.seq_len, sparse=sparse)
-        caches.append(filled)
-      return x, tuple(caches)
+    def of_stack(groups, x, length):
+      def run_group(x, group):
+        caches = []
+        for layer in group:
+          x, filled = layer.prefill(x, length, sparse=sparse)
+          caches.append(filled)
+        return x, tuple(caches)
 
-    x, caches = jax.lax.scan(run_group, self._embed(tokens), self.groups)
+      return jax.lax.scan(run_group, x, groups)
+
+    x, caches = levels.prefill(self, self._embed(tokens), of_stack=of_stack)
     return self.logits(self.final_norm(x)), caches
 
   def decode_step(
     self,
     token: Integer[Array, "B"],
     step: Integer[Array, ""] | int,
-    caches: tuple[cache_lib.Cache, ...],
+    caches: Caches,
     *,
-    run_blocks: Callable | None = None,
-  ) -> tuple[Float32[Array, "B 256"], tuple[cache_lib.Cache, ...]]:
+    run_blocks: Callable | dict[str, Callable] | None = None,
+    beginning: int | None = None,
+  ) -> tuple[Float32[Array, "B 256"], Caches]:
     """Logits of position `step`, given the byte before it and the caches of the steps before.
 
     Args:
@@ -360,23 +449,35 @@ class SparseTransformer(nnx.Module):
         in place.
       run_blocks: (x, step, caches) -> (x, caches), all blocks by someone's kernels, as
         `run_blocks_of` in decode_fused and decode_cluster makes them; None is `Block.decode_step`.
+        Of a model with inner levels one for each of `levels.stacks`, by its name.
+      beginning: how many inner levels begin a group with this step; None: as `step` says, which is
+        then a number and not traced.
+
+    Raises:
+      ValueError: a traced step of a model with inner levels.
     """
+    if beginning is None:
+      beginning = self._beginning_at(step)
     step = jnp.asarray(step, jnp.int32)
-    x, caches = (run_blocks or self._decode_blocks)(
-      self.embedding.decode_step(token, step), step, caches
-    )
+
+    def of_stack(name, groups, x, step, caches):
+      run = run_blocks[name] if isinstance(run_blocks, dict) else run_blocks
+      return run(x, step, caches) if run else _decode_blocks(groups, x, step, caches)
+
+    x = self.embedding.decode_step(token, step)
+    options = dict(beginning=beginning, of_stack=of_stack)
+    x, caches = levels.decode_step(self, x, step, caches, **options)
     return self.logits(self.final_norm(x)), caches
 
-  def _decode_blocks(self, x, step, caches):
-    def run_group(carry, n_and_group):
-      (x, caches), (n, group), after = carry, n_and_group, []
-      for layer, cache in zip(group, caches, strict=True):
-        x, cache = layer.decode_step(x, step, cache, layer=n)
-        after.append(cache)
-      return (x, tuple(after)), None
-
-    with api.computed_by("xla"):
-      return jax.lax.scan(run_group, (x, caches), (jnp.arange(self.num_groups), self.groups))[0]
+  def _beginning_at(self, step: Integer[Array, ""] | int) -> int:
+    if not self.factors:
+      return 0
+    if isinstance(step, jax.core.Tracer):
+      raise ValueError(
+        "step is traced: a model with inner levels needs `beginning` beside it, as "
+        "`levels.beginning_at` gives it"
+      )
+    return levels.beginning_at(int(step), self.factors)
 
   def _embed(self, tokens: Tokens) -> Float[Array, "B T E"]:
     if tokens.shape[1] > self.seq_len:
@@ -408,18 +509,42 @@ def _loop(run_group: Callable, carry: Any, stacks: Any) -> tuple[Any, None]:
   return carry, None
 
 
-def _rope_of(name: str, position_shape: tuple[int, ...]) -> rope_lib.Rope | None:
+def _decode_blocks(groups, x, step, caches):
+  """A step of all blocks of a stack."""
+
+  def run_group(carry, n_and_group):
+    (x, caches), (n, group), after = carry, n_and_group, []
+    for layer, cache in zip(group, caches, strict=True):
+      x, cache = layer.decode_step(x, step, cache, layer=n)
+      after.append(cache)
+    return (x, tuple(after)), None
+
+  with api.computed_by("xla"):
+    numbers = jnp.arange(levels.num_groups(groups))
+    return jax.lax.scan(run_group, (x, caches), (numbers, groups))[0]
+
+
+def _rope_of(name: str, position_shape: tuple[int, ...], spec: levels.Spec) -> rope_lib.Rope | None:
   if name == "none":
     return None
-  return rope_lib.Rope() if name == "tokens" else rope_lib.Rope(AXES_THETA, position_shape)
+  shape = position_shape
+  while shape and math.prod(shape) * spec.factor > math.prod(position_shape):
+    shape = shape[:-1]
+  # Groups of all that the last axes hold lie on a grid of the others, and else on a line.
+  on_grid = math.prod(shape) * spec.factor == math.prod(position_shape)
+  if name == "tokens" or not on_grid:
+    return rope_lib.Rope()
+  return rope_lib.Rope(AXES_THETA, shape)
 
 
-def _check_head_size(turn: rope_lib.Rope | None, name: str, size: int) -> None:
+def _check_head_size(turn: rope_lib.Rope | None, name: str, spec: levels.Spec) -> None:
+  size = round(spec.qk_ratio * spec.width) // spec.num_heads
   axes = 0 if turn is None else max(1, len(turn.shape))
   if axes and (size % 2 or size < 2 * axes):
+    at = f"{spec.title}: " if spec.name else ""
     raise ValueError(
-      f"rope={name!r}: queries and keys have qk_ratio * width / num_heads = {size} features per "
-      f"head, must be an even number >= {2 * axes}"
+      f"{at}rope={name!r}: queries and keys have qk_ratio * width / num_heads = {size} features "
+      f"per head, must be an even number >= {2 * axes}"
     )
 
 

@@ -31,9 +31,9 @@ BATCH = ("data", "fsdp")  # the axes that sequences are sharded over
 # over "fsdp". What no rule names every device has whole: embeddings and logits, less than a layer,
 # norms, biases of the width, counters.
 RULES = (
-  (r"(query|key|value|up)/kernel", ("fsdp", "tensor")),
+  (r"(query|key|value|up|pool)/kernel", ("fsdp", "tensor")),
   (r"(query|key|value|up)/bias", ("tensor",)),
-  (r"(out|down)/kernel", ("tensor", "fsdp")),
+  (r"(out|down|spread)/kernel", ("tensor", "fsdp")),
 )
 
 

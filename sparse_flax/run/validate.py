@@ -14,6 +14,8 @@ import ml_collections
 from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import model as model_lib
+from sparse_flax.model import levels
+from sparse_flax.model import order
 from sparse_flax.parallel import sharding
 
 
@@ -61,7 +63,8 @@ _RULES = {
   "model.modality": _one_of(*model_lib.MODALITIES),
   "model.seq_len": _whole(1),
   "model.width": _whole(1),
-  "model.num_layers": _whole(1),
+  "model.num_layers": Rule((int,), lambda x: x >= 0, "a whole number >= 1, or 0 around an inner"),
+  "model.num_layers_after": _whole(0),
   "model.num_heads": _whole(1),
   "model.ff_mult": _POSITIVE,
   "model.activation": _one_of(*model_lib.ACTIVATIONS),
@@ -80,6 +83,9 @@ _RULES = {
   "model.init_scheme": _one_of(*model_lib.INIT_SCHEMES),
   "model.rope": _one_of(*model_lib.ROPES),
   "model.qk_norm": Rule((bool,), lambda x: True, "True or False"),
+  "model.order": _one_of(*order.ORDERS),
+  "model.patch": _whole(1),
+  "model.inner": Rule((dict,), lambda x: True, "{}, or the fields of a level"),
   "model.remat": _one_of(*model_lib.REMATS),
   "model.compute_dtype": _one_of(*model_lib.COMPUTE_DTYPES),
   "model.param_dtype": _one_of(*model_lib.PARAM_DTYPES),
@@ -139,28 +145,47 @@ ADDED: dict[str, Any] = {
   "optim.momentum": 0.95,
   "optim.muon_ratio": 1.0,
   "optim.momentum_dtype": "float32",
+  "model.num_layers_after": 0,
+  "model.inner": {},
+  "model.order": "raster",
+  "model.patch": 2,
 }
+
+# The fields of an inner level beside those that it shares with the outermost one.
+_LEVEL_RULES = {
+  "shorten": Rule(
+    (int,),
+    lambda x: x in levels.FACTORS,
+    f"a whole number from {levels.FACTORS[0]} to {levels.FACTORS[-1]}",
+  ),
+  "pool": _one_of(*levels.POOLS),
+  "up": _one_of(*levels.UPS),
+  "positions": Rule((bool,), lambda x: True, "True or False"),
+}
+# A dict that is one value of a config, and not a group.
+_WHOLE = ("model.inner",)
 
 
 def fields() -> list[str]:
   """The names of all fields, "group.field"."""
-  return list(_RULES)
+  return [*_RULES, *(f"model.inner.{name}" for name in _LEVEL_RULES)]
 
 
 def right(field: str) -> str:
   """What a field may hold, in words."""
-  return _RULES[field].right
+  inside = field.removeprefix("model.inner.")
+  return (_LEVEL_RULES[inside] if inside != field else _RULES[field]).right
 
 
 def completed(values: dict) -> dict:
   """The values of a config, with those of ADDED for fields that it does not have."""
-  there = flatten(values)
+  there = by_field(values)
   values = {name: dict(x) if isinstance(x, dict) else x for name, x in values.items()}
   for field, value in ADDED.items():
     group, _, name = field.rpartition(".")
     inside = values.setdefault(group, {}) if group else values
     if field not in there and isinstance(inside, dict):
-      inside[name] = value
+      inside[name] = dict(value) if isinstance(value, dict) else value
   return values
 
 
@@ -200,7 +225,7 @@ def validate(config: ml_collections.ConfigDict) -> list[str]:
 
 def validate_fields(config: ml_collections.ConfigDict) -> list[str]:
   """All problems that no machine and no data can mend: what a run's own config is checked for."""
-  values = flatten(config.to_dict())
+  values = by_field(config.to_dict())
   problems = []
   for name in values.keys() - _RULES.keys():
     close = difflib.get_close_matches(name, _RULES, n=1)
@@ -211,6 +236,8 @@ def validate_fields(config: ml_collections.ConfigDict) -> list[str]:
       problems.append(f"config.{name}: is missing; must be {rule.right}")
     elif not _obeys(values[name], rule):
       problems.append(f"config.{name}={values[name]!r}: must be {rule.right}")
+    elif name == "model.inner":
+      problems += _check_level(values[name], name)
   sound = lambda *names: not any(x.startswith(names) for x in problems)
   if sound("config.model", "config.optim.loss_scale", "config.eval.min_context"):
     problems += _check_numerics(config)
@@ -219,6 +246,27 @@ def validate_fields(config: ml_collections.ConfigDict) -> list[str]:
     problems.append("config.data.mirror=True: must be False where the data are no images")
   if sound("config.model"):
     problems += _check_model(config)
+  return problems
+
+
+def _check_level(level: dict, name: str) -> list[str]:
+  """Each field of an inner level by itself; {} is none."""
+  problems = []
+  for field in level:
+    if field not in levels.FIELDS:
+      close = difflib.get_close_matches(field, levels.FIELDS, n=1)
+      hint = f"; did you mean config.{name}.{close[0]}?" if close else ""
+      problems.append(f"config.{name}.{field}={level[field]!r}: there is no such field{hint}")
+      continue
+    rule = _LEVEL_RULES.get(field) or _RULES[f"model.{field}"]
+    if not _obeys(level[field], rule):
+      problems.append(f"config.{name}.{field}={level[field]!r}: must be {rule.right}")
+    elif field == "inner":
+      problems += _check_level(level[field], f"{name}.inner")
+  for field in levels.REQUIRED if level else ():
+    if field not in level:
+      right = (_LEVEL_RULES.get(field) or _RULES[f"model.{field}"]).right
+      problems.append(f"config.{name}.{field}: is missing; must be {right}")
   return problems
 
 
@@ -244,6 +292,8 @@ def _check_model(config: ml_collections.ConfigDict) -> list[str]:
   """What the model itself refuses, and before that what can be told without building it."""
   model = config.model
   problems = []
+  if model.num_layers < 1 and not model.inner:
+    problems.append(f"config.model.num_layers={model.num_layers}: must be a whole number >= 1")
   if model.num_layers % len(model.attention_layers):
     problems.append(
       f"config.model.num_layers={model.num_layers}: must be a multiple of "
@@ -263,7 +313,9 @@ def _check_model(config: ml_collections.ConfigDict) -> list[str]:
     model_lib.graph_and_shapes(**model)
   except ValueError as error:
     text = str(error)
-    problems.append("config.model." + text if re.match(r"\w+=", text) else f"config.model: {text}")
+    problems.append(
+      "config.model." + text if re.match(r"[\w.]+=", text) else f"config.model: {text}"
+    )
   return problems
 
 
@@ -283,14 +335,24 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
       f"config.data.batch_size={config.data.batch_size}: must be a multiple of {parts * rows} = "
       f"train.accumulation {parts} x {rows} devices on the axes data and fsdp"
     )
-  return problems + sharding.uneven_layers(
-    model_lib.patterns_of(**model),
-    num_heads=model.num_heads,
-    hidden=round(model.ff_mult * model.width),
-    seq_len=model.seq_len,
-    tensor=mesh.tensor,
-    devices=mesh.sequence,
-  )
+  found = levels.specs_of(**model)
+  if mesh.sequence > 1 and len(found) > 1:
+    problems.append(
+      f"config.mesh.sequence={mesh.sequence}: must be 1 with config.model.inner: the groups of a "
+      "device would have to begin with a row of the device before"
+    )
+    return problems
+  for level in found:
+    uneven = sharding.uneven_layers(
+      level.patterns,
+      num_heads=level.num_heads,
+      hidden=round(level.ff_mult * level.width),
+      seq_len=level.length,
+      tensor=mesh.tensor,
+      devices=mesh.sequence,
+    )
+    problems += [f"{x} of {level.name}" if level.name else x for x in uneven]
+  return problems
 
 
 def _check_memory(config: ml_collections.ConfigDict) -> list[str]:
@@ -319,10 +381,16 @@ def _device_memory() -> int | None:
   return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def flatten(values: dict, prefix: str = "") -> dict:
+def by_field(values: dict) -> dict:
+  """As `flatten`, with what is one value of a config in one piece."""
+  return flatten(values, whole=True)
+
+
+def flatten(values: dict, prefix: str = "", *, whole: bool = False) -> dict:
   """{"model.stride": 96, ...} of {"model": {"stride": 96}, ...}."""
   flat = {}
   for name, value in values.items():
-    inner = isinstance(value, dict)
-    flat.update(flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value})
+    path = prefix + name
+    inner = isinstance(value, dict) and not (path in _WHOLE and (whole or not value))
+    flat.update(flatten(value, f"{path}.", whole=whole) if inner else {path: value})
   return flat

@@ -100,8 +100,9 @@ def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict, done: 
   raised = done is not None and done == old.get(_STEPS) and steps > done
   judged_later = (workdir / "data.json").exists()
   lines = [
-    f"  config.{field}: {old.get(field, 'absent')!r} -> {new[field]!r}"
+    line
     for field in sorted(new)
+    for line in _changed(field, old.get(field, "absent"), new[field])
     if field not in old
     or (
       old[field] != new[field]
@@ -117,6 +118,18 @@ def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict, done: 
     if _STEPS in old and old[_STEPS] != steps and not raised:
       head += f", or raise {_STEPS} once all {old[_STEPS]} are done"
     raise ValueError("\n".join([head, *lines]))
+
+
+def _changed(field: str, old: Any, new: Any) -> list[str]:
+  """A line for a field, or for each that differs inside of one that holds others."""
+  if not isinstance(old, dict) or not isinstance(new, dict):
+    return [f"  config.{field}: {old!r} -> {new!r}"]
+  before, after = (validate.flatten(x, f"{field}.") for x in (old, new))
+  return [
+    f"  config.{name}: {before.get(name, 'absent')!r} -> {after.get(name, 'absent')!r}"
+    for name in sorted(before.keys() | after.keys())
+    if name not in before or name not in after or before[name] != after[name]
+  ]
 
 
 def _check_init(workdir: epath.Path, init_from: str | os.PathLike | None) -> None:
@@ -226,7 +239,7 @@ def _changes(workdir: epath.PathLike) -> dict:
 
 
 def _fields(values: dict) -> dict:
-  return validate.flatten(validate.completed(values))
+  return validate.by_field(validate.completed(values))
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict:

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 
 from sparse_flax import data
 from sparse_flax import run
+from sparse_flax.model import order as order_lib
 from sparse_flax.view import grids
 from sparse_flax.view.report import samples as samples_lib
 
@@ -51,7 +52,7 @@ def read_prompt(path: str | os.PathLike, model: ml_collections.ConfigDict) -> np
         f"--prompt={path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels; "
         f"the model draws {columns} x {rows}"
       )
-    example = pixels.reshape(-1)
+    example = order_lib.Order.of(model).read(pixels.reshape(-1))
   if not example.size:
     raise ValueError(f"--prompt={path}: is empty")
   return example[: model.seq_len]
@@ -76,6 +77,7 @@ def write_grid(
   samples: UInt8[np.ndarray, "N T"],
   examples: Sequence[np.ndarray],
   known: Sequence[int],
+  order: order_lib.Order | None = None,
 ) -> None:
   """One picture of all samples; completions stand between what was given and the original.
 
@@ -85,8 +87,9 @@ def write_grid(
     samples: PER_ROW of each example, or of nothing where there are no examples.
     examples: what was completed.
     known: how many bytes of each were given.
+    order: in which samples and examples have their bytes; None: row by row.
   """
-  image = lambda tokens: tokens.reshape(shape)
+  image = lambda tokens: (tokens if order is None else order.drawn(tokens)).reshape(shape)
   if not known:
     columns = min(_COLUMNS, -(-len(samples) // max(1, round(len(samples) ** 0.5))))
     starts = range(0, len(samples), columns)
@@ -97,7 +100,7 @@ def write_grid(
   for n, (example, count) in enumerate(zip(examples, known, strict=True)):
     drawn = [image(x) for x in samples[n * columns : (n + 1) * columns]]
     drawn += [None] * (columns - len(drawn))
-    prompt = grids.with_unknown(image(example), known=count)
+    prompt = image(grids.with_unknown(example, known=count))
     rows.append([prompt, *drawn, image(example)])
   captions = ["given", *(f"drawn {n + 1}" for n in range(columns)), "original"]
   grids.save_grid(path, rows, captions=captions)

@@ -1,6 +1,7 @@
 """Ancestral sampling: one byte after the other, with the keys and values of earlier steps kept."""
 
 import functools
+import itertools
 import logging
 import numbers
 import types
@@ -20,6 +21,7 @@ from jaxtyping import UInt8
 from pallas_kernels import api
 from pallas_kernels import hardware
 from sparse_flax import model as model_lib
+from sparse_flax.model import levels
 from sparse_flax.parallel import sharding
 
 IMPLEMENTATIONS = ("xla", "triton", "cluster")
@@ -83,7 +85,7 @@ def generate(
   """
   graphdef, params = _graph_and_weights(model, params)
   merged = nnx.merge(graphdef, params)
-  api.load_backend(merged.groups[0].attention.implementation)  # of the pass over prompts
+  api.load_backend(levels.first_block(merged).attention.implementation)  # of the pass over prompts
   if length is not None and not 1 <= length <= merged.seq_len:
     raise ValueError(f"{length=}: must be None or a whole number from 1 to {merged.seq_len}")
   T = length or merged.seq_len
@@ -97,9 +99,8 @@ def generate(
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   rows = -(-num // shares) * shares  # those beyond num are drawn for nothing
   P = min(lengths)
-  # One compilation serves all pieces: the last may run past the end, and that part is cut off.
-  size = T - P if on_progress is None else -(-(T - P) // _PIECES)
-  known = np.zeros((rows, P + -(-(T - P) // size) * size), np.uint8)
+  starts = _pieces(P, T, levels.group_size(merged), in_pieces=on_progress is not None)
+  known = np.zeros((rows, starts[-1]), np.uint8)
   for row, prompt in enumerate(prompts):
     known[row, : len(prompt)] = prompt
   lengths = np.pad(lengths, (0, rows - num), constant_values=P)
@@ -108,15 +109,16 @@ def generate(
   params = jax.device_put(as_multiplied(merged, params), sharding.replicated(mesh))
   implementation = implementation or best(merged, rows // shares, sparse=sparse)
   step_kernels(implementation)  # before anything is traced
-  start_up, run = _programs(
+  start_up, run_from = _programs(
     graphdef, mesh, sparse, temperature, top_k, top_p, implementation=implementation
   )
   with jax.set_mesh(mesh):
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(place(np.arange(rows)))
     before = params, place(known[:, :P])
     carry, pieces = start_up(*before), [known[:, :P]]
-    for start in range(P, T, size):
-      piece = place(known[:, start : start + size])
+    for start, end in itertools.pairwise(starts):
+      run = run_from(start % levels.group_size(merged))
+      piece = place(known[:, start:end])
       steps = params, carry, keys, start, piece, place(lengths)
       if start == P:
         programs = start_up.trace(*before), run.trace(*steps)
@@ -124,8 +126,22 @@ def generate(
       carry, tokens = run(*steps)
       pieces.append(np.asarray(tokens))
       if on_progress is not None:
-        on_progress(min(start + size, T), T)
+        on_progress(min(end, T), T)
   return np.concatenate(pieces, axis=1)[:num, :T]
+
+
+def _pieces(P: int, T: int, group: int, *, in_pieces: bool) -> list[int]:
+  """Where pieces of the steps from P to T begin, and where the last ends.
+
+  One compilation serves all, but for the steps to the end of a group that P lies in. The last may
+  run past T, and that part is cut off.
+  """
+  first = min(-(-P // group) * group, T)
+  if first == T:
+    return [P, T]
+  groups = -(-(T - first) // group)
+  size = group * (-(-groups // _PIECES) if in_pieces else groups)
+  return [P] * (first > P) + [first + n * size for n in range(-(-(T - first) // size) + 1)]
 
 
 def row_mesh(num: int) -> jax.sharding.Mesh:
@@ -144,21 +160,26 @@ def _programs(
   top_p: int | float,
   *,
   implementation: str,
-) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
-  """`_start` and `run_steps`, jitted: who samples again and again compiles them once."""
+) -> tuple[jax.stages.Wrapped, Callable[[int], jax.stages.Wrapped]]:
+  """`_start`, and of a phase `run_steps`, jitted: who samples again compiles them once."""
   by_row, of_caches = jax.P(sharding.BATCH), jax.P(None, sharding.BATCH)
   named = functools.partial(jax.NamedSharding, mesh)
   start_up = functools.partial(_start, graphdef, sparse=sparse)
   start_up = jax.jit(start_up, out_shardings=(named(by_row), named(of_caches)))
   options = dict(temperature=temperature, top_k=top_k, top_p=top_p, implementation=implementation)
-  run = jax.shard_map(  # rows know nothing of each other
-    functools.partial(run_steps, graphdef, **options),
-    mesh=mesh,
-    in_specs=(jax.P(), (by_row, of_caches), by_row, jax.P(), by_row, by_row),
-    out_specs=((by_row, of_caches), by_row),
-    check_vma=False,
-  )
-  return start_up, jax.jit(run, donate_argnums=1)
+
+  @functools.cache
+  def run_from(phase: int) -> jax.stages.Wrapped:
+    run = jax.shard_map(  # rows know nothing of each other
+      functools.partial(run_steps, graphdef, **options, phase=phase),
+      mesh=mesh,
+      in_specs=(jax.P(), (by_row, of_caches), by_row, jax.P(), by_row, by_row),
+      out_specs=((by_row, of_caches), by_row),
+      check_vma=False,
+    )
+    return jax.jit(run, donate_argnums=1)
+
+  return start_up, run_from
 
 
 def _graph_and_weights(
@@ -232,13 +253,19 @@ def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = 
   if reason := _why_xla_alone(model):
     _say_once(f"no decoding step by kernels: {reason}")
     return "xla"
-  caches = jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
+  caches = levels.by_stack(
+    model, jax.eval_shape(lambda: model.init_cache(batch_size, sparse=sparse))
+  )
   for name in ("cluster", "triton"):
     reason = _why_not_here(name)
     if reason is None:
       kernels = step_kernels(name)
       assert kernels is not None  # as only "xla" has none
-      reason = kernels.supported(model.groups, caches, batch_size)
+      reasons = (
+        kernels.supported(groups, caches[stack], batch_size)
+        for stack, groups in levels.stacks(model)
+      )
+      reason = next(filter(None, reasons), None)
     if reason is None:
       return name
     _say_once(f"no decoding step by {name}: {reason}")
@@ -247,10 +274,11 @@ def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = 
 
 def _why_xla_alone(model: model_lib.SparseTransformer) -> str | None:
   """Why no kernels compute the steps of a model; None where they may."""
-  activation = model.groups[0].feed_forward.activation
+  first = levels.first_block(model)
+  activation = first.feed_forward.activation
   if activation != "quick_gelu":
     return f"{activation=}, which kernels of a step do not have"
-  placing = model.groups[0].attention.placing
+  placing = first.attention.placing
   return placing and f"{placing}, which kernels of a step do not have"
 
 
@@ -316,8 +344,8 @@ def likely(
 
 def as_multiplied(model, params: dict) -> dict:
   """The layers' weights in the dtype of their products: a step mostly reads weights."""
-  dtype = model.groups[0].feed_forward.up.dtype
-  names = ("attention", "feed_forward")
+  dtype = levels.first_block(model).feed_forward.up.dtype
+  names = ("attention", "feed_forward", "pool", "spread")
   of_product = lambda path: any(getattr(entry, "key", None) in names for entry in path)
   narrow = lambda path, x: jnp.asarray(x, dtype) if of_product(path) else x
   return jax.tree.map_with_path(narrow, params)
@@ -333,14 +361,31 @@ def _start(graphdef, params, known, *, sparse: bool):
 
 
 def run_steps(
-  graphdef, params, carry, keys, start, known, lengths, *, temperature, top_k, top_p, implementation
+  graphdef,
+  params,
+  carry,
+  keys,
+  start,
+  known,
+  lengths,
+  *,
+  temperature,
+  top_k,
+  top_p,
+  implementation,
+  phase=0,
 ):
-  """Steps start, start + 1, ... for as many columns as `known` has."""
+  """Steps start, start + 1, ... for as many columns as `known` has; `phase` is that of `start`.
+
+  Of a model of several levels it says at which steps groups begin: start modulo their size.
+  """
   model = nnx.merge(graphdef, params)
   kernels = step_kernels(implementation)
   if kernels and (reason := _why_xla_alone(model)):
     raise NotImplementedError(f"{implementation}: {reason}")
-  run_blocks = kernels and kernels.run_blocks_of(model.groups, known.shape[0])
+  run_blocks = kernels and {
+    stack: kernels.run_blocks_of(groups, known.shape[0]) for stack, groups in levels.stacks(model)
+  }
 
   def draw(logits, step):  # by row, so that a row does not depend on how many there are
     if temperature == 0.0:
@@ -349,12 +394,14 @@ def run_steps(
     keys_now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
     return jax.vmap(jax.random.categorical)(keys_now, logits)
 
-  def one_step(carry, step_and_known):
+  def one_step(beginning, carry, step_and_known):
     (token, caches), (step, known) = carry, step_and_known
-    logits, caches = model.decode_step(token, step, caches, run_blocks=run_blocks)
+    options = dict(run_blocks=run_blocks, beginning=beginning)
+    logits, caches = model.decode_step(token, step, caches, **options)
     token = jnp.where(step < lengths, known, draw(logits, step).astype(jnp.uint8))
     return (token, caches), token
 
   steps = start + jnp.arange(known.shape[1])
-  carry, tokens = jax.lax.scan(one_step, carry, (steps, known.T))
+  options = dict(count=known.shape[1], phase=phase, factors=model.factors)
+  carry, tokens = levels.scan_steps(one_step, carry, (steps, known.T), **options)
   return carry, tokens.T

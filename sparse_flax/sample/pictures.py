@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from sparse_flax import data
 from sparse_flax import model as model_lib
 from sparse_flax import train
+from sparse_flax.model import order as order_lib
 from sparse_flax.sample.generate import generate
 from sparse_flax.sample.generate import row_mesh
 from sparse_flax.train import boards
@@ -133,13 +134,14 @@ def _images(
 ) -> Drawn:
   from sparse_flax.view import grids  # an extra
 
-  image = lambda tokens: tokens.reshape(model.position_shape)
+  order = order_lib.Order.of(model)
+  image = lambda tokens: order.drawn(tokens).reshape(model.position_shape)
   starts = range(0, len(samples), _COLUMNS)
   grid = [[image(x) for x in samples[i : i + _COLUMNS]] for i in starts]
   drawn: Drawn = {"samples": boards.Image(np.asarray(grids.draw_grid(grid)))}
   if originals:
     rows = [
-      [grids.with_unknown(image(original), known=known), image(completion), image(original)]
+      [image(grids.with_unknown(original, known=known)), image(completion), image(original)]
       for completion, original in zip(completions, originals, strict=True)
     ]
     grid = grids.draw_grid(rows, captions=["given", "drawn", "original"])
@@ -179,7 +181,7 @@ def _attention(
   places = maps.random_places(layout, _PLACES, seed=0)
   weights = layers_lib.weights(graphdef, params, tokens, places, layout)
   drawn: Drawn = {}
-  chosen = np.linspace(0, model.num_layers - 1, _LAYERS).round().astype(int)
+  chosen = np.linspace(0, layers_lib.num_layers(model) - 1, _LAYERS).round().astype(int)
   for layer in dict.fromkeys(chosen.tolist()):
     figure, content = layers_lib.draw(model, layer, tokens, places, weights[layer]), io.BytesIO()
     figure.savefig(content, format="png", dpi=_DPI)

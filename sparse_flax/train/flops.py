@@ -5,7 +5,7 @@ XLA's own count is of no use here: it takes the body of a scan once and kernels 
 
 import ml_collections
 
-from sparse_flax import model as model_lib
+from sparse_flax.model import levels
 
 # Dense bfloat16 peak of one device, operations per second, by the start of its `device_kind`; from
 # the makers' data sheets, without structured sparsity. The longest start that fits counts.
@@ -33,15 +33,31 @@ def forward_flops(model: ml_collections.ConfigDict) -> float:
   with n tokens, N layers, width d, query width q, feed-forward width f and k keys per query on
   average over layers, heads and positions (arXiv:1904.10509 has no figure; the formula is ours).
 
+  With inner levels each counts by its own n, d, q, f and k; groups of k rows of width d cost
+  2 k d d' on their way to the inner width d' and as much on the way back, where these are products.
+
   Args:
     model: the arguments of SparseTransformer.
   """
-  n, d, num_layers = model["seq_len"], model["width"], model["num_layers"]
-  q, f = round(model["qk_ratio"] * d), round(model["ff_mult"] * d)
-  cycle = model_lib.patterns_of(**dict(model.items()))
-  pairs = sum(pattern.num_pairs(n) for pattern in cycle) / len(cycle)
-  weights = num_layers * (2 * d * q + 2 * d * d + 2 * d * f) + 256 * d
-  return 2 * n * weights + 2 * num_layers * pairs * (q + d)
+  return sum(level_flops(model)) + 2 * model["seq_len"] * 256 * model["width"]
+
+
+def level_flops(model: ml_collections.ConfigDict) -> list[float]:
+  """The same, for the layers of each level, the outermost first, without the logits.
+
+  What turns rows into groups, and groups into rows, counts as the inner level's.
+  """
+  found, around = [], None
+  for level in levels.specs_of(**dict(model.items())):
+    n, d = level.length, level.width
+    q, f = round(level.qk_ratio * d), round(level.ff_mult * d)
+    pairs = sum(pattern.num_pairs(n) for pattern in level.patterns) / len(level.patterns)
+    weights = level.depth * (2 * d * q + 2 * d * d + 2 * d * f)
+    products = (level.pool == "linear") + (level.up == "linear") if around else 0
+    between = 2 * n * level.shorten * around.width * d * products if around else 0
+    found.append(2 * n * weights + 2 * level.depth * pairs * (q + d) + between)
+    around = level
+  return found
 
 
 def train_flops(model: ml_collections.ConfigDict, *, batch_size: int) -> float:

@@ -14,6 +14,8 @@ from sparse_flax import export
 from sparse_flax import run
 from sparse_flax.parallel import sharding
 
+Cycles = list[tuple[int, ...]]
+
 
 def load(
   init_from: str | os.PathLike,
@@ -60,7 +62,7 @@ def load(
       f"init_from={os.fspath(init_from)}: must be the folder of an export, or of a run that has a "
       "checkpoint"
     )
-  cycles = [len(x.model.attention_layers) for x in (source, config)]
+  cycles = [export.cycles_of(x.model) for x in (source, config)]
   if problems := _misfits(params, shapes, cycles):
     head = f"init_from={os.fspath(init_from)}: its weights do not fit the model of this config"
     raise ValueError("\n".join([head, *(f"  {line}" for line in problems)]))
@@ -85,18 +87,18 @@ def _placed(x: jax.Array, where: jax.NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
 
 
-def _in_cycles(params: dict, *, shapes: dict, cycles: list[int]) -> dict:
+def _in_cycles(params: dict, *, shapes: dict, cycles: Cycles) -> dict:
   old, new = cycles
   return export.unflatten(export.flatten(params, cycle=old), shapes, cycle=new)
 
 
-def _misfits(params: dict, shapes: dict, cycles: list[int]) -> list[str]:
+def _misfits(params: dict, shapes: dict, cycles: Cycles) -> list[str]:
   """A line for each weight that does not fit; layers with the same trouble have one in common."""
   old, new = (
     jax.eval_shape(functools.partial(export.flatten, cycle=cycle), tree)
     for tree, cycle in zip((params, shapes), cycles, strict=True)
   )
-  others, layers = [], {}  # (name in a layer, trouble) -> numbers of layers
+  others, layers = [], {}  # (stack, name in a layer, trouble) -> numbers of layers
   for name in [*new, *(name for name in old if name not in new)]:
     if name not in old:
       trouble = "is missing"
@@ -106,12 +108,14 @@ def _misfits(params: dict, shapes: dict, cycles: list[int]) -> list[str]:
       trouble = f"is {list(old[name].shape)}, must be {list(new[name].shape)}"
     else:
       continue
-    if match := re.fullmatch(r"layers\.(\d+)\.(.*)", name):
-      layers.setdefault((match.group(2), trouble), []).append(int(match.group(1)))
+    if match := re.fullmatch(r"(.*?)(layers|before|after)\.(\d+)\.(.*)", name):
+      level, stack, number, suffix = match.groups()
+      layers.setdefault((level + stack, suffix, trouble), []).append(int(number))
     else:
       others.append(f"{name} {trouble}")
   return others + [
-    f"layers.{_ranges(numbers)}.{name} {trouble}" for (name, trouble), numbers in layers.items()
+    f"{stack}.{_ranges(numbers)}.{name} {trouble}"
+    for (stack, name, trouble), numbers in layers.items()
   ]
 
 

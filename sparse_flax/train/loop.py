@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import model as model_lib
 from sparse_flax import run
+from sparse_flax.model import levels
 from sparse_flax.parallel import sharding
 from sparse_flax.train import boards
 from sparse_flax.train import flops
@@ -505,9 +507,13 @@ def _banner(
   step_flops = flops.train_flops(model, batch_size=size)
   axes = " x ".join(f"{name} {length}" for name, length in mesh.shape.items() if length > 1)
   layers = ", ".join(map(str, model.attention_layers))
+  found = levels.specs_of(**model)
+  shape = f"{model.num_layers} layers of width {model.width}, attention {layers}"
+  shape = shape if len(found) == 1 else f"{len(found)} levels"
   lines = {
     "model": f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
-    f"{model.num_layers} layers of width {model.width}, attention {layers}, {model.compute_dtype}",
+    f"{shape}, {model.compute_dtype}",
+    **_by_level(model, found),
     "step": f"{size * model.seq_len:,} tokens ({size} sequences of {model.seq_len:,}), "
     f"{metrics.short(step_flops)} FLOP",
     "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes or 'of one'}",
@@ -520,3 +526,16 @@ def _banner(
     "files": f"{workdir}: metrics.jsonl, tensorboard/, checkpoints/",
   }
   return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())
+
+
+def _by_level(model: ml_collections.ConfigDict, found: Sequence[levels.Spec]) -> dict[str, str]:
+  """A line for each level of a model that has several."""
+  lines, total = {}, flops.forward_flops(model)
+  for n, (level, cost) in enumerate(zip(found, flops.level_flops(model), strict=True)):
+    layers = f"{level.num_layers} + {level.num_layers_after}" if n + 1 < len(found) else level.depth
+    lines[f"level {n}"] = (
+      f"{layers} layers of width {level.width}, {level.factor} "
+      f"{'token' if level.factor == 1 else 'tokens'} a row, attention "
+      f"{', '.join(map(str, level.attention_layers))}, {cost / total:.0%} of the FLOP"
+    )
+  return lines if len(found) > 1 else {}

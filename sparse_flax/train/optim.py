@@ -3,6 +3,7 @@
 Beside them Muon, and linear decay.
 """
 
+import re
 from collections.abc import Callable
 from collections.abc import Hashable
 
@@ -84,11 +85,11 @@ def decays(params: dict) -> dict:
 def matrices(params: dict) -> dict:
   """True for each leaf that Muon moves: the matrices of layers, [layers, in, out].
 
-  Embeddings, position tables, the start vector and the logits are Adam's, as biases and gains are.
+  Embeddings, position tables, the start vector and the logits are Adam's, as biases and gains are,
+  and the matrices between levels.
   """
-  return jax.tree.map_with_path(
-    lambda path, _: _name(path).startswith("groups/") and _name(path).endswith("/kernel"), params
-  )
+  of_layers = lambda path: re.match(r"(inner/)*(groups|before|after)/.*/kernel$", _name(path))
+  return jax.tree.map_with_path(lambda path, _: bool(of_layers(path)), params)
 
 
 def _name(path) -> str:

@@ -182,7 +182,7 @@ def _sums(
   weights: Float[Array, "B H Q T"], places: Integer[np.ndarray, "P"], layout: Layout
 ) -> dict:
   """What is averaged of one layer, summed over inputs and places: a dict of [H, ...]."""
-  weights = jnp.nan_to_num(weights)
+  weights = jnp.nan_to_num(layout.in_rows(weights))
   if layout.modality == "image":
     return _sums_of_image(maps_lib.of_pixels(weights, layout), places, layout)
   return _sums_of_sequence(weights, places, layout)

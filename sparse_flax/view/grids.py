@@ -61,7 +61,7 @@ def save_grid(
     draw_grid(rows, captions=captions).save(file, format="PNG")
 
 
-def with_unknown(pixels: Pixels, *, known: int) -> Pixels:
+def with_unknown(pixels: UInt8[np.ndarray, "*shape"], *, known: int) -> UInt8[np.ndarray, "*shape"]:
   """`pixels` with all but the first `known` bytes grey."""
   flat = pixels.reshape(-1).copy()
   flat[known:] = GREY

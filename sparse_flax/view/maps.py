@@ -17,6 +17,8 @@ from jaxtyping import Float32
 from jaxtyping import Integer
 from jaxtyping import UInt8
 
+from sparse_flax.model import order as order_lib
+
 TEXT_CELLS = 1_024  # bytes before the predicted one
 AUDIO_CELLS = 512
 
@@ -30,6 +32,7 @@ class Layout:
     seq_len: T.
     rows, columns: of a picture; of text and audio, blocks of `stride` tokens and the tokens of one.
     channels: tokens of a pixel; 1 for text and audio.
+    order: of the bytes of a picture.
   """
 
   modality: str
@@ -37,12 +40,15 @@ class Layout:
   rows: int
   columns: int
   channels: int = 1
+  order: order_lib.Order | None = None
 
   @classmethod
   def of(cls, model) -> "Layout":
     """The layout of `config.model`."""
     if model.modality == "image":
-      return cls(model.modality, model.seq_len, *model.position_shape)
+      order = order_lib.Order.of(model)
+      order = None if order.is_raster else order
+      return cls(model.modality, model.seq_len, *model.position_shape, order=order)
     return cls(model.modality, model.seq_len, -(-model.seq_len // model.stride), model.stride)
 
   @property
@@ -76,7 +82,17 @@ class Layout:
 
   def slots(self, places: Integer[np.ndarray, "P"]) -> Integer[np.ndarray, "Q"]:
     """The query rows that predict the tokens of some places, one place after the other."""
-    return (places[:, None] * self.channels + np.arange(self.channels)).reshape(-1)
+    rows = (places[:, None] * self.channels + np.arange(self.channels)).reshape(-1)
+    return rows if self.order is None else self.order.tokens_at[rows].astype(rows.dtype)
+
+  def in_rows(self, weights: Array | np.ndarray) -> Array | np.ndarray:
+    """Weights [..., T] on slots as if the bytes of a picture were read row by row.
+
+    Slot j holds token j - 1, and the last token is the last byte in either order.
+    """
+    if self.order is None:
+      return weights
+    return weights[..., np.concatenate([[0], 1 + self.order.tokens_at[:-1]])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +143,7 @@ def make_maps(
   layout: Layout,
 ) -> Maps:
   """The maps of one input for some places, by `attention_weights` of the model."""
-  reduce = lambda weights: _quantised(_cells(weights[0], places, layout))
+  reduce = lambda weights: _quantised(_cells(layout.in_rows(weights[0]), places, layout))
   run = lambda params, tokens: nnx.merge(graphdef, params).attention_weights(
     tokens, layout.slots(places), reduce=reduce
   )

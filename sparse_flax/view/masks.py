@@ -172,18 +172,20 @@ def _show(axes, picture: UInt8[np.ndarray, "rows columns 3"], *, grid: int = 0) 
 
 
 def draw_layers(
-  layers: Sequence[tuple[str, patterns.Pattern]], *, T: int, num_heads: int
+  layers: Sequence[tuple[str, patterns.Pattern]], *, T: int, num_heads: int | Sequence[int]
 ) -> matplotlib.figure.Figure:
   """The masks of the first T queries and keys, one panel per layer and set of like heads.
 
   Args:
     layers: name and pattern of each layer of the cycle.
     T: tokens.
-    num_heads: H.
+    num_heads: H, of all or of each.
   """
-  panels = {}
-  for name, pattern in layers:
-    for h in range(num_heads):
+  panels, sizes = {}, {}
+  counts = [num_heads] * len(layers) if isinstance(num_heads, int) else num_heads
+  for (name, pattern), count in zip(layers, counts, strict=True):
+    sizes[name] = count
+    for h in range(count):
       panels.setdefault((name, pattern.of_head(h)), []).append(h)
   columns = min(4, len(panels))
   rows = -(-len(panels) // columns)
@@ -192,7 +194,7 @@ def draw_layers(
   for n, ((name, pattern), heads) in enumerate(panels.items()):
     axes = figure.add_subplot(rows, columns, n + 1)
     _show(axes, colours([pattern.mask(T)], past))
-    some = len(heads) < num_heads
+    some = len(heads) < sizes[name]
     axes.set_title(f"{name}, heads {', '.join(map(str, heads))}" if some else name, size=12)
     axes.set_xlabel(f"key 0 ... {T - 1}", color=_FAINT)
     axes.set_ylabel("\N{LEFTWARDS ARROW} query", color=_FAINT)

@@ -7,6 +7,7 @@ import jax
 import ml_collections
 from etils import epath
 
+from sparse_flax.model import levels
 from sparse_flax.view.report import charts
 from sparse_flax.view.report import SAMPLE_BYTES
 from sparse_flax.view.report.samples import Sample
@@ -68,17 +69,27 @@ def facts(
     unit: of the scores.
   """
   model = config.model
+  found = levels.specs_of(**model)
+  join = lambda values: " / ".join(dict.fromkeys(map(str, values)))
   named = [
-    entry if isinstance(entry, str) else " / ".join(entry) for entry in model.attention_layers
+    entry if isinstance(entry, str) else " / ".join(entry)
+    for level in found
+    for entry in (level.attention_layers if level.depth else ())
   ]
+  layers, groups = sum(level.depth for level in found), [level.factor for level in found[1:]]
   entries = [
     ("data", f"{config.data.name} ({model.modality})"),
     ("step", f"{step:,}"),
     ("parameters", f"{sum(x.size for x in jax.tree.leaves(params)):,}"),
-    ("layers x heads", f"{model.num_layers} x {model.num_heads}"),
-    ("width, context", f"{model.width:,}, {model.seq_len:,} bytes"),
+    ("layers x heads", f"{layers} x {join(level.num_heads for level in found)}"),
+    (
+      "width, context",
+      f"{join(f'{level.width:,}' for level in found)}, {model.seq_len:,} bytes",
+    ),
     ("attention", ", ".join(named)),
   ]
+  if groups:
+    entries.append(("inner layers", f"on groups of {' and '.join(map(str, groups))} bytes"))
   # Of the averaged weights, as the curve, and on the whole split.
   scored = lambda line: line.get("bytes_scored") == line.get("bytes_in_split")
   tests = [

@@ -16,10 +16,11 @@ from sparse_flax.model import transformer
 from sparse_flax.run import validate
 
 VARIANTS = {
-  "cifar10": ("", "quick", "dense", "fixed", "strided", "record"),
-  "enwik8": ("", "quick", "dense", "fixed", "strided"),
+  "cifar10": ("", "quick", "dense", "fixed", "strided", "record", "shorten", "patches"),
+  "enwik8": ("", "quick", "dense", "fixed", "strided", "shorten", "megabyte"),
   "imagenet64": ("", "quick", "300m"),
-  "audio": ("", "quick", "262k", "1m"),
+  "audio": ("", "quick", "262k", "1m", "1m-shorten"),
+  "photographs": ("", "quick"),
 }
 ALL = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
@@ -59,6 +60,12 @@ def test_every_variant_is_valid_and_takes_a_step(name, variant):
     ("audio", "", 151_840_256),
     ("audio", "262k", 25_666_304),
     ("audio", "1m", 2_707_328),
+    ("cifar10", "shorten", 59_592_192),
+    ("cifar10", "patches", 88_844_416),
+    ("enwik8", "shorten", 90_222_080),
+    ("enwik8", "megabyte", 229_229_056),
+    ("audio", "1m-shorten", 3_367_680),
+    ("photographs", "", 83_685_888),
   ],
 )
 def test_number_of_parameters(name, variant, parameters):

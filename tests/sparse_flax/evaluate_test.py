@@ -13,6 +13,9 @@ from sparse_flax import evaluate
 from sparse_flax.model import transformer
 from sparse_flax.parallel import sharding
 from tests.helpers import tiny
+from tests.helpers.jaxprs import equations
+from tests.helpers.models import random_tokens
+from tests.helpers.models import small_model
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +158,30 @@ def test_data_of_another_modality(case):
   other.model.modality = "audio"
   with pytest.raises(ValueError, match=r"config\.model\.modality='audio': must be 'text'"):
     evaluate.open_dataset(other, "test")
+
+
+@pytest.mark.one_day_in_six(1)
+def test_logits_in_pieces_give_the_same_loss_and_gradients(monkeypatch):
+  inner = dict(shorten=3, num_layers=1, attention_layers=("dense",))
+  model = small_model(inner=inner, attention_layers=("local",))
+  graphdef, params = nnx.split(model, nnx.Param)
+  tokens = random_tokens()
+
+  def loss(params):
+    nats = evaluate.nats_of(nnx.merge(graphdef, params), tokens)
+    return nats.sum(), nats
+
+  results = []
+  for long in (2**16, 16):
+    monkeypatch.setattr(evaluate, "LONG", long)
+    monkeypatch.setattr(evaluate, "PIECE", 8)  # 23 rows are no multiple of it
+    run = jax.jit(lambda params: jax.value_and_grad(loss, has_aux=True)(params))
+    results.append(run(params))
+    scans = [
+      x.params["length"]
+      for x in equations(jax.make_jaxpr(run)(params).jaxpr)
+      if x.primitive.name == "scan"
+    ]
+    assert (3 in scans) == (long == 16)
+  for actual, wanted in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)

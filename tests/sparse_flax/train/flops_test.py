@@ -4,16 +4,21 @@ import json
 import math
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend import core
 
+from configs import audio
 from configs import cifar10
 from configs import enwik8
 from configs import imagenet64
 from sparse_flax import model as model_lib
 from sparse_flax import train
+from sparse_flax.model import levels
 from sparse_flax.train import flops
+from tests.helpers import models
 from tests.helpers import tiny
 
 TERA = {
@@ -24,6 +29,11 @@ TERA = {
   "enwik8-strided": (enwik8, 2.39),
   "enwik8-dense": (enwik8, 6.96),
   "imagenet64-": (imagenet64, 3.84),
+  "cifar10-shorten": (cifar10, 0.1575),
+  "cifar10-patches": (cifar10, 0.0919),
+  "enwik8-shorten": (enwik8, 1.063),
+  "enwik8-megabyte": (enwik8, 1.19),
+  "audio-1m-shorten": (audio, 1.984),
 }
 
 
@@ -85,6 +95,27 @@ def test_a_step_has_the_products_that_are_counted(tmp_path):
   uncounted += 2 * 4 * 32 * (256 + sum(model.position_shape)) * model.width
   assert hidden > 500
   assert products(jaxpr) == flops.train_flops(model, batch_size=4) + uncounted
+
+
+def test_products_of_every_level_are_counted():
+  """`reference` takes all pairs, of which a pattern counts its own."""
+  inner = dict(
+    shorten=3, num_layers=1, num_layers_after=1, width=24, ff_mult=3.0,
+    inner=dict(shorten=2, num_layers=2, attention_layers=("dense", "column"), qk_ratio=0.5),
+  )  # fmt: skip
+  sizes = dict(attention_layers=("local",), num_layers_after=2, inner=inner, remat="none")
+  config = models.SMALL | sizes
+  model = nnx.eval_shape(lambda: model_lib.SparseTransformer(**config, rngs=nnx.Rngs(0)))
+  tokens = jax.ShapeDtypeStruct((1, 23), np.uint8)
+  jaxpr = jax.make_jaxpr(lambda model, tokens: model(tokens))(model, tokens).jaxpr
+  hidden = 0
+  for level in levels.specs_of(**config):
+    pairs = sum(x.num_pairs(level.length) for x in level.patterns) / len(level.patterns)
+    width = (1 + level.qk_ratio) * level.width
+    hidden += 2 * level.depth * (level.length**2 - pairs) * width
+  arguments = ml_collections.ConfigDict(dict(qk_ratio=1.0) | config)
+  assert products(jaxpr) == flops.forward_flops(arguments) + hidden
+  assert sum(flops.level_flops(arguments)) == flops.forward_flops(arguments) - 2 * 23 * 256 * 12
 
 
 @pytest.mark.one_day_in_six(4)
