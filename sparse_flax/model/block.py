@@ -1,5 +1,6 @@
 """The residual block: attention, then feed-forward, each after its own norm."""
 
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from pallas_kernels.residual import dropout
 from sparse_flax.model import attention
 from sparse_flax.model import cache as cache_lib
 from sparse_flax.model import heads
+from sparse_flax.model import learned
 from sparse_flax.parallel import sharding
 
 # Kernels that compute a block themselves are handed these.
@@ -114,6 +116,8 @@ class Block(nnx.Module):
     activation: str = "quick_gelu",
     qk_norm: bool = False,
     rope: heads.RotaryFn | None = None,
+    recipe: learned.Recipe | None = None,
+    stage: learned.Stage = None,
     rngs: nnx.Rngs,
   ):
     linear = dict(
@@ -122,16 +126,19 @@ class Block(nnx.Module):
     norm = lambda: nnx.LayerNorm(width, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
     self.dropout = dropout
     self.attention_norm = norm()
-    self.attention = attention.SparseSelfAttention(
+    layer: dict[str, Any] = dict(
       width=width,
       num_heads=num_heads,
-      pattern=pattern,
       qk_ratio=qk_ratio,
       implementation=implementation,
       qk_norm=qk_norm,
       rope=rope,
       **linear,
     )
+    if recipe is None:
+      self.attention = attention.SparseSelfAttention(pattern=pattern, **layer)
+    else:
+      self.attention = learned.LearnedSelfAttention(recipe=recipe, stage=stage, **layer)
     self.feed_forward_norm = norm()
     self.feed_forward = FeedForward(
       width=width, hidden=round(ff_mult * width), activation=activation, **linear
@@ -155,8 +162,21 @@ class Block(nnx.Module):
     if weights is not None and x.dtype == self.attention.key.dtype:
       stream = residual.start(x, self.options, drops=bits is not None)
       return residual.end(self.run(stream, weights, bits), self.options)
+    return self._behind(x, self.attention(self._normed(x)), bits)
+
+  def with_losses(
+    self, x: Float[Array, "B T E"], *, bits: Bits | None = None, stage: learned.Stage = None
+  ) -> tuple[Float[Array, "B T E"], dict[str, Array]]:
+    """`__call__` in a stage, and the losses of a layer that chooses its blocks; {} of others."""
+    if not isinstance(self.attention, learned.LearnedSelfAttention):
+      return self(x, bits=bits), {}
+    a, losses = self.attention(self._normed(x), stage=stage, losses=True)
+    return self._behind(x, a, bits), losses
+
+  def _behind(self, x: Array, a: Array, bits: Bits | None) -> Float[Array, "B T E"]:
+    """The stream behind the block, given what its attention makes of x."""
     of_attention, of_feed_forward = (None, None) if bits is None else bits
-    x = x + masked(self.attention(self._normed(x)), of_attention, self.dropout)
+    x = x + masked(a, of_attention, self.dropout)
     x = checkpoint_name(x, "residual_h")
     return x + masked(self._feed(x), of_feed_forward, self.dropout)
 
@@ -214,6 +234,8 @@ class Block(nnx.Module):
   def _why_no_halves(self) -> str | None:
     """What keeps this block from two functions around attention; None: nothing does."""
     a, f = self.attention, self.feed_forward
+    if isinstance(a, learned.LearnedSelfAttention):
+      return "learned attention reads the normed stream"
     if any(layer.bias is None for layer in (a.query, a.key, a.value, a.out, f.up, f.down)):
       return "a layer has no bias"
     if a.key.dtype is None:
