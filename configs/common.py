@@ -60,6 +60,19 @@ def _shared() -> dict:
       init_scheme="default",  # u: the paper's embeddings, the published code's matrices
       rope="none",  # p: learned positions alone
       qk_norm=False,  # p
+      learned=dict(  # of layers that are "moba", "nsa" or "indexer"; u
+        block_size=128,  # keys
+        top=16,  # blocks that a query reads
+        query_block=16,  # queries that share a list
+        first=1,  # blocks from the beginning that are always read
+        local=1,  # a query's own block, and those before it, that are always read
+        lists="group",  # "head", "all": who has a list
+        window=512,  # of nsa
+        index_size=64,  # of indexer: features of its queries and keys
+        index_heads=0,  # of indexer; 0: as many as lists
+        key_conv=0,  # of moba: taps over keys
+      ),
+      learned_stages=(),  # (step, "dense" or so many blocks), ...; (): `top` from the beginning
       remat="auto",  # u: the most that fits where blocks are kernels'; else the paper's "full"
       compute_dtype="bfloat16",  # u: the paper has float16
       param_dtype="float32",  # p
@@ -98,6 +111,7 @@ def _shared() -> dict:
       momentum=0.95,  # of Muon
       muon_ratio=1.0,  # of Muon: how far matrices move, over what Adam's would
       momentum_dtype="float32",  # u
+      index_loss=1.0,  # of layers that are "indexer": factor of their own loss
       loss_scale="none",  # "dynamic" goes with compute_dtype="float16"
     ),
     mesh=dict(data=-1, fsdp=1, tensor=1, sequence=1),  # -1: all devices

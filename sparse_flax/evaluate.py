@@ -106,12 +106,16 @@ class Evaluator:
     self._batch_size = rows * -(-batch_size // rows)
     self._by_batch = sharding.by_batch(mesh)
 
-    def nats_of_rows(params, tokens, scored: Bool[Array, "B T"]) -> Float[Array, "B"]:
-      nats = token_nats(nnx.merge(graphdef, params)(tokens), tokens)
+    def nats_of_rows(
+      params, tokens, scored: Bool[Array, "B T"], *, stage=None
+    ) -> Float[Array, "B"]:
+      nats = token_nats(nnx.merge(graphdef, params)(tokens, stage=stage), tokens)
       return jnp.where(scored, nats, 0.0).sum(axis=1)
 
     # Every process gets the whole result.
-    self._nats_of_rows = jax.jit(nats_of_rows, out_shardings=sharding.replicated(mesh))
+    self._nats_of_rows = jax.jit(
+      nats_of_rows, out_shardings=sharding.replicated(mesh), static_argnames="stage"
+    )
 
   def __call__(
     self,
@@ -157,15 +161,18 @@ class Evaluator:
           f"{self._dataset.split} split of {self._dataset.name}"
         )
       batches = _first_of(batches, num)
+    # By what the last update was made with.
+    stage = model_lib.stage_at(model.learned_stages, max(step - 1, 0))
+    how = {} if stage is None else {"stage": stage}
     nats, sizes, num_bytes, waiting, attention = [], [], 0, None, ""
     for tokens, scored in itertools.islice(batches, max_batches):
       placed = [
         sharding.place(lambda rows, x=x: x[rows], self._by_batch, x.shape) for x in (tokens, scored)
       ]
       if waiting is None:
-        program = self._nats_of_rows.trace(params, *placed)
+        program = self._nats_of_rows.trace(params, *placed, **how)
         attention = ", ".join(api.implementations_in(program.jaxpr))
-      sums = self._nats_of_rows(params, *placed)
+      sums = self._nats_of_rows(params, *placed, **how)
       if waiting is not None:  # fetched one batch late: the device is at work on the next
         nats.append(np.asarray(waiting, np.float64))
         on_progress(num_bytes)

@@ -10,8 +10,12 @@ from sparse_flax.model.cross_attention import SparseCrossAttention
 from sparse_flax.model.embedding import check_bytes
 from sparse_flax.model.embedding import VOCABULARY
 from sparse_flax.model.initialization import INIT_SCHEMES
+from sparse_flax.model.layer_patterns import LEARNED_NAMES
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
+from sparse_flax.model.learned import LearnedSelfAttention
+from sparse_flax.model.learned import recipes_of
+from sparse_flax.model.learned import stage_at
 from sparse_flax.model.remat import level_in
 from sparse_flax.model.remat import REMATS
 from sparse_flax.model.transformer import COMPUTE_DTYPES
@@ -26,6 +30,7 @@ __all__ = [
   "COMPUTE_DTYPES",
   "GELU_SLOPE",
   "INIT_SCHEMES",
+  "LEARNED_NAMES",
   "MODALITIES",
   "PARAM_DTYPES",
   "PATTERN_NAMES",
@@ -33,6 +38,7 @@ __all__ = [
   "ROPES",
   "VOCABULARY",
   "Block",
+  "LearnedSelfAttention",
   "SparseCrossAttention",
   "SparseSelfAttention",
   "SparseTransformer",
@@ -42,4 +48,6 @@ __all__ = [
   "graph_and_shapes",
   "level_in",
   "patterns_of",
+  "recipes_of",
+  "stage_at",
 ]

@@ -20,7 +20,7 @@ from pallas_kernels import residual
 from pallas_kernels.residual import activations
 from pallas_kernels.residual import dropout
 from sparse_flax.model import attention
-from sparse_flax.model import cache as cache_lib
+from sparse_flax.model import cache_blocks
 from sparse_flax.model import heads
 from sparse_flax.model import learned
 from sparse_flax.parallel import sharding
@@ -164,14 +164,21 @@ class Block(nnx.Module):
       return residual.end(self.run(stream, weights, bits), self.options)
     return self._behind(x, self.attention(self._normed(x)), bits)
 
-  def with_losses(
-    self, x: Float[Array, "B T E"], *, bits: Bits | None = None, stage: learned.Stage = None
+  def in_stage(
+    self,
+    x: Float[Array, "B T E"],
+    bits: Bits | None = None,
+    *,
+    stage: learned.Stage = None,
+    losses: bool = False,
   ) -> tuple[Float[Array, "B T E"], dict[str, Array]]:
-    """`__call__` in a stage, and the losses of a layer that chooses its blocks; {} of others."""
-    if not isinstance(self.attention, learned.LearnedSelfAttention):
+    """`__call__` in a stage of learned attention, and the losses of that if they are asked for."""
+    a = self.attention
+    if not isinstance(a, learned.LearnedSelfAttention):
       return self(x, bits=bits), {}
-    a, losses = self.attention(self._normed(x), stage=stage, losses=True)
-    return self._behind(x, a, bits), losses
+    found = a(self._normed(x), stage=stage, losses=losses)
+    out, lost = found if losses else (found, {})
+    return self._behind(x, out, bits), lost
 
   def _behind(self, x: Array, a: Array, bits: Bits | None) -> Float[Array, "B T E"]:
     """The stream behind the block, given what its attention makes of x."""
@@ -262,7 +269,7 @@ class Block(nnx.Module):
 
   def prefill(
     self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True
-  ) -> tuple[Float[Array, "B P E"], cache_lib.Cache]:
+  ) -> tuple[Float[Array, "B P E"], cache_blocks.AnyCache]:
     """`__call__`, and the block's cache, for `length` steps, as P of them leave it."""
     weights = self.weights()
     if weights is not None and x.dtype == self.attention.key.dtype:
@@ -277,10 +284,10 @@ class Block(nnx.Module):
     self,
     x: Float[Array, "B E"],
     step: Integer[Array, ""],
-    cache: cache_lib.Cache,
+    cache: cache_blocks.AnyCache,
     *,
     layer: Integer[Array, ""],
-  ) -> tuple[Float[Array, "B E"], cache_lib.Cache]:
+  ) -> tuple[Float[Array, "B E"], cache_blocks.AnyCache]:
     """Row `step` of `__call__`, given the keys and values of the rows before it."""
     a, cache = self.attention.decode_step(self._normed(x), step, cache, layer=layer)
     x = x + a

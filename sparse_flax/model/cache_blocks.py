@@ -14,6 +14,7 @@ from jaxtyping import Float
 from jaxtyping import Float32
 from jaxtyping import Int
 
+from sparse_flax.model.cache import Cache
 from sparse_flax.model.cache_rows import Step
 
 _ARRAYS = ("key", "value", "pooled", "pooled_value", "current", "tail", "lists")
@@ -147,6 +148,9 @@ class Blocks:
       return jax.lax.dynamic_slice(flat, (layer, 0, 0, start, 0), shape)[0]
 
     return read(self.key), read(self.value)
+
+
+AnyCache = Cache | Blocks  # of a layer with a pattern, of one that chooses
 
 
 def empty(

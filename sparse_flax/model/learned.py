@@ -6,6 +6,8 @@ A recipe says how: `Moba`, `Nsa` or `Indexer`, over the calls `pool_blocks`, `se
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from typing import Literal
 from typing import NamedTuple
@@ -93,7 +95,7 @@ class Recipe:
 
   def num_pairs(self, T: int) -> float:
     """Pairs of a query and a key that a head computes products of, about."""
-    return T * min(self.top * self.block_size, (T + 1) / 2)
+    return T * min(float(self.top * self.block_size), (T + 1) / 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,61 @@ class Indexer(Recipe):
 
 
 RECIPES: dict[str, type[Recipe]] = {"moba": Moba, "nsa": Nsa, "indexer": Indexer}
+FIELDS = tuple(dict.fromkeys(x.name for r in RECIPES.values() for x in dataclasses.fields(r)))
+
+
+def recipes_of(
+  *, attention_layers: Sequence[Any], learned: Any = None, **others: Any
+) -> tuple[Recipe | None, ...]:
+  """Those of a SparseTransformer's cycle, None where a layer has a pattern; see its arguments.
+
+  Raises:
+    ValueError: a field that no recipe has, or one that makes no sense.
+  """
+  del others
+  given = dict(learned or {})
+  for name in given:
+    if name not in FIELDS:
+      raise ValueError(f"learned.{name}={given[name]!r}: must be one of {', '.join(FIELDS)}")
+
+  def of_entry(entry: Any) -> Recipe | None:
+    if not isinstance(entry, str) or entry not in RECIPES:
+      return None
+    recipe = RECIPES[entry]
+    own = {field.name for field in dataclasses.fields(recipe)}
+    return recipe(**{name: x for name, x in given.items() if name in own})
+
+  return tuple(of_entry(entry) for entry in attention_layers)
+
+
+def stage_at(stages: Sequence[Any], step: int) -> Stage:
+  """That of `learned_stages` in which the update after `step` others is; None without stages."""
+  return next((stage for start, stage in reversed(stages) if start <= step), None)
+
+
+def check_stages(stages: Any, recipes: Sequence[Recipe | None], seq_len: int) -> None:
+  """Raises ValueError for `learned_stages` that cannot be those of a model."""
+  given, there = f"learned_stages={stages!r}", [x for x in recipes if x is not None]
+  if not stages:
+    return
+  if not there:
+    raise ValueError(f"{given}: must be () without one of {', '.join(RECIPES)} in attention_layers")
+  pairs = all(isinstance(x, tuple | list) and len(x) == 2 for x in stages)
+  starts = [x[0] for x in stages] if pairs else []
+  whole = all(isinstance(x, int) and not isinstance(x, bool) for x in starts)
+  if not pairs or not whole or starts[0] != 0 or starts != sorted(set(starts)):
+    raise ValueError(
+      f"{given}: must be pairs (step, 'dense' or a number of blocks), from step 0 on, ascending"
+    )
+  for _, stage in stages:
+    for recipe in there:
+      if stage != "dense":
+        recipe.check_top(stage, f"{given}, of which {stage!r}")
+      elif isinstance(recipe, Indexer) and seq_len > MOST_DENSE:
+        raise ValueError(
+          f"{given}: a stage of an indexer must not be 'dense' beyond {MOST_DENSE:,} tokens, and "
+          f"seq_len={seq_len}"
+        )
 
 
 class Index(nnx.Module):
@@ -666,6 +723,27 @@ class LearnedSelfAttention(heads.Heads):
       activation=self._activation,
       **self._sizes,
     )
+
+
+def with_losses(
+  recipes: Sequence[Recipe | None], x: Float[Array, "B T E"], *, stage: Stage, losses: bool
+) -> tuple[tuple, Callable]:
+  """What goes through a model whose layers choose, and what takes it through a `Block`.
+
+  Returns:
+    (x, sums of losses by their names), and (that, block, bits) -> that.
+  """
+  learns = losses and any(isinstance(recipe, Indexer) for recipe in recipes)
+  sums = {"index": jnp.zeros((), jnp.float32)} if learns else {}
+
+  def run(stream: tuple, layer: Any, bits: Any) -> tuple:
+    x, sums = stream
+    x, found = layer.in_stage(x, bits, stage=stage, losses=losses)
+    return x, {
+      name: total + found[name] if name in found else total for name, total in sums.items()
+    }
+
+  return (x, sums), run
 
 
 def gated(

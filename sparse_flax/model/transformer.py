@@ -19,9 +19,10 @@ from jaxtyping import UInt8
 from pallas_kernels import api
 from pallas_kernels import residual
 from sparse_flax.model import block
-from sparse_flax.model import cache as cache_lib
+from sparse_flax.model import cache_blocks
 from sparse_flax.model import embedding
 from sparse_flax.model import initialization
+from sparse_flax.model import learned as learned_lib
 from sparse_flax.model import remat as remat_lib
 from sparse_flax.model import rope as rope_lib
 from sparse_flax.model.layer_patterns import Entry
@@ -73,6 +74,8 @@ class SparseTransformer(nnx.Module):
     init_scheme: str = "default",
     rope: str = "none",
     qk_norm: bool = False,
+    learned: Any = None,  # a mapping, which a ConfigDict is to no type checker
+    learned_stages: Sequence[Any] = (),
     remat: str = "full",
     compute_dtype: str = "bfloat16",
     param_dtype: str = "float32",
@@ -90,7 +93,8 @@ class SparseTransformer(nnx.Module):
       u sigmoid(1.702 u), or "relu2", max(u, 0)^2, which no kernel of a step has.
     qk_ratio: width of queries and keys over E; 0.5 is the paper's half size.
     attention_layers: the cycle of patterns over depth. An entry is a name of PATTERN_NAMES, or a
-      tuple of names, one per group of neighbouring heads.
+      tuple of names, one per group of neighbouring heads; or one of LEARNED_NAMES, "moba", "nsa"
+      and "indexer", which choose the blocks of keys that they read.
     stride: l, tokens: window of local, period of column, block of block and summary.
     summary_width: c, tokens per block for "summary" and "fixed".
     sub_blocks: V, different places of the summary, head h using h % V.
@@ -104,6 +108,11 @@ class SparseTransformer(nnx.Module):
     rope: what turns queries and keys, beside the learned positions: "none", "tokens", the token's
       number, or "axes", its place along each axis of `position_shape`.
     qk_norm: whether queries and keys are normalised, by head.
+    learned: fields of the recipes of layers that choose, `sparse_flax.learned`; a recipe takes
+      those that it has. None: the defaults.
+    learned_stages: how many blocks such layers read, (step, "dense" or a number) from that step of
+      training on, the first of step 0; evaluation, samples and exports have the last one. (): what
+      `learned` says, from the beginning to the end.
     remat: what the forward pass keeps for the backward pass. "full" keeps the input of each block
       and computes all else again, "attention" keeps attention's result too, "block" also q, k, v
       and the residual stream between the two branches, "hidden" also the argument of f and f of
@@ -147,6 +156,8 @@ class SparseTransformer(nnx.Module):
         f"the length of {attention_layers=}"
       )
     _check_positions(modality, tuple(position_shape), seq_len)
+    recipes = learned_lib.recipes_of(attention_layers=attention_layers, learned=learned)
+    learned_lib.check_stages(learned_stages, recipes, seq_len)
     turn = _rope_of(rope, tuple(position_shape))
     _check_head_size(turn, rope, round(qk_ratio * width) // num_heads)
     api.load_backend(implementation)  # not within the trace of vmap
@@ -156,6 +167,7 @@ class SparseTransformer(nnx.Module):
     self.num_layers = num_layers
     self.embed_dropout = embed_dropout
     self.remat = remat
+    self.recipes = recipes
     self.patterns = patterns_of(
       attention_layers=attention_layers,
       num_heads=num_heads,
@@ -189,10 +201,12 @@ class SparseTransformer(nnx.Module):
         out_init=inits["out_init"],
         qk_norm=qk_norm,
         rope=turn,
+        recipe=recipe,
+        stage=learned_stages[-1][1] if learned_stages else None,
         rngs=rngs,
         **dtypes,
       )
-      for pattern in self.patterns
+      for pattern, recipe in zip(self.patterns, recipes, strict=True)
     )
     self.groups = nnx.vmap(make_group)(rngs.split(self.num_groups))
     self.final_norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
@@ -210,14 +224,28 @@ class SparseTransformer(nnx.Module):
   def num_groups(self) -> int:
     return self.num_layers // len(self.patterns)
 
+  @property
+  def chooses(self) -> bool:
+    """Whether some layers choose the blocks that they read."""
+    return any(recipe is not None for recipe in self.recipes)
+
   def __call__(
-    self, tokens: Tokens, *, dropout_key: Key[Array, ""] | None = None
-  ) -> Float32[Array, "B T 256"]:
-    """Logits; those at t predict tokens[:, t] and depend on the tokens before it only.
+    self,
+    tokens: Tokens,
+    *,
+    dropout_key: Key[Array, ""] | None = None,
+    stage: learned_lib.Stage = None,
+    losses: bool = False,
+  ) -> Any:
+    """Logits [B, T, 256]; those at t predict tokens[:, t] and depend on the tokens before it only.
 
     Args:
       tokens: bytes, any integer dtype; T <= seq_len.
       dropout_key: None turns dropout off.
+      stage: of layers that choose: "dense", a number of blocks, or None for the last stage. Known
+        when the call is traced.
+      losses: whether to return what these layers learn from, too: {"index": scalar}, the sum over
+        the layers that are indexers, or {} without one.
     """
     embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
@@ -232,6 +260,9 @@ class SparseTransformer(nnx.Module):
     if modules:
       arrays, stream = self.groups, x
       blocks = [lambda x, layer, bits: layer(x, bits=bits)] * cycle
+      if self.chooses:
+        stream, run_block = learned_lib.with_losses(self.recipes, x, stage=stage, losses=losses)
+        blocks = [run_block] * cycle
     else:
       stream = residual.start(x, options, drops=seeds is not None and self.groups[0].dropout > 0)
       blocks = [layer.run for layer in self.groups]  # with the weights that they are given
@@ -264,8 +295,10 @@ class SparseTransformer(nnx.Module):
     else:
       with_bits = lambda stream, xs: run_group(stream, (xs[0], bits_of(xs[1])))
       stream, _ = jax.lax.scan(with_bits, stream, (arrays, seeds))
-    x = stream if modules else residual.end(stream, options)
-    return self.logits(self.final_norm(x))
+    x, found = stream if self.chooses else (stream, {})
+    x = x if modules else residual.end(x, options)
+    logits = self.logits(self.final_norm(x))
+    return (logits, found) if losses else logits
 
   def _level(self, x: Float[Array, "B T E"], *, in_loop: bool) -> str:
     """What is kept of blocks: `remat`, or what "auto" means for these rows."""
@@ -308,7 +341,9 @@ class SparseTransformer(nnx.Module):
     _, results = jax.lax.scan(run_group, self._embed(tokens), self.groups)
     return jax.tree.map(lambda y: y.reshape(self.num_layers, *y.shape[2:]), results)
 
-  def init_cache(self, batch_size: int, *, sparse: bool = True) -> tuple[cache_lib.Cache, ...]:
+  def init_cache(
+    self, batch_size: int, *, sparse: bool = True
+  ) -> tuple[cache_blocks.AnyCache, ...]:
     """Empty caches for decoding `batch_size` sequences of `seq_len` tokens, one per cycle entry.
 
     With sparse=False they keep every key and value, and every step reads them all: for comparisons.
@@ -320,7 +355,7 @@ class SparseTransformer(nnx.Module):
 
   def prefill(
     self, tokens: Integer[Array, "B P"], *, sparse: bool = True
-  ) -> tuple[Float32[Array, "B P 256"], tuple[cache_lib.Cache, ...]]:
+  ) -> tuple[Float32[Array, "B P 256"], tuple[cache_blocks.AnyCache, ...]]:
     """Logits of positions 0 to P - 1 in one pass, and the caches as P decoding steps leave them.
 
     Position P is next: `decode_step(tokens[:, -1], P, caches)`.
@@ -340,10 +375,10 @@ class SparseTransformer(nnx.Module):
     self,
     token: Integer[Array, "B"],
     step: Integer[Array, ""] | int,
-    caches: tuple[cache_lib.Cache, ...],
+    caches: tuple[cache_blocks.AnyCache, ...],
     *,
     run_blocks: Callable | None = None,
-  ) -> tuple[Float32[Array, "B 256"], tuple[cache_lib.Cache, ...]]:
+  ) -> tuple[Float32[Array, "B 256"], tuple[cache_blocks.AnyCache, ...]]:
     """Logits of position `step`, given the byte before it and the caches of the steps before.
 
     Args:

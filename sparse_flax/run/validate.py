@@ -1,5 +1,6 @@
 """Every mistake in a config at once, each as `config.group.field=value: what would be right`."""
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -14,6 +15,7 @@ import ml_collections
 from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import model as model_lib
+from sparse_flax.model import learned
 from sparse_flax.parallel import sharding
 
 
@@ -45,7 +47,9 @@ _TEXT = Rule((str,), lambda x: True, "text")
 
 
 def _is_cycle(layers: Any) -> bool:
-  entries = [(x,) if isinstance(x, str) else x for x in layers]
+  entries = [(x,) if isinstance(x, str) else x for x in layers if x not in model_lib.LEARNED_NAMES]
+  if not entries:
+    return bool(layers)
   return bool(entries) and all(
     isinstance(x, tuple | list) and x and all(name in model_lib.PATTERN_NAMES for name in x)
     for x in entries
@@ -69,7 +73,11 @@ _RULES = {
   "model.attention_layers": Rule(
     (tuple, list),
     _is_cycle,
-    "a tuple of names, or of tuples of names, from " + ", ".join(model_lib.PATTERN_NAMES),
+    "a tuple of names, or of tuples of names, from "
+    + ", ".join(model_lib.PATTERN_NAMES)
+    + "; or of "
+    + ", ".join(model_lib.LEARNED_NAMES)
+    + ", each a whole layer",
   ),
   "model.stride": _whole(1),
   "model.summary_width": _whole(0),
@@ -80,6 +88,21 @@ _RULES = {
   "model.init_scheme": _one_of(*model_lib.INIT_SCHEMES),
   "model.rope": _one_of(*model_lib.ROPES),
   "model.qk_norm": Rule((bool,), lambda x: True, "True or False"),
+  "model.learned.block_size": _whole(1),
+  "model.learned.top": _whole(1),
+  "model.learned.query_block": _whole(1),
+  "model.learned.first": _whole(0),
+  "model.learned.local": _whole(1),
+  "model.learned.lists": _one_of(*learned.LISTS),
+  "model.learned.window": _whole(1),
+  "model.learned.index_size": _whole(1),
+  "model.learned.index_heads": _whole(0),
+  "model.learned.key_conv": Rule((int,), lambda x: x in learned.KEY_CONVS, "0, 3 or 5"),
+  "model.learned_stages": Rule(
+    (tuple, list),
+    lambda x: all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in x),
+    "a tuple of pairs (step, 'dense' or a number of blocks), () for none",
+  ),
   "model.remat": _one_of(*model_lib.REMATS),
   "model.compute_dtype": _one_of(*model_lib.COMPUTE_DTYPES),
   "model.param_dtype": _one_of(*model_lib.PARAM_DTYPES),
@@ -112,6 +135,7 @@ _RULES = {
   "optim.momentum": _RATE,
   "optim.muon_ratio": _POSITIVE,
   "optim.momentum_dtype": _one_of("float32", "bfloat16"),
+  "optim.index_loss": _NOT_NEGATIVE,
   "optim.loss_scale": _one_of("none", "dynamic"),
   "mesh.data": Rule((int,), lambda x: x == -1 or x >= 1, "-1 (all devices) or a number >= 1"),
   "mesh.fsdp": _whole(1),
@@ -139,6 +163,18 @@ ADDED: dict[str, Any] = {
   "optim.momentum": 0.95,
   "optim.muon_ratio": 1.0,
   "optim.momentum_dtype": "float32",
+  "model.learned.block_size": 128,
+  "model.learned.top": 16,
+  "model.learned.query_block": 16,
+  "model.learned.first": 1,
+  "model.learned.local": 1,
+  "model.learned.lists": "group",
+  "model.learned.window": 512,
+  "model.learned.index_size": 64,
+  "model.learned.index_heads": 0,
+  "model.learned.key_conv": 0,
+  "model.learned_stages": (),
+  "optim.index_loss": 1.0,
 }
 
 
@@ -155,10 +191,12 @@ def right(field: str) -> str:
 def completed(values: dict) -> dict:
   """The values of a config, with those of ADDED for fields that it does not have."""
   there = flatten(values)
-  values = {name: dict(x) if isinstance(x, dict) else x for name, x in values.items()}
+  values = copy.deepcopy(values)
   for field, value in ADDED.items():
-    group, _, name = field.rpartition(".")
-    inside = values.setdefault(group, {}) if group else values
+    *groups, name = field.split(".")
+    inside: Any = values
+    for group in groups:
+      inside = inside.setdefault(group, {}) if isinstance(inside, dict) else None
     if field not in there and isinstance(inside, dict):
       inside[name] = value
   return values
@@ -263,7 +301,9 @@ def _check_model(config: ml_collections.ConfigDict) -> list[str]:
     model_lib.graph_and_shapes(**model)
   except ValueError as error:
     text = str(error)
-    problems.append("config.model." + text if re.match(r"\w+=", text) else f"config.model: {text}")
+    problems.append(
+      "config.model." + text if re.match(r"[\w.]+=", text) else f"config.model: {text}"
+    )
   return problems
 
 
@@ -283,6 +323,12 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
       f"config.data.batch_size={config.data.batch_size}: must be a multiple of {parts * rows} = "
       f"train.accumulation {parts} x {rows} devices on the axes data and fsdp"
     )
+  if any(model_lib.recipes_of(**model)):
+    problems += [
+      f"config.mesh.{axis}={mesh[axis]}: must be 1, for {reason}"
+      for axis, reason in learned.WHY_NOT_SHARDED.items()
+      if mesh[axis] > 1
+    ]
   return problems + sharding.uneven_layers(
     model_lib.patterns_of(**model),
     num_heads=model.num_heads,

@@ -247,6 +247,8 @@ def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = 
 
 def _why_xla_alone(model: model_lib.SparseTransformer) -> str | None:
   """Why no kernels compute the steps of a model; None where they may."""
+  if model.chooses:
+    return "layers that choose the blocks that they read, which kernels of a step do not have"
   activation = model.groups[0].feed_forward.activation
   if activation != "quick_gelu":
     return f"{activation=}, which kernels of a step do not have"

@@ -32,14 +32,16 @@ def forward_flops(model: ml_collections.ConfigDict) -> float:
 
   with n tokens, N layers, width d, query width q, feed-forward width f and k keys per query on
   average over layers, heads and positions (arXiv:1904.10509 has no figure; the formula is ours).
+  Layers that choose their blocks read `top` of them; what the choice takes is not counted.
 
   Args:
     model: the arguments of SparseTransformer.
   """
   n, d, num_layers = model["seq_len"], model["width"], model["num_layers"]
   q, f = round(model["qk_ratio"] * d), round(model["ff_mult"] * d)
-  cycle = model_lib.patterns_of(**dict(model.items()))
-  pairs = sum(pattern.num_pairs(n) for pattern in cycle) / len(cycle)
+  given = dict(model.items())
+  cycle, recipes = model_lib.patterns_of(**given), model_lib.recipes_of(**given)
+  pairs = sum((r or p).num_pairs(n) for r, p in zip(recipes, cycle, strict=True)) / len(cycle)
   weights = num_layers * (2 * d * q + 2 * d * d + 2 * d * f) + 256 * d
   return 2 * n * weights + 2 * num_layers * pairs * (q + d)
 

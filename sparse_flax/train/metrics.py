@@ -238,6 +238,8 @@ def progress_line(
   parts = [f"step {step:,}/{steps:,}"]
   if "loss" in values:
     parts += [f"loss {values['loss']:.2f} nats", f"{values['bits_per_byte']:.2f} {unit}"]
+  if "index_loss" in values:
+    parts.append(f"index loss {values['index_loss']:.3f}")
   if values.get("skipped"):
     parts.append(f"{values['skipped']} skipped")
   if "tokens_per_second" in values:
