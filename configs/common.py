@@ -12,20 +12,22 @@ def recipe(
   train: dict,
   optim: dict,
   variants: dict[str, dict],
+  mesh: dict | None = None,
   eval: dict | None = None,
 ) -> ml_collections.ConfigDict:
   """The locked config of one data set: the shared values, then the data set's, then `variant`'s.
 
   Args:
     variant: "" for the paper's recipe, or a key of `variants`.
-    model, data, train, optim, eval: what differs from the shared values below.
+    model, data, train, optim, mesh, eval: what differs from the shared values below.
     variants: for each name, {group: {field: value}} that it changes.
 
   Raises:
     ValueError: `variant` is not one of `variants`.
   """
   config = ml_collections.ConfigDict(_shared())
-  for group, values in dict(model=model, data=data, train=train, optim=optim).items():
+  of_groups = dict(model=model, data=data, train=train, optim=optim, mesh=mesh or {})
+  for group, values in of_groups.items():
     config[group].update(values)
   config.eval.update(eval or {})
   if variant not in ("", *variants):
@@ -85,6 +87,11 @@ def _shared() -> dict:
       split_seed=11172018,  # d: which training images become the validation split
       field="text",  # of .jsonl files
       skip_damaged=False,  # pictures of a folder that cannot be read are left out, not refused
+      recall=dict(  # of "far_recall"
+        records=0,  # of a sequence; 0: one per 512 tokens
+        key=1,  # bytes of a key; 1: the easy form
+        delay=0,  # bytes between a question and its answer
+      ),
       mirror=False,  # p; images are trained on with left and right swapped half of the time
     ),
     train=dict(

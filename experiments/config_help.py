@@ -29,6 +29,10 @@ MEANINGS = {
   "data.split_seed": "which training images become the validation split",
   "data.field": "of the objects in .jsonl files that holds the text",
   "data.skip_damaged": "leaves out pictures of a folder that cannot be read, and names them",
+  "data.recall.records": "of a sequence of far_recall; 0: one per 512 tokens",
+  "data.recall.key": "bytes of a key of far_recall; 1: the easy form, with an alphabet of its own",
+  "data.recall.delay": "bytes between a question of far_recall and its answer; at least "
+  "model.learned.query_block, where queries share lists",
   "data.mirror": "swaps left and right of each training image with probability 1/2",
   "train.steps": "of the run; the learning rate ends with them; once done they may be raised",
   "train.log_every": "steps between lines of the log",

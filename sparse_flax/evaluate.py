@@ -1,5 +1,6 @@
 """Bits per byte of a split or of its beginning: no dropout, every byte scored exactly once."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
     split_seed=config.data.split_seed,
     field=config.data.field,
     skip_damaged=config.data.skip_damaged,
+    recall=config.data.recall.to_dict(),
   )
   return checked(dataset, config)
 
@@ -79,6 +81,13 @@ def checked(dataset: data.Dataset, config: ml_collections.ConfigDict) -> data.Da
   return dataset
 
 
+def answers_of(config: ml_collections.ConfigDict) -> Callable[[Array], Array] | None:
+  """tokens -> which of them are trained on and scored, of data that say so; None: all are."""
+  if config.data.name != data.RECALL:
+    return None
+  return functools.partial(data.answers, sizes=data.RecallSizes(**config.data.recall))
+
+
 class Evaluator:
   """Scores weights on one split; compiles once and can be called again and again."""
 
@@ -99,6 +108,7 @@ class Evaluator:
     mesh: None is one device.
     """
     graphdef, _ = model_lib.graph_and_shapes(**config.model)
+    self._answers = answers = answers_of(config)
     mesh = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = batch_size or config.data.batch_size // config.train.accumulation
@@ -108,9 +118,13 @@ class Evaluator:
 
     def nats_of_rows(
       params, tokens, scored: Bool[Array, "B T"], *, stage=None
-    ) -> Float[Array, "B"]:
-      nats = token_nats(nnx.merge(graphdef, params)(tokens, stage=stage), tokens)
-      return jnp.where(scored, nats, 0.0).sum(axis=1)
+    ) -> tuple[Float[Array, "B"], ...]:
+      logits = nnx.merge(graphdef, params)(tokens, stage=stage)
+      sums = jnp.where(scored, token_nats(logits, tokens), 0.0).sum(axis=1)
+      if answers is None:
+        return (sums,)
+      right = (logits.argmax(axis=-1) == tokens) & scored
+      return sums, right.sum(axis=1, dtype=jnp.float32)
 
     # Every process gets the whole result.
     self._nats_of_rows = jax.jit(
@@ -141,6 +155,7 @@ class Evaluator:
         gave the same sequences can be compared one by one.
 
     Returns:
+      `accuracy`, of data with questions, the share of answers that are the likeliest byte;
       `bits_per_byte` = nats / (bytes_scored ln 2); `standard_error`, in the same unit, over the
       `sequences` that were scored, None for a single one; the other things one must know to compare
       them, and plain JSON values throughout.
@@ -164,8 +179,10 @@ class Evaluator:
     # By what the last update was made with.
     stage = model_lib.stage_at(model.learned_stages, max(step - 1, 0))
     how = {} if stage is None else {"stage": stage}
-    nats, sizes, num_bytes, waiting, attention = [], [], 0, None, ""
+    found, sizes, num_bytes, waiting, attention = [], [], 0, None, ""
     for tokens, scored in itertools.islice(batches, max_batches):
+      if self._answers:
+        scored = scored & np.asarray(self._answers(jnp.asarray(tokens)))
       placed = [
         sharding.place(lambda rows, x=x: x[rows], self._by_batch, x.shape) for x in (tokens, scored)
       ]
@@ -174,20 +191,21 @@ class Evaluator:
         attention = ", ".join(api.implementations_in(program.jaxpr))
       sums = self._nats_of_rows(params, *placed, **how)
       if waiting is not None:  # fetched one batch late: the device is at work on the next
-        nats.append(np.asarray(waiting, np.float64))
+        found.append(np.asarray(waiting, np.float64))
         on_progress(num_bytes)
       waiting = sums
       sizes.append(scored.sum(axis=1))
       num_bytes += int(sizes[-1].sum())
     assert waiting is not None, "every split has a batch"
-    nats.append(np.asarray(waiting, np.float64))
-    sizes_of, nats_of = np.concatenate(sizes), np.concatenate(nats)
+    found.append(np.asarray(waiting, np.float64))
+    sizes_of, (nats_of, *right) = np.concatenate(sizes), np.concatenate(found, axis=1)
     is_one = sizes_of > 0  # the others fill the last batch
     per_byte, error = _ratio(nats_of[is_one], sizes_of[is_one])
     on_sequences(nats_of[is_one] / sizes_of[is_one] / math.log(2))
     return {
       "bits_per_byte": per_byte / math.log(2),
       "standard_error": None if error is None else error / math.log(2),
+      **({"accuracy": float(right[0].sum()) / num_bytes} if right else {}),
       "sequences": int(is_one.sum()),
       "sequences_in_split": there,
       "step": step,

@@ -114,6 +114,9 @@ _RULES = {
   "data.field": _TEXT,
   "data.skip_damaged": Rule((bool,), lambda x: True, "True or False"),
   "data.mirror": Rule((bool,), lambda x: True, "True or False"),
+  "data.recall.records": _whole(0),
+  "data.recall.key": Rule((int,), lambda x: 1 <= x <= 8, "a whole number from 1 to 8"),
+  "data.recall.delay": _whole(0),
   "train.steps": _whole(1),
   "train.log_every": _whole(1),
   "train.eval_every": _whole(1),
@@ -175,6 +178,9 @@ ADDED: dict[str, Any] = {
   "model.learned.key_conv": 0,
   "model.learned_stages": (),
   "optim.index_loss": 1.0,
+  "data.recall.records": 0,
+  "data.recall.key": 1,
+  "data.recall.delay": 0,
 }
 
 
@@ -230,7 +236,10 @@ def validate(config: ml_collections.ConfigDict) -> list[str]:
     problems += [
       "config." + problem.removeprefix("config.")
       for problem in data.check(
-        config.data.name, path=config.data.path, seq_len=config.model.seq_len
+        config.data.name,
+        path=config.data.path,
+        seq_len=config.model.seq_len,
+        recall=config.data.recall.to_dict(),
       )
     ]
   return problems

@@ -66,6 +66,7 @@ def train_step(
   ema_decay: float,
   stage: learned.Stage = None,
   index_loss: float = 1.0,
+  answers: Callable | None = None,
 ) -> tuple[dict, dict]:
   """One update: the new state, and fp32 scalars. The model shifts the tokens by itself.
 
@@ -84,6 +85,7 @@ def train_step(
     stage: of layers that choose the blocks that they read; None is the last one.
     index_loss: factor of the losses of their indexers. The record has them as they are, and the
       norm of the indexers' gradient, which has no part in `grad_norm`.
+    answers: tokens -> those that the loss is of; None: all.
   """
   scale = state.get("loss_scale", jnp.ones((), jnp.float32))
   key = jax.random.fold_in(key, state["step"])
@@ -94,7 +96,12 @@ def train_step(
     model = nnx.merge(graphdef, params)
     logits, losses = model(tokens, dropout_key=key, stage=stage, losses=True)
     # Rows first: one sum over all tokens loses digits where it is taken one by one, as on CPUs.
-    nats = evaluate.token_nats(logits, tokens).mean(axis=1).mean()
+    nats = evaluate.token_nats(logits, tokens)
+    if answers is None:
+      nats = nats.mean(axis=1).mean()
+    else:
+      shown = answers(tokens)
+      nats = jnp.where(shown, nats, 0.0).sum() / jnp.maximum(shown.sum(dtype=jnp.float32), 1.0)
     total = nats + index_loss * losses["index"] if losses else nats
     return scale * total, (nats, losses)
 
@@ -179,6 +186,7 @@ def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
       accumulation=config.train.accumulation,
       ema_decay=config.train.ema_decay,
       index_loss=config.optim.index_loss,
+      answers=evaluate.answers_of(config),
       stage=stage,
     )
     return train_step(state, tokens, key, graphdef=graphdef, tx=tx, schedule=schedule, **options)

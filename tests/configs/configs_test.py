@@ -16,10 +16,11 @@ from sparse_flax.model import transformer
 from sparse_flax.run import validate
 
 VARIANTS = {
-  "cifar10": ("", "quick", "dense", "fixed", "strided", "record"),
-  "enwik8": ("", "quick", "dense", "fixed", "strided"),
+  "cifar10": ("", "quick", "dense", "fixed", "strided", "moba", "nsa", "indexer", "record"),
+  "enwik8": ("", "quick", "dense", "fixed", "strided", "moba", "nsa", "indexer"),
   "imagenet64": ("", "quick", "300m"),
   "audio": ("", "quick", "262k", "1m"),
+  "recall": ("", "moba", "indexer", "dense", "strided", "fixed", "long"),
 }
 ALL = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
