@@ -2,12 +2,12 @@
 
   python -m experiments.train --config=configs/recall.py
 
-256 bytes with 8 records, which two CPU cores train on in minutes (a step takes some 0.2 s there). No
-data are needed: they are made while they are read. Half a sequence holds records, a key and a
-value between filler, and its last quarter a question for each of them. Only the answers are trained
-on and scored, and evaluation says which share is right: with 62 values, chance is 0.016. Two layers
-are what it takes: the first tells a value what its key is, the second looks for the record. A layer
-that sees none of the 8 places behind a record cannot answer, whatever it learns.
+256 bytes with 8 records; a step takes some 0.2 s on two CPU cores. No data are needed: they are
+made while they are read. Half a sequence holds records, a key and a value between filler, and its
+last quarter a question for each of them. Only the answers are trained on and scored, and evaluation
+says which share is right: with 62 values, chance is 0.016. Two layers are what it takes: the first
+tells a value what its key is, the second looks for the record. A layer that sees none of the 8
+places behind a record cannot answer, whatever it learns. No accuracy was measured yet.
 
 | variant      | the second layer                                                  |
 |--------------|-------------------------------------------------------------------|
@@ -19,7 +19,7 @@ that sees none of the 8 places behind a record cannot answer, whatever it learns
 | `:long`      | `nsa`, 32,768 bytes with 64 records: for a GPU                    |
 
 `--config.data.recall.key=3` has keys of three bytes, from the alphabet of the filler, which take
-longer to match. No accuracy was measured yet. Where queries share a list, `--config.data.recall.delay=16` puts as many bytes
+longer to match. Where queries share a list, `--config.data.recall.delay=16` puts as many bytes
 between a question and its answer, so that the list is chosen after the question.
 """
 

@@ -25,9 +25,11 @@ from experiments import cli
 from experiments import sources
 from sparse_flax import data
 from sparse_flax.model import layer_patterns
+from sparse_flax.model import LEARNED_NAMES
 from sparse_flax.run import files
 from sparse_flax.train import metrics
 from sparse_flax.view import averages as averages_lib
+from sparse_flax.view import chosen as chosen_lib
 from sparse_flax.view import layers as layers_lib
 from sparse_flax.view import maps as maps_lib
 from sparse_flax.view import masks as masks_lib
@@ -135,7 +137,12 @@ def run(
   figures[f"averages-seed{seed}.png"] = lambda: averages_lib.draw(
     attention.averages, layers, attention.names
   )
-  figures["patterns.png"] = lambda: _draw_patterns(model)
+  if any(name not in LEARNED_NAMES for name in model.attention_layers):
+    figures["patterns.png"] = lambda: _draw_patterns(model)
+  if any(name in LEARNED_NAMES for name in model.attention_layers):
+    found = chosen_lib.shares(graphdef, params, inputs)
+    size = model.learned.block_size
+    figures[f"chosen-seed{seed}.png"] = lambda: chosen_lib.draw(found, size)
   if any("bits_per_byte" in record for record in records):
     figures["curve.png"] = lambda: _draw_curve(config, records)
   paths, progress = [], cli.Progress("drawing", len(figures), "pictures")
@@ -221,7 +228,7 @@ def _reference(config: ml_collections.ConfigDict) -> tuple[str, float] | None:
 def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure:
   options = {name: model[name] for name in ("num_heads", "stride", "summary_width", "sub_blocks")}
   named = {}
-  for entry in model.attention_layers:
+  for entry in (x for x in model.attention_layers if x not in LEARNED_NAMES):
     name = entry if isinstance(entry, str) else " / ".join(entry)
     named[name] = layer_patterns.make_pattern(entry, **options)
   T = min(model.seq_len, 4 * model.stride)

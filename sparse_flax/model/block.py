@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Integer
 from jaxtyping import Key
@@ -266,6 +267,10 @@ class Block(nnx.Module):
   ) -> tuple[Float[Array, "B T E"], Float[Array, "B H Q T"]]:
     """The block's output, and the attention probabilities of the query rows `rows`."""
     return self(x), self.attention.weights(self._normed(x), rows)
+
+  def chosen(self, x: Float[Array, "B T E"]) -> Bool[Array, "B Hl nq nk"]:
+    """Which blocks of keys the lists of attention have, in a block whose attention chooses."""
+    return self.attention.chosen(self._normed(x))
 
   def prefill(
     self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True

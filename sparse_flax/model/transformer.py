@@ -341,6 +341,33 @@ class SparseTransformer(nnx.Module):
     _, results = jax.lax.scan(run_group, self._embed(tokens), self.groups)
     return jax.tree.map(lambda y: y.reshape(self.num_layers, *y.shape[2:]), results)
 
+  def chosen_blocks(
+    self,
+    tokens: Tokens,
+    *,
+    reduce: Callable[[Any], Any] = lambda chosen: chosen,
+  ) -> dict[int, Any]:
+    """Which blocks of keys the lists of layers that choose have, by the number of the layer.
+
+    Args:
+      tokens: bytes, any integer dtype; T <= seq_len.
+      reduce: what to make of the bool [B, Hl, nq, nk] of a layer, a tree of arrays.
+    """
+
+    def run_group(x, group):
+      results = {}
+      for n, layer in enumerate(group):
+        if self.recipes[n] is not None:
+          results[n] = reduce(layer.chosen(x))
+        x = layer(x)
+      return x, results
+
+    cycle = len(self.patterns)
+    _, results = jax.lax.scan(run_group, self._embed(tokens), self.groups)
+    layers = range(self.num_layers)
+    of = lambda layer: jax.tree.map(lambda y: y[layer // cycle], results[layer % cycle])
+    return {layer: of(layer) for layer in layers if layer % cycle in results}
+
   def init_cache(
     self, batch_size: int, *, sparse: bool = True
   ) -> tuple[cache_blocks.AnyCache, ...]:

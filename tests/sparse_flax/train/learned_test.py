@@ -19,6 +19,7 @@ from sparse_flax.model import stage_at
 from sparse_flax.parallel import sharding
 from sparse_flax.run import validate
 from sparse_flax.train import optim
+from sparse_flax.view import chosen
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.promotes
@@ -93,6 +94,9 @@ def test_an_export_gives_the_same_score_and_the_same_samples(text, whole, tmp_pa
   draw = functools.partial(sample.generate, key=jax.random.key(0), num=2)
   drawn = [draw(exported.graphdef, x) for x in (params, exported.params)]
   np.testing.assert_array_equal(*drawn)
+  shares = chosen.shares(exported.graphdef, params, drawn[0])
+  assert [*shares] == [0] and shares[0].shape == (8,)
+  assert shares[0][0] == 1 and (shares[0] <= 1).all()  # the own block is always read
 
 
 @pytest.mark.one_day_in_six(4)
