@@ -14,7 +14,7 @@ from sparse_flax.model import learned
 from sparse_flax.model.attention import SparseSelfAttention
 from sparse_flax.model.attention_fn import attention_fn
 from sparse_flax.model.cross_attention import SparseCrossAttention
-from sparse_flax.model.learned import LearnedSelfAttention
+from sparse_flax.model.learned_attention import LearnedSelfAttention
 from sparse_flax.model.rope import rope
 from sparse_flax.model.transformer import SparseTransformer
 

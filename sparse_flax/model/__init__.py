@@ -13,9 +13,9 @@ from sparse_flax.model.initialization import INIT_SCHEMES
 from sparse_flax.model.layer_patterns import LEARNED_NAMES
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
-from sparse_flax.model.learned import LearnedSelfAttention
 from sparse_flax.model.learned import recipes_of
 from sparse_flax.model.learned import stage_at
+from sparse_flax.model.learned_attention import LearnedSelfAttention
 from sparse_flax.model.remat import level_in
 from sparse_flax.model.remat import REMATS
 from sparse_flax.model.transformer import COMPUTE_DTYPES

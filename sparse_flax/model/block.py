@@ -24,6 +24,7 @@ from sparse_flax.model import attention
 from sparse_flax.model import cache_blocks
 from sparse_flax.model import heads
 from sparse_flax.model import learned
+from sparse_flax.model import learned_attention
 from sparse_flax.parallel import sharding
 
 # Kernels that compute a block themselves are handed these.
@@ -139,7 +140,7 @@ class Block(nnx.Module):
     if recipe is None:
       self.attention = attention.SparseSelfAttention(pattern=pattern, **layer)
     else:
-      self.attention = learned.LearnedSelfAttention(recipe=recipe, stage=stage, **layer)
+      self.attention = learned_attention.LearnedSelfAttention(recipe=recipe, stage=stage, **layer)
     self.feed_forward_norm = norm()
     self.feed_forward = FeedForward(
       width=width, hidden=round(ff_mult * width), activation=activation, **linear
@@ -175,7 +176,7 @@ class Block(nnx.Module):
   ) -> tuple[Float[Array, "B T E"], dict[str, Array]]:
     """`__call__` in a stage of learned attention, and the losses of that if they are asked for."""
     a = self.attention
-    if not isinstance(a, learned.LearnedSelfAttention):
+    if not isinstance(a, learned_attention.LearnedSelfAttention):
       return self(x, bits=bits), {}
     found = a(self._normed(x), stage=stage, losses=losses)
     out, lost = found if losses else (found, {})
@@ -242,7 +243,7 @@ class Block(nnx.Module):
   def _why_no_halves(self) -> str | None:
     """What keeps this block from two functions around attention; None: nothing does."""
     a, f = self.attention, self.feed_forward
-    if isinstance(a, learned.LearnedSelfAttention):
+    if isinstance(a, learned_attention.LearnedSelfAttention):
       return "learned attention reads the normed stream"
     if any(layer.bias is None for layer in (a.query, a.key, a.value, a.out, f.up, f.down)):
       return "a layer has no bias"
