@@ -7,7 +7,10 @@ made while they are read. Half a sequence holds records, a key and a value betwe
 last quarter a question for each of them. Only the answers are trained on and scored, and evaluation
 says which share is right: with 62 values, chance is 0.016. Two layers are what it takes: the first
 tells a value what its key is, the second looks for the record. A layer that sees none of the 8
-places behind a record cannot answer, whatever it learns. No accuracy was measured yet.
+places behind a record cannot answer, whatever it learns.
+
+Matching begins with a plateau, and no run was long enough yet to leave it: on two CPU cores the
+recipe had 0.014 right after 300 steps, and `:dense` with a learning rate of 3e-3 0.023 after 1,000.
 
 | variant      | the second layer                                                  |
 |--------------|-------------------------------------------------------------------|
