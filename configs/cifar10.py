@@ -12,6 +12,9 @@ with cifar10 prepared. Validation: 2,000 of the training images. Report the test
 | `:fixed`   | block or summary, merged    | 2.85            | 0.47               | none yet |
 | `:dense`   | every earlier byte          | 2.82            | 0.54               | none yet |
 
+`:moba`, `:nsa` and `:indexer` (docs/learned.md) choose, in every second layer, which 8 blocks of 64
+bytes a query reads. They are our choice altogether, and were not trained yet.
+
 The paper's: sizes, strided attention in a 1:3 cycle with stride 96 (from its authors' later code,
 as is the batch of 16), dropout, learning rate, warm-up, decay, clipping, 120 epochs. Our choice:
 bfloat16, the initial values of the matrices, and for `:fixed` stride, summaries and sub-blocks.
@@ -47,7 +50,8 @@ from configs import common
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """The recipe, or one of its variants: quick, dense, fixed, strided, record, shorten, patches."""
+  """The recipe, or one of its variants: quick, dense, fixed, strided, moba, nsa, indexer, shorten,
+  patches, record."""
   strided = ("column", "local", "local", "local")
   return common.recipe(
     variant,
@@ -89,6 +93,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       dense=dict(model=dict(attention_layers=("dense",))),
       fixed=dict(model=dict(attention_layers=("fixed",), summary_width=32, sub_blocks=2)),
       strided=dict(model=dict(attention_layers=strided)),
+      moba=_chosen("moba", learned_stages=((0, "dense"), (2_000, 8))),
+      nsa=_chosen("nsa"),
+      indexer=_chosen("indexer", learned_stages=((0, "dense"), (2_000, 16), (4_000, 8))),
       shorten=dict(
         model=dict(
           num_layers=8,
@@ -151,3 +158,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       ),
     ),
   )
+
+
+def _chosen(name: str, **model) -> dict:
+  """Rows, and between them layers that choose blocks."""
+  learned = dict(block_size=64, top=8, query_block=16, local=2, window=96)
+  return dict(model=dict(attention_layers=("local", name), learned=learned, **model))

@@ -12,20 +12,22 @@ def recipe(
   train: dict,
   optim: dict,
   variants: dict[str, dict],
+  mesh: dict | None = None,
   eval: dict | None = None,
 ) -> ml_collections.ConfigDict:
   """The locked config of one data set: the shared values, then the data set's, then `variant`'s.
 
   Args:
     variant: "" for the paper's recipe, or a key of `variants`.
-    model, data, train, optim, eval: what differs from the shared values below.
+    model, data, train, optim, mesh, eval: what differs from the shared values below.
     variants: for each name, {group: {field: value}} that it changes.
 
   Raises:
     ValueError: `variant` is not one of `variants`.
   """
   config = ml_collections.ConfigDict(_shared())
-  for group, values in dict(model=model, data=data, train=train, optim=optim).items():
+  of_groups = dict(model=model, data=data, train=train, optim=optim, mesh=mesh or {})
+  for group, values in of_groups.items():
     config[group].update(values)
   config.eval.update(eval or {})
   if variant not in ("", *variants):
@@ -61,6 +63,19 @@ def _shared() -> dict:
       init_scheme="default",  # u: the paper's embeddings, the published code's matrices
       rope="none",  # p: learned positions alone
       qk_norm=False,  # p
+      learned=dict(  # of layers that are "moba", "nsa" or "indexer"; u
+        block_size=128,  # keys
+        top=16,  # blocks that a query reads
+        query_block=16,  # queries that share a list
+        first=1,  # blocks from the beginning that are always read
+        local=1,  # a query's own block, and those before it, that are always read
+        lists="group",  # "head", "all": who has a list
+        window=512,  # of nsa
+        index_size=64,  # of indexer: features of its queries and keys
+        index_heads=0,  # of indexer; 0: as many as lists
+        key_conv=0,  # of moba: taps over keys
+      ),
+      learned_stages=(),  # (step, "dense" or so many blocks), ...; (): `top` from the beginning
       inner=dict(),  # p; layers on groups of tokens: dict(shorten=3, num_layers=8, ...)
       order="raster",  # p; "patches": images square by square
       patch=2,  # pixels of a side of a square
@@ -76,6 +91,11 @@ def _shared() -> dict:
       split_seed=11172018,  # d: which training images become the validation split
       field="text",  # of .jsonl files
       skip_damaged=False,  # pictures of a folder that cannot be read are left out, not refused
+      recall=dict(  # of "far_recall"
+        records=0,  # of a sequence; 0: one per 512 tokens
+        key=1,  # bytes of a key; 1: the easy form
+        delay=0,  # bytes between a question and its answer
+      ),
       mirror=False,  # p; images are trained on with left and right swapped half of the time
     ),
     train=dict(
@@ -102,6 +122,7 @@ def _shared() -> dict:
       momentum=0.95,  # of Muon
       muon_ratio=1.0,  # of Muon: how far matrices move, over what Adam's would
       momentum_dtype="float32",  # u
+      index_loss=1.0,  # of layers that are "indexer": factor of their own loss
       loss_scale="none",  # "dynamic" goes with compute_dtype="float16"
     ),
     mesh=dict(data=-1, fsdp=1, tensor=1, sequence=1),  # -1: all devices

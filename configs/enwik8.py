@@ -14,6 +14,9 @@ contexts: training monitors with 0, evaluation takes 6,144 unless told otherwise
 | `:strided` | local, column            | 1.13             | 0.35               | none yet |
 | `:dense`   | every earlier byte       | 1.00             | 1.31               | none yet |
 
+`:moba`, `:nsa` and `:indexer` (docs/learned.md) choose, in every second layer, which 16 blocks of
+64 bytes a query reads. They are our choice altogether, and were not trained yet.
+
 The paper's: sizes, fixed attention with stride 128 and 32 summaries, dropout, warm-up, decay,
 clipping, 80 epochs. Our choice: 4 sub-blocks (as in the published example), batch, learning rate,
 bfloat16, the initial values of the matrices, and the 1:1 cycle of `:strided`.
@@ -42,7 +45,8 @@ from configs import common
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """The recipe, or one of its variants: quick, dense, fixed, strided, shorten, megabyte."""
+  """The recipe, or one of its variants: quick, dense, fixed, strided, moba, nsa, indexer, shorten,
+  megabyte."""
   fixed = dict(attention_layers=("fixed",), summary_width=32, sub_blocks=4)
   return common.recipe(
     variant,
@@ -85,6 +89,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       dense=dict(model=dict(attention_layers=("dense",), summary_width=0, sub_blocks=1)),
       fixed=dict(model=fixed),
       strided=dict(model=dict(attention_layers=("local", "column"), summary_width=0, sub_blocks=1)),
+      # Scores of pooled keys learn from what is read, and an indexer from where attention lies:
+      # both begin with all blocks.
+      moba=_chosen("moba", learned_stages=((0, "dense"), (2_000, 16))),
+      nsa=_chosen("nsa"),
+      indexer=_chosen("indexer", learned_stages=((0, "dense"), (2_000, 64), (4_000, 16))),
       shorten=dict(
         model=dict(
           num_layers=2,
@@ -109,3 +118,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       ),
     ),
   )
+
+
+def _chosen(name: str, **model) -> dict:
+  """Local layers, and between them such as choose blocks."""
+  learned = dict(block_size=64, top=16, query_block=16, local=2, window=512)
+  layers = dict(attention_layers=("local", name), summary_width=0, sub_blocks=1)
+  return dict(model=dict(**layers, learned=learned, **model))

@@ -11,6 +11,17 @@ from sparse_flax.run import validate
 WIDTH = 100
 # Of the fields that are no arguments of the model, whose docstring tells of the others.
 MEANINGS = {
+  "model.learned.block_size": "keys of a block, for layers that choose blocks",
+  "model.learned.top": "blocks of a list, those that are always read included",
+  "model.learned.query_block": "queries that share a list; divides block_size, or is a multiple",
+  "model.learned.first": "blocks from the beginning that are always read",
+  "model.learned.local": "blocks that are always read: a query's own one and those before it",
+  "model.learned.lists": "who has a list: the heads of a key head, all heads, or each; keys have "
+  'as many heads as queries here, so that "group" is "head"',
+  "model.learned.window": "of nsa: keys of its window",
+  "model.learned.index_size": "of indexer: features of its queries and keys",
+  "model.learned.index_heads": "of indexer: heads of its queries; 0: as many as lists",
+  "model.learned.key_conv": "of moba: taps of a convolution over keys; 0: none",
   "seed": "of initial values, batches and dropout",
   "model.inner.shorten": "rows of the level around it that a row of the inner level stands for",
   "model.inner.pool": "how rows become a group: a product with a matrix, or their mean",
@@ -22,6 +33,10 @@ MEANINGS = {
   "data.split_seed": "which training images become the validation split",
   "data.field": "of the objects in .jsonl files that holds the text",
   "data.skip_damaged": "leaves out pictures of a folder that cannot be read, and names them",
+  "data.recall.records": "of a sequence of far_recall; 0: one per 512 tokens",
+  "data.recall.key": "bytes of a key of far_recall; 1: the easy form, with an alphabet of its own",
+  "data.recall.delay": "bytes between a question of far_recall and its answer; at least "
+  "model.learned.query_block, where queries share lists",
   "data.mirror": "swaps left and right of each training image with probability 1/2",
   "train.steps": "of the run; the learning rate ends with them; once done they may be raised",
   "train.log_every": "steps between lines of the log",
@@ -46,6 +61,7 @@ MEANINGS = {
   "optim.muon_ratio": "how far Muon moves matrices; 1: 0.2 times the learning rate in the root "
   "mean square, as Adam usually does",
   "optim.momentum_dtype": "of the means of gradients that Adam and Muon keep",
+  "optim.index_loss": "factor of the loss from which indexers learn",
   "optim.loss_scale": 'for compute_dtype="float16"',
   "mesh.data": "devices that share the batch",
   "mesh.fsdp": "devices that share the batch and hold a part of each weight",

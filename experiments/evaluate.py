@@ -100,9 +100,10 @@ def describe(result: dict, *, unit: str) -> str:
   of = "averaged (EMA)" if result["ema"] else "of the last update (not averaged)"
   of += f", matrices rounded to {result['matrices']}" if "matrices" in result else ""
   where = f", of {result['weights']}" if "weights" in result else ""
-  begun = result.get("init_from")
+  begun, right = result.get("init_from"), "accuracy" in result
   lines = [
     f"{result['bits_per_byte']:.4f} {unit}{given}",
+    *([f"  right     {100 * result['accuracy']:.1f} % of the answers"] if right else []),
     f"  data      {data['name']} {data['version']}, {result['split']} split, {data['digest']}",
     f"            {data['remark']}",
     f"  scored    {scored}, {part} sequences",

@@ -24,10 +24,12 @@ from etils import epath
 from experiments import cli
 from experiments import sources
 from sparse_flax import data
+from sparse_flax.model import LEARNED_NAMES
 from sparse_flax.model import levels
 from sparse_flax.run import files
 from sparse_flax.train import metrics
 from sparse_flax.view import averages as averages_lib
+from sparse_flax.view import chosen as chosen_lib
 from sparse_flax.view import layers as layers_lib
 from sparse_flax.view import maps as maps_lib
 from sparse_flax.view import masks as masks_lib
@@ -135,7 +137,12 @@ def run(
   figures[f"averages-seed{seed}.png"] = lambda: averages_lib.draw(
     attention.averages, layers, attention.names
   )
-  figures["patterns.png"] = lambda: _draw_patterns(model)
+  if any(name not in LEARNED_NAMES for name in model.attention_layers):
+    figures["patterns.png"] = lambda: _draw_patterns(model)
+  if any(name in LEARNED_NAMES for name in model.attention_layers):
+    found = chosen_lib.shares(graphdef, params, inputs)
+    size = model.learned.block_size
+    figures[f"chosen-seed{seed}.png"] = lambda: chosen_lib.draw(found, size)
   if any("bits_per_byte" in record for record in records):
     figures["curve.png"] = lambda: _draw_curve(config, records)
   paths, progress = [], cli.Progress("drawing", len(figures), "pictures")
@@ -225,6 +232,8 @@ def _draw_patterns(model: ml_collections.ConfigDict) -> matplotlib.figure.Figure
   named, counts, found = {}, {}, levels.specs_of(**dict(model.items()))
   for level in found:
     for entry, pattern in zip(level.attention_layers, level.patterns, strict=True):
+      if entry in LEARNED_NAMES:
+        continue
       name = entry if isinstance(entry, str) else " / ".join(entry)
       at = f"{name}, groups of {level.factor}" if level.name else name
       if level.depth:

@@ -173,6 +173,43 @@ def select_blocks(
   return checkpoint_name(select(choice, *given), "attention_blocks")
 
 
+def select_at(
+  q: Float[Array, "B Hq D"],
+  pooled: Float[Array, "B nb Hp D"],
+  step: Int[Array, ""] | int,
+  *,
+  length: int,
+  block_size: int,
+  top: int,
+  query_block: int,
+  first: int = 1,
+  local: int = 1,
+  lists: int,
+  activation: Activation = "none",
+  weights: Float[Array, "B Hq"] | Float[Array, "B Hq Hl"] | None = None,
+  lse: Float[Array, "B Hq"] | None = None,
+) -> Int[Array, "B Hl top"]:
+  """The list of `select_blocks` whose anchor is the query at `step`, as a decoder wants it.
+
+  Args:
+    q: the anchor alone; `step` is a multiple of `query_block`, and may be traced.
+    pooled: of at least length // block_size blocks; those that are not complete yet are not read.
+    length: T of the whole sequence.
+    block_size, top, query_block, first, local, lists, activation, weights, lse: as there; those
+      that belong to queries without an axis of time.
+  """
+  choice = _Choice(length, block_size, query_block, top, first, local, lists, activation, False)
+  lse = None if lse is None else jnp.where(lse == -jnp.inf, 0.0, lse).astype(jnp.float32)
+  anchor = jax.tree.map(lambda x: x[:, None], _Rows(q, weights, lse, None))
+  rows = jnp.asarray(step, jnp.int32)[None] // query_block
+  blocks = jnp.arange(pooled.shape[1], dtype=jnp.int32)
+  scale = jnp.asarray(q.shape[-1] ** -0.5, jnp.float32)
+  is_one = choice.candidates(rows, blocks, None, None)
+  scores = jnp.where(is_one, choice.importance(anchor, pooled, scale), -jnp.inf)
+  best = choice.best(scores, jnp.broadcast_to(blocks, scores.shape))
+  return choice.lists(rows, *best)[:, :, 0]
+
+
 class _Rows(NamedTuple):
   """What is known of queries, or of anchors: arrays [B, rows, ...], None where there is nothing."""
 

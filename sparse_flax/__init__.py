@@ -10,17 +10,21 @@ from pallas_kernels import pool_blocks
 from pallas_kernels import select_blocks
 from pallas_kernels import sparse_attention
 from sparse_flax import moved as _moved
+from sparse_flax.model import learned
 from sparse_flax.model.attention import SparseSelfAttention
 from sparse_flax.model.attention_fn import attention_fn
 from sparse_flax.model.cross_attention import SparseCrossAttention
+from sparse_flax.model.learned_attention import LearnedSelfAttention
 from sparse_flax.model.rope import rope
 from sparse_flax.model.transformer import SparseTransformer
 
 __all__ = [
+  "LearnedSelfAttention",
   "SparseCrossAttention",
   "SparseSelfAttention",
   "SparseTransformer",
   "attention_fn",
+  "learned",
   "patterns",
   "pool_blocks",
   "rope",

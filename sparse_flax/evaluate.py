@@ -1,9 +1,11 @@
 """Bits per byte of a split or of its beginning: no dropout, every byte scored exactly once."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 
 from sparse_flax import extras
 
@@ -50,16 +52,21 @@ def nats_of(
   tokens: UInt8[Array, "B T"] | Integer[Array, "B T"],
   *,
   dropout_key: Key[Array, ""] | None = None,
-) -> Float[Array, "B T"]:
-  """-log p of every byte by a model; of long sequences with inner levels piece by piece.
+  stage: Any = None,
+  losses: bool = False,
+) -> Any:
+  """-log p of every byte by a model, [B, T]; of long sequences with inner levels piece by piece.
 
   Inner levels are small beside the logits of a long sequence, 1 kB a token: these are made of
-  `PIECE` rows at a time, and again for the backward pass.
+  `PIECE` rows at a time, and again for the backward pass. The other arguments are the model's; with
+  `losses` those of its layers come too.
   """
   T = tokens.shape[1]
+  x, found = model.hidden(tokens, dropout_key=dropout_key, stage=stage, losses=losses)
   if T <= LONG or not model.factors:
-    return token_nats(model(tokens, dropout_key=dropout_key), tokens)
-  x, number = model.hidden(tokens, dropout_key=dropout_key), -(-T // PIECE)
+    nats = token_nats(model.head(x), tokens)
+    return (nats, found) if losses else nats
+  number = -(-T // PIECE)
 
   def cut(rows):
     padded = jnp.pad(rows, ((0, 0), (0, number * PIECE - T), *((0, 0),) * (rows.ndim - 2)))
@@ -72,7 +79,8 @@ def nats_of(
   _, nats = jax.lax.scan(
     lambda _, piece: (None, of_piece(model, *piece)), None, (cut(x), cut(tokens))
   )
-  return jnp.moveaxis(nats, 0, 1).reshape(len(tokens), -1)[:, :T]
+  nats = jnp.moveaxis(nats, 0, 1).reshape(len(tokens), -1)[:, :T]
+  return (nats, found) if losses else nats
 
 
 def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
@@ -91,6 +99,7 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> data.Dataset:
     split_seed=config.data.split_seed,
     field=config.data.field,
     skip_damaged=config.data.skip_damaged,
+    recall=config.data.recall.to_dict(),
   )
   return checked(dataset, config)
 
@@ -115,6 +124,13 @@ def checked(dataset: data.Dataset, config: ml_collections.ConfigDict) -> data.Da
   return dataset.read_at(None if order.is_raster else order.places)
 
 
+def answers_of(config: ml_collections.ConfigDict) -> Callable[[Array], Array] | None:
+  """tokens -> which of them are trained on and scored, of data that say so; None: all are."""
+  if config.data.name != data.RECALL:
+    return None
+  return functools.partial(data.answers, sizes=data.RecallSizes(**config.data.recall))
+
+
 class Evaluator:
   """Scores weights on one split; compiles once and can be called again and again."""
 
@@ -135,6 +151,7 @@ class Evaluator:
     mesh: None is one device.
     """
     graphdef, _ = model_lib.graph_and_shapes(**config.model)
+    self._answers = answers = answers_of(config)
     mesh = mesh or sharding.make_mesh(data=1, fsdp=1, tensor=1, sequence=1)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = batch_size or config.data.batch_size // config.train.accumulation
@@ -142,12 +159,22 @@ class Evaluator:
     self._batch_size = rows * -(-batch_size // rows)
     self._by_batch = sharding.by_batch(mesh)
 
-    def nats_of_rows(params, tokens, scored: Bool[Array, "B T"]) -> Float[Array, "B"]:
-      nats = nats_of(nnx.merge(graphdef, params), tokens)
-      return jnp.where(scored, nats, 0.0).sum(axis=1)
+    def nats_of_rows(
+      params, tokens, scored: Bool[Array, "B T"], *, stage=None
+    ) -> tuple[Float[Array, "B"], ...]:
+      model = nnx.merge(graphdef, params)
+      if answers is None:
+        nats = nats_of(model, tokens, stage=stage)
+        return (jnp.where(scored, nats, 0.0).sum(axis=1),)
+      logits = model(tokens, stage=stage)
+      sums = jnp.where(scored, token_nats(logits, tokens), 0.0).sum(axis=1)
+      right = (logits.argmax(axis=-1) == tokens) & scored
+      return sums, right.sum(axis=1, dtype=jnp.float32)
 
     # Every process gets the whole result.
-    self._nats_of_rows = jax.jit(nats_of_rows, out_shardings=sharding.replicated(mesh))
+    self._nats_of_rows = jax.jit(
+      nats_of_rows, out_shardings=sharding.replicated(mesh), static_argnames="stage"
+    )
 
   def __call__(
     self,
@@ -173,6 +200,7 @@ class Evaluator:
         gave the same sequences can be compared one by one.
 
     Returns:
+      `accuracy`, of data with questions, the share of answers that are the likeliest byte;
       `bits_per_byte` = nats / (bytes_scored ln 2); `standard_error`, in the same unit, over the
       `sequences` that were scored, None for a single one; the other things one must know to compare
       them, and plain JSON values throughout.
@@ -193,30 +221,36 @@ class Evaluator:
           f"{self._dataset.split} split of {self._dataset.name}"
         )
       batches = _first_of(batches, num)
-    nats, sizes, num_bytes, waiting, attention = [], [], 0, None, ""
+    # By what the last update was made with.
+    stage = model_lib.stage_at(model.learned_stages, max(step - 1, 0))
+    how = {} if stage is None else {"stage": stage}
+    found, sizes, num_bytes, waiting, attention = [], [], 0, None, ""
     for tokens, scored in itertools.islice(batches, max_batches):
+      if self._answers:
+        scored = scored & np.asarray(self._answers(jnp.asarray(tokens)))
       placed = [
         sharding.place(lambda rows, x=x: x[rows], self._by_batch, x.shape) for x in (tokens, scored)
       ]
       if waiting is None:
-        program = self._nats_of_rows.trace(params, *placed)
+        program = self._nats_of_rows.trace(params, *placed, **how)
         attention = ", ".join(api.implementations_in(program.jaxpr))
-      sums = self._nats_of_rows(params, *placed)
+      sums = self._nats_of_rows(params, *placed, **how)
       if waiting is not None:  # fetched one batch late: the device is at work on the next
-        nats.append(np.asarray(waiting, np.float64))
+        found.append(np.asarray(waiting, np.float64))
         on_progress(num_bytes)
       waiting = sums
       sizes.append(scored.sum(axis=1))
       num_bytes += int(sizes[-1].sum())
     assert waiting is not None, "every split has a batch"
-    nats.append(np.asarray(waiting, np.float64))
-    sizes_of, nats_of = np.concatenate(sizes), np.concatenate(nats)
+    found.append(np.asarray(waiting, np.float64))
+    sizes_of, (nats_of, *right) = np.concatenate(sizes), np.concatenate(found, axis=1)
     is_one = sizes_of > 0  # the others fill the last batch
     per_byte, error = _ratio(nats_of[is_one], sizes_of[is_one])
     on_sequences(nats_of[is_one] / sizes_of[is_one] / math.log(2))
     return {
       "bits_per_byte": per_byte / math.log(2),
       "standard_error": None if error is None else error / math.log(2),
+      **({"accuracy": float(right[0].sum()) / num_bytes} if right else {}),
       "sequences": int(is_one.sum()),
       "sequences_in_split": there,
       "step": step,

@@ -5,6 +5,9 @@
     embedding.start                         [1, 1, E]
     layers.N.attention_norm.scale, .bias    [E]
     layers.N.attention.query.kernel, .bias  [E, H Dk], [H Dk]; also key, and value and out with Dv
+    layers.N.attention.gate.kernel, .bias   [E, 3 H], [3 H]; key_places, value_places [H, b] (nsa)
+    layers.N.attention.index.query.kernel   [E, HI DI]; also key and mix (indexer)
+    layers.N.attention.taps                 [taps, H, Dk] (moba, with key_conv)
     layers.N.feed_forward_norm.scale, .bias [E]
     layers.N.feed_forward.up.kernel, .bias  [E, F], [F]; down back
     final_norm.scale, .bias                 [E]

@@ -13,6 +13,9 @@ from sparse_flax.data.audio import write_wav
 from sparse_flax.data.batches import eval_batches
 from sparse_flax.data.batches import make_batches
 from sparse_flax.data.dataset import Dataset
+from sparse_flax.data.far_recall import answers
+from sparse_flax.data.far_recall import NAME as RECALL
+from sparse_flax.data.far_recall import Sizes as RecallSizes
 from sparse_flax.data.recordings import load_codes
 from sparse_flax.data.sources import ARRAYS
 from sparse_flax.data.sources import check
@@ -26,10 +29,13 @@ from sparse_flax.data.sources import SPLITS
 __all__ = [
   "ARRAYS",
   "NAMES",
+  "RECALL",
   "SAMPLES",
   "SAMPLE_RATE",
   "SPLITS",
   "Dataset",
+  "RecallSizes",
+  "answers",
   "check",
   "eval_batches",
   "load_codes",

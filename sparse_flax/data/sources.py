@@ -4,12 +4,14 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
 from etils import epath
 
 from sparse_flax.data import dataset as dataset_lib
+from sparse_flax.data import far_recall
 from sparse_flax.data import own
 from sparse_flax.data import published
 from sparse_flax.data import raw
@@ -21,7 +23,7 @@ SAMPLES = {"cifar10_sample": "cifar10", "enwik8_sample": "enwik8", "audio_sample
 # Of one's own: pictures in a folder, texts in a folder, any file.
 OWN = ("images", "texts", "bytes")
 ARRAYS = "arrays"  # the name of what a program gives: no path tells where it is
-NAMES = (*published.PUBLISHED, *OWN, *SAMPLES)
+NAMES = (*published.PUBLISHED, *OWN, *SAMPLES, far_recall.NAME)
 _MIN_BYTES = 20  # so that each of the splits of 90, 5 and 5 % has a byte
 
 
@@ -34,13 +36,14 @@ def open_dataset(
   split_seed: int,
   field: str = "text",
   skip_damaged: bool = False,
+  recall: Mapping[str, int] | None = None,
 ) -> dataset_lib.Dataset:
   """Opens one split of a data set; published files are prepared first, once, beside themselves.
 
   Args:
     name: "cifar10", "enwik8", "downsampled_imagenet/64x64" or "audio"; "images" and "texts" for a
-      folder of them, "bytes" for any file; or "cifar10_sample", "enwik8_sample", "audio_sample",
-      which ship with the package.
+      folder of them, "bytes" for any file; "cifar10_sample", "enwik8_sample", "audio_sample",
+      which ship with the package; or "far_recall", which is made while it is read.
     path: a TFDS data_dir that holds the prepared set (ours, or TFDS's own cifar10 and
       downsampled_imagenet/64x64), or the folder of the published files; a file for "bytes", and
       possibly for "enwik8"; "" for the samples.
@@ -56,6 +59,7 @@ def open_dataset(
     split_seed: chooses what is held out, where the published set does not say.
     field: of the objects in .jsonl files of "texts" that holds the text.
     skip_damaged: leaves out pictures of "images" that cannot be read, and says so.
+    recall: fields of `far_recall.Sizes`.
 
   Returns:
     The split. Big sets are read when they are used.
@@ -69,7 +73,11 @@ def open_dataset(
   _check_image_size(name, image_shape, seq_len)
   read = functools.partial(_open_path, split_seed=split_seed, field=field, seq_len=seq_len)
   with _naming_path(path):
-    if name in SAMPLES:
+    if name == far_recall.NAME:
+      _check_no_path(name, path)
+      streams, remark = _open_recall(seq_len, split, recall), "synthetic: records and questions"
+      version = far_recall.VERSION
+    elif name in SAMPLES:
       _check_no_path(name, path)
       streams, remark = _open_sample(name, split), "a small sample: not comparable with any paper"
       version = "1.0.0"
@@ -132,7 +140,9 @@ def name_for(name: str, path: str) -> str:
   return of_mine if own.names(file, suffixes) else name
 
 
-def check(name: str, *, path: str, seq_len: int) -> list[str]:
+def check(
+  name: str, *, path: str, seq_len: int, recall: Mapping[str, int] | None = None
+) -> list[str]:
   """What is wrong with a data set, without writing and without reading much of it.
 
   Returns:
@@ -149,7 +159,9 @@ def check(name: str, *, path: str, seq_len: int) -> list[str]:
     problems.append(str(error))
   try:
     with _naming_path(path):
-      if name in SAMPLES:
+      if name == far_recall.NAME:
+        problems += filter(None, [far_recall.Sizes(**(recall or {})).problem(seq_len)])
+      if name in (*SAMPLES, far_recall.NAME):
         _check_no_path(name, path)
       else:
         _check_path(name, _existing(path), seq_len)
@@ -164,7 +176,7 @@ def _properties(name, seq_len):
       f"data.name={ARRAYS!r}: such data are given by a program, to train.train(datasets=...) and "
       "evaluate.evaluate(dataset=...)"
     )
-  if name in ("bytes", "texts"):
+  if name in ("bytes", "texts", far_recall.NAME):
     return "text", None
   if name == "images":
     if side := own.side_of(seq_len):
@@ -200,7 +212,16 @@ def _naming_path(path):
     raise ValueError(f"data.path={os.fspath(path)!r}: {error}") from error
 
 
+def _open_recall(seq_len, split, recall):
+  sizes = far_recall.Sizes(**(recall or {}))
+  if problem := sizes.problem(seq_len):
+    raise ValueError(problem)
+  return far_recall.Recall(seq_len, split, sizes)
+
+
 def _check_no_path(name, path):
+  if os.fspath(path) and name == far_recall.NAME:
+    raise ValueError(f"must be empty, for data.name={name!r} is made while it is read")
   if os.fspath(path):
     raise ValueError(
       f"must be empty, for data.name={name!r} ships with the package and reads no path; "

@@ -10,8 +10,12 @@ from sparse_flax.model.cross_attention import SparseCrossAttention
 from sparse_flax.model.embedding import check_bytes
 from sparse_flax.model.embedding import VOCABULARY
 from sparse_flax.model.initialization import INIT_SCHEMES
+from sparse_flax.model.layer_patterns import LEARNED_NAMES
 from sparse_flax.model.layer_patterns import PATTERN_NAMES
 from sparse_flax.model.layer_patterns import patterns_of
+from sparse_flax.model.learned import recipes_of
+from sparse_flax.model.learned import stage_at
+from sparse_flax.model.learned_attention import LearnedSelfAttention
 from sparse_flax.model.order import Order
 from sparse_flax.model.remat import level_in
 from sparse_flax.model.remat import REMATS
@@ -29,6 +33,7 @@ __all__ = [
   "COMPUTE_DTYPES",
   "GELU_SLOPE",
   "INIT_SCHEMES",
+  "LEARNED_NAMES",
   "MODALITIES",
   "PARAM_DTYPES",
   "PATTERN_NAMES",
@@ -36,6 +41,7 @@ __all__ = [
   "ROPES",
   "VOCABULARY",
   "Block",
+  "LearnedSelfAttention",
   "Lengthen",
   "Order",
   "Shorten",
@@ -48,4 +54,6 @@ __all__ = [
   "graph_and_shapes",
   "level_in",
   "patterns_of",
+  "recipes_of",
+  "stage_at",
 ]

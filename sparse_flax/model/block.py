@@ -1,5 +1,6 @@
 """The residual block: attention, then feed-forward, each after its own norm."""
 
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jaxtyping import Array
+from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Integer
 from jaxtyping import Key
@@ -19,8 +21,10 @@ from pallas_kernels import residual
 from pallas_kernels.residual import activations
 from pallas_kernels.residual import dropout
 from sparse_flax.model import attention
-from sparse_flax.model import cache as cache_lib
+from sparse_flax.model import cache_blocks
 from sparse_flax.model import heads
+from sparse_flax.model import learned
+from sparse_flax.model import learned_attention
 from sparse_flax.parallel import sharding
 
 # Kernels that compute a block themselves are handed these.
@@ -114,6 +118,8 @@ class Block(nnx.Module):
     activation: str = "quick_gelu",
     qk_norm: bool = False,
     rope: heads.RotaryFn | None = None,
+    recipe: learned.Recipe | None = None,
+    stage: learned.Stage = None,
     rngs: nnx.Rngs,
   ):
     linear = dict(
@@ -122,16 +128,19 @@ class Block(nnx.Module):
     norm = lambda: nnx.LayerNorm(width, epsilon=NORM_EPSILON, dtype=jnp.float32, rngs=rngs)
     self.dropout = dropout
     self.attention_norm = norm()
-    self.attention = attention.SparseSelfAttention(
+    layer: dict[str, Any] = dict(
       width=width,
       num_heads=num_heads,
-      pattern=pattern,
       qk_ratio=qk_ratio,
       implementation=implementation,
       qk_norm=qk_norm,
       rope=rope,
       **linear,
     )
+    if recipe is None:
+      self.attention = attention.SparseSelfAttention(pattern=pattern, **layer)
+    else:
+      self.attention = learned_attention.LearnedSelfAttention(recipe=recipe, stage=stage, **layer)
     self.feed_forward_norm = norm()
     self.feed_forward = FeedForward(
       width=width, hidden=round(ff_mult * width), activation=activation, **linear
@@ -155,8 +164,28 @@ class Block(nnx.Module):
     if weights is not None and x.dtype == self.attention.key.dtype:
       stream = residual.start(x, self.options, drops=bits is not None)
       return residual.end(self.run(stream, weights, bits), self.options)
+    return self._behind(x, self.attention(self._normed(x)), bits)
+
+  def in_stage(
+    self,
+    x: Float[Array, "B T E"],
+    bits: Bits | None = None,
+    *,
+    stage: learned.Stage = None,
+    losses: bool = False,
+  ) -> tuple[Float[Array, "B T E"], dict[str, Array]]:
+    """`__call__` in a stage of learned attention, and the losses of that if they are asked for."""
+    a = self.attention
+    if not isinstance(a, learned_attention.LearnedSelfAttention):
+      return self(x, bits=bits), {}
+    found = a(self._normed(x), stage=stage, losses=losses)
+    out, lost = found if losses else (found, {})
+    return self._behind(x, out, bits), lost
+
+  def _behind(self, x: Array, a: Array, bits: Bits | None) -> Float[Array, "B T E"]:
+    """The stream behind the block, given what its attention makes of x."""
     of_attention, of_feed_forward = (None, None) if bits is None else bits
-    x = x + masked(self.attention(self._normed(x)), of_attention, self.dropout)
+    x = x + masked(a, of_attention, self.dropout)
     x = checkpoint_name(x, "residual_h")
     return x + masked(self._feed(x), of_feed_forward, self.dropout)
 
@@ -214,6 +243,8 @@ class Block(nnx.Module):
   def _why_no_halves(self) -> str | None:
     """What keeps this block from two functions around attention; None: nothing does."""
     a, f = self.attention, self.feed_forward
+    if isinstance(a, learned_attention.LearnedSelfAttention):
+      return "learned attention reads the normed stream"
     if any(layer.bias is None for layer in (a.query, a.key, a.value, a.out, f.up, f.down)):
       return "a layer has no bias"
     if a.key.dtype is None:
@@ -238,9 +269,13 @@ class Block(nnx.Module):
     """The block's output, and the attention probabilities of the query rows `rows`."""
     return self(x), self.attention.weights(self._normed(x), rows)
 
+  def chosen(self, x: Float[Array, "B T E"]) -> Bool[Array, "B Hl nq nk"]:
+    """Which blocks of keys the lists of attention have, in a block whose attention chooses."""
+    return self.attention.chosen(self._normed(x))
+
   def prefill(
     self, x: Float[Array, "B P E"], length: int, *, sparse: bool = True
-  ) -> tuple[Float[Array, "B P E"], cache_lib.Cache]:
+  ) -> tuple[Float[Array, "B P E"], cache_blocks.AnyCache]:
     """`__call__`, and the block's cache, for `length` steps, as P of them leave it."""
     weights = self.weights()
     if weights is not None and x.dtype == self.attention.key.dtype:
@@ -255,10 +290,10 @@ class Block(nnx.Module):
     self,
     x: Float[Array, "B E"],
     step: Integer[Array, ""],
-    cache: cache_lib.Cache,
+    cache: cache_blocks.AnyCache,
     *,
     layer: Integer[Array, ""],
-  ) -> tuple[Float[Array, "B E"], cache_lib.Cache]:
+  ) -> tuple[Float[Array, "B E"], cache_blocks.AnyCache]:
     """Row `step` of `__call__`, given the keys and values of the rows before it."""
     a, cache = self.attention.decode_step(self._normed(x), step, cache, layer=layer)
     x = x + a

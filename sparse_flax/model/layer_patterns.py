@@ -6,6 +6,8 @@ from typing import Any
 from pallas_kernels import patterns
 
 PATTERN_NAMES = ("dense", "local", "column", "strided", "block", "summary", "fixed")
+# Layers that choose blocks of keys while they run: `learned.RECIPES`.
+LEARNED_NAMES = ("moba", "nsa", "indexer")
 Entry = str | Sequence[str]  # one name, or one per group of heads
 
 
@@ -21,7 +23,8 @@ def make_pattern(
 
   Args:
     entry: a name of PATTERN_NAMES, or g names: the heads then form g groups of neighbours, each
-      with its own pattern and, for "summary" and "fixed", all sub-blocks.
+      with its own pattern and, for "summary" and "fixed", all sub-blocks. Of LEARNED_NAMES, which
+      choose among all earlier keys, it is `Dense`.
     num_heads: H; a multiple of g and, per group, of sub_blocks where a summary is asked for.
     stride: l, tokens.
     summary_width: c, tokens; for "summary" and "fixed".
@@ -35,13 +38,18 @@ def make_pattern(
       raise ValueError(
         f"attention_layers has {entry!r}: {num_heads=} must be a multiple of {len(entry)}"
       )
+    if learned := [name for name in entry if name in LEARNED_NAMES]:
+      raise ValueError(
+        f"attention_layers has {entry!r}: {learned[0]!r} must be a whole layer, not heads"
+      )
     size = num_heads // len(entry)
     options = dict(stride=stride, summary_width=summary_width, sub_blocks=sub_blocks)
     groups = [make_pattern(name, num_heads=size, **options) for name in entry]
     return patterns.PerHead(tuple(group.of_head(h) for group in groups for h in range(size)))
 
-  if entry not in PATTERN_NAMES:
-    raise ValueError(f"attention_layers has {entry!r}: must be one of {PATTERN_NAMES}")
+  if entry not in PATTERN_NAMES + LEARNED_NAMES:
+    names = PATTERN_NAMES + LEARNED_NAMES
+    raise ValueError(f"attention_layers has {entry!r}: must be one of {names}")
   if stride < 1:
     raise ValueError(f"{stride=}: must be a whole number >= 1")
   if entry in ("summary", "fixed"):
@@ -53,7 +61,7 @@ def make_pattern(
     if num_heads % sub_blocks:
       raise ValueError(f"{sub_blocks=}: must divide the {num_heads} heads that are {entry!r}")
   match entry:
-    case "dense":
+    case "dense" | "moba" | "nsa" | "indexer":
       return patterns.Dense()
     case "local":
       return patterns.Local(stride)

@@ -15,6 +15,8 @@ REMATS = ("auto", "full", "attention", "block", "hidden", "dots", "none")
 # logits, and what a block needs while it runs, have the rest (docs/notes/residual.md).
 SHARE = 0.6
 _SCOPE = "remat_as_"
+# Kept in any case: computed again, a list may differ in a near tie from that of the saved result.
+_ALWAYS = ("attention_blocks",)
 
 
 class Widths(NamedTuple):
@@ -63,10 +65,10 @@ def rematerialised(run_block: Callable, level: str, *, one_by_one: bool) -> Call
   if level == "dots":
     policy = policies.save_from_both_policies(
       policies.dots_with_no_batch_dims_saveable,  # products with weights, not scores of attention
-      policies.save_only_these_names("attention_out", "attention_lse"),
+      policies.save_only_these_names("attention_out", "attention_lse", *_ALWAYS),
     )
   else:
-    policy = policies.save_only_these_names(*residual.KEPT[level])
+    policy = policies.save_only_these_names(*residual.KEPT[level], *_ALWAYS)
   # scan already keeps the compiler from merging the two computations; barriers keep an order.
   return jax.checkpoint(named, prevent_cse=one_by_one, policy=policy)
 

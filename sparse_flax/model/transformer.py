@@ -19,9 +19,10 @@ from jaxtyping import UInt8
 from pallas_kernels import api
 from pallas_kernels import residual
 from sparse_flax.model import block
-from sparse_flax.model import cache as cache_lib
+from sparse_flax.model import cache_blocks
 from sparse_flax.model import embedding
 from sparse_flax.model import initialization
+from sparse_flax.model import learned as learned_lib
 from sparse_flax.model import levels
 from sparse_flax.model import order as order_lib
 from sparse_flax.model import remat as remat_lib
@@ -39,7 +40,7 @@ AXES_THETA = 100.0  # places along an axis are fewer than tokens
 LOOPED = ("mosaic_gpu",)
 
 Tokens = UInt8[Array, "B T"] | Integer[Array, "B T"]
-Caches = tuple[cache_lib.Cache, ...] | levels.Caches
+Caches = tuple[cache_blocks.AnyCache, ...] | levels.Caches
 
 
 def _multiply(x: Array, kernel: Array, *dims: Any, **options: Any) -> Array:
@@ -90,6 +91,8 @@ class SparseTransformer(nnx.Module):
     init_scheme: str = "default",
     rope: str = "none",
     qk_norm: bool = False,
+    learned: Any = None,  # a mapping, which a ConfigDict is to no type checker
+    learned_stages: Sequence[Any] = (),
     inner: Any = None,
     order: str = "raster",
     patch: int = 2,
@@ -112,7 +115,8 @@ class SparseTransformer(nnx.Module):
       u sigmoid(1.702 u), or "relu2", max(u, 0)^2, which no kernel of a step has.
     qk_ratio: width of queries and keys over E; 0.5 is the paper's half size.
     attention_layers: the cycle of patterns over depth. An entry is a name of PATTERN_NAMES, or a
-      tuple of names, one per group of neighbouring heads.
+      tuple of names, one per group of neighbouring heads; or one of LEARNED_NAMES, "moba", "nsa"
+      and "indexer", which choose the blocks of keys that they read.
     stride: l, tokens: window of local, period of column, block of block and summary.
     summary_width: c, tokens per block for "summary" and "fixed".
     sub_blocks: V, different places of the summary, head h using h % V.
@@ -126,6 +130,11 @@ class SparseTransformer(nnx.Module):
     rope: what turns queries and keys, beside the learned positions: "none", "tokens", the token's
       number, or "axes", its place along each axis of `position_shape`.
     qk_norm: whether queries and keys are normalised, by head.
+    learned: fields of the recipes of layers that choose, `sparse_flax.learned`; a recipe takes
+      those that it has. None: the defaults.
+    learned_stages: how many blocks such layers read, (step, "dense" or a number) from that step of
+      training on, the first of step 0; evaluation, samples and exports have the last one. (): what
+      `learned` says, from the beginning to the end.
     inner: layers on groups of tokens; {} has none. It needs shorten, the tokens of a group, and
       num_layers; it may have num_layers_after, width, num_heads, ff_mult, qk_ratio,
       attention_layers, stride, summary_width, sub_blocks and dropout, which are else those of the
@@ -180,6 +189,11 @@ class SparseTransformer(nnx.Module):
       inner=inner,
     )
     _check_positions(modality, tuple(position_shape), seq_len)
+    recipes_of = lambda spec: learned_lib.recipes_of(
+      attention_layers=spec.attention_layers, learned=learned
+    )
+    recipes = learned_lib.in_levels([(spec.title, recipes_of(spec)) for spec in specs])
+    learned_lib.check_stages(learned_stages, recipes, seq_len)
     reads = order_lib.Order(order, tuple(position_shape), patch)
     if rope == "axes" and not reads.is_raster:
       raise ValueError(f"{rope=}: must be 'none' or 'tokens' with {order=}")
@@ -191,6 +205,7 @@ class SparseTransformer(nnx.Module):
     self.num_layers = sum(spec.depth for spec in specs)
     self.embed_dropout = embed_dropout
     self.remat = remat
+    self.recipes = recipes
     self.patterns = specs[0].patterns
     # What "auto" keeps of all levels: columns of their rows, for one token.
     self.columns = sum(spec.depth * spec.width * spec.length for spec in specs) / seq_len
@@ -222,10 +237,12 @@ class SparseTransformer(nnx.Module):
         out_init=inits["out_init"],
         qk_norm=qk_norm,
         rope=_rope_of(rope, tuple(position_shape), spec),
+        recipe=recipe,
+        stage=learned_stages[-1][1] if learned_stages else None,
         rngs=rngs,
         **dtypes,
       )
-      for pattern in spec.patterns
+      for pattern, recipe in zip(spec.patterns, recipes_of(spec), strict=True)
     )
 
     def make_stack(spec, num_layers, rngs):
@@ -264,21 +281,43 @@ class SparseTransformer(nnx.Module):
     """`shorten` of each inner level, the outermost first; () of a model that has none."""
     return levels.factors(self)
 
+  @property
+  def chooses(self) -> bool:
+    """Whether some layers choose the blocks that they read."""
+    return any(recipe is not None for recipe in self.recipes)
+
   def __call__(
-    self, tokens: Tokens, *, dropout_key: Key[Array, ""] | None = None
-  ) -> Float32[Array, "B T 256"]:
-    """Logits; those at t predict tokens[:, t] and depend on the tokens before it only.
+    self,
+    tokens: Tokens,
+    *,
+    dropout_key: Key[Array, ""] | None = None,
+    stage: learned_lib.Stage = None,
+    losses: bool = False,
+  ) -> Any:
+    """Logits [B, T, 256]; those at t predict tokens[:, t] and depend on the tokens before it only.
 
     Args:
       tokens: bytes, any integer dtype; T <= seq_len.
       dropout_key: None turns dropout off.
+      stage: of layers that choose: "dense", a number of blocks, or None for the last stage. Known
+        when the call is traced.
+      losses: whether to return what these layers learn from, too: {"index": scalar}, the sum over
+        the layers that are indexers, or {} without one.
     """
-    return self.head(self.hidden(tokens, dropout_key=dropout_key))
+    x, found = self.hidden(tokens, dropout_key=dropout_key, stage=stage, losses=losses)
+    return (self.head(x), found) if losses else self.head(x)
 
   def hidden(
-    self, tokens: Tokens, *, dropout_key: Key[Array, ""] | None = None
-  ) -> Float[Array, "B T E"]:
-    """The residual stream behind all blocks; `head` makes logits of it, or of some of its rows.
+    self,
+    tokens: Tokens,
+    *,
+    dropout_key: Key[Array, ""] | None = None,
+    stage: learned_lib.Stage = None,
+    losses: bool = False,
+  ) -> tuple[Float[Array, "B T E"], dict[str, Float32[Array, ""]]]:
+    """The residual stream behind all blocks, and losses of layers that choose, by name.
+
+    `head` makes logits of the stream, or of some of its rows. Arguments are those of a call.
 
     Raises:
       NotImplementedError: a model with inner levels, where a mesh has an axis for sequences.
@@ -291,15 +330,17 @@ class SparseTransformer(nnx.Module):
       )
     embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x = block.drop(self._embed(tokens), self.embed_dropout, key=embed_key)
-    keep = self.remat == "none"
-    return levels.run(self, x, layers_key, run_stack=self._run_stack, keep=keep)
+    if self.chooses:  # a model of one level
+      return self._run_stack(self, self.groups, x, layers_key, stage=stage, losses=losses)
+    run_stack = lambda *stack: self._run_stack(*stack)[0]
+    return levels.run(self, x, layers_key, run_stack=run_stack, keep=self.remat == "none"), {}
 
   def head(self, x: Float[Array, "B T E"]) -> Float32[Array, "B T 256"]:
     """Logits of rows of the residual stream."""
     return self.logits(self.final_norm(x))
 
-  def _run_stack(self, level, groups, x, key):
-    """All blocks of a stack."""
+  def _run_stack(self, level, groups, x, key, *, stage=None, losses=False):
+    """All blocks of a stack: the stream, and the losses of layers that choose."""
     cycle = len(groups)
     seeds = None
     if key is not None:
@@ -311,6 +352,9 @@ class SparseTransformer(nnx.Module):
     if modules:
       arrays, stream = groups, x
       blocks = [lambda x, layer, bits: layer(x, bits=bits)] * cycle
+      if self.chooses:
+        stream, run_block = learned_lib.with_losses(self.recipes, x, stage=stage, losses=losses)
+        blocks = [run_block] * cycle
     else:
       stream = residual.start(x, options, drops=seeds is not None and groups[0].dropout > 0)
       blocks = [layer.run for layer in groups]  # with the weights that they are given
@@ -343,7 +387,8 @@ class SparseTransformer(nnx.Module):
     else:
       with_bits = lambda stream, xs: run_group(stream, (xs[0], bits_of(xs[1])))
       stream, _ = jax.lax.scan(with_bits, stream, (arrays, seeds))
-    return stream if modules else residual.end(stream, options)
+    x, found = stream if self.chooses else (stream, {})
+    return (x if modules else residual.end(x, options)), found
 
   def _remat_of(self, level, groups, x: Float[Array, "B T E"], *, in_loop: bool) -> str:
     """What is kept of blocks: `remat`, or what "auto" means for these rows."""
@@ -395,6 +440,33 @@ class SparseTransformer(nnx.Module):
     T = tokens.shape[1]
     _, results = levels.run_looking(self, self._embed(tokens), rows, run_stack=run_stack)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+
+  def chosen_blocks(
+    self,
+    tokens: Tokens,
+    *,
+    reduce: Callable[[Any], Any] = lambda chosen: chosen,
+  ) -> dict[int, Any]:
+    """Which blocks of keys the lists of layers that choose have, by the number of the layer.
+
+    Args:
+      tokens: bytes, any integer dtype; T <= seq_len.
+      reduce: what to make of the bool [B, Hl, nq, nk] of a layer, a tree of arrays.
+    """
+
+    def run_group(x, group):
+      results = {}
+      for n, layer in enumerate(group):
+        if self.recipes[n] is not None:
+          results[n] = reduce(layer.chosen(x))
+        x = layer(x)
+      return x, results
+
+    cycle = len(self.patterns)
+    _, results = jax.lax.scan(run_group, self._embed(tokens), self.groups)
+    layers = range(self.num_layers)
+    of = lambda layer: jax.tree.map(lambda y: y[layer // cycle], results[layer % cycle])
+    return {layer: of(layer) for layer in layers if layer % cycle in results}
 
   def init_cache(self, batch_size: int, *, sparse: bool = True) -> Caches:
     """Empty caches for decoding `batch_size` sequences of `seq_len` tokens, one per cycle entry.

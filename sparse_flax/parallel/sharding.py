@@ -277,6 +277,16 @@ def of_rows(x: Float[Array, "*B E"]) -> jax.NamedSharding | None:
   return jax.NamedSharding(mesh, jax.P(*axes, None))
 
 
+def rows_apart(x: Shaped[Array, "B *rest"]) -> Shaped[Array, "B *rest"]:
+  """x with its first axis over data and fsdp, in a mesh of `make_mesh`; elsewhere as it is."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size == 1 or mesh.manual_axes or mesh.axis_names != AXES:
+    return x
+  if AxisType.Explicit in mesh.axis_types or x.shape[0] % math.prod(mesh.shape[a] for a in BATCH):
+    return x
+  return jax.lax.with_sharding_constraint(x, jax.P(BATCH))
+
+
 def row_axes() -> tuple[tuple[str, ...], ...]:
   """The axes over which B and T of a residual stream are sharded, where devices share no row.
 

@@ -1,5 +1,6 @@
 """Every mistake in a config at once, each as `config.group.field=value: what would be right`."""
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -14,6 +15,7 @@ import ml_collections
 from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import model as model_lib
+from sparse_flax.model import learned
 from sparse_flax.model import levels
 from sparse_flax.model import order
 from sparse_flax.parallel import sharding
@@ -47,7 +49,9 @@ _TEXT = Rule((str,), lambda x: True, "text")
 
 
 def _is_cycle(layers: Any) -> bool:
-  entries = [(x,) if isinstance(x, str) else x for x in layers]
+  entries = [(x,) if isinstance(x, str) else x for x in layers if x not in model_lib.LEARNED_NAMES]
+  if not entries:
+    return bool(layers)
   return bool(entries) and all(
     isinstance(x, tuple | list) and x and all(name in model_lib.PATTERN_NAMES for name in x)
     for x in entries
@@ -72,7 +76,11 @@ _RULES = {
   "model.attention_layers": Rule(
     (tuple, list),
     _is_cycle,
-    "a tuple of names, or of tuples of names, from " + ", ".join(model_lib.PATTERN_NAMES),
+    "a tuple of names, or of tuples of names, from "
+    + ", ".join(model_lib.PATTERN_NAMES)
+    + "; or of "
+    + ", ".join(model_lib.LEARNED_NAMES)
+    + ", each a whole layer",
   ),
   "model.stride": _whole(1),
   "model.summary_width": _whole(0),
@@ -83,6 +91,21 @@ _RULES = {
   "model.init_scheme": _one_of(*model_lib.INIT_SCHEMES),
   "model.rope": _one_of(*model_lib.ROPES),
   "model.qk_norm": Rule((bool,), lambda x: True, "True or False"),
+  "model.learned.block_size": _whole(1),
+  "model.learned.top": _whole(1),
+  "model.learned.query_block": _whole(1),
+  "model.learned.first": _whole(0),
+  "model.learned.local": _whole(1),
+  "model.learned.lists": _one_of(*learned.LISTS),
+  "model.learned.window": _whole(1),
+  "model.learned.index_size": _whole(1),
+  "model.learned.index_heads": _whole(0),
+  "model.learned.key_conv": Rule((int,), lambda x: x in learned.KEY_CONVS, "0, 3 or 5"),
+  "model.learned_stages": Rule(
+    (tuple, list),
+    lambda x: all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in x),
+    "a tuple of pairs (step, 'dense' or a number of blocks), () for none",
+  ),
   "model.order": _one_of(*order.ORDERS),
   "model.patch": _whole(1),
   "model.inner": Rule((dict,), lambda x: True, "{}, or the fields of a level"),
@@ -97,6 +120,9 @@ _RULES = {
   "data.field": _TEXT,
   "data.skip_damaged": Rule((bool,), lambda x: True, "True or False"),
   "data.mirror": Rule((bool,), lambda x: True, "True or False"),
+  "data.recall.records": _whole(0),
+  "data.recall.key": Rule((int,), lambda x: 1 <= x <= 8, "a whole number from 1 to 8"),
+  "data.recall.delay": _whole(0),
   "train.steps": _whole(1),
   "train.log_every": _whole(1),
   "train.eval_every": _whole(1),
@@ -118,6 +144,7 @@ _RULES = {
   "optim.momentum": _RATE,
   "optim.muon_ratio": _POSITIVE,
   "optim.momentum_dtype": _one_of("float32", "bfloat16"),
+  "optim.index_loss": _NOT_NEGATIVE,
   "optim.loss_scale": _one_of("none", "dynamic"),
   "mesh.data": Rule((int,), lambda x: x == -1 or x >= 1, "-1 (all devices) or a number >= 1"),
   "mesh.fsdp": _whole(1),
@@ -145,6 +172,21 @@ ADDED: dict[str, Any] = {
   "optim.momentum": 0.95,
   "optim.muon_ratio": 1.0,
   "optim.momentum_dtype": "float32",
+  "model.learned.block_size": 128,
+  "model.learned.top": 16,
+  "model.learned.query_block": 16,
+  "model.learned.first": 1,
+  "model.learned.local": 1,
+  "model.learned.lists": "group",
+  "model.learned.window": 512,
+  "model.learned.index_size": 64,
+  "model.learned.index_heads": 0,
+  "model.learned.key_conv": 0,
+  "model.learned_stages": (),
+  "optim.index_loss": 1.0,
+  "data.recall.records": 0,
+  "data.recall.key": 1,
+  "data.recall.delay": 0,
   "model.num_layers_after": 0,
   "model.inner": {},
   "model.order": "raster",
@@ -180,10 +222,12 @@ def right(field: str) -> str:
 def completed(values: dict) -> dict:
   """The values of a config, with those of ADDED for fields that it does not have."""
   there = by_field(values)
-  values = {name: dict(x) if isinstance(x, dict) else x for name, x in values.items()}
+  values = copy.deepcopy(values)
   for field, value in ADDED.items():
-    group, _, name = field.rpartition(".")
-    inside = values.setdefault(group, {}) if group else values
+    *groups, name = field.split(".")
+    inside: Any = values
+    for group in groups:
+      inside = inside.setdefault(group, {}) if isinstance(inside, dict) else None
     if field not in there and isinstance(inside, dict):
       inside[name] = dict(value) if isinstance(value, dict) else value
   return values
@@ -217,7 +261,10 @@ def validate(config: ml_collections.ConfigDict) -> list[str]:
     problems += [
       "config." + problem.removeprefix("config.")
       for problem in data.check(
-        config.data.name, path=config.data.path, seq_len=config.model.seq_len
+        config.data.name,
+        path=config.data.path,
+        seq_len=config.model.seq_len,
+        recall=config.data.recall.to_dict(),
       )
     ]
   return problems
@@ -335,6 +382,12 @@ def _check_mesh(config: ml_collections.ConfigDict) -> list[str]:
       f"config.data.batch_size={config.data.batch_size}: must be a multiple of {parts * rows} = "
       f"train.accumulation {parts} x {rows} devices on the axes data and fsdp"
     )
+  if any(model_lib.recipes_of(**model)):
+    problems += [
+      f"config.mesh.{axis}={mesh[axis]}: must be 1, for {reason}"
+      for axis, reason in learned.WHY_NOT_SHARDED.items()
+      if mesh[axis] > 1
+    ]
   found = levels.specs_of(**model)
   if mesh.sequence > 1 and len(found) > 1:
     problems.append(

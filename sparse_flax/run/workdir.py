@@ -239,7 +239,8 @@ def _changes(workdir: epath.PathLike) -> dict:
 
 
 def _fields(values: dict) -> dict:
-  return validate.by_field(validate.completed(values))
+  # As a file gives them back: defaults may be tuples, too.
+  return validate.by_field(json.loads(to_json(validate.completed(values))))
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict:

@@ -274,6 +274,8 @@ def best(model: model_lib.SparseTransformer, batch_size: int, *, sparse: bool = 
 
 def _why_xla_alone(model: model_lib.SparseTransformer) -> str | None:
   """Why no kernels compute the steps of a model; None where they may."""
+  if model.chooses:
+    return "layers that choose the blocks that they read, which kernels of a step do not have"
   first = levels.first_block(model)
   activation = first.feed_forward.activation
   if activation != "quick_gelu":

@@ -5,6 +5,7 @@ XLA's own count is of no use here: it takes the body of a scan once and kernels 
 
 import ml_collections
 
+from sparse_flax.model import learned
 from sparse_flax.model import levels
 
 # Dense bfloat16 peak of one device, operations per second, by the start of its `device_kind`; from
@@ -32,6 +33,7 @@ def forward_flops(model: ml_collections.ConfigDict) -> float:
 
   with n tokens, N layers, width d, query width q, feed-forward width f and k keys per query on
   average over layers, heads and positions (arXiv:1904.10509 has no figure; the formula is ours).
+  Layers that choose their blocks read `top` of them; what the choice takes is not counted.
 
   With inner levels each counts by its own n, d, q, f and k; groups of k rows of width d cost
   2 k d d' on their way to the inner width d' and as much on the way back, where these are products.
@@ -47,11 +49,13 @@ def level_flops(model: ml_collections.ConfigDict) -> list[float]:
 
   What turns rows into groups, and groups into rows, counts as the inner level's.
   """
-  found, around = [], None
-  for level in levels.specs_of(**dict(model.items())):
+  found, around, given = [], None, dict(model.items())
+  for level in levels.specs_of(**given):
     n, d = level.length, level.width
     q, f = round(level.qk_ratio * d), round(level.ff_mult * d)
-    pairs = sum(pattern.num_pairs(n) for pattern in level.patterns) / len(level.patterns)
+    recipes = learned.recipes_of(**{**given, "attention_layers": level.attention_layers})
+    read = [recipe or pattern for recipe, pattern in zip(recipes, level.patterns, strict=True)]
+    pairs = sum(x.num_pairs(n) for x in read) / len(read)
     weights = level.depth * (2 * d * q + 2 * d * d + 2 * d * f)
     products = (level.pool == "linear") + (level.up == "linear") if around else 0
     between = 2 * n * level.shorten * around.width * d * products if around else 0

@@ -190,6 +190,8 @@ def train(
       read = lambda rows: batch_at(step, rows)
       return sharding.place(read, sharding.by_batch(mesh), (batch_size, seq_len))
 
+    stages = config.model.learned_stages
+    stage_of = lambda step: model_lib.stage_at(stages, step - 1)
     result = None
     reader = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
     upcoming = reader.submit(batch, first)
@@ -201,12 +203,23 @@ def train(
         upcoming = reader.submit(batch, step)
       if step == first + 1:
         say(_what_computes(program))
+      switches = step > first + 1 and stage_of(step) != stage_of(step - 1)
+      if stages and (switches or step == first + 1):
+        say(f"  {'stage':<11}{_told_stage(stage_of(step))} from step {step:,} on")
+      if switches or step == first + 1:
         say("compiling ...")
-      with profiler.step(step, settle=lambda: records.settle(leave=0, saved=saved)):
-        state, record = program.step(state, tokens, program.dropout_key)
+      if switches:  # what is compiled now takes no time of steps
+        records.settle(leave=0, saved=saved)
+      with (
+        progress.pause() if switches else contextlib.nullcontext(),
+        profiler.step(step, settle=lambda: records.settle(leave=0, saved=saved)),
+      ):
+        how = dict(stage=stage_of(step)) if stages else {}
+        state, record = program.step(state, tokens, program.dropout_key, **how)
         records.add(step, record)
       records.settle(leave=1, saved=saved)  # the device is already at work on this step
-      watched.beat(patience=_PATIENCE if step == first + 1 else 1.0)
+      compiles = step == first + 1 or stage_of(step + 1) != stage_of(step)
+      watched.beat(patience=_PATIENCE if compiles else 1.0)
       # All processes have to come to the same answer.
       stop_now = checkpoints.reached_preemption(step) if several else stop()
       evaluate_now, save_now = (
@@ -302,6 +315,11 @@ def _differences(
     yield f"  {'extended':<11}{_extended(config, planned, state)}"
 
 
+def _told_stage(stage: int | str | None) -> str:
+  """For the log: what layers that choose read in a stage."""
+  return "all blocks" if stage == "dense" else f"{stage} blocks of keys for each list"
+
+
 def _extended(config: ml_collections.ConfigDict, planned: int, state: dict) -> str:
   """What more steps than were planned make of the learning rate of the next one."""
   before = ml_collections.ConfigDict(config.to_dict())
@@ -395,11 +413,12 @@ class _Program(NamedTuple):
   """What a run computes, traced but not compiled.
 
   Attributes:
-    step: (state, tokens, dropout_key) -> (state, record), jitted; gives up its state.
+    step: (state, tokens, dropout_key) -> (state, record), jitted; gives up its state. Of a run with
+      stages it also takes `stage`, and is a program for each.
     first_state: (weights or None) -> the state before the first step, with these or random ones.
     shapes: of the state, with its shardings.
     dropout_key: for every step, which folds its number in.
-    jaxpr: of the step.
+    jaxpr: of the step, in the first stage.
   """
 
   step: Callable
@@ -416,18 +435,21 @@ def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.M
   shapes = jax.eval_shape(init, init_key)
   layout = sharding.by_rules(shapes, mesh)
   shapes = run.laid_out(shapes, layout)
-  step = chex.assert_max_traces(one_step, n=1)
+  stages = list(dict.fromkeys(stage for _, stage in config.model.learned_stages))
+  step = chex.assert_max_traces(one_step, n=max(1, len(stages)))
   step = jax.jit(
     step,
     donate_argnums=0,
     out_shardings=(layout, sharding.replicated(mesh)),
     compiler_options=step_lib.compiler_options(mesh),
+    static_argnames="stage",
   )
   size = (config.data.batch_size, config.model.seq_len)
   tokens = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=sharding.by_batch(mesh))
   try:
     with _no_mistake_of_the_caller(workdir), jax.set_mesh(mesh):
-      jaxpr = step.trace(shapes, tokens, dropout_key).jaxpr
+      given = shapes, tokens, dropout_key
+      traced = [step.trace(*given, **how) for how in ([dict(stage=x) for x in stages] or [{}])]
   except NotImplementedError as error:
     raise ValueError(
       f"config.model.implementation={config.model.implementation!r}: {error}"
@@ -444,7 +466,7 @@ def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.M
       return jax.jit(init, out_shardings=layout)(init_key)
     return jax.jit(begin, out_shardings=layout)(weights)
 
-  return _Program(step, first_state, shapes, dropout_key, jaxpr)
+  return _Program(step, first_state, shapes, dropout_key, traced[0].jaxpr)
 
 
 @contextlib.contextmanager

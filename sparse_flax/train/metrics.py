@@ -210,11 +210,13 @@ class Progress:
     """Takes what evaluation found after the newest step."""
     bits, step = result["bits_per_byte"], result["step"]
     weights = "averaged weights, " if result["ema"] else ""
+    right = f"{100 * result['accuracy']:.1f}% right  " if "accuracy" in result else ""
     self._say(
-      f"step {step:,}/{self._steps:,}  {result['split']} {bits:.3f} {self._unit}  "
+      f"step {step:,}/{self._steps:,}  {result['split']} {bits:.3f} {self._unit}  {right}"
       f"{weights}{result['bytes_scored']:,} bytes"
     )
-    self._write(step, validation_bits_per_byte=bits)
+    accuracy = {"validation_accuracy": result["accuracy"]} if right else {}
+    self._write(step, validation_bits_per_byte=bits, **accuracy)
 
   def _write(self, step: int, **values: float | int) -> None:
     if self._writer is not None:
@@ -238,6 +240,8 @@ def progress_line(
   parts = [f"step {step:,}/{steps:,}"]
   if "loss" in values:
     parts += [f"loss {values['loss']:.2f} nats", f"{values['bits_per_byte']:.2f} {unit}"]
+  if "index_loss" in values:
+    parts.append(f"index loss {values['index_loss']:.3f}")
   if values.get("skipped"):
     parts.append(f"{values['skipped']} skipped")
   if "tokens_per_second" in values:

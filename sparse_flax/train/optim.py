@@ -6,6 +6,8 @@ Beside them Muon, and linear decay.
 import re
 from collections.abc import Callable
 from collections.abc import Hashable
+from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
+
+# What learns from a loss of its own, beside the model's.
+_APART = re.compile(r"/index/\w+/")
 
 # Stacking layers for lax.scan adds an axis, so the rank of a leaf does not tell a matrix from a
 # bias: its name does.
@@ -119,7 +124,8 @@ def make_optimizer(
     b2: of Adam's mean of their squares.
     eps: of Adam.
     weight_decay: of what `decays` names.
-    clip_norm: the largest norm of the gradient.
+    clip_norm: the largest norm of the gradient; of indexers, which learn from a loss of their own,
+      the largest norm of theirs.
     name: "adam" or "muon", which leaves to Adam what `matrices` does not name.
     momentum: of Muon's mean of gradients, by Nesterov.
     muon_ratio: how far matrices move with Muon; with 1 as far as Adam's usual updates would move
@@ -144,7 +150,7 @@ def make_optimizer(
   else:
     update = adam
   return optax.chain(
-    optax.clip_by_global_norm(clip_norm),
+    _clipped(clip_norm),
     update,
     optax.add_decayed_weights(weight_decay, mask=decays),
     optax.scale_by_learning_rate(schedule),
@@ -162,6 +168,29 @@ def _muon(momentum: float, ratio: float, dtype: jnp.dtype | None) -> optax.Gradi
     optax.contrib.scale_by_muon(beta=momentum, mu_dtype=dtype, weight_dimension_numbers=each),
     optax.stateless(lambda updates, _: jax.tree.map(lambda x: size(x) * x, updates)),
   )
+
+
+def _clipped(most: float) -> optax.GradientTransformation:
+  """Clips the gradient by its norm, and that of indexers by its own, as if each were alone."""
+  clip = optax.clip_by_global_norm(most)
+
+  def update(updates, state, params=None):
+    own, others = split_apart(updates)
+    if not own:
+      return clip.update(updates, state, params)
+    by_name: dict[str, Any] = {}
+    for part in (own, others):
+      by_name.update(cast(dict, clip.update(part, state)[0]))
+    return jax.tree.map_with_path(lambda path, _: by_name[_name(path)], updates), state
+
+  return optax.GradientTransformation(clip.init, update)
+
+
+def split_apart(tree: dict) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Leaves by their names: those of indexers, and all others."""
+  leaves = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  own = {name: x for name, x in leaves.items() if _APART.search(name)}
+  return own, {name: x for name, x in leaves.items() if name not in own}
 
 
 def updates_done(opt_state: tuple) -> Int[Array, ""]:

@@ -1,6 +1,7 @@
 """One training step, a pure function, and the state that it takes and gives."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import UInt8
 
 from sparse_flax import evaluate
 from sparse_flax import model as model_lib
+from sparse_flax.model import learned
 from sparse_flax.train import optim
 
 # XLA else times what can compute a product in every process anew, on a GPU that others may use,
@@ -71,6 +73,9 @@ def train_step(
   schedule: Callable,
   accumulation: int,
   ema_decay: float,
+  stage: learned.Stage = None,
+  index_loss: float = 1.0,
+  answers: Callable | None = None,
 ) -> tuple[dict, dict]:
   """One update: the new state, and fp32 scalars. The model shifts the tokens by itself.
 
@@ -86,6 +91,10 @@ def train_step(
     schedule: of `optim.make_schedule`; for the record only.
     accumulation: micro-batches, run one after the other and averaged.
     ema_decay: of the averaged weights; read where the state has them.
+    stage: of layers that choose the blocks that they read; None is the last one.
+    index_loss: factor of the losses of their indexers. The record has them as they are, and the
+      norm of the indexers' gradient, which has no part in `grad_norm`.
+    answers: tokens -> those that the loss is of; None: all.
   """
   scale = state.get("loss_scale", jnp.ones((), jnp.float32))
   key = jax.random.fold_in(key, state["step"])
@@ -93,26 +102,35 @@ def train_step(
   weights = optim.in_float32(state["params"])
 
   def loss_fn(params, tokens, key):
-    nats = evaluate.nats_of(nnx.merge(graphdef, params), tokens, dropout_key=key)
-    # Rows first: one sum over all tokens loses digits where it is taken one by one, as on CPUs.
-    nats = nats.mean(axis=1).mean()
-    return scale * nats, nats
+    model = nnx.merge(graphdef, params)
+    nats, losses = evaluate.nats_of(model, tokens, dropout_key=key, stage=stage, losses=True)
+    if answers is None:
+      # Rows first: one sum over all tokens loses digits where it is taken one by one, as on CPUs.
+      nats = nats.mean(axis=1).mean()
+    else:
+      shown = answers(tokens)
+      nats = jnp.where(shown, nats, 0.0).sum() / jnp.maximum(shown.sum(dtype=jnp.float32), 1.0)
+    total = nats + index_loss * losses["index"] if losses else nats
+    return scale * total, (nats, losses)
 
   def micro_step(total, inputs):
     tokens, index = inputs
-    (_, nats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    (_, (nats, losses)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
       weights, tokens, jax.random.fold_in(key, index)
     )
-    return jax.tree.map(jnp.add, total, (nats, grads)), None
+    return jax.tree.map(jnp.add, total, (nats, losses, grads)), None
 
   # Neighbouring rows go to different micro-batches, so that each is spread over all devices.
   micro = tokens.reshape(-1, accumulation, tokens.shape[1]).swapaxes(0, 1)
-  zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, weights))
-  (nats, grads), _ = jax.lax.scan(micro_step, zeros, (micro, jnp.arange(accumulation)))
+  zero = jnp.zeros((), jnp.float32)
+  index = optim.split_apart(weights)[0]  # weights that learn from a loss of their own
+  zeros = (zero, {"index": zero} if index else {}, jax.tree.map(jnp.zeros_like, weights))
+  (nats, losses, grads), _ = jax.lax.scan(micro_step, zeros, (micro, jnp.arange(accumulation)))
   nats = nats / accumulation
   grads = jax.tree.map(lambda g: g / (accumulation * scale), grads)
 
-  norm = optax.tree.norm(grads)
+  of_index, others = optim.split_apart(grads)
+  norm = optax.tree.norm(others if index else grads)
   updates, opt = tx.update(grads, state["opt"], weights)
   moved = optax.apply_updates(weights, updates)
   params = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state["params"])
@@ -125,6 +143,10 @@ def train_step(
     "learning_rate": schedule(optim.updates_done(state["opt"])),
   }
   loss_ok, grads_ok = jnp.isfinite(nats), jnp.isfinite(norm)
+  if index:
+    record["index_loss"] = losses["index"] / accumulation
+    record["index_grad_norm"] = optax.tree.norm(of_index)
+    grads_ok &= jnp.isfinite(record["index_grad_norm"])
   ok = loss_ok & grads_ok
   new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, {k: state[k] for k in new})
   record["skipped"] = 1.0 - ok.astype(jnp.float32)
@@ -141,7 +163,8 @@ def optimizer_of(
   rates = ("learning_rate", "warmup_steps", "final_lr_ratio", "schedule")
   rates = {name: config.optim[name] for name in rates}
   schedule = optim.make_schedule(**rates, steps=config.train.steps)
-  others = {name: x for name, x in config.optim.items() if name not in (*rates, "loss_scale")}
+  elsewhere = (*rates, "loss_scale", "index_loss")
+  others = {name: x for name, x in config.optim.items() if name not in elsewhere}
   return optim.make_optimizer(schedule=schedule, **others), schedule
 
 
@@ -154,7 +177,10 @@ def scored(state: dict) -> dict:
 
 
 def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
-  """What a config trains: init(key) -> state, and step(state, tokens, key) -> (state, record)."""
+  """What a config trains: init(key) -> state, and step(state, tokens, key) -> (state, record).
+
+  A keyword argument `stage` of step, which is known when it is traced, is that of `train_step`.
+  """
   build = lambda rngs: model_lib.SparseTransformer(**config.model, rngs=rngs)
   graphdef, _ = model_lib.graph_and_shapes(**config.model)
   tx, schedule = optimizer_of(config)
@@ -163,8 +189,14 @@ def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
     options = dict(loss_scale=config.optim.loss_scale, ema_decay=config.train.ema_decay)
     return init_state(key, build=build, tx=tx, **options)
 
-  def step(state, tokens, key):
-    options = dict(accumulation=config.train.accumulation, ema_decay=config.train.ema_decay)
+  def step(state, tokens, key, *, stage=None):
+    options: dict[str, Any] = dict(
+      accumulation=config.train.accumulation,
+      ema_decay=config.train.ema_decay,
+      index_loss=config.optim.index_loss,
+      answers=evaluate.answers_of(config),
+      stage=stage,
+    )
     return train_step(state, tokens, key, graphdef=graphdef, tx=tx, schedule=schedule, **options)
 
   return init, step

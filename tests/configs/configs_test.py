@@ -16,11 +16,17 @@ from sparse_flax.model import transformer
 from sparse_flax.run import validate
 
 VARIANTS = {
-  "cifar10": ("", "quick", "dense", "fixed", "strided", "record", "shorten", "patches"),
-  "enwik8": ("", "quick", "dense", "fixed", "strided", "shorten", "megabyte"),
+  "cifar10": (
+    *("", "quick", "dense", "fixed", "strided", "moba", "nsa", "indexer", "record"),
+    *("shorten", "patches"),
+  ),
+  "enwik8": (
+    *("", "quick", "dense", "fixed", "strided", "moba", "nsa", "indexer", "shorten", "megabyte"),
+  ),
   "imagenet64": ("", "quick", "300m"),
   "audio": ("", "quick", "262k", "1m", "1m-shorten"),
   "photographs": ("", "quick"),
+  "recall": ("", "moba", "indexer", "dense", "strided", "fixed", "long"),
 }
 ALL = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
