@@ -355,7 +355,8 @@ def check_dependence(model, T: int, width: int) -> None:
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, width)), jnp.float32)
 
   def logits(x):
-    x = levels.run(model, x, None, run_stack=model._run_stack, keep=False)
+    run_stack = lambda *stack: model._run_stack(*stack)[0]
+    x = levels.run(model, x, None, run_stack=run_stack, keep=False)
     return model.head(x)[0, :, :2].sum(axis=-1)
 
   found = np.abs(jax.jit(jax.jacrev(logits))(x)[:, 0]).sum(axis=-1) != 0
