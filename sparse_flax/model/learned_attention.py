@@ -111,8 +111,8 @@ class LearnedSelfAttention(heads.Heads):
     recipe: `Moba`, `Nsa` or `Indexer`.
     stage: of calls that name none: None is the recipe's `top`, a number another one, and "dense"
       reads every earlier key.
-    qk_ratio, dtype, param_dtype, implementation, kernel_init, out_init, num_kv_heads, use_bias,
-      qk_norm, rope: as in `SparseSelfAttention`.
+    qk_ratio, dtype, param_dtype, implementation, kernel_init: as in `SparseSelfAttention`.
+    out_init, num_kv_heads, use_bias, qk_norm, rope: likewise.
     rngs: source of the initial values.
 
     Raises:

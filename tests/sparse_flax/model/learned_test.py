@@ -10,6 +10,7 @@ from flax import nnx
 
 from sparse_flax import learned
 from sparse_flax import LearnedSelfAttention
+from sparse_flax import SparseTransformer
 from sparse_flax.model import learned_attention
 from sparse_flax.model import remat
 from sparse_flax.parallel import sharding
@@ -249,3 +250,12 @@ def test_heads_and_tokens_are_not_sharded(axis):
   refused = pytest.raises(NotImplementedError, match=f"mesh axis {axis}=2: must be 1")
   with jax.set_mesh(sharding.make_mesh(**sizes)), refused:
     run(jax.ShapeDtypeStruct((2, 16, E), jnp.float32))
+
+
+@pytest.mark.parametrize("outer,inner", [("local", "nsa"), ("moba", "dense")])
+def test_models_with_inner_levels_say_that_they_have_none(outer, inner):
+  sizes = dict(modality="text", seq_len=16, position_shape=(4, 4), width=8, num_heads=2, stride=4)
+  inside = dict(shorten=2, num_layers=1, attention_layers=(inner,))
+  layers = dict(num_layers=1, attention_layers=(outer,), inner=inside)
+  with pytest.raises(ValueError, match="must be patterns in a model with inner levels"):
+    SparseTransformer(**sizes, **layers, rngs=nnx.Rngs(0))
