@@ -78,9 +78,8 @@ def entries(
   of_tiles = jnp.repeat(indexed.indices, indexed.query_block // lists.BLOCK, axis=2)
   of_tiles = of_tiles[:, :, : problem.nq]
   listed = (of_tiles >= 0) & (of_tiles < -(-problem.S // indexed.block_size))
-  blocks = jnp.where(listed, of_tiles, nk)[..., None] * ratio + np.arange(ratio).reshape(
-    1, 1, 1, 1, -1
-  )
+  parts = np.arange(ratio).reshape(1, 1, 1, 1, -1)  # blocks of BLOCK keys in a listed one
+  blocks = jnp.where(listed, of_tiles, nk)[..., None] * ratio + parts
   blocks = jnp.minimum(blocks.reshape(*blocks.shape[:3], -1), nk).astype(jnp.int32)
   some, every = _of_pattern(pattern, problem, blocks)
   if segments[0] is not None:

@@ -452,12 +452,8 @@ class Caches(NamedTuple):
 
 
 def group_size(model: Any) -> int:
-  """Tokens of a row of the innermost level: after so many steps all begins anew."""
-  size, level = 1, model
-  while level.inner is not None:
-    level = level.inner
-    size *= level.shorten.factor
-  return size
+  """Tokens of a row of the innermost level: after so many steps all levels begin a group."""
+  return math.prod(factors(model))
 
 
 def factors(model: Any) -> tuple[int, ...]:

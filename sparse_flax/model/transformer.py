@@ -274,7 +274,8 @@ class SparseTransformer(nnx.Module):
 
   @property
   def num_groups(self) -> int:
-    return self.num_layers // len(self.patterns)
+    """Repetitions of the cycle, of a model without inner levels."""
+    return levels.num_groups(self.groups)
 
   @property
   def factors(self) -> tuple[int, ...]:

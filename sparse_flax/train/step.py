@@ -17,13 +17,13 @@ from sparse_flax import model as model_lib
 from sparse_flax.model import learned
 from sparse_flax.train import optim
 
-# XLA else times what can compute a product in every process anew, on a GPU that others may use,
-# and takes what came out first: two processes then differ in their last bits.
+# By default each process times what can compute a product and takes the fastest. Times depend on
+# what else the GPU does, so two processes may choose differently, and their last bits then differ.
 GPU_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, int | bool]:
-  """Of `jax.jit` for a training step, so that every process computes the same bits."""
+  """For `jax.jit` of a training step, so that every process computes the same bits."""
   return GPU_COMPILER_OPTIONS if mesh.devices.flat[0].platform == "gpu" else {}
 
 
