@@ -3,15 +3,15 @@
 Arrays are padded to what the kernels want, lse and delta go from the rows of one view to another's.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
-from jaxtyping import Float
 
 from pallas_kernels.lowering import heads as heads_lib
-from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.lowering.plan import Arrays
 from pallas_kernels.lowering.plan import Group
 from pallas_kernels.lowering.plan import Plan
@@ -19,6 +19,7 @@ from pallas_kernels.mosaic_gpu import groups
 from pallas_kernels.mosaic_gpu import stream
 from pallas_kernels.mosaic_gpu.resident import backward as resident_backward
 from pallas_kernels.mosaic_gpu.resident import forward as resident_forward
+from pallas_kernels.mosaic_gpu.resident import short
 from pallas_kernels.mosaic_gpu.sizes import Sweep
 from pallas_kernels.mosaic_gpu.views import View
 from pallas_kernels.mosaic_gpu.window import backward as window_backward
@@ -131,15 +132,9 @@ def _backward_one(
     return kernel(sweep.view, sweep.band, q, k, v, *rows, **options)
   lse, dlse, delta = (_streamed_rows(sweep, x) for x in (lse, dlse, delta))
   dq, delta = _query_gradients(sweep, own, out, lse, delta, dout, dlse, options)
-  dk, dv = _key_gradients(sweep, own, lse, delta, dout, options)
-  if sweep.pass_.view == "summaries":
-    dk, dv = (_unfolded(x, sweep.pass_, q.shape[1]) for x in (dk, dv))
-  grads = dq, dk, dv
-  if before is not None:
-    # In float32, so that the sum is rounded once.
-    add = lambda a, b: (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
-    grads = tuple(add(a, b) for a, b in zip(before, grads, strict=True))
-  return *grads, delta
+  dq_before, *before = before or (None, None, None)
+  of_keys = _key_gradients(sweep, own, lse, delta, dout, options, before)
+  return _sum(dq_before, dq), *of_keys, delta
 
 
 def _key_gradients(
@@ -149,10 +144,22 @@ def _key_gradients(
   delta: Array | None,
   dout: Array | None,
   options: dict[str, Any],
+  before: Sequence[Array | None] = (None, None),
 ) -> tuple:
-  """dk and dv by streaming; of summaries [B, rows, width, Hg, D]."""
-  frame, blocks = _frame(sweep, own, options["heads"]), sweep.dkv_blocks
-  return stream.dkv_kernel(frame, *own, lse, delta, dout, scale=options["scale"], blocks=blocks)
+  """dk and dv by streaming, with those of the keys of other sweeps `before` added."""
+  frame, of_dkv = _frame(sweep, own, options["heads"]), dict(scale=options["scale"])
+  gradients = functools.partial(stream.dkv_kernel, frame, *own, lse, delta, dout, **of_dkv)
+  if sweep.pass_.view != "summaries":
+    return tuple(map(_sum, before, gradients(blocks=sweep.dkv_blocks)))
+  if before[0] is None:
+    grads = gradients(blocks=sweep.dkv_blocks)
+    heads = *own[0].shape[:2], len(options["heads"])
+    # Behind a barrier: else XLA pads, in one pass at less than half of the rate of filling.
+    zeros = lambda x: lax.optimization_barrier(jnp.zeros((*heads, x.shape[-1]), x.dtype))
+    return tuple(frame.with_summaries(zeros(x), x) for x in grads)
+  # The kernel adds where there are summaries. All other rows stay as they are, and where they are.
+  grads = gradients(blocks=sweep.dkv_blocks, before=before)
+  return tuple(map(frame.with_summaries, before, grads))
 
 
 def _frame(
@@ -212,14 +219,16 @@ def _backward_fixed(
   lse, dlse = (_rows(summary, x, view) for x, view in ((lse, summary.view), (dlse, None)))
   lse, dlse = (_streamed_rows(summary, x) for x in (lse, dlse))
   dq, delta = _query_gradients(summary, own, out, lse, None, dout, dlse, options, own_rows=True)
-  of_summaries = _key_gradients(summary, own, lse, delta, dout, options)
   # lse and delta are of the whole softmax, whichever keys have gradients.
-  in_blocks = (_streamed_rows(block, _rows(block, x, summary.view)) for x in (lse, delta))
-  of_blocks = _key_gradients(block, own, *in_blocks, dout, options)
-  dk, dv = (
-    _add_summaries(x, y, summary.pass_) for x, y in zip(of_blocks, of_summaries, strict=True)
-  )
-  return dq, dk, dv
+  in_blocks = [_rows(block, x, summary.view) for x in (lse, delta)]
+  q, k, v, *_ = own
+  if short.takes(block.view, block.band, q.shape[-1], v.shape[-1]):
+    rows = in_blocks[0], dout, in_blocks[1]
+    of_blocks = short.key_gradients(block.view, block.band, q, k, v, *rows, **options)
+  else:
+    in_blocks = (_streamed_rows(block, x) for x in in_blocks)
+    of_blocks = _key_gradients(block, own, *in_blocks, dout, options)
+  return dq, *_key_gradients(summary, own, lse, delta, dout, options, of_blocks)
 
 
 # --------------------------------------------------------------------------------------- arrays
@@ -248,32 +257,11 @@ def _merge(view: View, a: tuple, b: tuple) -> tuple:
   return out.astype(out_a.dtype), view.rows(lse)
 
 
-def _unfolded(x: Array, pass_: Pass, T: int) -> Array:
-  """Gradients of summaries `[B, rows, width, Hg, D]` among zeros: `[B, T, Hg, D]`."""
-  (start,) = pass_.starts  # one by itself has one
-  # Tokens that are in no summary have no gradient from them.
-  after = pass_.stride - start - pass_.width
-  x = jnp.pad(x, [(0, 0), (0, 0), (start, after), (0, 0), (0, 0)])
-  return x.reshape(x.shape[0], T, *x.shape[3:])
-
-
-def _add_summaries(
-  x: Float[Array, "B T Hg D"], summaries: Array, pass_: Pass
-) -> Float[Array, "B T Hg D"]:
-  """x with the gradients of summaries `[B, rows, width, Hg, D]` added where their keys are."""
-  (B, T, H, D), starts = x.shape, pass_.starts
-  # Head h has starts[h % n]: heads [.., n] lie beside each other, a part of them for each start.
-  starts = starts if H % len(starts) == 0 else tuple(starts[h % len(starts)] for h in range(H))
-  split = lambda x: x.reshape(*x.shape[:-2], H // len(starts), len(starts), D)
-  x, summaries = split(x.reshape(B, -1, pass_.stride, H, D)), split(summaries)
-  parts = []
-  for n, start in enumerate(starts):
-    after = pass_.stride - start - pass_.width
-    around = [(start, after) if axis == 2 else (0, 0) for axis in range(x.ndim)]
-    parts.append(jnp.pad(summaries[..., n : n + 1, :], around))
-  # One pass over x: XLA copies all of it for each slice that is written where it was read.
-  sums = x.astype(jnp.float32) + jnp.concatenate(parts, axis=-2).astype(jnp.float32)
-  return sums.astype(x.dtype).reshape(B, T, H, D)
+def _sum(a: Array | None, b: Array) -> Array:
+  """a + b, of which a may be missing, rounded once."""
+  if a is None:
+    return b
+  return (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(b.dtype)
 
 
 def _with_zeros(x: Array | None, length: int, axis: int = 1) -> Array | None:

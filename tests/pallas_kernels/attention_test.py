@@ -97,6 +97,7 @@ KERNEL_CASES = [
   _narrow(patterns.Fixed(24, 4, 2), T=70, H=4, Hkv=2),
   _narrow(patterns.Fixed(24, 4, 2), T=48, H=3),
   _narrow(patterns.Fixed(64, 8), T=50),
+  _kernel(patterns.Fixed(96, 16), T=192, Dk=64, Dv=64, H=1, name="fixed_of_96"),
   _narrow(patterns.Dense(), T=65, segments=2),
   _narrow(patterns.Dense(), T=1, dtype="float16"),
   _kernel(patterns.Dense(), T=200, Dk=64, Dv=64, H=1),  # by streaming, and by lists

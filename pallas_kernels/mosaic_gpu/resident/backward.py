@@ -176,7 +176,7 @@ class Gradients(tiles.Tiles):
       self.each_own_tile(self.store_query_gradient)
     else:
       self.each_own_tile(self.store_gradients)
-    gpu.wait_to_gmem(0)
+    gpu.end_copies()
 
   def wait_for_keys(self, first: Traced, end: Traced) -> None:
     full = self.refs["k_full"]

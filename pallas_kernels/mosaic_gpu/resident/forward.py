@@ -170,7 +170,7 @@ class Sequence:
       gpu.when(self.wg == W - 1)(self.fill_tail)  # this warpgroup has the last tile, and sends it
     # In turn, not in halves: early tiles have few keys, which come first, and late ones many.
     gpu.loop(0, sizes.num_tiles // W)(self.attend)
-    gpu.wait_to_gmem(0)  # shared memory is another's when the thread block ends
+    gpu.end_copies()
 
   def box(self, name: str, head: Traced, t: Traced) -> Ref:
     rows = self.sizes.rows

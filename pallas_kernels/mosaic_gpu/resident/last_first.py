@@ -41,7 +41,7 @@ class LastFirst(tiles.Tiles):
 
     self.stage_k = refs["out_s"].at[self.wg]
     self.each_own_tile(self.store_query_gradient)
-    gpu.wait_to_gmem(0)
+    gpu.end_copies()
 
   def store_keys_of(self, own: Traced) -> None:
     """dk and dv of an own tile, as soon as what they need is there."""

@@ -12,6 +12,8 @@ Results leave from where tensors were that nothing reads any more (`room`):
     k_q      [k 0][k 1][q 0][q 1]          dk 0 for k 0, dq 0 for q 0
     v_dout   [v 0][v 1][dout 0][dout 1]    dv 0 for v 0, dq 1 from v 1 on, dv 1 at the end
     out      [out 0][out 1]                dk 1
+
+Without dq (`key_gradients`) there is neither out nor dS^T in memory, and dk 1 leaves from q 1.
 """
 
 import dataclasses
@@ -70,30 +72,72 @@ def backward(
   heads: range | tuple[int, ...],
 ) -> tuple[Array, Array, Array, Float[Array, "B Hg R Mp"]]:
   """As `resident.backward`, without segment ids."""
-  (B, T, H, D), Hg = q.shape, len(heads)
   inputs = dict(q=view(q), k=view(k), v=view(v), dout=view(dout), lse=lse, dlse=dlse, delta=delta)
   inputs |= dict(out=None if out is None else view(out))
   if prev is not None:
     inputs |= {f"prev_{name}": view(x) for name, x in zip(GRADIENTS, prev, strict=True)}
+  dq, dk, dv, new_delta = _launch(view, band, GRADIENTS, inputs, scale=scale, heads=heads)
+  return dq, dk, dv, new_delta if delta is None else delta
+
+
+def key_gradients(
+  view: View,
+  band: Band,
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B T Hkv D"],
+  v: Float[Array, "B T Hkv D"],
+  lse: Float[Array, "B Hg R Mp"],
+  dout: Float[Array, "B T Hg D"],
+  delta: Float[Array, "B Hg R Mp"],
+  *,
+  scale: float,
+  heads: range | tuple[int, ...],
+) -> tuple[Float[Array, "B T Hg D"], Float[Array, "B T Hg D"]]:
+  """dk and dv of `backward` alone."""
+  # XLA cancels this sign and that of the streaming kernel which makes delta.
+  inputs = dict(q=view(q), k=view(k), v=view(v), dout=view(dout), lse=lse, minus_delta=-delta)
+  dk, dv = _launch(view, band, ("dk", "dv"), inputs, scale=scale, heads=heads)
+  return dk, dv
+
+
+def _launch(
+  view: View,
+  band: Band,
+  wanted: Sequence[str],
+  inputs: dict[str, Array | None],
+  *,
+  scale: float,
+  heads: range | tuple[int, ...],
+) -> list[Array]:
+  """The gradients that are wanted, [B, T, Hg, D]; after all three a new delta."""
   inputs = {name: x for name, x in inputs.items() if x is not None}
-  like = jax.ShapeDtypeStruct((*inputs["q"].shape[:-2], Hg, D), q.dtype)
-  sizes = Sizes(view, band, tuple(heads), H // k.shape[2], D, scale)
-  dq, dk, dv, new_delta = gpu.launch(
+  q, lse, Hg = inputs["q"], inputs["lse"], len(heads)
+  B, H, D = q.shape[0], *q.shape[-2:]
+  like = jax.ShapeDtypeStruct((*q.shape[:-2], Hg, D), q.dtype)
+  outputs = dict.fromkeys(wanted, like)
+  if "dq" in wanted:
+    outputs |= dict(new_delta=jax.ShapeDtypeStruct(lse.shape, lse.dtype))
+  group = H // inputs["k"].shape[-2]
+  sizes = Sizes(view, band, tuple(heads), group, D, scale, "dq" in wanted)
+  grads = gpu.launch(
     "short_backward",
     lambda refs: Gradients(sizes, refs).run(),
     inputs=inputs,
-    outputs=dict(dq=like, dk=like, dv=like, new_delta=jax.ShapeDtypeStruct(lse.shape, lse.dtype)),
+    outputs=outputs,
     scratch=_scratch(sizes, q.dtype, set(inputs)),
     grid=(B, view.R, Hg),
     grid_names=("b", "r", "h"),
   )
-  dq, dk, dv = (x.reshape(B, T, Hg, D) for x in (dq, dk, dv))
-  return dq, dk, dv, new_delta if delta is None else delta
+  num = len(wanted)
+  return [*(x.reshape(B, view.T, Hg, D) for x in grads[:num]), *grads[num:]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What is known before the kernel runs; `group` query heads share a key head."""
+  """What is known before the kernel runs; `group` query heads share a key head.
+
+  Without `makes_dq`, only dk and dv are made.
+  """
 
   view: View
   band: Band
@@ -101,6 +145,7 @@ class Sizes:
   group: int
   D: int
   scale: float
+  makes_dq: bool
 
   @property
   def rows(self) -> int:
@@ -134,8 +179,6 @@ def _scratch(sizes: Sizes, dtype: jax.typing.DTypeLike, inputs: set[str]) -> dic
   scratch = dict(
     k_q_s=tiles(2 * sizes.rows),
     v_dout_s=tiles(2 * sizes.rows),
-    out_s=tiles(all_rows),
-    ds_s=gpu.smem(TILE, TILE, dtype=dtype, beside=sizes.span),
     lse_s=gpu.vector(all_rows),
     delta_s=gpu.vector(all_rows),
     dout_full=barrier(2),  # dout, lse
@@ -143,6 +186,9 @@ def _scratch(sizes: Sizes, dtype: jax.typing.DTypeLike, inputs: set[str]) -> dic
     k_q_full=barrier(3),  # q, k, v
     delta_full=barrier(),
   )
+  if sizes.makes_dq:
+    scratch |= dict(out_s=tiles(all_rows))
+    scratch |= dict(ds_s=gpu.smem(TILE, TILE, dtype=dtype, beside=sizes.span))
   if "dlse" in inputs:
     scratch |= dict(dlse_s=gpu.vector(all_rows))
   if "prev_dq" in inputs:
@@ -175,7 +221,7 @@ class Gradients:
     dq = None
     for j in range(len(self.sizes.slices)):
       dq = self.key_slice(j, dq)
-    gpu.wait_to_gmem(0)
+    gpu.end_copies()
 
   # --------------------------------------------------------------------------- loads and delta
 
@@ -203,8 +249,8 @@ class Gradients:
       if "dlse" in self.refs:
         gpu.to_smem(self.rows("dlse", 0, rows), self.pool("dlse", before, rows), full["out_full"])
     else:
-      rooms = self.pool("delta", before, rows)
-      gpu.to_smem(self.rows("delta", 0, rows), rooms, full["out_full"])
+      name = "delta" if "delta" in self.refs else "minus_delta"
+      gpu.to_smem(self.rows(name, 0, rows), self.pool("delta", before, rows), full["out_full"])
     gpu.to_smem(self.box("q", head), self.pool("k_q", rows, rows), full["k_q_full"])
     gpu.to_smem(self.box("k", kv_head), self.pool("k_q", 0, rows), full["k_q_full"])
     gpu.to_smem(self.box("v", kv_head), self.pool("v_dout", 0, rows), full["k_q_full"])
@@ -244,27 +290,31 @@ class Gradients:
       p, ds = self.weights(j, i)
       of_queries = sizes.slices[i]
       q, dout = (self.pool(x, rows + of_queries[0], of_queries[1]) for x in ("k_q", "v_dout"))
-      ds_by_query = pairs.transposed(self.refs["ds_s"].at[gpu.ds(0, size)])
-      dq = zeros() if dqs.get(i) is None else dqs[i]
+      of_dq = []
+      if sizes.makes_dq:
+        ds_by_query = pairs.transposed(self.refs["ds_s"].at[gpu.ds(0, size)])
+        of_dq = [(zeros() if dqs.get(i) is None else dqs[i], (ds_by_query, k))]
       p_s = self.p_s(of_queries[1])
       if D <= 64:
-        terms = (dv, (p, dout)), (dk, (ds, q)), (dq, (ds_by_query, k))
-        dv, dk, dqs[i] = gpu.add_matmul(*terms, scratch=p_s)
+        terms = (dv, (p, dout)), (dk, (ds, q)), *of_dq
+        dv, dk, *dq = gpu.add_matmul(*terms, scratch=p_s)
       else:  # of one slice, one sum at a time: each leaves before the next
         (dv,) = gpu.add_matmul((dv, (p, dout)), scratch=p_s)
         self.store("dv", dv, j)
         (dk,) = gpu.add_matmul((dk, (ds, q)), scratch=p_s)
         self.store("dk", dk * sizes.scale, j)
-        (dqs[i],) = gpu.add_matmul((dq, (ds_by_query, k)))
-      if i == j:  # it has met all of its keys
-        self.store("dq", dqs.pop(j) * sizes.scale, j)
+        dq = gpu.add_matmul(*of_dq) if of_dq else []
+      if sizes.makes_dq:
+        (dqs[i],) = dq
+        if i == j:  # it has met all of its keys
+          self.store("dq", dqs.pop(j) * sizes.scale, j)
     if D <= 64:
       self.store("dv", dv, j)
       self.store("dk", dk * sizes.scale, j)
     return dqs.get(j + 1)
 
   def weights(self, j: int, i: int) -> tuple[Traced, Traced]:
-    """P^T and dS^T of key slice j and query slice i, as operands; dS^T also in shared memory."""
+    """P^T and dS^T of key slice j and query slice i, as operands; dS^T in memory too, for dq."""
     sizes, rows = self.sizes, self.sizes.rows
     (k_start, k_size), (q_start, q_size) = sizes.slices[j], sizes.slices[i]
     q, dout = (self.pool(x, rows + q_start, q_size) for x in ("k_q", "v_dout"))
@@ -282,10 +332,12 @@ class Gradients:
       mask = sizes.band.mask(queries - keys + (q_start - k_start))
     p = pairs.weights_by_key(x, lse, self.c, mask)
     dtype = self.refs["q"].dtype
-    ds = pairs.derivatives_by_key(p, dp, column("delta"), dtype)
-    # Columns after a slice are what was there before: rows of dq that are not stored.
-    self.refs["ds_s"].at[gpu.ds(0, TILE), gpu.ds(0, q_size)][...] = ds
-    gpu.commit_smem()
+    delta = -column("delta") if "minus_delta" in self.refs else column("delta")
+    ds = pairs.derivatives_by_key(p, dp, delta, dtype)
+    if sizes.makes_dq:
+      # Columns after a slice are what was there before: rows of dq that are not stored.
+      self.refs["ds_s"].at[gpu.ds(0, TILE), gpu.ds(0, q_size)][...] = ds
+      gpu.commit_smem()
     return p.astype(dtype), ds
 
   def p_s(self, size: int) -> Ref | None:
@@ -303,6 +355,8 @@ class Gradients:
       where = dict(dv=("v_dout", 0), dk=("k_q", 0), dq=("k_q", rows))
     else:
       where = dict(dv=("v_dout", 2 * rows - TILE), dk=("out", 0), dq=("v_dout", TILE))
+    if name == "dk" and not self.sizes.makes_dq:  # no room for out
+      where = dict(dk=("k_q", 0 if j == 0 else 2 * rows - TILE))
     return self.pool(*where[name], TILE)
 
   def store(self, name: str, value: Traced, j: int) -> None:

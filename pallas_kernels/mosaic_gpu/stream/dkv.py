@@ -1,6 +1,7 @@
 """Streaming attention backward, gradients of keys and values: a sweep of queries."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from pallas_kernels.mosaic_gpu import gpu
+from pallas_kernels.mosaic_gpu import pairs
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.ring import Slot
 from pallas_kernels.mosaic_gpu.softmax import safe_lse
@@ -21,6 +23,7 @@ from pallas_kernels.mosaic_gpu.stream.launch import Launch
 from pallas_kernels.mosaic_gpu.stream.load_queries import key_slot
 from pallas_kernels.mosaic_gpu.stream.load_queries import produce_queries
 from pallas_kernels.mosaic_gpu.stream.load_queries import rings_of
+from pallas_kernels.mosaic_gpu.stream.scalars import div
 from pallas_kernels.mosaic_gpu.stream.scalars import Item
 from pallas_kernels.mosaic_gpu.stream.scalars import Refs
 from pallas_kernels.mosaic_gpu.stream.scalars import Scalar
@@ -57,10 +60,14 @@ def dkv_kernel(
   *,
   scale: float,
   blocks: BlockSizes | None = None,
+  before: Sequence[Float[Array, "B S Hg D"]] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """dk, dv over the pairs of a frame; all else as for `dq_kernel`.
 
   Keys of the queries' own rows do not count (`Frame.own`): they are another pass's.
+
+  Args:
+    before: dk and dv by other queries, of all positions, to be added; of summaries alone.
 
   Returns:
     dk and dv per query head, [B, T, Hg, D], of summaries [B, T/l, width, Hg, D]; of lists per head
@@ -70,8 +77,9 @@ def dkv_kernel(
   together = q.shape[-1] + v.shape[-1] <= MAX_TOGETHER
   arrays = q, k, v, segment_ids, kv_segment_ids, lse, delta, dout
   grads = []
+  before = dict(zip("kv", before or (), strict=False))
   for wanted in ["kv"] if together else ["k", "v"]:
-    grads += _launch(frame, wanted, *arrays, scale, blocks)
+    grads += _launch(frame, wanted, *arrays, before, scale, blocks)
   dk, dv = grads
   return dk, dv
 
@@ -87,6 +95,7 @@ def _launch(
   lse: jax.Array,
   delta: jax.Array,
   dout: jax.Array,
+  before: dict[str, jax.Array],
   scale: float,
   blocks: BlockSizes,
 ) -> tuple[jax.Array, ...]:
@@ -96,11 +105,18 @@ def _launch(
   inputs |= dict(lse=safe_lse(lse), minus_delta=-delta)
   inputs |= frame.further_inputs(k, v, segment_ids, kv_segment_ids, transposed=True)
   shares = frame.shares(B, blocks.rows)
+  adds = bool(before) and shares == 1
+  if adds:
+    inputs |= {f"before_{x}": frame.keys(before[x]) for x in wanted}
   shapes = dict(k=frame.key_shape(shares * B, Dk), v=frame.key_shape(shares * B, Dv))
   outputs = {f"d{x}": jax.ShapeDtypeStruct(shapes[x], q.dtype) for x in wanted}
   rings, scratch = rings_of(frame, blocks, Dk, Dv, q.dtype)
   if gpu.simulated():  # its matrix instructions take no operand from registers
     scratch |= dict(p_s=gpu.smem(blocks.warpgroups, TILE, blocks.step, dtype=q.dtype))
+  if adds:
+    arrivals = len(wanted) * frame.copies(TILE)
+    barriers = dict(num_barriers=blocks.warpgroups, num_arrivals=arrivals)
+    scratch |= dict(before_full=gpu.Barrier(**barriers))
   work = frame.work(blocks, shares * B, transposed=True)
   launch = Launch(frame=frame, blocks=blocks, work=work, rings=rings, scale=scale)
   body = functools.partial(_thread_block, wanted=wanted, shares=shares)
@@ -110,7 +126,11 @@ def _launch(
   if shares == 1:
     return tuple(grads)
   grads = (x.reshape(shares, B, *x.shape[1:]) for x in grads)
-  return tuple(x.sum(axis=0, dtype=jnp.float32).astype(q.dtype) for x in grads)
+  sums = (x.sum(axis=0, dtype=jnp.float32) for x in grads)
+  if before:
+    added = (frame.summaries_of(before[x]).astype(jnp.float32) for x in wanted)
+    sums = (x + y for x, y in zip(sums, added, strict=True))
+  return tuple(x.astype(q.dtype) for x in sums)
 
 
 def _thread_block(launch: Launch, refs: Refs, wanted: str, shares: int) -> None:
@@ -119,7 +139,7 @@ def _thread_block(launch: Launch, refs: Refs, wanted: str, shares: int) -> None:
 
   def consume() -> None:
     launch.each_item(functools.partial(Dkv, wanted, shares), wg)
-    gpu.wait_to_gmem(0)
+    gpu.end_copies()
 
   launch.split(wg, lambda: produce_queries(launch, shares), consume)
 
@@ -152,10 +172,15 @@ class Dkv:
     self.own.wait_full()
     buffers = {x: self.own[x] for x in self.wanted}
     zeros = tuple(gpu.zeros((TILE, buffer.shape[-1])) for buffer in buffers.values())
-    totals = self.tiles.run(self._step, zeros, skip=self._skip)
+    totals = dict(zip(buffers, self.tiles.run(self._step, zeros, skip=self._skip), strict=True))
+    if "k" in totals:
+      totals["k"] = totals["k"] * self.scale
     # Staged where the keys were: nothing reads those any more.
-    for (x, buffer), total in zip(buffers.items(), totals, strict=True):
-      buffer[...] = (total * self.scale if x == "k" else total).astype(buffer.dtype)
+    if "before_full" in self.refs:
+      self._load_before(buffers)
+      totals = {x: total + pairs.load(buffers[x]) for x, total in totals.items()}
+    for x, buffer in buffers.items():
+      buffer[...] = totals[x].astype(buffer.dtype)
     gpu.commit_smem()
     for x, buffer in buffers.items():
       # Of summaries not one piece, but one for each row of the view.
@@ -165,6 +190,16 @@ class Dkv:
     gpu.wait_to_gmem(0, wait_read_only=True)
     self.own.release()
     return self.done + self.tiles.end_step - self.tiles.first_step
+
+  def _load_before(self, buffers: dict[str, Any]) -> None:
+    """What other queries have given these keys, into the buffers."""
+    full, tile = self.refs["before_full"].at[self.wg], div(self.base, TILE)
+    gpu.commit_reads()
+    for x, buffer in buffers.items():
+      copy = functools.partial(_load_rows, buffer, full)
+      source = self.refs[f"before_{x}"]  # of the heads of the launch, as dk and dv
+      self.frame.load_keys(copy, source, self.item, tile, TILE, head=self.item["h"])
+    gpu.barrier_wait(full)
 
   def _slot(self, i: Scalar) -> Slot:
     """Where the queries of step i lie."""
@@ -232,3 +267,7 @@ class Dkv:
 
 def _store_rows(buffer: Any, first: int, size: int, target: Any) -> None:
   gpu.to_gmem(buffer.at[gpu.ds(first, size)], target)
+
+
+def _load_rows(buffer: Any, full: Any, source: Any, first: int, size: int) -> None:
+  gpu.to_smem(source, buffer.at[gpu.ds(first, size)], full)

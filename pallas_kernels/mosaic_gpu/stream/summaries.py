@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
+from jaxtyping import Num
 
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import gpu
@@ -30,7 +31,7 @@ from pallas_kernels.mosaic_gpu.stream.views import Natural
 # them up to 128, so that places are computed by shifts; masks hide what is no summary (x, .).
 
 SLOTS = (8, 16, 32, 64, 128)  # sizes of slots; longer ones are multiples of the last
-ITEMS_PER_CORE, MAX_SHARES = 2, 8  # of few keys; each share is a dk and dv in memory
+MAX_SHARES = 8  # of few keys; each share is a dk and dv in memory
 NEVER = 1 << 30  # the query from which a key that is no summary is visible
 
 
@@ -81,6 +82,30 @@ class Summaries(Natural):
       return x if width == self.room else lax.slice_in_dim(x, 0, width, axis=2)
     return jnp.stack([x[:, :, n : n + width, h] for h, n in enumerate(first)], axis=3)
 
+  def summaries_of(self, x: Num[Array, "B T Hg D"]) -> Num[Array, "B R width Hg D"]:
+    """The rows of x, of the heads of the launch, that are summaries."""
+    x, width, starts = in_rows(x, self.pass_.stride), self.pass_.width, self.pass_.starts
+    if len(starts) == 1:
+      return lax.slice_in_dim(x, starts[0], starts[0] + width, axis=2)
+    first = [starts[head % len(starts)] for head in self.heads]
+    return jnp.stack([x[:, :, n : n + width, h] for h, n in enumerate(first)], axis=3)
+
+  def with_summaries(
+    self, x: Num[Array, "B T Hg D"], summaries: Num[Array, "B R width Hg D"]
+  ) -> Num[Array, "B T Hg D"]:
+    """x with these rows in the place of its own: XLA writes them into x, if nobody else has it."""
+    shape, x = x.shape, in_rows(x, self.pass_.stride)
+    first = [self.pass_.starts[head % len(self.pass_.starts)] for head in self.heads]
+    # Heads in turn have the starts in turn: as a further axis, one slice writes all with one start.
+    turn = len(set(first))
+    turn = turn if first == first[:turn] * (len(first) // turn) else len(first)
+    split = lambda x: x.reshape(*x.shape[:3], -1, turn, x.shape[-1])
+    x, summaries = split(x), split(summaries)
+    for n, start in enumerate(first[:turn]):
+      part = summaries[..., n : n + 1, :]
+      x = lax.dynamic_update_slice(x, part, (0, 0, start, 0, n, 0))
+    return x.reshape(shape)
+
   # -------------------------------------------------------------------------- places in memory
 
   def copies(self, step: int) -> int:
@@ -90,15 +115,24 @@ class Summaries(Natural):
     # A box is dense in memory, rows of a tile only where they are no wider than a swizzle's span.
     return self.copies(step) > 1 and gpu.one_span(D, dtype) and not gpu.simulated()
 
-  def load_keys(self, copy: Callable, source: Any, item: Item, tile: Scalar, step: int) -> None:
+  def load_keys(
+    self,
+    copy: Callable,
+    source: Any,
+    item: Item,
+    tile: Scalar,
+    step: int,
+    head: Scalar | None = None,
+  ) -> None:
     b, h, slot = item["b"], item["h"], self.slot
+    head = self.kv_head(h) if head is None else head
     start = self._slot_start(h)
     size, count = min(step, slot), self.copies(step)
     for n in range(count):
       row = tile * count + n if slot <= step else div(tile * step, slot)
       row = jnp.minimum(row, self.num_rows - 1)  # not the next sequence's; masked
       first = start if slot <= step else start + rem(tile * step, slot)
-      copy(source.at[b, row, gpu.ds(first, size), self.kv_head(h)], n * size, size)
+      copy(source.at[b, row, gpu.ds(first, size), head], n * size, size)
 
   def boxes(self, source: Any, b: Scalar, h: Scalar, tile: Scalar, step: int) -> Any:
     """Key tile `tile` as one piece of the source, [rows of the view, slot, D]."""
@@ -143,7 +177,7 @@ class Summaries(Natural):
     num_cores = gpu.num_multiprocessors()
     if num_items >= num_cores:
       return 1
-    return min(MAX_SHARES, -(-ITEMS_PER_CORE * num_cores // num_items))
+    return min(MAX_SHARES, -(-num_cores // num_items))
 
   def key_tiles(self, q0: Scalar, rows: int, step: int) -> tuple[Scalar, ...]:
     stride = self.pass_.stride
