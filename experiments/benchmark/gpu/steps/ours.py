@@ -36,6 +36,8 @@ def config_of(recipe: str, changes: dict[str, dict[str, Any]]) -> ml_collections
 
 def _tuples(value: Any) -> Any:
   """JSON has lists only."""
+  if isinstance(value, dict):  # an inner level
+    return {field: _tuples(x) for field, x in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
@@ -75,8 +77,10 @@ def measure(job: dict[str, Any]) -> None:
   """Tells the figures of a step.
 
   Args:
-    job: `recipe` and `changes`, of `config_of`, and what `residual.override` is given, if anything.
+    job: `recipe` and `changes`, of `config_of`; what `residual.override` is given, if anything; and
+      the file of `child.Turn`, if others are measured beside.
   """
+  turn = child.Turn(job.get("turn"))
   with contextlib.suppress(ImportError):
     # Before the first trace: some commits count traces, and the import would end one of theirs.
     importlib.import_module("pallas_kernels.mosaic_gpu")
@@ -86,9 +90,10 @@ def measure(job: dict[str, Any]) -> None:
   with jax.set_mesh(made.mesh), residual_by(job.get("residual")):
     traced = made.step.trace(*made.shapes)
     program = traced.lower().compile()
+    waited = turn.alone()
     state, tokens, key = made.first_state(), made.tokens(), jax.random.key(1)
   child.tell(
-    compile_s=round(time.perf_counter() - begin, 1),
+    compile_s=round(time.perf_counter() - begin - waited, 1),
     remat=config.model.remat,
     peak_gb=round(report.num_bytes(program) / 1e9, 6),
     temp_bytes=program.memory_analysis().temp_size_in_bytes,
