@@ -1,8 +1,8 @@
 """Models of several scales beside flat ones: training steps, and steps of sampling.
 
-Training steps are those of `step`, without dropout: the optimizer of the recipe, random bytes.
-Models of one group have equal batches. TFLOP are of a forward pass over one sequence, by
-`flops.forward_flops`; `over_flat` is the tokens per second over those of the flat model.
+Training steps are those of `step`: the recipe's optimizer, its dropout for text and none elsewhere,
+random bytes. Models of one group have equal batches. TFLOP are of a forward pass over one sequence,
+by `flops.forward_flops`; `over_flat` is the tokens per second over those of the flat model.
 
 Sampling is by steps in the middle of a sequence, with random weights, and is compared with the flat
 model's by the same implementation. From the first byte on, the likeliest bytes by cached steps are
@@ -58,7 +58,7 @@ class Model(NamedTuple):
 
 # Twice the paper's feed-forward width, as in `cifar10:record`, so that fewer layers do.
 _IMAGE = dict(ff_mult=4.0, qk_ratio=1.0, dropout=0.0)
-_TEXT = dict(seq_len=8_192, position_shape=(64, 128), dropout=0.0)
+_TEXT = dict(seq_len=8_192, position_shape=(64, 128))
 _BOTH, _FEW = Sampling(("cluster", "triton")), Sampling(("triton",))
 
 # {group: {name: model}}; the flat one comes first.

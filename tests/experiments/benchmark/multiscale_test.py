@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as command
+from experiments.benchmark import record
 from experiments.benchmark.gpu import multiscale
 from experiments.benchmark.gpu import sample
 from experiments.benchmark.gpu import step
@@ -19,7 +21,9 @@ from pallas_kernels import api
 from sparse_flax import train
 from sparse_flax.model import levels
 from sparse_flax.parallel import sharding
+from sparse_flax.run import validate
 from sparse_flax.train import flops
+from tests.helpers.paths import ROOT
 
 TINY = dict(
   seq_len=32, width=16, num_heads=2, position_shape=(4, 8), dropout=0.0, compute_dtype="float32",
@@ -140,9 +144,36 @@ def test_the_models_are_those_of_the_documents():
     assert len({(x.model.seq_len, x.data.batch_size) for x in configs.values()}) == 1
     for name, config in configs.items():
       assert len(levels.specs_of(**config.model)) > 1 or name == multiscale.FLAT
-      assert config.model.dropout == 0.0
+      assert config.model.dropout == (0.4 if group == "enwik8" else 0.0)
       job = json.loads(json.dumps(multiscale.Case("steps", group, name, None).job()))
       assert ours.config_of(job["recipe"], job["changes"]) == config
+
+
+def test_the_documents_train_the_models_of_the_table():
+  """The commands of docs/multiscale.md, with what a shell makes of their variables."""
+  text = (ROOT / "docs" / "multiscale.md").read_text()
+  lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line[:4] == " " * 4]
+  same = dict(line.split("=", 1) for line in lines if line.startswith(("IMAGES=", "TEXT=")))
+  trained = {}
+  for line in (x for x in lines if x.startswith("python -m experiments.benchmark record")):
+    for name, flags in same.items():
+      line = line.replace(f"${name}", flags.strip('"'))
+    words = shlex.split(line)[4:]
+    flags = dict(x.lstrip("-").split("=", 1) for x in words if not x.startswith("--config"))
+    parser = record.cli.Parser("")
+    config = record.cli.parse_config(parser, [x for x in words if x.startswith("--config")])[1]
+    assert not validate.validate_fields(config) and config.optim.name == "muon"
+    trained[flags["name"]] = config
+  for name, config in trained.items():
+    _, group, model, _ = name.split("-")
+    assert config.model == multiscale.GROUPS[group][model].body.config().model
+  assert {tuple(name.split("-")[1:3]) for name in trained} == {
+    (group, name) for group in ("cifar10", "enwik8") for name in multiscale.GROUPS[group]
+  }
+  for group in ("cifar10", "enwik8"):
+    configs = [x for name, x in trained.items() if name.startswith(f"multiscale-{group}-")]
+    assert all(x.optim == configs[0].optim and x.data == configs[0].data for x in configs)
+    assert len({x.train.steps for x in configs}) == 1  # equal steps
 
 
 @pytest.mark.promotes  # optax's Adam mixes dtypes
