@@ -45,16 +45,11 @@ class Turn:
     if self._file:
       fcntl.flock(self._file, fcntl.LOCK_SH)
 
-  def alone(self) -> float:
-    """Waits until nobody compiles or measures, and returns how many seconds that took.
-
-    From then on the process has `TURN` seconds.
-    """
-    begin = time.perf_counter()
+  def alone(self) -> None:
+    """Waits until nobody compiles or measures; from then on the process has `TURN` seconds."""
     if self._file:
       fcntl.flock(self._file, fcntl.LOCK_EX)
       signal.alarm(TURN)  # ends the process, so that one that hangs does not keep the others
-    return time.perf_counter() - begin
 
 
 def tell(**figures: Any) -> None:
