@@ -192,10 +192,14 @@ class Case(NamedTuple):
     assert sampling is not None
     of_batch = {B: figures.pop(f"batch_{B}", {}) for B in sampling.batches}
     row |= dict(implementation=self.implementation)
-    return [
+    rows = [
       row | dict(batch=B, ms_per_step=None) | of_batch[B] | (figures if n == 0 else _error(figures))
       for n, B in enumerate(sampling.batches)
     ]
+    for row in rows:
+      if row["ms_per_step"]:
+        row["seconds_per_sequence"] = round(row["ms_per_step"] * model.seq_len / 1e3, 2)
+    return rows
 
 
 def _error(figures: dict[str, Any]) -> dict[str, Any]:

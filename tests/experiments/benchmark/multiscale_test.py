@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+import signal
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,7 @@ def tiny(monkeypatch):
 def test_every_model_has_its_rows(tiny, monkeypatch, tmp_path, capsys):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["TEST_CACHE"])
-  monkeypatch.setattr(multiscale.os, "cpu_count", lambda: 2)  # of others tests
+  monkeypatch.setattr(multiscale.os, "cpu_count", lambda: 2)  # processes at a time
   assert multiscale.run(tmp_path)
   (path,) = tmp_path.iterdir()
   assert path.name == "multiscale_cpu.json"
@@ -100,6 +102,7 @@ def test_rows_that_fail_say_why_and_the_others_go_on(tiny, monkeypatch, tmp_path
     *["exit status -14: "] * 2,
   ]
   assert all(row["ms"] is None and row["compile_s"] == 1.0 for row in rows[:2])
+  assert rows[4]["seconds_per_sequence"] == 0.06  # 32 steps
   assert rows[4]["ms_per_step"] == 2.0 and rows[5]["ms_per_step"] is None
   out = capsys.readouterr().out
   assert "FAILED steps tiny flat  x 2" in out and "FAILED sampling tiny shorten xla x 2" in out
@@ -237,6 +240,14 @@ def test_cached_steps_that_serve_another_slot_are_found(monkeypatch, capsys):
     sampled.measure(job | dict(batches=[2], steps=8, checked=16))
   figures = child.told(capsys.readouterr().out)
   assert figures["batch_2"]["ms_per_step"] > 0 and figures["alike"] < 1.0
+
+
+def test_a_stop_ends_the_processes():
+  with pytest.raises(KeyboardInterrupt), multiscale._Processes() as processes:
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    processes._started.append(process)
+    raise KeyboardInterrupt
+  assert process.wait(timeout=10) == -signal.SIGKILL
 
 
 def test_who_measures_waits_for_those_that_compile(tmp_path, monkeypatch):
