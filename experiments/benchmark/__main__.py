@@ -13,9 +13,13 @@ BENCHMARKS = {
   "attention": "attention on a GPU beside cuDNN and the roofline",
   "block_sparse": "block-sparse attention on a GPU beside cuDNN's dense attention",
   "checkpoints": "a save and a restore of a state of 2.4 GB, with digests",
+  "compare": "runs of record, sequence by sequence; only when named, and alone: it has flags of "
+  "its own, see compare --help",
   "curves": "200 steps of each recipe by its modules and by kernels, on a GPU; only when named",
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on 1, 2, 4, ... GPUs of one host, by each axis; only when named",
+  "multiscale": "models of several scales beside flat ones on a GPU: training steps and sampling; "
+  "only when named",
   "plots": "draws the plots of README.md and docs from the results; only when named",
   "record": "trains a recipe and enters it into benchmarks/records.md; only when "
   "named, and alone: it has flags of its own, see record --help",
@@ -35,6 +39,7 @@ MODULES = {
       "block_sparse",
       "curves",
       "mesh",
+      "multiscale",
       "residual",
       "sample",
       "step",
@@ -46,16 +51,21 @@ MODULES = {
   "tables": "tables",
   "tpu_aot": "tpu.aot",
 }
-ONLY_NAMED = ("curves", "mesh", "plots", "record", "tables", "tpu_aot", "tune")
-ON_GPU = ("attention", "block_sparse", "curves", "residual", "step", "tune")
-IN_WORKERS = {"attention", "block_sparse", "curves", "mesh", "residual", "step", "tune"}
+ONLY_NAMED = (
+  "compare", "curves", "mesh", "multiscale", "plots", "record", "tables", "tpu_aot", "tune",
+)  # fmt: skip
+ON_GPU = ("attention", "block_sparse", "curves", "multiscale", "residual", "step", "tune")
+IN_WORKERS = {
+  "attention", "block_sparse", "curves", "mesh", "multiscale", "residual", "step", "tune",
+}  # fmt: skip
+ALONE = ("compare", "record")  # have flags of their own
 
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit status: 1 where a measurement failed."""
   argv = sys.argv[1:] if argv is None else argv
-  if argv[:1] == ["record"]:
-    return importlib.import_module("experiments.benchmark.record").main(argv[1:])
+  if argv and argv[0] in ALONE:
+    return importlib.import_module(f"experiments.benchmark.{argv[0]}").main(argv[1:])
   parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
   known = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
   parser.add_argument("names", nargs="*", metavar="NAME", help=known)
@@ -79,8 +89,8 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if unknown := sorted(set(args.names) - set(BENCHMARKS)):
     parser.error(f"NAME={unknown[0]!r}: must be one of {', '.join(BENCHMARKS)}")
-  if "record" in args.names:
-    parser.error("NAME='record': must come first and alone, before flags of its own")
+  if alone := [name for name in args.names if name in ALONE]:
+    parser.error(f"NAME={alone[0]!r}: must come first and alone, before flags of its own")
   of_step = dict(remats=args.remat, baseline=args.baseline)
   of_step = {name: value for name, value in of_step.items() if value}
   if of_step and args.names and "step" not in args.names:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import NamedTuple
 
 import matplotlib.figure
 
@@ -91,7 +92,7 @@ def records(results: pathlib.Path) -> matplotlib.figure.Figure:
   figure = matplotlib.figure.Figure(figsize=(7, 3.6), layout="constrained", facecolor="white")
   axes = figure.subplots()
   for folder in sorted((results / "runs").iterdir()):
-    seconds, bits = curve(folder)
+    _, seconds, bits = curve(folder)
     axes.plot(seconds, bits, "o-", markersize=4, label=folder.name)
   axes.set(xscale="log", xlabel="seconds, compilation included", ylabel="bits/dim, validation")
   ticks = [30, 60, 120, 240, 480, 1_200]
@@ -103,13 +104,25 @@ def records(results: pathlib.Path) -> matplotlib.figure.Figure:
   return figure
 
 
-def curve(folder: pathlib.Path) -> tuple[list[float], list[float]]:
-  """Seconds and validation bits of a run: its last evaluation came when its seconds were over."""
+class Curve(NamedTuple):
+  """Of the evaluations of a run on the validation split."""
+
+  steps: list[int]
+  seconds: list[float]  # from prepared data on
+  bits: list[float]
+
+
+def curve(folder: pathlib.Path) -> Curve:
+  """That of a run: its last evaluation came when its seconds were over."""
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   scored = [line for line in lines if "validation_bits_per_byte" in line]
   seconds = json.loads((folder / "evaluation.json").read_text())["seconds"]
   start = scored[-1]["time"] - seconds
-  return [x["time"] - start for x in scored], [x["validation_bits_per_byte"] for x in scored]
+  return Curve(
+    [x["step"] for x in scored],
+    [x["time"] - start for x in scored],
+    [x["validation_bits_per_byte"] for x in scored],
+  )
 
 
 def run(results: pathlib.Path) -> None:

@@ -13,9 +13,11 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 from jaxtyping import Array
 
@@ -23,6 +25,7 @@ from experiments import cli
 from experiments.benchmark import report
 from experiments.benchmark.gpu import timing
 from sparse_flax import sample
+from sparse_flax.model import levels
 from sparse_flax.model import transformer
 
 BATCH = {"cifar10": 64, "imagenet64": 16, "enwik8": 16, "cifar10:quick": 16}
@@ -79,31 +82,85 @@ def launch_ms(groups: int) -> float:
   return 1e3 * seconds(lambda: program(x)) / num
 
 
-def measure(name: str, rate: float, *, sparse: bool, implementation: str) -> dict:
-  """One row of the table, but for what other measurements give."""
-  config, batch = cli.recipe(name).model, BATCH[name]
+class Drawing(NamedTuple):
+  """Steps of sampling, compiled.
+
+  Attributes:
+    start: key -> weights, and what the first step is given: last bytes and caches.
+    run: (weights, that, keys, lengths of the prompts) -> (that, bytes [B, steps]); gives it up.
+    model: with shapes in the place of weights.
+  """
+
+  start: Callable[[Array], tuple]
+  run: Callable[..., tuple]
+  model: transformer.SparseTransformer
+
+
+def compiled(
+  config: ml_collections.ConfigDict,
+  batch: int,
+  *,
+  sparse: bool = True,
+  implementation: str,
+  first: int,
+  steps: int,
+  temperature: float = 1.0,
+) -> Drawing:
+  """Steps `first`, `first` + 1, ... of sampling, with random weights and caches without content.
+
+  Args:
+    config: of the model.
+    batch: sequences.
+    sparse: whether caches are.
+    implementation: of a step.
+    first: the number of the first step.
+    steps: of a call.
+    temperature: 0 takes the likeliest byte.
+  """
   graph, shapes = transformer.graph_and_shapes(**config)
   model = nnx.merge(graph, shapes)
 
-  @jax.jit
   def start(key):
     params = sample.as_multiplied(model, _random(shapes, key))
     caches = nnx.merge(graph, params).init_cache(batch, sparse=sparse)
     return params, (jnp.zeros(batch, jnp.uint8), caches)
 
-  options = dict(temperature=1.0, top_k=None, top_p=1.0, implementation=implementation)
-  run = jax.jit(functools.partial(sample.run_steps, graph, **options), donate_argnums=1)
-  params, carry = start(jax.random.key(0))
-  keys = jax.random.split(jax.random.key(1), batch)
-  known, lengths = jnp.zeros((batch, STEPS), jnp.uint8), jnp.zeros(batch, jnp.int32)
+  def run(params, carry, keys, lengths):
+    options = dict(temperature=temperature, top_k=None, top_p=1.0, implementation=implementation)
+    options |= dict(phase=first % levels.group_size(model))
+    known = jnp.zeros((batch, steps), jnp.uint8)
+    return sample.run_steps(graph, params, carry, keys, first, known, lengths, **options)
+
+  sample.step_kernels(implementation)  # before anything is traced
+  key, lengths = jax.random.key(0), jax.ShapeDtypeStruct((batch,), jnp.int32)
+  keys = jax.eval_shape(lambda: jax.random.split(key, batch))
+  begin = jax.jit(start).lower(key)
+  program = jax.jit(run, donate_argnums=1).lower(*begin.out_info, keys, lengths)
+  return Drawing(begin.compile(), program.compile(), model)
+
+
+def timed(drawing: Drawing, batch: int) -> tuple[Callable[[], Array], Callable[[], tuple]]:
+  """A function that runs its steps once more, and one that returns weights, bytes and caches."""
+  params, carry = drawing.start(jax.random.key(0))
+  keys, lengths = jax.random.split(jax.random.key(1), batch), jnp.zeros(batch, jnp.int32)
 
   def steps():
     nonlocal carry
-    carry, tokens = run(params, carry, keys, model.seq_len // 2, known, lengths)
+    carry, tokens = drawing.run(params, carry, keys, lengths)
     return tokens
 
   jax.block_until_ready(steps())
-  arrays = [(part.rows, x) for cache in carry[1] for part in cache for x in (part.key, part.value)]
+  return steps, lambda: (params, *carry)
+
+
+def measure(name: str, rate: float, *, sparse: bool, implementation: str) -> dict:
+  """One row of the table, but for what other measurements give."""
+  config, batch = cli.recipe(name).model, BATCH[name]
+  how = dict(sparse=sparse, implementation=implementation)
+  drawing = compiled(config, batch, first=config.seq_len // 2, steps=STEPS, **how)
+  steps, state = timed(drawing, batch)
+  params, _, caches = state()
+  arrays = [(part.rows, x) for cache in caches for part in cache for x in (part.key, part.value)]
   reads = sum(x.nbytes * rows.size // rows.length for rows, x in arrays)
   weights = sum(x.nbytes for group in ("groups", "logits") for x in jax.tree.leaves(params[group]))
   ms = 1e3 * seconds(steps) / STEPS
@@ -147,10 +204,17 @@ def on_cpu() -> dict:
 
 
 def _random(shapes: dict, key: Array) -> dict:
-  """Weights that make no logits alike."""
+  """Weights that make no logits alike, and of which all layers change the stream."""
   keys = iter(jax.random.split(key, len(jax.tree.leaves(shapes))))
-  draw = lambda x: 0.02 * jax.random.normal(next(keys), x.shape, x.dtype)
-  return jax.tree.map(draw, shapes)
+
+  def draw(path, x):
+    values = jax.random.normal(next(keys), x.shape, x.dtype)
+    name = path[-1].key
+    if name == "kernel":
+      return values * x.shape[-2] ** -0.5
+    return (1.0 if name == "scale" else 0.0) + 0.1 * values
+
+  return jax.tree.map_with_path(draw, shapes)
 
 
 def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:

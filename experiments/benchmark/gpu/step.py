@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
@@ -53,6 +54,23 @@ class Body(NamedTuple):
   batch: int  # sequences of a step
   changes: dict[str, dict[str, Any]] | None = None  # {group: {field: value}} of the config
   default: bool = True  # else only where `only` names it
+
+  def on_one_device(self, **model: Any) -> dict[str, dict[str, Any]]:
+    """What differs from the recipe: {group: {field: value}}; `model` goes over the body's own."""
+    changes = {group: dict(values) for group, values in (self.changes or {}).items()}
+    return changes | {
+      "model": changes.get("model", {}) | model,
+      "data": changes.get("data", {}) | dict(batch_size=self.batch),
+      "train": changes.get("train", {}) | dict(accumulation=1),
+      "mesh": ALONE,
+    }
+
+  def config(self, **model: Any) -> ml_collections.ConfigDict:
+    """The recipe of this checkout on one device, with the changes."""
+    config = cli.recipe(self.recipe)
+    for group, values in self.on_one_device(**model).items():
+      config[group].update(values)
+    return config
 
 
 class Way(NamedTuple):
@@ -103,23 +121,14 @@ class Case(NamedTuple):
 
   def changes(self) -> dict[str, dict[str, Any]]:
     """What differs from the recipe: {group: {field: value}}."""
-    body = BODIES[self.body]
-    changes = {group: dict(values) for group, values in (body.changes or {}).items()}
-    model = changes.get("model", {}) | ATTENTION[WAYS[self.way].attention]
-    model |= {"remat": self.remat} if self.remat else {}
-    return changes | {
-      "model": model,
-      "data": changes.get("data", {}) | dict(batch_size=body.batch),
-      "train": changes.get("train", {}) | dict(accumulation=1),
-      "mesh": ALONE,
-    }
+    return BODIES[self.body].on_one_device(**self._model())
 
   def config(self) -> ml_collections.ConfigDict:
     """The recipe of this checkout on one device, with the changes."""
-    config = cli.recipe(BODIES[self.body].recipe)
-    for group, values in self.changes().items():
-      config[group].update(values)
-    return config
+    return BODIES[self.body].config(**self._model())
+
+  def _model(self) -> dict[str, Any]:
+    return ATTENTION[WAYS[self.way].attention] | ({"remat": self.remat} if self.remat else {})
 
   def job(self) -> dict[str, Any]:
     """What the program of the row is given."""
@@ -177,6 +186,7 @@ def told_by(
   *,
   seconds: float,
   memory: dict[str, str] = MEMORY,
+  on_start: Callable[[subprocess.Popen], None] = lambda process: None,
 ) -> dict[str, Any]:
   """What a program of `steps` tells, with an `error` where it did not come to its end.
 
@@ -186,6 +196,7 @@ def told_by(
     checkout: whose libraries are measured; None: these.
     seconds: after which it is killed.
     memory: JAX's variables of the environment for its share of the device.
+    on_start: gets the process, for who may have to end it before.
   """
   name = f"experiments.benchmark.gpu.steps.{program}"
   command = (sys.executable, "-P", "-m", name, json.dumps(job))
@@ -195,6 +206,7 @@ def told_by(
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     # A session of its own: compilers of PyTorch are processes too, and end with it.
     process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+    on_start(process)
     try:
       output, errors = process.communicate(timeout=seconds)
       last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
@@ -225,12 +237,18 @@ def measure(case: Case, checkout: pathlib.Path | None = None) -> dict[str, Any]:
     seq_len=T,
     ms=None,
   ) | figures_of(case, checkout)
+  return with_rates(row, config)
+
+
+def with_rates(row: dict[str, Any], config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The row of a config, where it has a time with tokens per second and MFU."""
   if row["ms"] is None:
     return row
+  B, model = config.data.batch_size, config.model
   peak = flops.peak_flops(jax.devices()[0].device_kind)
   needed = flops.train_flops(model, batch_size=B)
   return row | dict(
-    tokens_per_second=round(1e3 * B * T / row["ms"]),
+    tokens_per_second=round(1e3 * B * model.seq_len / row["ms"]),
     mfu=round(1e3 * needed / (row["ms"] * peak), 4) if peak else None,
   )
 

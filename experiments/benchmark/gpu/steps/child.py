@@ -3,7 +3,9 @@
 Imports nothing but Python's own, for a peer may run where there is no JAX.
 """
 
+import fcntl
 import json
+import signal
 import statistics
 import sys
 import time
@@ -13,6 +15,7 @@ from typing import Any
 
 MARK = "FIGURES "  # at the start of a line that is for the parent, among whatever libraries print
 WARM, STEPS = 3, 8  # steps before those that are timed, and these
+TURN = 90  # seconds to measure, where others wait
 SECONDS = 12.0  # of timed steps: slow ones are fewer, but at least 3
 
 
@@ -25,6 +28,28 @@ def main(measure: Callable[[dict], None]) -> int:
     tell(error=text(error))
     return 1
   return 0
+
+
+class Turn:
+  """A process compiles beside others, and then has the device and the host to itself.
+
+  A shared lock of a file while it compiles, an exclusive one from then to its end.
+  """
+
+  def __init__(self, path: str | None):
+    """Args:
+    path: of the file; None: there are no others.
+    """
+    # Closed, and so unlocked, when the process ends.
+    self._file = path and open(path, "a")  # noqa: SIM115
+    if self._file:
+      fcntl.flock(self._file, fcntl.LOCK_SH)
+
+  def alone(self) -> None:
+    """Waits until nobody compiles or measures; from then on the process has `TURN` seconds."""
+    if self._file:
+      fcntl.flock(self._file, fcntl.LOCK_EX)
+      signal.alarm(TURN)  # ends the process, so that one that hangs does not keep the others
 
 
 def tell(**figures: Any) -> None:

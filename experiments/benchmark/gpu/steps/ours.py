@@ -36,6 +36,8 @@ def config_of(recipe: str, changes: dict[str, dict[str, Any]]) -> ml_collections
 
 def _tuples(value: Any) -> Any:
   """JSON has lists only."""
+  if isinstance(value, dict):  # an inner level
+    return {field: _tuples(x) for field, x in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
@@ -75,8 +77,10 @@ def measure(job: dict[str, Any]) -> None:
   """Tells the figures of a step.
 
   Args:
-    job: `recipe` and `changes`, of `config_of`, and what `residual.override` is given, if anything.
+    job: `recipe` and `changes`, of `config_of`; what `residual.override` is given, if anything; and
+      the file of `child.Turn`, if others are measured beside.
   """
+  turn = child.Turn(job.get("turn"))
   with contextlib.suppress(ImportError):
     # Before the first trace: some commits count traces, and the import would end one of theirs.
     importlib.import_module("pallas_kernels.mosaic_gpu")
@@ -107,6 +111,7 @@ def measure(job: dict[str, Any]) -> None:
     state, record = program(state, tokens, key)
     return record
 
+  turn.alone()
   child.tell(ms=child.median_ms(start, jax.block_until_ready))
   child.tell(loss=float(start()["loss"]))
   if stats := jax.local_devices()[0].memory_stats():
