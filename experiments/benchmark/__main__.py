@@ -14,6 +14,8 @@ BENCHMARKS = {
   "block_sparse": "block-sparse attention on a GPU beside cuDNN's dense attention",
   "checkpoints": "a save and a restore of a state of 2.4 GB, with digests",
   "curves": "200 steps of each recipe by its modules and by kernels, on a GPU; only when named",
+  "learned": "attention to blocks that are chosen while a model runs, on a GPU: rates, memory, "
+  "decoding",
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on 1, 2, 4, ... GPUs of one host, by each axis; only when named",
   "plots": "draws the plots of README.md and docs from the results; only when named",
@@ -34,6 +36,7 @@ MODULES = {
       "attention",
       "block_sparse",
       "curves",
+      "learned",
       "mesh",
       "residual",
       "sample",
@@ -47,8 +50,8 @@ MODULES = {
   "tpu_aot": "tpu.aot",
 }
 ONLY_NAMED = ("curves", "mesh", "plots", "record", "tables", "tpu_aot", "tune")
-ON_GPU = ("attention", "block_sparse", "curves", "residual", "step", "tune")
-IN_WORKERS = {"attention", "block_sparse", "curves", "mesh", "residual", "step", "tune"}
+ON_GPU = ("attention", "block_sparse", "curves", "learned", "residual", "step", "tune")
+IN_WORKERS = {*ON_GPU, "mesh"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     type=lambda text: tuple(text.split(",")),
     default=(),
     metavar="PART[,PART]",
-    help="on a GPU: these shapes, patterns, models or implementations instead of all",
+    help="on a GPU: these parts, shapes, patterns, models or implementations instead of all",
   )
   parser.add_argument(
     "--remat", type=_remats, metavar="WHAT[,WHAT]", help="step: these instead of each recipe's own"
