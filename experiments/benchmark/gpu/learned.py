@@ -13,10 +13,12 @@ q, k, v, out, their gradients, log-sum-exp, indices and lists (of nsa three outs
 step: a training step of a model of 4 layers, every second one of the recipe, at this length.
 decode: bytes per second of 8 sequences of 32,768 bytes by a model of 8 such layers, beside dense
 caches.
-flex: PyTorch's FlexAttention with a mask of the indices of "given", made in `building_ms`.
+flex: PyTorch's FlexAttention with a mask of the indices of "given", made in `building_ms`; heads of
+128, where there are any.
 
-Times of rates are of kernels, from CUPTI, medians of rounds over all cases; `wall_ms` is from call
-to call. What the library does not support is told as that, with its reason.
+Times of rates are of kernels, from CUPTI, medians of rounds over all cases; `wall_ms` of the others
+is from the beginning of a call to its end. What the library does not support is told as that, with
+its reason.
 """
 
 import functools
@@ -116,7 +118,9 @@ def cost(case: Case) -> float:
 def measure(wanted: list[Case]) -> list[dict]:
   """The rows of rates without what compares them."""
   jobs = {
-    case: timing.Job(build, (SHAPES[case.shape], *case[1:]), cost(case), clock=learned_models.clock)
+    case: timing.Job(
+      build, (SHAPES[case.shape], *case[1:]), cost(case), clock=learned_models.clock_kernels
+    )
     for case in wanted
   }
   rows, found = [describe(case) for case in wanted], {case: [] for case in wanted}
@@ -139,8 +143,7 @@ def measure(wanted: list[Case]) -> list[dict]:
     each = found[case]
     median = lambda values: round(statistics.median(values), 5)
     row |= dict(ms=median(x.ms for x in each), all_ms=[round(x.ms, 5) for x in each])
-    for name in ("attention_ms", "wall_ms"):
-      row[name] = median(x.more[name] for x in each)
+    row |= dict(attention_ms=median(x.more["attention_ms"] for x in each))
     if case.form is not None:
       row |= work_of(SHAPES[case.shape].T, *FORMS[case.form], case.top)
   return rows
@@ -211,7 +214,7 @@ def measure_flex(shape_names: list[str]) -> list[dict]:
     return []
   form, (b, Q) = next(iter(FORMS.items()))
   shapes = {}
-  for name in shape_names:
+  for name in [x for x in shape_names if SHAPES[x].D == 128] or shape_names:
     T = SHAPES[name].T
     shapes[name] = dict(T=T, D=SHAPES[name].D, tops=[T // b // share for share in SHARES])
   job = dict(H=H, block_size=b, shapes=shapes)
@@ -240,13 +243,13 @@ def print_tables(rows: list[dict]) -> None:
   table = [
     (f"{row['shape']} {row['kind']}", row["form"] or "", show(row["top"], 0), row["direction"],
      show(row.get("density"), 4), show(row["ms"], 4) or state(row),
-     show(row.get("attention_ms"), 4), show(row.get("wall_ms"), 4), show(row.get("rate"), 3),
+     show(row.get("attention_ms"), 4), show(row.get("rate"), 3),
      show(row.get("rate_of_attention"), 3), show(row.get("occupancy"), 2),
      show(row.get("share"), 3))
     for row in rows
     if row["part"] in ("rates", "flex")
   ]  # fmt: skip
-  header = ("shape, kind", "form", "top", "direction", "density", "ms", "attention", "call to call")
+  header = ("shape, kind", "form", "top", "direction", "density", "ms", "attention")
   if table:
     header = (*header, "rate", "of attention", "occupancy", "share")
     report.print_table(header, table)
