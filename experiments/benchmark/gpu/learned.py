@@ -254,15 +254,18 @@ def print_tables(rows: list[dict]) -> None:
     header = (*header, "rate", "of attention", "occupancy", "share")
     report.print_table(header, table)
   learned_models.print_tables(rows)
+  refused = {}
   for row in rows:
     names = ("part", "shape", "kind", "form", "top", "direction", "model", "implementation")
     of = [row[key] for key in names if row.get(key) is not None]
-    if reason := row.get("unsupported"):
-      print("NOT SUPPORTED", *of)
-      print(f"  {reason}")
+    if "unsupported" in row:
+      refused.setdefault(row["unsupported"], []).append(of)
     elif "error" in row:
       print("FAILED", *of)
       print(f"  {row['error']}")
+  for reason, (first, *others) in refused.items():
+    print("NOT SUPPORTED", *first, f"and {len(others)} like it" if others else "")
+    print(f"  {reason}")
 
 
 def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
