@@ -16,6 +16,8 @@ BENCHMARKS = {
   "compare": "runs of record, sequence by sequence; only when named, and alone: it has flags of "
   "its own, see compare --help",
   "curves": "200 steps of each recipe by its modules and by kernels, on a GPU; only when named",
+  "learned": "attention to blocks that are chosen while a model runs, on a GPU: rates, memory, "
+  "decoding",
   "memory": "the published memory table, and what XLA needs",
   "mesh": "training steps on 1, 2, 4, ... GPUs of one host, by each axis; only when named",
   "multiscale": "models of several scales beside flat ones on a GPU: training steps and sampling; "
@@ -38,6 +40,7 @@ MODULES = {
       "attention",
       "block_sparse",
       "curves",
+      "learned",
       "mesh",
       "multiscale",
       "residual",
@@ -54,10 +57,10 @@ MODULES = {
 ONLY_NAMED = (
   "compare", "curves", "mesh", "multiscale", "plots", "record", "tables", "tpu_aot", "tune",
 )  # fmt: skip
-ON_GPU = ("attention", "block_sparse", "curves", "multiscale", "residual", "step", "tune")
-IN_WORKERS = {
-  "attention", "block_sparse", "curves", "mesh", "multiscale", "residual", "step", "tune",
-}  # fmt: skip
+ON_GPU = (
+  "attention", "block_sparse", "curves", "learned", "multiscale", "residual", "step", "tune",
+)  # fmt: skip
+IN_WORKERS = {*ON_GPU, "mesh"}
 ALONE = ("compare", "record")  # have flags of their own
 
 
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     type=lambda text: tuple(text.split(",")),
     default=(),
     metavar="PART[,PART]",
-    help="on a GPU: these shapes, patterns, models or implementations instead of all",
+    help="on a GPU: these parts, shapes, patterns, models or implementations instead of all",
   )
   parser.add_argument(
     "--remat", type=_remats, metavar="WHAT[,WHAT]", help="step: these instead of each recipe's own"

@@ -18,7 +18,9 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 METHODS = {"extractall", "deserialize_and_load"}
 FUNCTIONS = {"os.system", "torch.load"}
 STEPS = ROOT / "experiments/benchmark/gpu/steps"
-PEERS = STEPS / "pytorch.py", STEPS / "flex_attention.py"  # which compute, and read nothing
+PEERS = tuple(
+  STEPS / f"{name}.py" for name in ("pytorch", "flex_attention", "flex_blocks")
+)  # which compute, and read nothing
 
 
 def offences(tree: ast.AST, calls: set[str] = CALLS, modules: set[str] = MODULES) -> list[str]:

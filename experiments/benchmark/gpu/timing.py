@@ -86,18 +86,24 @@ def kernel_ms(program: jax.stages.Compiled, *args: jax.Array) -> tuple[float, li
   which none of the programs measured here makes.
   """
   jax.block_until_ready(program(*args))
+  calls = calls_of(lambda: program(*args), ITERATIONS)
+  ms = statistics.median(sum(ms for _, ms in call) for call in calls)
+  return ms, [name[:80] for name, _ in calls[0]]
+
+
+def calls_of(call: Callable[[], Any], times: int) -> list[list[tuple[str, float]]]:
+  """The kernels of each of so many equal calls, as `kernels_of`."""
   for _ in range(3):
-    kernels = kernels_of(lambda: program(*args), ITERATIONS)
-    num = len(kernels) // ITERATIONS
+    kernels = kernels_of(call, times)
+    num = len(kernels) // times
     calls = [kernels[n : n + num] for n in range(0, len(kernels), num or 1)]
-    names = {tuple(name for name, _ in call) for call in calls}
-    if len(names) == 1 and len(calls) == ITERATIONS:
-      ms = statistics.median(sum(ms for _, ms in call) for call in calls)
-      return ms, [name[:80] for name, _ in calls[0]]
+    names = {tuple(name for name, _ in each) for each in calls}
+    if len(names) == 1 and len(calls) == times:
+      return calls
   if not kernels:
     raise RuntimeError("CUPTI saw no kernel: is another profiler attached?")
   # A kernel of something else among ours: rare, and gone the next time.
-  raise RuntimeError(f"{len(kernels)} kernels are not {ITERATIONS} equal calls, three times")
+  raise RuntimeError(f"{len(kernels)} kernels are not {times} equal calls, three times")
 
 
 def kernels_of(call: Callable[[], Any], times: int = 1) -> list[tuple[str, float]]:
@@ -148,12 +154,17 @@ class Job(NamedTuple):
     args: of `build`.
     cost: of compiling it, in any unit: workers get equal shares of it.
     look: tensor -> small array: what a measurement shall tell of each result.
+    clock: (program, *arrays) -> figures: what measures it in the place of `kernel_ms`; `ms` and
+      `kernels` are among them.
+    alone: whether its process ends after it, and gives back the memory of the GPU.
   """
 
   build: Callable
   args: tuple
   cost: float = 1.0
   look: Callable | None = None
+  clock: Callable | None = None
+  alone: bool = False
 
 
 class Measurement(NamedTuple):
@@ -165,6 +176,7 @@ class Measurement(NamedTuple):
     seen: what `Job.look` gave of each result.
     error: one line.
     bytes: of the program, as XLA plans them: temp_bytes, argument_bytes and output_bytes.
+    more: the other figures of `Job.clock`.
   """
 
   ms: float | None = None
@@ -172,6 +184,7 @@ class Measurement(NamedTuple):
   seen: tuple[np.ndarray, ...] = ()
   error: str | None = None
   bytes: dict[str, int] | None = None
+  more: dict[str, Any] | None = None
 
 
 class Programs:
@@ -187,20 +200,24 @@ class Programs:
       lowered = jax.jit(function).lower(*jax.eval_shape(make))  # no array is made yet
       results = jax.tree.leaves(lowered.out_info)
       looks = [self._helper(job.look, x) for x in results] if job.look else []
-      self.programs[key] = lowered.compile(), self._helper(make), looks
+      self.programs[key] = lowered.compile(), self._helper(make), looks, job.clock
     except Exception as error:  # whatever a compiler says, the other programs go on
       return text(error)
     return None
 
   def measure(self, key: Hashable) -> Measurement:
     """Of a job that was compiled."""
-    program, make, looks = self.programs[key]
+    program, make, looks, clock = self.programs[key]
     try:
       arrays = make()
       results = jax.tree.leaves(program(*arrays)) if looks else []
       seen = tuple(np.asarray(look(x)) for look, x in zip(looks, results, strict=True))
       del results
-      ms, kernels = kernel_ms(program, *arrays)
+      if clock:
+        more = clock(program, *arrays)
+        ms, kernels = more.pop("ms"), more.pop("kernels")
+      else:
+        more, (ms, kernels) = None, kernel_ms(program, *arrays)
       stats = program.memory_analysis()
     except Exception as error:  # one kernel that fails must not take the others' figures with it
       return Measurement(error=text(error))
@@ -209,7 +226,7 @@ class Programs:
       argument_bytes=stats.argument_size_in_bytes,
       output_bytes=stats.output_size_in_bytes,
     )
-    return Measurement(ms, tuple(kernels), seen, bytes=planned)
+    return Measurement(ms, tuple(kernels), seen, bytes=planned, more=more)
 
   def _helper(self, function: Callable, *args: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
     """A small program that many jobs share."""
@@ -254,8 +271,9 @@ def _work(connection, jobs: dict[Hashable, Job]) -> None:
       connection.send((key, programs.compile(key, job)))
     usable = True
     while usable:
-      measurement = programs.measure(connection.recv())
-      usable = measurement.error is None or _usable()
+      key = connection.recv()
+      measurement = programs.measure(key)
+      usable = not jobs[key].alone and (measurement.error is None or _usable())
       connection.send((measurement, usable))
   os._exit(0)  # without JAX's farewell to a GPU that may not answer any more
 

@@ -470,6 +470,7 @@ def test_all_benchmarks_skip_those_for_a_gpu(monkeypatch, capsys):
   assert [line.partition(":")[0] for line in lines] == [
     "attention",
     "block_sparse",
+    "learned",
     "residual",
     "step",
   ]
