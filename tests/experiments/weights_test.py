@@ -14,6 +14,7 @@ from sparse_flax import export as export_lib
 from sparse_flax.run import checkpoint
 from sparse_flax.run import workdir
 from tests.helpers import tiny
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.promotes
 
@@ -45,6 +46,21 @@ def test_an_export_is_scored_as_the_run_that_it_is_of(root, tmp_path, capsys):
   (line,) = (tmp_path / "in" / "evaluations.jsonl").read_text().splitlines()
   assert json.loads(line)["sequences"] == 2
   assert json.loads(line)["bits_per_byte"] == pytest.approx(8, abs=1e-5)
+
+
+@pytest.mark.one_day_in_six(2)
+def test_a_context_curve_is_printed_and_written(root, tmp_path, capsys):
+  flags = [f"--weights={root / 'out'}", f"--out={tmp_path}", "--context_curve=8", "--num=2"]
+  assert evaluate.main(flags) == 0
+  head, first, *_, last = capsys.readouterr().out.split("  data ")[0].splitlines()
+  assert head.split() == ["context", "bits/byte", "more", "than", "the", "longest"]
+  assert first.split() == ["0", *["8.0000", "+-", "0.0000"], *["0.0000", "+-", "0.0000"]]
+  assert last.split()[0] == "24"
+  (path,) = tmp_path.iterdir()  # no line of evaluations.jsonl, which has whole scores
+  written = json.loads(path.read_text())
+  assert path.name == "context_curve.json" and written["weights"] == str(root / "out")
+  assert [x["context"] for x in written["contexts"]] == [0, 8, 16, 24]
+  assert (written["sequences"], written["sequences_in_split"], written["last"]) == (2, 3, 8)
 
 
 @pytest.mark.one_day_in_six(2)
@@ -143,6 +159,18 @@ def test_flags_that_do_not_go_together(command, flags, message, capsys):
     (
       "--weights={golden}/export --average=false",
       "--average: is for --workdir; an export has one set",
+    ),
+    (
+      "--workdir={golden}/float32 --context_curve=8 --min_context=8",
+      "min_context=8: is not for --context_curve, which chooses contexts",
+    ),
+    (
+      f"--weights={ROOT}/experiments/pretrained/cifar10 --context_curve=8",
+      "config.model.modality='image': must be 'text' or 'audio' for a context curve",
+    ),
+    (
+      "--workdir={golden}/float32 --context_curve=33",
+      "last=33: must be a whole number from 1 to 32, the model's seq_len",
     ),
     (
       "--workdir={golden}/float32 --average=no",
