@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmark import report
-from experiments.benchmark.gpu import step
+from experiments.benchmark.gpu import processes
 from experiments.benchmark.gpu import timing
 from experiments.benchmark.gpu.steps import masks
 from pallas_kernels import patterns
@@ -166,7 +166,8 @@ def measure_flex(shapes: dict[str, timing.Shape], pattern_names: list[str]) -> l
   for shape_name, shape in shapes.items() if names else ():
     described = {name: masks.described(PATTERNS[name](shape)) for name in names}
     sizes = {name: getattr(shape, name) for name in "BTHD"}
-    told = step.told_by(FLEX, sizes | dict(patterns=described), seconds=FLEX_SECONDS)
+    program = processes.Program(FLEX, sizes | dict(patterns=described))
+    told = processes.told_by(program, seconds=FLEX_SECONDS)
     for name, direction in itertools.product(names, DIRECTIONS):
       row = dict(shape=shape_name, pattern=name, implementation=FLEX, direction=direction)
       found = told.get(name)

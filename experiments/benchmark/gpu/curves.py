@@ -18,6 +18,7 @@ import matplotlib.figure
 import numpy as np
 
 from experiments.benchmark import report
+from experiments.benchmark.gpu import processes
 from experiments.benchmark.gpu import step
 from experiments.benchmark.gpu import timing
 
@@ -58,7 +59,8 @@ def job_of(run: Run) -> dict[str, Any]:
 def measure(run: Run) -> dict[str, Any]:
   """A row; `losses` of the steps 1, 5, 10, ... are None where it failed."""
   row = run._asdict() | dict(batch=BATCHES[run.recipe], losses=None)
-  return row | step.told_by("losses", job_of(run), seconds=CHILD_SECONDS, memory=MEMORY)
+  program = processes.Program("losses", job_of(run))
+  return row | processes.told_by(program, seconds=CHILD_SECONDS, memory=MEMORY)
 
 
 def steps_shown() -> list[int]:

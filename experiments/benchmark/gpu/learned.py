@@ -35,7 +35,7 @@ from experiments.benchmark import report
 from experiments.benchmark.gpu import attention
 from experiments.benchmark.gpu import block_sparse
 from experiments.benchmark.gpu import learned_models
-from experiments.benchmark.gpu import step
+from experiments.benchmark.gpu import processes
 from experiments.benchmark.gpu import timing
 from experiments.benchmark.gpu.steps import drawn
 from pallas_kernels import pool_blocks
@@ -218,7 +218,8 @@ def measure_flex(shape_names: list[str]) -> list[dict]:
     T = SHAPES[name].T
     shapes[name] = dict(T=T, D=SHAPES[name].D, tops=[T // b // share for share in SHARES])
   job = dict(H=H, block_size=b, shapes=shapes)
-  told, rows = step.told_by("flex_blocks", job, seconds=FLEX_SECONDS), []
+  program, rows = processes.Program("flex_blocks", job), []
+  told = processes.told_by(program, seconds=FLEX_SECONDS)
   for name, shape in shapes.items():
     for top in shape["tops"]:
       found = told.get(f"{name} {top}")

@@ -20,7 +20,7 @@ import jax
 
 from experiments import cli
 from experiments.benchmark import report
-from experiments.benchmark.gpu import step
+from experiments.benchmark.gpu import processes
 from experiments.benchmark.gpu import timing
 from sparse_flax.parallel import sharding
 
@@ -135,7 +135,8 @@ def run(out: pathlib.Path, only: tuple[str, ...] = (), *, devices: int | None = 
   for case in todo:
     T = cli.recipe(BODIES[case.body].recipe).model.seq_len
     row = case._asdict() | dict(devices=case.devices, seq_len=T, ms=None)
-    row |= step.told_by("meshed", case.job(), seconds=SECONDS)
+    program = processes.Program("meshed", case.job())
+    row |= processes.told_by(program, seconds=SECONDS)
     if row["ms"]:
       row["tokens_per_second"] = round(1e3 * case.batch * T / row["ms"])
     rows.append(compared(row, alone.setdefault(case.body, row)))

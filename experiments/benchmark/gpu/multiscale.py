@@ -16,17 +16,12 @@ Models are trained by `python -m experiments.benchmark record` and compared by `
 docs/multiscale.md.
 """
 
-import concurrent.futures
-import contextlib
-import os
 import pathlib
-import signal
-import subprocess
-import tempfile
 from typing import Any
 from typing import NamedTuple
 
 from experiments.benchmark import report
+from experiments.benchmark.gpu import processes
 from experiments.benchmark.gpu import step
 from experiments.benchmark.gpu import timing
 from sparse_flax.model import levels
@@ -34,8 +29,6 @@ from sparse_flax.train import flops
 
 KINDS = ("steps", "sampling")
 SECONDS = 420  # of a row, the time that it waits for others included
-# No process may take what the others compile with.
-MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 CHECKED = 96  # bytes of each sequence
 STEPS = 240  # of a call that is timed; whole groups of all models
 FLAT = "flat"
@@ -160,6 +153,11 @@ class Case(NamedTuple):
   def title(self) -> str:
     return f"{self.group}_{self.name}"
 
+  @property
+  def program(self) -> str:
+    """Of the modules in `steps`."""
+    return "ours" if self.kind == "steps" else "sampled"
+
   def job(self) -> dict[str, Any]:
     """What its program is given, but for its turn."""
     body, sampling = self.model.body, self.model.sampling
@@ -230,29 +228,6 @@ def compare(rows: list[dict[str, Any]]) -> None:
       row["over_flat"] = round(speed(row) / flat[key(row)], 3)
 
 
-class _Processes:
-  """Those that run; a stop of this one ends them."""
-
-  def __init__(self):
-    self._started: list[subprocess.Popen] = []
-
-  def __enter__(self) -> "_Processes":
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    for process in self._started:
-      if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-          os.killpg(process.pid, signal.SIGKILL)
-
-  def figures_of(self, case: Case, turn: pathlib.Path) -> dict[str, Any]:
-    """What the program of a case tells."""
-    program = "ours" if case.kind == "steps" else "sampled"
-    job = case.job() | dict(turn=str(turn))
-    how = dict(seconds=SECONDS, memory=MEMORY, on_start=self._started.append)
-    return step.told_by(program, job, **how)
-
-
 def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   """Measures, prints and writes multiscale_DEVICE.json after every row; whether all have figures.
 
@@ -264,27 +239,16 @@ def run(out: pathlib.Path, only: tuple[str, ...] = ()) -> bool:
   path, cases = out / f"multiscale_{report.short_device()}.json", cases_of(only)
   progress, found = timing.Progress(len(cases)), {}
   rows: list[dict[str, Any]] = []
-  with (
-    tempfile.TemporaryDirectory(prefix="multiscale-") as folder,
-    concurrent.futures.ThreadPoolExecutor(min(len(cases), os.cpu_count() or 1) or 1) as pool,
-    _Processes() as processes,
-  ):
-    turn = pathlib.Path(folder) / "turn"
-    waiting = {pool.submit(processes.figures_of, case, turn): case for case in cases}
-    try:
-      for done in concurrent.futures.as_completed(waiting):
-        case = waiting[done]
-        found[case] = case.rows(done.result())
-        rows = [row for case in cases for row in found.get(case, [])]
-        compare(rows)
-        report.save(path, rows)
-        first = found[case][0]
-        speed = first.get("ms") or first.get("ms_per_step")
-        progress(case.kind, case.title, case.implementation or "",
-                 first.get("error") or f"{speed} ms")  # fmt: skip
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
+  programs = {case: processes.Program(case.program, case.job()) for case in cases}
+  for case, figures in processes.told_in_turns(programs, seconds=SECONDS):
+    found[case] = case.rows(figures)
+    rows = [row for case in cases for row in found.get(case, [])]
+    compare(rows)
+    report.save(path, rows)
+    first = found[case][0]
+    speed = first.get("ms") or first.get("ms_per_step")
+    progress(case.kind, case.title, case.implementation or "",
+             first.get("error") or f"{speed} ms")  # fmt: skip
   show = lambda value, form: "" if value is None else form.format(value)
   table = [
     (row["kind"], f"{row['group']} {row['name']}", row.get("implementation") or row["remat"],

@@ -7,24 +7,19 @@ first the same patterns, by FlexAttention, the second, as they have no other, de
 has two rows: one keeps everything, one recomputes its blocks. "ours_modules" has our kernels for
 attention alone. "baseline" is the step of another checkout.
 
-A process for each row: no memory is shared, and one that dies takes no other with it. Time is that
-from the end of a step to the end of the next, while the host is a step ahead, as in training. MFU
-counts the model's operations, none twice, and of attention the pairs of its pattern: it compares
-steps of one model, not sparse steps with dense ones. The share of our kernels is of the time of all
-kernels of a step, by CUPTI. Peak memory is what XLA plans for, or what PyTorch's allocator held;
-`in_use_gb` of ours is what JAX's allocator held. Fewer layers, where recomputation keeps depth from
-costing memory: --only=cifar10_32,cifar10_64,cifar10,ours --remat=full,hidden,none.
+A process for each row: no memory is shared, and one that dies takes no other with it. Those of
+"ours" and "baseline" compile side by side, and then each has the GPU to itself; `compile_s` has the
+others in it. Time is that from the end of a step to the end of the next, while the host is a step
+ahead, as in training. MFU counts the model's operations, none twice, and of attention the pairs of
+its pattern: it compares steps of one model, not sparse steps with dense ones. The share of our
+kernels is of the time of all kernels of a step, by CUPTI. Peak memory is what XLA plans for, or
+what PyTorch's allocator held; `in_use_gb` of ours is what JAX's allocator held. Fewer layers, where
+recomputation keeps depth from costing memory: --only=cifar10_32,cifar10_64,cifar10,ours
+--remat=full,hidden,none.
 """
 
-import contextlib
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 from typing import NamedTuple
@@ -34,17 +29,14 @@ import ml_collections
 
 from experiments import cli
 from experiments.benchmark import report
+from experiments.benchmark.gpu import processes
 from experiments.benchmark.gpu import timing
-from experiments.benchmark.gpu.steps import child
 from experiments.benchmark.gpu.steps import masks
 from sparse_flax.model import layer_patterns
 from sparse_flax.train import flops
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
-LIBRARIES = ("configs", "pallas_kernels", "sparse_flax")  # what is measured of a checkout
 CHILD_SECONDS = 420  # of one row: importing, compiling, running
-# Of JAX in the children, which have the device to themselves but for what this process holds.
-MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+IN_TURNS_SECONDS = 900  # of one that waits for others
 
 
 class Body(NamedTuple):
@@ -161,69 +153,8 @@ def cases_of(only: tuple[str, ...], remats: tuple[str, ...], baseline: bool) -> 
   return list(cases.values())
 
 
-@contextlib.contextmanager
-def packages(checkout: pathlib.Path | None) -> Iterator[str]:
-  """The folder to import from: the libraries of a checkout, and the benchmark of this one."""
-  if checkout is None:
-    yield str(ROOT)
-    return
-  with tempfile.TemporaryDirectory(prefix="step-baseline-") as folder:
-    for name in LIBRARIES:
-      os.symlink(checkout.resolve() / name, os.path.join(folder, name))
-    os.symlink(ROOT / "experiments", os.path.join(folder, "experiments"))
-    yield folder
-
-
-def figures_of(case: Case, checkout: pathlib.Path | None) -> dict[str, Any]:
-  """What the program of a row tells."""
-  return told_by(WAYS[case.way].program, case.job(), checkout, seconds=CHILD_SECONDS)
-
-
-def told_by(
-  program: str,
-  job: dict[str, Any],
-  checkout: pathlib.Path | None = None,
-  *,
-  seconds: float,
-  memory: dict[str, str] = MEMORY,
-  on_start: Callable[[subprocess.Popen], None] = lambda process: None,
-) -> dict[str, Any]:
-  """What a program of `steps` tells, with an `error` where it did not come to its end.
-
-  Args:
-    program: the name of its module.
-    job: what it is given.
-    checkout: whose libraries are measured; None: these.
-    seconds: after which it is killed.
-    memory: JAX's variables of the environment for its share of the device.
-    on_start: gets the process, for who may have to end it before.
-  """
-  name = f"experiments.benchmark.gpu.steps.{program}"
-  command = (sys.executable, "-P", "-m", name, json.dumps(job))
-  with packages(checkout) as path:
-    env = {key: x for key, x in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
-    env = memory | env | {"PYTHONPATH": os.pathsep.join((path, env.get("PYTHONPATH", "")))}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
-    # A session of its own: compilers of PyTorch are processes too, and end with it.
-    process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
-    on_start(process)
-    try:
-      output, errors = process.communicate(timeout=seconds)
-      last = next((line for line in reversed(errors.splitlines()) if line.strip()), "")
-      error = f"exit status {process.returncode}: {last.strip()}"[:1_000]
-    except subprocess.TimeoutExpired:
-      error = f"not done within {seconds} s"
-    finally:
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode is None:
-      output, errors = process.communicate()
-  figures = child.told(output)
-  return figures if process.returncode == 0 else {"error": error} | figures
-
-
-def measure(case: Case, checkout: pathlib.Path | None = None) -> dict[str, Any]:
-  """A row of the result."""
+def row_of(case: Case, figures: dict[str, Any]) -> dict[str, Any]:
+  """A row of the result, of what its program told."""
   config = case.config()
   model, (B, T) = config.model, (config.data.batch_size, config.model.seq_len)
   row = dict(
@@ -236,8 +167,8 @@ def measure(case: Case, checkout: pathlib.Path | None = None) -> dict[str, Any]:
     batch=B,
     seq_len=T,
     ms=None,
-  ) | figures_of(case, checkout)
-  return with_rates(row, config)
+  )
+  return with_rates(row | figures, config)
 
 
 def with_rates(row: dict[str, Any], config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -251,6 +182,20 @@ def with_rates(row: dict[str, Any], config: ml_collections.ConfigDict) -> dict[s
     tokens_per_second=round(1e3 * B * model.seq_len / row["ms"]),
     mfu=round(1e3 * needed / (row["ms"] * peak), 4) if peak else None,
   )
+
+
+def measured(
+  cases: list[Case], baseline: pathlib.Path | None
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+  """Each case and what its program told. Peers run one at a time: some take all of the memory."""
+  ours = [case for case in cases if WAYS[case.way].program == "ours"]
+  checkout = lambda case: baseline if case.way == "baseline" else None
+  programs = {case: processes.Program("ours", case.job(), checkout(case)) for case in ours}
+  yield from processes.told_in_turns(programs, seconds=IN_TURNS_SECONDS)
+  for case in cases:
+    if case not in programs:
+      program = processes.Program(WAYS[case.way].program, case.job())
+      yield case, processes.told_by(program, seconds=CHILD_SECONDS)
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -276,14 +221,15 @@ def run(
   if "baseline" in only and not baseline:
     print("baseline: --baseline=DIR names its checkout", flush=True)
     return False
-  path, rows = out / f"step_{report.short_device()}.json", []
+  path, found = out / f"step_{report.short_device()}.json", {}
+  rows: list[dict[str, Any]] = []
   cases = cases_of(only, remats, bool(baseline))
   facts = dict(bodies={case.body: BODIES[case.body]._asdict() for case in cases})
   facts |= dict(baseline=baseline.name) if baseline else {}
   progress = timing.Progress(len(cases))
-  for case in cases:
-    row = measure(case, baseline if case.way == "baseline" else None)
-    rows.append(row)
+  for case, figures in measured(cases, baseline):
+    found[case] = row = row_of(case, figures)
+    rows = [found[case] for case in cases if case in found]
     compare(rows)
     report.save(path, rows, **facts)
     progress(case.body, case.way, row["remat"], row.get("error") or f"{row['ms']} ms")

@@ -177,7 +177,9 @@ class Summaries(Natural):
     num_cores = gpu.num_multiprocessors()
     if num_items >= num_cores:
       return 1
-    return min(MAX_SHARES, -(-num_cores // num_items))
+    # The fewest rounds of items, by the length of an item; of equal ones the fewest shares.
+    rounds = lambda shares: -(-num_items * shares // num_cores) / shares
+    return min(range(1, MAX_SHARES + 1), key=rounds)
 
   def key_tiles(self, q0: Scalar, rows: int, step: int) -> tuple[Scalar, ...]:
     stride = self.pass_.stride

@@ -45,8 +45,8 @@ def test_rows_gaps_and_the_picture_are_written(monkeypatch, tmp_path, capsys):
     ("modules", 1): dict(losses=told(0.25, 0.5)),
     ("mosaic_gpu", 0): dict(losses=told(-0.125)),
   }
-  answer = lambda program, job, **how: answers[job["residual"], job["seed"]]
-  monkeypatch.setattr(curves.step, "told_by", answer)
+  answer = lambda program, **how: answers[program.job["residual"], program.job["seed"]]
+  monkeypatch.setattr(curves.processes, "told_by", answer)
   assert curves.run(tmp_path, ("audio",))
   picture, path = sorted(tmp_path.iterdir(), key=lambda path: path.suffix == ".json")
   result = json.loads(path.read_text())

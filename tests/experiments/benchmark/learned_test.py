@@ -329,14 +329,14 @@ def test_each_program_that_tells_a_peak_has_a_process_of_its_own(tiny_models):
 
 
 def test_flex_attention_gets_the_same_lists_and_its_mask_counts(tiny, tmp_path, monkeypatch):
-  def told_by(program, job, *, seconds):
-    assert program == "flex_blocks" and seconds == learned.FLEX_SECONDS
-    assert job == dict(H=H, block_size=8, shapes={SHAPE: dict(T=T, D=D, tops=[4, 2])})
+  def told_by(program, *, seconds):
+    assert program.name == "flex_blocks" and seconds == learned.FLEX_SECONDS
+    assert program.job == dict(H=H, block_size=8, shapes={SHAPE: dict(T=T, D=D, tops=[4, 2])})
     assert [row["part"] for row in rows_in(tmp_path)] == ["rates"] * 18  # written before
     return {f"{SHAPE} 4": dict(building=1.0, fwd=3.0, fwdbwd=7.0), "error": "no memory"}
 
   monkeypatch.setattr(learned.importlib.util, "find_spec", lambda name: name)
-  monkeypatch.setattr(learned.step, "told_by", told_by)
+  monkeypatch.setattr(learned.processes, "told_by", told_by)
   monkeypatch.setattr(learned, "measure", lambda wanted: [
     learned.describe(case) | dict(ms=8.0, tiles=34) for case in wanted
   ])  # fmt: skip

@@ -3,8 +3,6 @@
 import json
 import os
 import shlex
-import signal
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ import pytest
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import record
 from experiments.benchmark.gpu import multiscale
+from experiments.benchmark.gpu import processes
 from experiments.benchmark.gpu import sample
 from experiments.benchmark.gpu import step
 from experiments.benchmark.gpu.steps import child
@@ -56,7 +55,7 @@ def tiny(monkeypatch):
 def test_every_model_has_its_rows(tiny, monkeypatch, tmp_path, capsys):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["TEST_CACHE"])
-  monkeypatch.setattr(multiscale.os, "cpu_count", lambda: 2)  # processes at a time
+  monkeypatch.setattr(processes, "SIDE_BY_SIDE", 2)
   assert multiscale.run(tmp_path)
   (path,) = tmp_path.iterdir()
   assert path.name == "multiscale_cpu.json"
@@ -87,13 +86,14 @@ def test_every_model_has_its_rows(tiny, monkeypatch, tmp_path, capsys):
 
 
 def test_rows_that_fail_say_why_and_the_others_go_on(tiny, monkeypatch, tmp_path, capsys):
-  def told_by(program, job, **how):
-    if program == "ours":
+  def told_by(program, **how):
+    job = program.job
+    if program.name == "ours":
       return dict(error="exit status 1: out of memory", compile_s=1.0)
     first = dict(batch_1=dict(ms_per_step=2.0, bytes_per_second=500))
     return first | (dict(error="exit status -14: ") if "shorten" in job["recipe"] else {})
 
-  monkeypatch.setattr(step, "told_by", told_by)
+  monkeypatch.setattr(processes, "told_by", told_by)
   assert not multiscale.run(tmp_path, ("tiny",))
   rows = json.loads((tmp_path / "multiscale_cpu.json").read_text())["rows"]
   assert [row.get("error") for row in rows] == [
@@ -240,26 +240,3 @@ def test_cached_steps_that_serve_another_slot_are_found(monkeypatch, capsys):
     sampled.measure(job | dict(batches=[2], steps=8, checked=16))
   figures = child.told(capsys.readouterr().out)
   assert figures["batch_2"]["ms_per_step"] > 0 and figures["alike"] < 1.0
-
-
-def test_a_stop_ends_the_processes():
-  with pytest.raises(KeyboardInterrupt), multiscale._Processes() as processes:
-    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    processes._started.append(process)
-    raise KeyboardInterrupt
-  assert process.wait(timeout=10) == -signal.SIGKILL
-
-
-def test_who_measures_waits_for_those_that_compile(tmp_path, monkeypatch):
-  monkeypatch.setattr(child.signal, "alarm", lambda seconds: alarms.append(seconds))
-  alarms, path = [], str(tmp_path / "turn")
-  first, second = child.Turn(path), child.Turn(path)  # both compile
-  locks = lambda: child.fcntl.flock(first._file, child.fcntl.LOCK_EX | child.fcntl.LOCK_NB)
-  with pytest.raises(BlockingIOError):
-    locks()
-  second._file.close()  # as at the end of its process
-  first.alone()
-  assert alarms == [child.TURN]
-  first._file.close()
-  child.Turn(None).alone()
-  assert len(alarms) == 1

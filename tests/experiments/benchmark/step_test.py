@@ -4,8 +4,6 @@ import ast
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ import pytest
 from flax import nnx
 
 from experiments.benchmark import __main__ as command
+from experiments.benchmark.gpu import processes
 from experiments.benchmark.gpu import step
 from experiments.benchmark.gpu import training
 from experiments.benchmark.gpu.steps import child
@@ -95,24 +94,23 @@ def test_every_way_has_its_row(tiny_body, monkeypatch, tmp_path, capsys):
 def test_rows_that_fail_say_why_and_the_others_go_on(tiny_body, monkeypatch, tmp_path, capsys):
   ways = {"ours": step.Way("no_such_program"), "pytorch": step.Way("child")}
   monkeypatch.setattr(step, "WAYS", ways)
-  monkeypatch.setattr(step, "CHILD_SECONDS", 100)
   assert not step.run(tmp_path, remats=("full",))
   first, second = json.loads((tmp_path / "step_cpu.json").read_text())["rows"]
   assert first["ms"] is None and "no_such_program" in first["error"]
   assert "error" not in second and second["ms"] is None  # a program that tells nothing
   assert "FAILED tiny ours full" in capsys.readouterr().out
-  monkeypatch.setattr(step, "CHILD_SECONDS", 0.01)
-  row = step.measure(step.Case("tiny", "ours", None))
+  figures = processes.told_by(processes.Program("child", {}), seconds=0.01)
+  row = step.row_of(step.Case("tiny", "ours", None), figures)
   assert row["error"] == "not done within 0.01 s" and row["ms"] is None
 
 
 def test_what_is_measured_is_written_before_the_next(tiny_body, monkeypatch, tmp_path):
-  def measure(case, checkout):
-    if case.way != "ours":
+  def told_by(program, **how):
+    if program.name != "ours":
       raise KeyboardInterrupt
-    return dict(body=case.body, implementation=case.way, remat="full", ms=1.0)
+    return dict(ms=1.0)
 
-  monkeypatch.setattr(step, "measure", measure)
+  monkeypatch.setattr(processes, "told_by", told_by)
   with pytest.raises(KeyboardInterrupt):
     step.run(tmp_path)
   (row,) = json.loads((tmp_path / "step_cpu.json").read_text())["rows"]
@@ -193,25 +191,6 @@ def test_ours_come_first_and_peers_once_for_what_they_recompute():
   )
   cases = step.cases_of(("cifar10_32", "ours"), ("full", "none"), baseline=False)
   assert cases == [step.Case("cifar10_32", "ours", remat) for remat in ("full", "none")]
-
-
-def test_another_checkout_has_its_own_libraries_and_our_benchmark(tmp_path):
-  for name in step.LIBRARIES:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").write_text("")
-  script = """
-import configs, pallas_kernels, sparse_flax
-import experiments.benchmark.gpu.steps.child
-print(sparse_flax.__file__, experiments.__file__)
-"""
-  with step.packages(tmp_path) as path:
-    argv = [sys.executable, "-P", "-c", script]
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
-    library, benchmark = map(os.path.realpath, done.stdout.split())
-  assert not os.path.exists(path)
-  assert library == str(tmp_path / "sparse_flax" / "__init__.py")
-  assert benchmark == str(ROOT / "experiments" / "__init__.py")
 
 
 @pytest.mark.parametrize(
