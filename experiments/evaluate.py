@@ -37,7 +37,7 @@ def run(
   split: str = "test",
   min_context: int | None = None,
   num: int | None = None,
-  average: bool = True,
+  average: bool | None = None,
   context_curve: int | None = None,
   step: int | None = None,
   data_path: str | None = None,
@@ -92,22 +92,13 @@ def main(argv: Sequence[str]) -> int:
     "--context_curve", type=int, metavar="BYTES", help="scores so many bytes of each window"
   )
   parser.add_argument("--num", type=int, help="sequences, the first of the split; default: all")
-  parser.add_argument(
-    "--average",
-    type=cli.as_boolean,
-    metavar="true|false",
-    help="the run's averaged weights, or those after the last update; default: true",
-  )
   cli.add_compilation_cache(parser)
   options = vars(parser.parse_args(argv))
   with cli.readable_errors():
-    named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
+    named = {name: options[name] for name in ("workdir", "weights", "out", "step", "average")}
     cli.keep_compiled(options.pop("compilation_cache"))
     sources.check(**named)
-    average = options.pop("average")
-    if average is not None and options["weights"]:
-      cli.fail("--average: is for --workdir; an export has one set of weights, and says which")
-    run(**options, average=average is not False)
+    run(**options)
   return 0
 
 
@@ -140,7 +131,7 @@ def describe_curve(result: dict, *, unit: str) -> str:
 def _of_what(result: dict, scored: str, context: str) -> list[str]:
   data, count, there = result["data"], result["sequences"], result["sequences_in_split"]
   part = f"all {there:,}" if count == there else f"the first {count:,} of {there:,}"
-  of = "averaged (EMA)" if result["ema"] else "of the last update (not averaged)"
+  of = metrics.AVERAGED[result["ema"]]
   of += f", matrices rounded to {result['matrices']}" if "matrices" in result else ""
   where = f", of {result['weights']}" if "weights" in result else ""
   begun = result.get("init_from")

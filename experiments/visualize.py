@@ -9,9 +9,10 @@ attend to, and where they attend on the average of --examples=16; the files are 
 DIR/samples/STEP/. One of them, report.html, has everything in it, also the samples that
 experiments.sample has put there: open it in a browser to choose layer, head and place. --kinds
 names what each head is for (rows, columns, positional memory, data-dependent), by its average over
-64 examples: in a table, in kinds-seedN.json, which has the rule, and above the averages. The second
-form takes an export instead of a run, and writes into --out, or runs/NAME. The third draws the
-patterns of the paper and needs no run.
+64 examples: in a table, in kinds-seedN.json, which has the rule, and above the averages.
+--average=false takes a run's weights after the last update instead of their averages, and writes
+into DIR/samples/last-update/STEP/. The second form takes an export instead of a run, and writes
+into --out, or runs/NAME. The third draws the patterns of the paper and needs no run.
 """
 
 import json
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
   cli.add_compilation_cache(parser)
   options = vars(parser.parse_args(argv))
   masks = options.pop("masks")
-  named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
+  named = {name: options[name] for name in ("workdir", "weights", "out", "step", "average")}
   given = [name for name in ("workdir", "weights") if named[name] is not None]
   if masks is not None and given:
     cli.fail(f"--masks and --{given[0]}: give one of them")
@@ -102,6 +103,7 @@ def run(
   seed: int = 0,
   kinds: bool = False,
   step: int | None = None,
+  average: bool | None = None,
   data_path: str | None = None,
 ) -> list[epath.Path]:
   """Draws what the run in `workdir`, or an export, has learned; returns the files written.
@@ -117,6 +119,7 @@ def run(
     seed: picks the examples of the test split, and the places.
     kinds: prints and writes what each head is for, by the rule of `sparse_flax.view.kinds`.
     step: of the run's checkpoint; None is the newest.
+    average: False draws the weights after the last update of a run that averages them.
     data_path: where the data are now, if they have moved.
 
   Raises:
@@ -130,7 +133,7 @@ def run(
   if not fewest <= examples <= _MOST_EXAMPLES:
     numbers = f"from {fewest} to {_MOST_EXAMPLES}{why}"
     raise ValueError(f"--examples={examples}: must be a whole number {numbers}")
-  source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
+  source = sources.read(workdir, weights, out=out, step=step, average=average, data_path=data_path)
   config, graphdef, params, step = source[:4]
   model, unit = config.model, metrics.UNIT[config.model.modality]
   layers = _check_layers(layers, layers_lib.num_layers(model))
@@ -144,7 +147,7 @@ def run(
   maps = layers_lib.weights(graphdef, params, tokens, places, layout)
   attention = _attention(model, graphdef, params, inputs, layout, seed=seed)
 
-  folder = source.folder / "samples" / str(step)
+  folder = source.drawn
   folder.mkdir(parents=True, exist_ok=True)
   records = run_lib.read_lines(source.folder / "metrics.jsonl")
   figures = {
@@ -176,6 +179,7 @@ def run(
     paths.append(folder / f"kinds-seed{seed}.json")
     about = dict(
       step=step,
+      ema=source.averaged,
       data=dataset.identity,
       split=dataset.split,
       inputs=attention.averages.num_inputs,
@@ -188,7 +192,13 @@ def run(
   page = report.build(
     title=f"{epath.Path(workdir or weights).absolute().name}, step {step:,}",
     facts=run_lib.facts(
-      config, params, step=step, records=records, evaluations=evaluations, unit=unit
+      config,
+      params,
+      step=step,
+      averaged=source.averaged,
+      records=records,
+      evaluations=evaluations,
+      unit=unit,
     ),
     records=records,
     unit=unit,
@@ -236,7 +246,7 @@ def _with_kinds(names: Sequence[Sequence[str]], layers: Sequence[dict]) -> list[
   found = [list(of_layer) for of_layer in names]
   for layer in layers:
     for h, head in enumerate(layer["heads"]):
-      found[layer["layer"]][h] += f":\n{head['kind']}"
+      found[layer["layer"]][h] += f"\nkind: {head['kind']}"
   return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 from flax import nnx
@@ -28,6 +29,7 @@ from sparse_flax.view.maps import Layout
 _LAYER_BYTES = 2**27  # the weights of one layer, for two inputs
 _MOST_PLACES = 128
 _MOST_PANELS = 4  # in a line, of several layers
+_AROUND = 5  # rows and columns of the predicted pixel's neighbourhood, drawn again, enlarged
 _EXACT = 256  # distances with a value of their own; further away they share one, 12 per doubling
 
 
@@ -161,8 +163,11 @@ def draw(
   size = (max(7.0, 2.9 * columns), 1.75 * rows + 0.9)
   figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
   of = f"{averages.num_inputs} inputs, {averages.num_places} places of each"
-  shade = "" if averages.distances is not None else "; shade: root of the weight"
-  figure.suptitle(f"mean weight by offset from the predicted place\n({of}{shade})")
+  is_picture = averages.distances is None
+  is_small = is_picture and averages.relative.shape[2] < 3 * _AROUND
+  told = "; shade: root of the weight" if is_picture else ""
+  told += "; framed: the nearest pixels, enlarged" if is_picture and not is_small else ""
+  figure.suptitle(f"mean weight by offset from the predicted place\n({of}{told})")
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
   panels = grid.reshape(rows * beside, num_heads)
   for axes in panels[len(layers) :].flat:
@@ -170,22 +175,40 @@ def draw(
   for line, layer in zip(panels, layers, strict=False):
     for h, axes in enumerate(line):
       relative = averages.relative[layer, h]
-      if averages.distances is not None:
+      if not is_picture:
         seen = relative > 0
         axes.plot(averages.distances[seen], relative[seen], ".-", color="#0072b2", lw=0.6, ms=3)
         axes.set(xscale="log", yscale="log" if seen.any() else "linear")
         axes.grid(alpha=0.3)
       else:
-        height, width = relative.shape
-        around = (-(width // 2) - 0.5, width // 2 + 0.5, 0.5, 0.5 - height)
-        axes.imshow(visible(relative), cmap="cividis", vmin=0, vmax=1, extent=around)
-        axes.plot(0, 0, "s", markersize=4, markerfacecolor="none", color=FRAME)
+        shades = visible(relative)
+        _draw_offsets(axes, shades, marker_size=4)
+        if not is_small:
+          _draw_nearest(axes, shades)
       axes.set_title(f"layer {layer}, {names[layer][h]}", size=9)
       axes.tick_params(labelsize=7)
-  is_picture = averages.distances is None
   figure.supxlabel("columns to the right" if is_picture else "distance back, tokens", size=10)
-  figure.supylabel("rows below" if is_picture else "mean weight of a token", size=10)
+  figure.supylabel("rows above" if is_picture else "mean weight of a token", size=10)
   return figure
+
+
+def _draw_offsets(
+  axes: matplotlib.axes.Axes, shades: Float[np.ndarray, "rows columns"], *, marker_size: int
+) -> None:
+  """The predicted pixel is the middle one of the last row."""
+  height, width = shades.shape
+  extent = (-width / 2, width / 2, -0.5, height - 0.5)
+  axes.imshow(shades, cmap="cividis", vmin=0, vmax=1, extent=extent)
+  axes.plot(0, 0, "s", markersize=marker_size, markerfacecolor="none", color=FRAME)
+
+
+def _draw_nearest(axes: matplotlib.axes.Axes, shades: Float[np.ndarray, "rows columns"]) -> None:
+  """In the upper left corner, left of the own column, which has most of what is seen so far up."""
+  middle = shades.shape[1] // 2
+  nearest = axes.inset_axes((0.03, 0.4, 0.42, 0.55), anchor="NW", xticks=[], yticks=[])
+  around = shades[-_AROUND:, middle - _AROUND + 1 : middle + _AROUND]
+  _draw_offsets(nearest, around, marker_size=9)
+  nearest.spines[:].set_color("white")
 
 
 def _sums(
@@ -206,8 +229,8 @@ def _sums_of_image(
   rows, columns = np.arange(layout.rows), np.arange(layout.columns)
   distance = np.hypot(rows[:, None] - y[:, None, None], columns - x[:, None, None])
   change = _change(maps.reshape(*maps.shape[:3], -1))
-  # The query of a pixel's first channel stands on the pixel to the left.
-  is_near = (columns == x[:, None]) | (columns == x[:, None] - 1)
+  # The query of a pixel's first channel stands on the pixel to the left, or at the end of a row.
+  is_near = (columns == x[:, None]) | (columns == (x[:, None] - 1) % layout.columns)
   ago = places[:, None, None] - (rows[:, None] * layout.columns + columns)
   is_recent = (ago >= 0) & (ago <= layout.columns)
   is_above = (rows < y[:, None])[:, :, None] & is_near[:, None]

@@ -1,6 +1,7 @@
 """Commands that take an export instead of a run, and the choice of a run's weights."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +119,43 @@ def test_samples_of_an_export(root, tmp_path, monkeypatch, capsys):
     sample.run(weights=root / "out", num=1)
 
 
+@pytest.mark.one_day_in_six(1)
+def test_samples_of_the_weights_after_the_last_update(root, monkeypatch, capsys):
+  drawn_by = []
+
+  def draw(graphdef, params, *, num, **options):
+    drawn_by.append(params["logits"]["kernel"])
+    return np.full((num, 32), 97, np.uint8)
+
+  monkeypatch.setattr(sample.sample, "generate", draw)
+  flags = f"--workdir={root / 'run'}"
+  for average in (None, True, False):
+    (path,) = sample.run(root / "run", num=1, average=average)
+    apart = "last-update/" if average is False else ""
+    assert str(path.parent) == f"{root / 'run'}/samples/{apart}3"
+  assert [bool(kernel.any()) for kernel in drawn_by] == [False, False, True]
+  page = path.with_name("report.html")
+  page.write_text("<main></main>")
+  assert sample.main([flags, "--num=1", "--average=false"]) == 0
+  again = f"python -m experiments.visualize {flags} --step=3 --average=false"
+  assert capsys.readouterr().err.endswith(f" {again}\n") and again in page.read_text()
+  page.unlink()
+
+
+@pytest.mark.one_day_in_six(3)
+def test_pictures_of_the_weights_after_the_last_update(root, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(root / "run", run, ignore=shutil.ignore_patterns("samples", "evaluations.jsonl"))
+  evaluate.run(run)
+  scored = evaluate.run(run, average=False)
+  argv = [f"--workdir={run}", "--average=false", "--num=1", "--examples=2", "--layers=0"]
+  assert visualize.main(argv) == 0
+  page = (run / "samples" / "last-update" / "3" / "report.html").read_text()
+  assert "of the last update (not averaged)" in page
+  assert f"{scored['bits_per_byte']:.3f} bits/byte" in page and "8.000 bits/byte" not in page
+  assert f"experiments.sample --workdir={run} --step=3 --average=false --keep" in page
+
+
 @pytest.mark.one_day_in_six(4)
 def test_pictures_of_an_export(root, tmp_path):
   evaluate.run(weights=root / "out", out=tmp_path / "to")
@@ -145,6 +183,14 @@ def test_pictures_of_an_export(root, tmp_path):
       "has no model.safetensors, so it is not the folder of an export",
     ),
     ("--weights={golden}/export --step=3", "--step: is for --workdir; an export has one step"),
+    (
+      "--weights={golden}/export --average=true",
+      "--average: is for --workdir; an export has one set of weights, and says which",
+    ),
+    (
+      "--workdir={golden}/float32 --average=no",
+      "argument --average: must be true or false, not 'no'",
+    ),
     ("--workdir={golden}/float32 --out=x", "--out: is for --weights"),
     ("--weights={golden}/export --out={golden}/text", "/text: is no folder"),
   ],
@@ -157,10 +203,6 @@ def test_flags_that_do_not_go_together(command, flags, message, capsys):
   ("flags", "message"),
   [
     (
-      "--weights={golden}/export --average=false",
-      "--average: is for --workdir; an export has one set",
-    ),
-    (
       "--workdir={golden}/float32 --context_curve=8 --min_context=8",
       "min_context=8: is not for --context_curve, which chooses contexts",
     ),
@@ -171,10 +213,6 @@ def test_flags_that_do_not_go_together(command, flags, message, capsys):
     (
       "--workdir={golden}/float32 --context_curve=33",
       "last=33: must be a whole number from 1 to 32, the model's seq_len",
-    ),
-    (
-      "--workdir={golden}/float32 --average=no",
-      "argument --average: must be true or false, not 'no'",
     ),
   ],
 )

@@ -221,7 +221,7 @@ def test_kinds_are_printed_written_and_drawn(text_run, capsys, monkeypatch):
   assert said[1].startswith(labels[0]) and said[3].startswith(labels[1])
   assert all(head["kind"] in line for head, line in zip(heads, said[1:5], strict=True))
   drawn = [name for layer in names[0] for name in layer]
-  assert drawn == [f"{head['name']}:\n{head['kind']}" for head in heads]
+  assert drawn == [f"{head['name']}\nkind: {head['kind']}" for head in heads]
   path.unlink()
 
 
