@@ -21,6 +21,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import ml_collections
+
 from experiments import cli
 from experiments import sources
 from sparse_flax import evaluate
@@ -47,11 +49,11 @@ def run(
   With `context_curve`, the last bytes of each window against the context before them.
   """
   if context_curve is not None and min_context is not None:
-    raise ValueError(f"{min_context=}: is not for --context_curve, which chooses contexts")
+    raise ValueError(f"--{min_context=}: is not for --context_curve, which chooses contexts")
   where = dict(out=out, needs_folder=False, data_path=data_path)
   source = sources.read(workdir, weights, step=step, average=average, **where)
   config = source.config
-  contexts = [] if context_curve is None else evaluate.contexts_of(config, last=context_curve)
+  contexts = [] if context_curve is None else _contexts_of(config, context_curve)
   dataset = source.open_dataset(split)
   how = dict(dataset=dataset, num=num, averaged=source.averaged, step=source.step)
   if contexts:
@@ -81,6 +83,13 @@ def run(
   say = describe if context_curve is None else describe_curve
   print(say(result, unit=metrics.UNIT[config.model.modality]), flush=True)
   return result
+
+
+def _contexts_of(config: ml_collections.ConfigDict, last: int) -> list[int]:
+  try:
+    return evaluate.contexts_of(config, last=last)
+  except ValueError as error:
+    raise ValueError(f"--context_curve={last}: {error}") from error
 
 
 def main(argv: Sequence[str]) -> int:

@@ -167,7 +167,8 @@ def draw(
   is_small = is_picture and averages.relative.shape[2] < 3 * _AROUND
   told = "; shade: root of the weight" if is_picture else ""
   told += "; framed: the nearest pixels, enlarged" if is_picture and not is_small else ""
-  figure.suptitle(f"mean weight by offset from the predicted place\n({of}{told})")
+  place = "predicted pixel (orange)" if is_picture else "predicted place"
+  figure.suptitle(f"mean weight by offset from the {place}\n({of}{told})")
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
   panels = grid.reshape(rows * beside, num_heads)
   for axes in panels[len(layers) :].flat:

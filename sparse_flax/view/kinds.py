@@ -11,9 +11,10 @@ Of each head's attention, averaged over inputs and predicted places:
   mixed              what is left.
 
 The column to the left counts because the query of a pixel's first channel stands there: it reads
-the byte before the one that it predicts. The start vector is the same place for every input. A head
-whose pattern is a row or a column can hardly be anything else; what moves with the input says then
-whether it chooses there. arXiv:1904.10509, Figure 2, has these kinds in a model of dense attention.
+the byte before the one that it predicts (in the first column, from the end of the row above). The
+start vector is the same place for every input. A head whose pattern is a row or a column can hardly
+be anything else; what moves with the input says then whether it chooses there. arXiv:1904.10509,
+Figure 2, has these kinds in a model of dense attention.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ RULE = {  # the first that holds, for who reads the numbers
   MEMORY: f"change <= {FEW}",
   MIXED: "none of these",
 }
-NUMBERS = ("above", "recent", "start", "change")  # of `Averages.numbers`
+# Of `Averages.numbers`, as the table calls them.
+NUMBERS = {"above": "above", "recent": "last row", "start": "start", "change": "changes"}
 
 
 def kind_of(*, above: float, recent: float, change: float) -> str:
@@ -62,7 +64,7 @@ def kinds_of(averages: Averages, names: Sequence[Sequence[str]]) -> list[dict]:
 
   Returns:
     Of each layer `layer`, its number; `kind`, those of its heads, each once; and `heads`, with
-    `name`, `kind` and the shares that `NUMBERS` names.
+    `name`, `kind` and the shares `above`, `recent`, `start` and `change` of `Averages.numbers`.
 
   Raises:
     ValueError: the averages are of one input, which says nothing about another.
@@ -82,8 +84,8 @@ def kinds_of(averages: Averages, names: Sequence[Sequence[str]]) -> list[dict]:
 
 
 def table(layers: Sequence[dict]) -> str:
-  """`kinds_of` for a terminal, a line for each head."""
-  rows = [("layer", "head", "kind", "above", "last row", "start", "changes")]
+  """`kinds_of` for a terminal, a line for each head, and below them the rule."""
+  rows = [("layer", "head", "kind", *NUMBERS.values())]
   for layer in layers:
     label = f"{layer['layer']} {layer['kind']}"
     for head in layer["heads"]:
@@ -96,7 +98,11 @@ def table(layers: Sequence[dict]) -> str:
     text.ljust(width) if n < texts else text.rjust(width)
     for n, (text, width) in enumerate(zip(row, widths, strict=True))
   ]
-  return "\n".join("  ".join(cells(row)).rstrip() for row in rows)
+  lines = ["  ".join(cells(row)).rstrip() for row in rows]
+  least, most = f">= {100 * MOST:.0f} %", f"<= {100 * FEW:.0f} %"
+  rule = (f"{COLUMNS}: above {least}", f"{ROWS}: last row {least}", f"{DATA}: changes {least}")
+  lines.append("; else ".join((*rule, f"{MEMORY}: changes {most}", MIXED)))
+  return "\n".join(lines)
 
 
 def _share(value: Float32[np.ndarray, ""] | np.float32) -> float:

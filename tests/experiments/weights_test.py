@@ -204,15 +204,15 @@ def test_flags_that_do_not_go_together(command, flags, message, capsys):
   [
     (
       "--workdir={golden}/float32 --context_curve=8 --min_context=8",
-      "min_context=8: is not for --context_curve, which chooses contexts",
+      "--min_context=8: is not for --context_curve, which chooses contexts",
     ),
     (
       f"--weights={ROOT}/experiments/pretrained/cifar10 --context_curve=8",
-      "config.model.modality='image': must be 'text' or 'audio' for a context curve",
+      "--context_curve=8: config.model.modality='image': must be 'text' or 'audio' for a context",
     ),
     (
       "--workdir={golden}/float32 --context_curve=33",
-      "last=33: must be a whole number from 1 to 32, the model's seq_len",
+      "--context_curve=33: last=33: must be a whole number from 1 to 32, the model's seq_len",
     ),
   ],
 )
