@@ -110,8 +110,9 @@ def sparse_attention(
       query heads of a key head) or 1, nq is T in groups, rounded up. -1, or any number that is no
       block, is none; a block that is twice in a list is a mistake, which `reference` looks for
       where the numbers are known. It may be traced. `reference` and `xla` take lists as they are,
-      and `mosaic_gpu` does where `query_block` and `block_size` are multiples of 128; for
-      `mosaic_tpu` they become a block mask.
+      and `mosaic_gpu` does where `query_block` and `block_size` are multiples of 128, or parts of
+      it, at most 16 of a tile of 128 queries and of a block together (16 queries and 64 keys), if
+      a formula gives the pattern's pairs; for `mosaic_tpu` they become a block mask.
     block_size: tokens per block of `block_mask`, or of a block of keys that is listed.
     query_block: queries that share a row of `block_indices`; None: `block_size`.
     score_fn: (logit, i, j, h) -> logit, for one query i, key j and query head h: operators and

@@ -265,7 +265,7 @@ class _Choice:
     last = xp.minimum((rows + 1) * self.query_block, self.T) - 1
     return rows * self.query_block // self.block_size, last // self.block_size + 1
 
-  def stop(self, rows: Int[Array, "N"]) -> Int[Array, "N"]:
+  def stop(self, rows: Int[Any, "N"]) -> Int[Any, "N"]:
     """The block after the last candidate of lists; the first one is `first`."""
     return self._own(rows)[0] - (self.local - 1)
 
@@ -384,7 +384,10 @@ def _in_chunks(choice: _Choice, anchors: _Rows, pooled: Array, of_blocks: Any, s
     shape = B, choice.num_lists, at_once, most
     best = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)
     if most:
-      stop = jnp.clip(choice.stop(rows[-1:])[0], 0, nb)
+      if at_once == choice.nq:  # the end is known: a GPU need not ask the host after each chunk
+        stop = min(max(int(choice.stop(np.array([choice.nq - 1]))[0]), 0), nb)
+      else:
+        stop = jnp.clip(choice.stop(rows[-1:])[0], 0, nb)
       best = jax.lax.fori_loop(0, -(-stop // size), step, best)
     return choice.lists(rows, *best)
 

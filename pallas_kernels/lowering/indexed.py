@@ -1,4 +1,4 @@
-"""Lists of blocks straight from indices, for groups of whole tiles of queries: no mask, no sort.
+"""Lists of blocks straight from indices, for groups of queries: no mask of all blocks.
 
 What `lists` makes of a block mask [nq, nk], here of the entries alone: `width` for each tile.
 
@@ -7,6 +7,12 @@ What `lists` makes of a block mask [nq, nk], here of the entries alone: `width` 
                   the block is the number of bits before its own
 
 Bits of a word are added, each once, and places are distinct: the same lists in each run.
+
+Where lists are of fewer queries than a tile has, or of blocks smaller than one of the kernels, a
+tile reads the union of its lists, and each entry says by bits who listed it and what (`Parts`):
+
+    lists of a tile, top 3     0: 0 2 9    1: 0 2 8    2: 0 3 9    3: 0 2 9
+    the tile's                 0 [0 1 2 3]    2 [0 1 3]    3 [2]    8 [1]    9 [0 2 3]
 """
 
 import dataclasses
@@ -33,7 +39,7 @@ class Indexed:
   """Which blocks are listed.
 
   Attributes:
-    indices: blocks of `block_size` keys of each `query_block` queries, both multiples of
+    indices: blocks of `block_size` keys of each `query_block` queries, both multiples or parts of
       `lists.BLOCK`; any other number is none.
     block_size: keys of a block.
     query_block: queries that share a list.
@@ -48,14 +54,79 @@ class Entries(NamedTuple):
   """The lists of tiles of BLOCK queries, ascending, full blocks first, then masked ones, then none.
 
   Attributes:
-    blocks: of BLOCK keys.
+    blocks: of `Problem.keys` keys.
     kinds: of these.
     which: the mask of each, where masks are bits.
+    parts: which parts of tile and block are listed, where there are such.
   """
 
   blocks: Int[Array, "Bi Hi nq width"]
   kinds: Int[Array, "Bi Hi nq width"]
   which: Int[Array, "Bi Hi nq width"] | None
+  parts: Int[Array, "Bi Hi nq width"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """Parts of a tile that have a list each, and of a block that are listed apart.
+
+  A number in a list, of a block or of a tile of queries, has above it a bit for each part of the
+  tile and of the block: bit n * keys + m for part n of the queries and part m of the keys.
+
+  Attributes:
+    queries: in how many parts a tile of queries is cut.
+    keys: likewise a block of keys.
+    first_bit: the lowest of these bits.
+  """
+
+  queries: int
+  keys: int
+  first_bit: int
+
+  @property
+  def num(self) -> int:
+    return self.queries * self.keys
+
+  @property
+  def all(self) -> int:
+    return (1 << self.num) - 1
+
+  def number(self, numbered: Any) -> Any:
+    """The number itself."""
+    return numbered & ((1 << self.first_bit) - 1)
+
+  def bits(self, numbered: Any) -> Any:
+    return lax.shift_right_logical(numbered, jnp.int32(self.first_bit))
+
+
+def parts_of(query_block: int, block_size: int, problem: Problem) -> Parts | None:
+  """None where lists are of whole tiles and whole blocks."""
+  queries, keys = max(1, lists.BLOCK // query_block), max(1, problem.keys // block_size)
+  parts = Parts(queries, keys, _bits_of_numbers(problem))
+  return parts if parts.num > 1 else None
+
+
+def splits(block_size: int) -> bool:
+  """Whether lists of queries are of half blocks: a whole one would often be listed in part."""
+  return block_size < lists.BLOCK
+
+
+def of_queries(problem: Problem, block_size: int) -> Problem:
+  """The same for lists of queries."""
+  return dataclasses.replace(problem, split=2) if splits(block_size) else problem
+
+
+def takes(query_block: int, block_size: int, problem: Problem) -> bool:
+  """Whether there are lists for such groups of queries and blocks."""
+  fits = lambda size: size % lists.BLOCK == 0 or lists.BLOCK % size == 0
+  each = (parts_of(query_block, block_size, x) for x in (problem, of_queries(problem, block_size)))
+  room = all(parts is None or parts.first_bit + parts.num < WORD for parts in each)
+  return fits(query_block) and fits(block_size) and room
+
+
+def _bits_of_numbers(problem: Problem) -> int:
+  """Numbers are of blocks, nk for none, or of the tiles of all heads of a group."""
+  return max(problem.nk, problem.nq * len(problem.owners[0])).bit_length()
 
 
 def entries(
@@ -74,24 +145,71 @@ def entries(
     with_bits: whether masks are bits.
     segments: ids of queries and of keys; those of queries serve both if keys have none.
   """
-  ratio, nk = indexed.block_size // lists.BLOCK, problem.nk
-  of_tiles = jnp.repeat(indexed.indices, indexed.query_block // lists.BLOCK, axis=2)
-  of_tiles = of_tiles[:, :, : problem.nq]
-  listed = (of_tiles >= 0) & (of_tiles < -(-problem.S // indexed.block_size))
-  parts = np.arange(ratio).reshape(1, 1, 1, 1, -1)  # blocks of BLOCK keys in a listed one
-  blocks = jnp.where(listed, of_tiles, nk)[..., None] * ratio + parts
-  blocks = jnp.minimum(blocks.reshape(*blocks.shape[:3], -1), nk).astype(jnp.int32)
+  nk, parts = problem.nk, parts_of(indexed.query_block, indexed.block_size, problem)
+  blocks, bits = _union(indexed, problem, parts) if parts else (_whole(indexed, problem), None)
   some, every = _of_pattern(pattern, problem, blocks)
+  if parts:
+    every = every & (bits == parts.all)
   if segments[0] is not None:
-    some, every = _of_segments(some, every, blocks, *segments)
+    some, every = _of_segments(some, every, blocks, problem, *segments)
   blocks, some, every = jnp.broadcast_arrays(blocks, some, every)
   kinds = jnp.where(some, jnp.where(every, FULL, MASKED), NONE)
-  ordered = jnp.sort(kinds * (nk + 1) + blocks, axis=-1)
+  ordered = kinds * (nk + 1) + blocks
+  if parts:
+    ordered, bits = lax.sort((ordered, jnp.broadcast_to(bits, ordered.shape)), num_keys=1)
+  else:
+    ordered = jnp.sort(ordered, axis=-1)
   kinds, blocks = ordered // (nk + 1), ordered % (nk + 1)
   which, _ = lists.traced_bits(pattern, problem, with_bits, transposed=False)
   if which is not None:
     which = _looked_up(np.pad(which[0], [(0, 0), (0, 0), (0, 1)]), blocks)
-  return Entries(blocks, kinds, which)
+  return Entries(blocks, kinds, which, bits)
+
+
+def _whole(indexed: Indexed, problem: Problem) -> Int[Array, "Bi Hi nq width"]:
+  """The blocks of each tile, nk for none, in the order of its list."""
+  of_tiles = jnp.repeat(indexed.indices, indexed.query_block // lists.BLOCK, axis=2)
+  return _blocks_in(of_tiles[:, :, : problem.nq], indexed, problem)
+
+
+def _union(
+  indexed: Indexed, problem: Problem, parts: Parts
+) -> tuple[Int[Array, "Bi Hi nq width"], Int[Array, "Bi Hi nq width"]]:
+  """The blocks that some list of a tile has, each once among nk for none, and their bits."""
+  given, nq = indexed.indices, problem.nq
+  if parts.queries > 1:
+    missing = nq * parts.queries - given.shape[2]
+    given = jnp.pad(given, [(0, 0), (0, 0), (0, missing), (0, 0)], constant_values=-1)
+  else:
+    given = jnp.repeat(given, indexed.query_block // lists.BLOCK, axis=2)[:, :, :nq]
+  shape = (*given.shape[:2], nq, parts.queries, -1)
+  of_keys = given % parts.keys
+  blocks = _blocks_in(given, indexed, problem).reshape(shape)
+  of_keys = jnp.repeat(of_keys, blocks.size // of_keys.size, axis=3).reshape(shape)
+  of_queries = np.arange(parts.queries, dtype=np.int32).reshape(1, 1, 1, -1, 1)
+  bits = jnp.left_shift(jnp.int32(1), of_queries * parts.keys + of_keys)
+  bits = jnp.where(blocks < problem.nk, bits, 0)
+  flat = lambda x: x.reshape(*shape[:3], -1)
+  blocks, bits = lax.sort((flat(blocks), flat(bits)), num_keys=1)
+  # Of equal blocks the last one has the bits of all: they differ, so their sum is their union.
+  changes = blocks[..., 1:] != blocks[..., :-1]
+  last = jnp.pad(changes, [(0, 0)] * 3 + [(0, 1)], constant_values=True)
+  sums = jnp.cumsum(bits, axis=-1)
+  until = lax.cummax(jnp.where(last, sums, 0), axis=3)
+  bits = sums - jnp.pad(until[..., :-1], [(0, 0)] * 3 + [(1, 0)])
+  return jnp.where(last, blocks, problem.nk), jnp.where(last, bits, 0)
+
+
+def _blocks_in(listed: Int[Array, "Bi Hi n top"], indexed: Indexed, problem: Problem) -> Array:
+  """Of the blocks that are listed those of `Problem.keys`, [Bi, Hi, n, width], nk for none."""
+  nk, size = problem.nk, indexed.block_size
+  exists = (listed >= 0) & (listed < -(-problem.S // size))
+  if size < problem.keys:
+    return jnp.where(exists, listed // (problem.keys // size), nk).astype(jnp.int32)
+  ratio = size // problem.keys
+  within = np.arange(ratio).reshape(1, 1, 1, 1, -1)
+  blocks = jnp.where(exists, listed, nk)[..., None] * ratio + within
+  return jnp.minimum(blocks.reshape(*blocks.shape[:3], -1), nk).astype(jnp.int32)
 
 
 def _of_pattern(pattern: patterns.Pattern, problem: Problem, blocks: Array) -> tuple[Any, Any]:
@@ -99,8 +217,9 @@ def _of_pattern(pattern: patterns.Pattern, problem: Problem, blocks: Array) -> t
   tile, nk = np.arange(problem.nq).reshape(1, 1, -1, 1), problem.nk
   if pattern == patterns.Dense():  # a table of all blocks would be larger than the lists
     rows = (tile + 1) * lists.BLOCK <= problem.T if problem.rows_end else True
-    whole = (blocks + 1) * lists.BLOCK <= problem.S
-    return (blocks <= tile) & (blocks < nk), (blocks < tile) & whole & rows
+    whole = (blocks + 1) * problem.keys <= problem.S
+    some = (blocks // problem.split <= tile) & (blocks < nk)
+    return some, (blocks // problem.split < tile) & whole & rows
   # One more column, of the block that is none.
   some, every = (np.pad(x[0], [(0, 0), (0, 0), (0, 1)]) for x in lists.of_pattern(pattern, problem))
   return _looked_up(some, blocks), _looked_up(every, blocks)
@@ -114,11 +233,11 @@ def _looked_up(table: np.ndarray, blocks: Int[Array, "Bi Hi nq width"]) -> Array
   return jnp.take_along_axis(jnp.asarray(table)[None], blocks, axis=-1, mode="clip")
 
 
-def _of_segments(some, every, blocks, segment_ids, kv_segment_ids) -> tuple[Array, Array]:
+def _of_segments(some, every, blocks, problem, segment_ids, kv_segment_ids) -> tuple[Array, Array]:
   """As `lists.masked`: segments are compared by the least and the largest id of a block."""
-  low, high = kv_low, kv_high = lists.ranges(segment_ids)
-  if kv_segment_ids is not None:
-    kv_low, kv_high = lists.ranges(kv_segment_ids)
+  low, high = lists.ranges(segment_ids)
+  of_keys = segment_ids if kv_segment_ids is None else kv_segment_ids
+  kv_low, kv_high = lists.ranges(of_keys, problem.keys)
   B = low.shape[0]
   blocks = jnp.broadcast_to(blocks, (B, *blocks.shape[1:]))
   queries = lambda x: x[:, None, :, None]
@@ -136,11 +255,12 @@ def by_queries(of: Entries, pattern: patterns.Pattern, problem: Problem, with_bi
   # A tile without keys has the block behind the last one.
   nobody = (num == 0)[..., None] & (np.arange(of.blocks.shape[-1]) == 0).reshape(1, 1, 1, -1)
   blocks = jnp.where(nobody, problem.nk, of.blocks)
+  blocks = _numbered(blocks, of.parts, problem)
   start = jnp.arange(num.size, dtype=jnp.int32).reshape(num.shape) * blocks.shape[-1]
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
   masks = jnp.zeros(1, jnp.int32) if of.which is None else jnp.where(nobody, 0, of.which)
   fields = dict(start=start, num_full=num_full, num=jnp.maximum(num, 1))
-  return lists.dealt(fields, heads, problem, blocks, masks, words)
+  return lists.dealt(fields, heads, problem, blocks, masks, words, alike=True)
 
 
 def by_keys(of: Entries, pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Lists:
@@ -188,4 +308,10 @@ def by_keys(of: Entries, pattern: patterns.Pattern, problem: Problem, with_bits:
   heads = [(n, problem.heads[owner[0]] // problem.group) for n, owner in enumerate(owners)]
   masks = jnp.zeros(1, jnp.int32) if of.which is None else scattered(of_owners(of.which))
   fields = dict(start=start, num_full=num_full, num=num)
-  return lists.dealt(fields, heads, problem, scattered(column), masks, words)
+  numbered = _numbered(column, None if of.parts is None else of_owners(of.parts), problem)
+  return lists.dealt(fields, heads, problem, scattered(numbered), masks, words)
+
+
+def _numbered(numbers: Any, bits: Array | None, problem: Problem) -> Any:
+  """Numbers with the bits of their parts, if there are such; see `Parts`."""
+  return numbers if bits is None else numbers + (bits << _bits_of_numbers(problem))

@@ -61,6 +61,7 @@ class Problem:
     num_cores: to deal items to; fewer, where there are fewer items.
     own_scores: whether logits are more than products, so that queries past the end have to be
       masked like others: there they may be anything.
+    split: lists of queries are of blocks of BLOCK / split keys.
   """
 
   B: int
@@ -71,6 +72,12 @@ class Problem:
   joined: bool
   num_cores: int
   own_scores: bool = False
+  split: int = 1
+
+  @property
+  def keys(self) -> int:
+    """Of a block."""
+    return BLOCK // self.split
 
   @property
   def rows_end(self) -> bool:
@@ -83,7 +90,7 @@ class Problem:
 
   @property
   def nk(self) -> int:
-    return -(-self.S // BLOCK)
+    return -(-self.S // self.keys)
 
   @property
   def owners(self) -> tuple[tuple[int, ...], ...]:
@@ -94,11 +101,11 @@ class Problem:
 
 def tables(pattern: patterns.Pattern, problem: Problem) -> blocks.Blocks:
   """`blocks_of` for a head's lists: keys past the end are masked like others."""
-  some, every = blocks.blocks_of(pattern, problem.T, problem.S, BLOCK, BLOCK)
-  ends = lambda n: (np.arange(n) + 1) * BLOCK
-  every = every & some & (ends(problem.nk) <= problem.S)
+  some, every = blocks.blocks_of(pattern, problem.T, problem.S, BLOCK, problem.keys)
+  ends = lambda n, size: (np.arange(n) + 1) * size
+  every = every & some & (ends(problem.nk, problem.keys) <= problem.S)
   if problem.rows_end:
-    every = every & (ends(problem.nq) <= problem.T)[:, None]
+    every = every & (ends(problem.nq, BLOCK) <= problem.T)[:, None]
   return blocks.Blocks(some, every)
 
 
@@ -256,10 +263,12 @@ def masked(
   return blocks.Blocks(some, every)
 
 
-def ranges(ids: Int[Array, "B T"]) -> tuple[Int[Array, "B nq"], Int[Array, "B nq"]]:
-  """The least and the largest id of each block."""
-  B, T = ids.shape
-  ids = jnp.pad(ids, [(0, 0), (0, -T % BLOCK)], mode="edge").reshape(B, -1, BLOCK)
+def ranges(
+  ids: Int[Array, "B T"], size: int | None = None
+) -> tuple[Int[Array, "B nq"], Int[Array, "B nq"]]:
+  """The least and the largest id of each block, of BLOCK tokens or of `size`."""
+  (B, T), size = ids.shape, size or BLOCK
+  ids = jnp.pad(ids, [(0, 0), (0, -T % size)], mode="edge").reshape(B, -1, size)
   return ids.min(axis=2), ids.max(axis=2)
 
 
@@ -337,6 +346,8 @@ def dealt(
   numbers: Array,
   masks: Array,
   words: bits.Words | None,
+  *,
+  alike: bool = False,
 ) -> Lists:
   """Lists that were made where the program runs, each for a core.
 
@@ -345,6 +356,7 @@ def dealt(
     heads: (result, key head).
     problem: of the launch.
     numbers, masks, words: as in `Lists`, in any shape.
+    alike: whether most lists are as long as the longest: then the cores get equally many.
   """
   rows = fields["num"].shape[2]
   axis = lambda x, n: np.asarray(x, np.int32).reshape([-1 if m == n else 1 for m in range(3)])
@@ -357,15 +369,65 @@ def dealt(
   wide = lambda x: jnp.broadcast_to(x, (problem.B, len(heads), rows)).reshape(-1)
   items = jnp.stack([wide(fields[name]) for name in FIELDS], axis=1)
   items = jnp.pad(items, [(0, 0), (0, 8 - len(FIELDS))])
-  # The longest first, assigned to the cores forwards, then backwards.
   items = items[jnp.argsort(-items[:, FIELDS.index("num")], stable=True)]
+  # The longest first, over the cores forwards, then backwards: [cores, rounds] of items.
   cores = np.arange(min(problem.num_cores, len(items)))
-  rounds = -(-len(items) // len(cores))
-  place = np.where(np.arange(rounds)[:, None] % 2 == 0, cores, cores[::-1])
-  order = (np.arange(rounds)[:, None] * len(cores) + place).T  # [cores, rounds]
-  # What the last round lacks is missing at the end of a core's items.
-  counts = (order < len(items)).sum(axis=1)
-  items = items[np.minimum(order, len(items) - 1).reshape(-1)]
-  dealt = np.stack([cores * rounds, counts], axis=1).astype(np.int32)
-  dealt = np.pad(dealt, [(0, 1), (0, 0)])
-  return Lists(items, dealt, numbers.reshape(-1), masks.reshape(-1), words)
+  rounds = np.arange(-(-len(items) // len(cores)))[:, None]
+  order = (rounds * len(cores) + np.where(rounds % 2 == 0, cores, cores[::-1])).T
+  if alike:
+    counts = (order < len(items)).sum(axis=1)  # the last round may lack some
+    order = order[order < len(items)]
+  else:
+    order, counts = _levelled(items[:, FIELDS.index("num")] + 1, order)
+  cores = jnp.stack([jnp.cumsum(counts) - counts, counts], axis=1).astype(jnp.int32)
+  return Lists(
+    items[order], jnp.pad(cores, [(0, 1), (0, 0)]), numbers.reshape(-1), masks.reshape(-1), words
+  )
+
+
+def _levelled(
+  steps: Int[Array, "N"], order: Int[np.ndarray, "cores rounds"]
+) -> tuple[Int[Array, "N"], Int[Array, " cores"]]:
+  """Items in the order of the cores, and how many each has, so that all have about as many steps.
+
+  A block that all queries read has many times the steps of others; with as many items as the other
+  cores, its core would be the last by far. Each core keeps the item of its first round, and has of
+  the others what brings it to the level that all reach together:
+
+      level  - - -  - - -  - - -  - - -    the columns of `order`, whose sums are about equal, one
+             | | |  4 5 6  8 9 10 12 ..    after the other, cut at the cores' ends; a column begins
+             | 0 |  | 1 |  | 2 |  | 3 |    and ends with few steps, so that a cut is nearly right
+
+  Where items are few, that may be worse than as many items for each: then these.
+
+  Args:
+    steps: of items, the most first.
+    order: the items of each core, were all alike; numbers past the last are none.
+  """
+  num_cores, rounds = order.shape
+  own, own_counts = order[order < len(steps)], (order < len(steps)).sum(axis=1, dtype=np.int32)
+  few_to_many, many_to_few = range(rounds)[2::2][::-1], range(rounds)[1::2]
+  others = order[:, [*few_to_many, *many_to_few]].reshape(-1)
+  others = others[others < len(steps)]
+  load, left = steps[:num_cores], steps[others]
+  # Poured over the loads from the m-th on it would rise to levels[m], and in fact to the least.
+  from_each = load.sum() - jnp.cumsum(load) + load
+  sharers = num_cores - np.arange(num_cores)
+  level = ((left.sum() + from_each + sharers - 1) // sharers).min()
+  ends = jnp.cumsum(jnp.maximum(level - load, 0))
+  middles = 2 * jnp.cumsum(left) - left  # twice: half a step is none
+  before = middles[:, None] < 2 * ends[None]  # of the cores up to each
+  until = lambda x: jnp.pad(x[:-1], (1, 0))
+  taken = before.sum(axis=0, dtype=jnp.int32)
+  counts = 1 + taken - until(taken)
+  core = num_cores - before.sum(axis=1, dtype=jnp.int32)
+  place = jnp.concatenate([
+    until(taken) + np.arange(num_cores), core + 1 + np.arange(len(others), dtype=np.int32)
+  ])  # fmt: skip
+  items = np.concatenate([np.arange(num_cores), others]).astype(np.int32)
+  items = jnp.zeros_like(items).at[place].set(items, unique_indices=True)
+  poured = jnp.where(before, left[:, None], 0).sum(axis=0)
+  longest = (load + poured - until(poured)).max()
+  alike = jnp.pad(steps, (0, order.size - len(steps)))[order].sum(axis=1).max()
+  better = longest < alike
+  return jnp.where(better, items, own), jnp.where(better, counts, own_counts)

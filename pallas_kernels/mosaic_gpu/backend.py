@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from pallas_kernels import functions
 from pallas_kernels.lowering import heads
+from pallas_kernels.lowering import indexed
 from pallas_kernels.lowering import lists
 from pallas_kernels.lowering.plan import Arrays
 from pallas_kernels.lowering.plan import Group
@@ -38,7 +39,7 @@ def unsupported(plan: Plan) -> str | None:
   if not {plan.Dk, plan.Dv} <= set(HEAD_SIZES):
     sizes = f"{plan.Dk} of k and {plan.Dv} of v"
     return f"mosaic_gpu: head sizes {sizes} are not both in {HEAD_SIZES}"
-  if plan.block_size % lists.BLOCK:
+  if plan.block_mask is not None and plan.block_size % lists.BLOCK:
     block_size = plan.block_size
     return f"mosaic_gpu: a block mask of {block_size=} is not supported, multiples of 128 are"
   if not isinstance(plan.B, int):
@@ -61,8 +62,13 @@ def unsupported(plan: Plan) -> str | None:
 
 
 def takes_lists(plan: Plan) -> bool:
-  """Those of whole tiles of queries and of keys."""
-  return not (plan.query_block % lists.BLOCK or plan.block_size % lists.BLOCK or plan.return_mass)
+  """Multiples of tiles of queries and of keys; parts of them where a formula gives the pairs."""
+  if plan.return_mass:
+    return False
+  problem = run_lists.problem_of(plan, tuple(range(plan.H)))
+  parts = indexed.parts_of(plan.query_block, plan.block_size, problem)
+  formulas = parts is None or stream.formulas(plan.pattern, problem.heads)[0]
+  return bool(formulas) and indexed.takes(plan.query_block, plan.block_size, problem)
 
 
 def planned(plan: Plan) -> Plan:

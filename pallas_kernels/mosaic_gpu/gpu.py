@@ -93,14 +93,6 @@ def commit_reads() -> None:
     commit_smem()
 
 
-def end_copies() -> None:
-  """At the end: shared memory must not go before what this warpgroup sends has been read.
-
-  That it has arrived too, nobody has to wait for: it has when the kernel ends.
-  """
-  wait_to_gmem(0, wait_read_only=True)
-
-
 def meet_warps() -> None:
   """What the threads of this warpgroup have read and written, they have done before any goes on.
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 from pallas_kernels import tuning
+from pallas_kernels.lowering import indexed
 from pallas_kernels.lowering import passes
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.lowering.plan import Group
@@ -27,7 +28,8 @@ def groups_of(plan: Plan) -> tuple[Group, ...]:
 def _groups_of(plan: Plan, context: tuple) -> tuple[Group, ...]:
   del context  # by which, besides the plan, the result is kept
   natural = Sweep(Pass(view="natural"), plan.T, plan.Dk, plan.Dv, plan.dtype)
-  blocks = sizes.listed(plan.Dk, plan.Dv, plan.segment_ids)
+  split = plan.block_indices is not None and indexed.splits(plan.block_size)
+  blocks = sizes.listed(plan.Dk, plan.Dv, plan.segment_ids, split)
   of_lists = dataclasses.replace(natural, **blocks)
   return tuple(
     dataclasses.replace(group, kernels=_sweeps(plan, group) if group.passes else (of_lists,))

@@ -62,24 +62,29 @@ def _factor(plan: Plan) -> float:
   return 1.0 if "logits" in plan.extras else plan.scores.scale
 
 
-def _frame(
-  plan: Plan, group: Group, arrays: Arrays, *, teams: int = 1, backward: bool = False
-) -> stream.Frame:
-  """The lists, dealt to so many teams per core."""
-  own_scores, of_group = "logits" in plan.extras, group.heads
-  values = formula.values(plan.scores, plan.H, arrays.held)
-  problem = lists.Problem(
+def problem_of(plan: Plan, of_group: tuple[int, ...], num_cores: int = 1) -> lists.Problem:
+  """What the lists of some heads depend on, dealt to so many."""
+  return lists.Problem(
     B=plan.B,
     T=plan.T,
     S=plan.S,
     heads=of_group,
     group=plan.H // plan.Hkv,
     joined=len(of_group) == plan.H,  # some heads alone may not be whole groups
-    num_cores=teams * gpu.num_multiprocessors(),
-    own_scores=own_scores,
+    num_cores=num_cores,
+    own_scores="logits" in plan.extras,
   )
+
+
+def _frame(
+  plan: Plan, group: Group, arrays: Arrays, *, teams: int = 1, backward: bool = False
+) -> stream.Frame:
+  """The lists, dealt to so many teams per core."""
+  own_scores, of_group = "logits" in plan.extras, group.heads
+  values = formula.values(plan.scores, plan.H, arrays.held)
+  problem = problem_of(plan, of_group, teams * gpu.num_multiprocessors())
   # Bits, a mask in memory for every block, only where no formula gives the pairs.
-  with_bits, by_keys = not stream.formulas(plan.pattern, of_group)[0], None
+  with_bits, by_keys, parts = not stream.formulas(plan.pattern, of_group)[0], None, (None, None)
   own = plan.pattern, problem, with_bits
   # Lists of patterns alone are made once, by numpy; all others are made where the call runs.
   if arrays.block_indices is not None:
@@ -87,10 +92,14 @@ def _frame(
     each = each[:, list(of_group)] if each.shape[1] > 1 else each
     listed = indexed.Indexed(indices=each, block_size=plan.block_size, query_block=plan.query_block)
     segments = arrays.segment_ids, arrays.kv_segment_ids
-    of = indexed.entries(listed, *own, segments)
-    by_queries = indexed.by_queries(of, *own)
+    of_queries = indexed.of_queries(problem, plan.block_size)
+    of = indexed.entries(listed, plan.pattern, of_queries, with_bits, segments)
+    by_queries = indexed.by_queries(of, plan.pattern, of_queries, with_bits)
+    parts = [indexed.parts_of(plan.query_block, plan.block_size, x) for x in (of_queries, problem)]
     if backward:
-      by_keys = indexed.by_keys(of, *own)
+      whole = of if of_queries is problem else indexed.entries(listed, *own, segments)
+      by_keys = indexed.by_keys(whole, *own)
+    problem = of_queries
   elif arrays.segment_ids is None and arrays.block_mask is None:
     by_queries = lists.by_queries(*own)
     if backward:
@@ -109,4 +118,5 @@ def _frame(
     segments=plan.segment_ids,
     scores=plan.scores if own_scores else None,
     values=values,
+    parts=parts,
   )

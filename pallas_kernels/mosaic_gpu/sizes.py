@@ -202,18 +202,24 @@ def streamed(sweep: Sweep) -> dict[str, stream.BlockSizes]:
   )
 
 
-def listed(Dk: int, Dv: int, segments: bool) -> dict[str, stream.BlockSizes]:
-  """As `streamed`, for lists of blocks: steps are a block or a part of one, rows likewise."""
+def listed(Dk: int, Dv: int, segments: bool, split: bool = False) -> dict[str, stream.BlockSizes]:
+  """As `streamed`, for lists of blocks: steps are a block or a part of one, rows likewise.
+
+  Args:
+    Dk, Dv: sizes of heads.
+    segments: whether there are segment ids.
+    split: whether lists of queries are of half blocks: then a step has no more keys.
+  """
   sizes, D = stream.BlockSizes, max(Dk, Dv)
   if D <= 64:
     return dict(
       forward_blocks=sizes(step=64, stages=3, held=2, teams=2),
-      dq_blocks=sizes(step=128, stages=3, held=2),
+      dq_blocks=sizes(step=64 if split else 128, stages=6 if split else 3, held=2),
       dkv_blocks=sizes(step=64, stages=4),
     )
   if D <= 128:
     return dict(
-      forward_blocks=sizes(step=128, stages=2, held=2, ahead=True),
+      forward_blocks=sizes(step=64 if split else 128, stages=4 if split else 2, held=2, ahead=True),
       dq_blocks=sizes(step=64, stages=3),
       dkv_blocks=sizes(step=64, stages=4),
     )

@@ -266,7 +266,7 @@ class Block:
       gpu.when(place.m0 == 0)(copy)  # tiles below each other have the same columns of B
 
     self.where(send)
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)  # shared memory must not go before it is copied
 
 
 def misfit(products: Sequence[Product], cut: Cut) -> str | None:

@@ -205,7 +205,7 @@ class Block:
       sums = tuple(first.over_rows(tile) for tile in sums)
     if plan.epilogue.column_sums:
       self.store_column_sums(sums)
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)  # shared memory must not go before it is copied
 
   def multiply(self, i: Traced, meanwhile: Callable) -> tuple[Traced, Any]:
     """This warpgroup's part of tile i, [64, width] in float32; and meanwhile().

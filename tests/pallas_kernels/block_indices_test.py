@@ -279,7 +279,7 @@ def test_mistakes_are_named(change, message, as_a_user):
 def test_kernels_say_what_they_do_not_take():
   """By name an error; without a name `xla` serves."""
   q = jnp.ones((1, 256, 1, 64), jnp.bfloat16)
-  narrow = dict(block_indices=jnp.zeros((1, 1, 16, 1), jnp.int32), query_block=16)
+  narrow = dict(block_indices=jnp.zeros((1, 1, 64, 1), jnp.int32), query_block=4)
   with pytest.raises(
     NotImplementedError, match=r"multiples of 128 are \(block_indices of query_bl"
   ):

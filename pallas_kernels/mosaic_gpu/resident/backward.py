@@ -176,7 +176,7 @@ class Gradients(tiles.Tiles):
       self.each_own_tile(self.store_query_gradient)
     else:
       self.each_own_tile(self.store_gradients)
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)
 
   def wait_for_keys(self, first: Traced, end: Traced) -> None:
     full = self.refs["k_full"]
@@ -189,15 +189,11 @@ class Gradients(tiles.Tiles):
       # A bound that ptxas knows saves registers in this short kernel; in the longer one, below, it
       # would cost spills.
       turns = self.sizes.own_tiles // W
-      gpu.loop(0, turns)(lambda turn: body(self.own_tile(turn)))
+      gpu.loop(0, turns)(lambda turn: body(self.begin + turn * W + self.wg))
     else:
       gpu.loop(self.begin + self.wg, self.end, step=W)(body)
 
   # ------------------------------------------------------------------------------ gradients
-
-  def own_tile(self, turn: Traced) -> Traced:
-    """That of this warpgroup in a turn, where its thread block has all tiles."""
-    return turn * self.sizes.warpgroups + self.wg
 
   def mask(self, q_tile: Traced, k_tile: Traced, query_axis: int, masked: bool) -> Traced | None:
     """Which pairs of two tiles attend, or None for all; the queries along an axis."""

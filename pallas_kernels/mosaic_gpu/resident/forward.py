@@ -1,8 +1,8 @@
 """Forward kernel of short sequences: a thread block holds all keys and values of one.
 
-    shared memory                  warpgroups take query tiles forth and back, here two of four
-      q  [0] [1] [2] [3]             0: [0] --> keys [0]          then [3] --> keys [0] ... [3]
-      k  [0] [1] [2] [3]             1: [1] --> keys [0] [1]      then [2] --> keys [0] [1] [2]
+    shared memory                      warpgroups take query tiles in turn, here two of four
+      q  [0] [1] [2] [3]               0: [0] --> keys [0]          then [2] --> keys [0] [1] [2]
+      k  [0] [1] [2] [3]               1: [1] --> keys [0] [1]      then [3] --> keys [0] ... [3]
       v  [0] [1] [2] [3]
 
 A sequence is read once, so there is no ring: warpgroup 0 starts all copies before its own work, and
@@ -92,8 +92,6 @@ def forward(
     grid_names=("b", "r", "h"),
     num_threads=W,
     thread_name="wg",
-    # Of shared memory that it has read, a warp writes its own rows alone; what leaves is committed.
-    barriers=False,
   )
   return out.reshape(B, T, Hg, Dv), lse
 
@@ -169,11 +167,10 @@ class Sequence:
     # No warpgroup of its own for loads: all copies are started at once, after which it would idle.
     gpu.when(self.wg == 0)(self.load)
     if sizes.padding:
-      last = W - 1 if sizes.num_tiles // W % 2 else 0
-      gpu.when(self.wg == last)(self.fill_tail)  # this warpgroup has the last tile, and sends it
-    # Not in halves: early tiles have few keys, which come first, and late ones many.
+      gpu.when(self.wg == W - 1)(self.fill_tail)  # this warpgroup has the last tile, and sends it
+    # In turn, not in halves: early tiles have few keys, which come first, and late ones many.
     gpu.loop(0, sizes.num_tiles // W)(self.attend)
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)  # shared memory is another's when the thread block ends
 
   def box(self, name: str, head: Traced, t: Traced) -> Ref:
     rows = self.sizes.rows
@@ -196,20 +193,13 @@ class Sequence:
   def fill_tail(self) -> None:
     self.refs["tail_s"][...] = gpu.full((TILE,), 0.0)
 
-  def tile(self, turn: Traced) -> Traced:
-    """The query tile of a turn: forth and back, so that all have about equally many keys."""
-    W = self.sizes.warpgroups
-    if W == 1:
-      return turn
-    return turn * W + jnp.where(lax.rem(turn, jnp.int32(2)) == 0, self.wg, W - 1 - self.wg)
-
   def attend(self, turn: Traced) -> None:
     """Attends with this warpgroup's query tile of a turn, and stores the result."""
     sizes, refs = self.sizes, self.refs
-    own = self.tile(turn)
+    own = turn * sizes.warpgroups + self.wg
     # The first key tile that no earlier turn of this warpgroup has waited for. A barrier completes
     # once here, and a second wait for it would be for a completion that never comes.
-    waited = jnp.where(turn == 0, 0, self.tile(turn - 1) + 1 - sizes.band.first(sizes.rows))
+    waited = jnp.where(turn == 0, 0, own - sizes.warpgroups + 1 - sizes.band.first(sizes.rows))
     rows = gpu.ds(own * sizes.rows, TILE)
     gpu.barrier_wait(refs["q_full"].at[own])
     q = refs["q_s"].at[own]

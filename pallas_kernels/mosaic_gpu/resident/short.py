@@ -221,7 +221,7 @@ class Gradients:
     dq = None
     for j in range(len(self.sizes.slices)):
       dq = self.key_slice(j, dq)
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)
 
   # --------------------------------------------------------------------------- loads and delta
 

@@ -71,6 +71,8 @@ class Sizes:
 class Tiles:
   """The own tiles of a thread block: some of one sequence of one head."""
 
+  step_of_out = 1  # delta is made of the first tiles first
+
   def __init__(self, sizes: Sizes, refs: dict):
     self.sizes, self.refs = sizes, refs
     self.b, g, self.r, self.h, self.wg = (lax.axis_index(x) for x in ("b", "g", "r", "h", "wg"))
@@ -85,14 +87,6 @@ class Tiles:
     self.stage_v = refs["out_s"].at[self.wg]
     self.stage_k = self.stage_v if sizes.Dk == sizes.Dv else refs["stage_s"].at[self.wg]
     self.c = sizes.scale * gpu.LOG2E
-
-  def maker(self, t: Traced) -> Traced:
-    """The warpgroup that makes delta of a query tile."""
-    return lax.rem(self.q_slot(t), jnp.int32(self.sizes.warpgroups))
-
-  def next_made(self, t: Traced) -> Traced:
-    """The query tile of which the warpgroup that makes delta of tile t makes it next."""
-    return t + self.sizes.warpgroups
 
   # ----------------------------------------------------------------------- where tiles lie
 
@@ -148,19 +142,23 @@ class Tiles:
     gpu.to_smem(self.box("v", self.kv_head, t), refs["dout_v_s"].at[n], full)
 
   def load_out(self, t: Traced) -> None:
-    room = self.refs["out_s"].at[self.maker(t)]
-    gpu.to_smem(self.box("out", self.h, t), room, self.refs["out_full"].at[self.q_slot(t)])
+    n, refs = self.q_slot(t), self.refs
+    box = self.box("out", self.h, t)
+    room = refs["out_s"].at[lax.rem(n, jnp.int32(self.sizes.warpgroups))]
+    gpu.to_smem(box, room, refs["out_full"].at[n])
 
   def make_delta(self, t: Traced) -> None:
     """delta of a query tile, and its lse as weights need it, both in shared memory."""
-    n, refs, following = self.q_slot(t), self.refs, self.next_made(t)
+    n, refs, W = self.q_slot(t), self.refs, self.sizes.warpgroups
     gpu.barrier_wait(refs["out_full"].at[n])
     dout, out = pairs.load(refs["dout_v_s"].at[n]), pairs.load(refs["out_s"].at[self.wg])
     delta = (dout * out).sum(axis=1)
     gpu.commit_reads()  # before the copy engine writes where we have read
     # Into the room just read.
-    exists = (following >= 0) & (following < self.sizes.num_tiles)
-    gpu.when(exists)(lambda: self.load_out(following))
+    if self.step_of_out > 0:
+      gpu.when(n + W < self.num_q)(lambda: self.load_out(t + W))
+    else:
+      gpu.when(n >= W)(lambda: self.load_out(t - W))
     if "dlse" in refs:
       delta = delta - gpu.load(self.rows("dlse", t), layout=ROW, optimized=False)
     # Both are changed in place: marked here once, rows without keys weigh nothing in every product.

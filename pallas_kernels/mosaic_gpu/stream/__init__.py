@@ -7,9 +7,12 @@ Frame --work--> Work                             items, dealt to thread blocks
 forward_kernel, dq_kernel, dkv_kernel, dvalues_kernel(frame, q, k, v, ...)
 """
 
+from collections.abc import Sequence
+
 from jaxtyping import Array
 
 from pallas_kernels.lowering import lists
+from pallas_kernels.lowering.indexed import Parts
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu.stream.block_sizes import BlockSizes
 from pallas_kernels.mosaic_gpu.stream.block_sizes import dkv_blocks
@@ -71,8 +74,9 @@ def frame_of_lists(
   segments: bool,
   scores: Scores | None,
   values: tuple[Array, ...],
+  parts: Sequence[Parts | None] = (None, None),
 ) -> Frame:
   """Lists of the blocks of a pattern; see `Listed`."""
   of_pairs = formulas(pattern, problem.heads)
-  given = segments, scores, values
+  given = segments, scores, values, parts
   return Listed(problem, pattern.causal, by_queries, by_keys, *of_pairs, *given)

@@ -139,7 +139,7 @@ def _thread_block(launch: Launch, refs: Refs, wanted: str, shares: int) -> None:
 
   def consume() -> None:
     launch.each_item(functools.partial(Dkv, wanted, shares), wg)
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)
 
   launch.split(wg, lambda: produce_queries(launch, shares), consume)
 

@@ -107,7 +107,7 @@ def _thread_block(launch: Launch, refs: Refs) -> None:
 
   def consume() -> None:
     launch.each_item(Dq, wg)
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)
 
   names = [tuple(x for x in each if x in refs) for each in (TILES, VECTORS)]
   launch.split(wg, lambda: produce_keys(launch, *names), consume)

@@ -93,7 +93,7 @@ def _thread_block(launch: Launch, refs: Refs, scratch: dict) -> None:
 
   def consume() -> None:
     launch.each_item(Forward, wg)
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)  # shared memory must not go before it is copied
 
   launch.split(wg, lambda: produce_keys(launch), consume)
 

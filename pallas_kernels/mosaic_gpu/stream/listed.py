@@ -5,6 +5,7 @@
 
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.lowering import lists
+from pallas_kernels.lowering.indexed import Parts
 from pallas_kernels.lowering.passes import Pass
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.stream import formula
@@ -54,6 +56,8 @@ class Listed(Natural):
     segments: whether segment ids mask as well.
     scores: how logits are made, where that is more than a factor.
     values: what they need, for every query head.
+    parts: whose bits numbers have above them in lists of queries, and in those of keys; None where
+      they have none.
 
   Attributes:
     ends_inside: whether masks have to hide keys past the last one.
@@ -70,6 +74,7 @@ class Listed(Natural):
     segments: bool,
     scores: Scores | None,
     values: tuple[Array, ...] = (),
+    parts: Sequence[Parts | None] = (None, None),
   ):
     heads = range(len(problem.heads))
     natural = Pass(view="natural")
@@ -77,12 +82,12 @@ class Listed(Natural):
     self.problem, self.causal = problem, causal
     self.by_queries, self.by_keys = by_queries, by_keys
     self.formulas, self.formula_of = formulas, formula_of
-    self.scores, self.values = scores, values
+    self.scores, self.values, self.parts = scores, values, tuple(parts)
     self.num_keys = problem.S
     self.has_full = True  # also with segment ids: the lists say which blocks they leave whole
     numbers = by_queries.numbers
     past_the_end = not isinstance(numbers, np.ndarray) or (numbers == problem.nk).any()
-    self.ends_inside = past_the_end or problem.S % lists.BLOCK > 0
+    self.ends_inside = past_the_end or problem.S % problem.keys > 0
 
   def lists(self, transposed: bool) -> dict[str, Array]:
     arrays = (self.by_keys if transposed else self.by_queries)._asdict()

@@ -28,17 +28,22 @@ class ListedTiles:
   """What `KeyTiles` and `QueryTiles` are, of a list: full blocks first, some tiles to a block.
 
   Rows are queries and columns keys, or with `batch` the other way round; then query tiles are those
-  of all heads of a group. A masked step's part of the sweep is the number of its block.
+  of all heads of a group. A masked step's part of the sweep is the number of its block, as the list
+  has it: with the bits of its parts above it, if there are such.
 
   Attributes:
     per_block: tiles of a block.
+    parts: whose bits numbers have above them, if any.
     q0, num: as of `KeyTiles`.
     b, first_step, end_step: as of `QueryTiles`.
   """
 
   def __init__(self, frame: Any, item: Item, blocks: BlockSizes, batch: int | None = None):
     self.frame, self.item, self.step = frame, item, blocks.step
-    self.transposed, self.per_block = batch is not None, lists.BLOCK // blocks.step
+    self.transposed = batch is not None
+    self.parts = frame.parts[self.transposed]
+    self.rows, self.columns = lists.BLOCK, lists.BLOCK if self.transposed else frame.problem.keys
+    self.per_block = self.columns // blocks.step
     if not self.transposed:
       self.q0 = item["tile"] * blocks.rows
     self.num_listed = item["num"] * self.per_block
@@ -53,13 +58,13 @@ class ListedTiles:
 
   def tile(self, i: Scalar, number: Scalar | None = None) -> Scalar:
     """The tile of step i, of a block whose number was read before or is read now."""
-    number = self.number(i) if number is None else number
+    number = self._itself(self.number(i) if number is None else number)
     if self.transposed:  # blocks of one head of a group are numbered after those of another
       number = rem(number, self.frame.problem.nq)
     return number if self.per_block == 1 else number * self.per_block + rem(i, self.per_block)
 
   def number(self, i: Scalar) -> Scalar:
-    """Of the block of step i; step num_steps has no block, and its number is not used."""
+    """Of the block of step i, as the list has it; that of step num_steps is not used."""
     # The list behind this one, or its own end where it is the last of all: nobody uses it.
     numbers = self.item["numbers"]
     return numbers[jnp.minimum(self._place(i), numbers.shape[0] - 1)]
@@ -70,8 +75,11 @@ class ListedTiles:
     if not self.transposed or size == 1:
       return self.item["h"]
     first = self.item["h"] * size
-    number = self.number(i) if number is None else number
+    number = self._itself(self.number(i) if number is None else number)
     return first + div(number, self.frame.problem.nq)
+
+  def _itself(self, number: Scalar) -> Scalar:
+    return self.parts.number(number) if self.parts else number
 
   def first_part(self) -> Scalar:
     """The part of the first step, where masks are made without a condition."""
@@ -91,7 +99,8 @@ class ListedTiles:
       following = self.number(i + 1)  # read by its own step, it would be waited for: 500 cycles
       use = functools.partial(step, i, part=number)
       # A diagonal block has a quarter that nobody sees, which steps of half a block can pass over.
-      if skip is None or not (self.frame.causal and self.step < lists.BLOCK):
+      passes_over = self.parts or (self.frame.causal and self.step < lists.BLOCK)
+      if skip is None or not passes_over:
         return following, use(carry)
       skips = functools.partial(skip, i)
       return following, lax.cond(self.fully_masked(i, number), skips, use, carry)
@@ -113,11 +122,14 @@ class ListedTiles:
       self.ids = gpu.load(ids, layout=gpu.ROW, optimized=False)
 
   def fully_masked(self, i: Scalar, number: Scalar) -> jax.Array:
-    """Whether no pair of step i attends, though some of the block do; of causal patterns."""
-    first = self.tile(i, number) * self.step
-    if self.transposed:
-      return first + self.step <= self.base
-    return first >= self.base + TILE
+    """Whether no pair of step i attends, though some of the block do."""
+    hidden = jnp.bool_(False)
+    if self.frame.causal:
+      first = self.tile(i, number) * self.step
+      hidden = first + self.step <= self.base if self.transposed else first >= self.base + TILE
+    if self.parts:
+      hidden = hidden | (self._bits_here(i, number) == 0)
+    return hidden
 
   def mask(self, i: Scalar, slot: Any, number: Scalar | None) -> jax.Array | None:
     """Which of [64, step] attend in step i, whose tile lies in a slot; None: all."""
@@ -135,6 +147,8 @@ class ListedTiles:
         (turn == n) & allowed(shape, queries, keys) for n, allowed in enumerate(frame.formulas)
       ]
       mask = functools.reduce(jnp.logical_or, each)
+    if self.parts:
+      mask = mask & self._listed(i, number)
     # Keys past the last one are zeros, and would have weights; queries past the last one matter
     # where a score function makes no number of them.
     if frame.ends_inside:
@@ -157,6 +171,45 @@ class ListedTiles:
       return gpu.over_rows(first + gpu.iota((self.step,), layout=gpu.COLUMN), TILE)
 
     return (columns, rows) if self.transposed else (rows, columns)
+
+  def _bits_here(self, i: Scalar, number: Scalar) -> Scalar:
+    """Those of the parts that this warpgroup's rows and this step's columns are in."""
+    rows, columns = self._first_parts(i)
+    (R, row_bit), (C, column_bit) = self._sizes_and_bits()
+    of_rows, of_columns = (max(1, n // size) for n, size in ((TILE, R), (self.step, C)))
+    here = 0
+    for n in range(of_rows):
+      for m in range(of_columns):
+        here |= 1 << (n * row_bit + m * column_bit)
+    first = rows * row_bit + columns * column_bit
+    return lax.shift_right_logical(self.parts.bits(number), first) & here
+
+  def _listed(self, i: Scalar, number: Scalar) -> jax.Array:
+    """Which of [64, step] are in parts that list each other."""
+    bits, (rows, columns) = self.parts.bits(number), self._first_parts(i)
+    (R, row_bit), (C, column_bit) = self._sizes_and_bits()
+    place = 0
+    if self.rows > R:
+      own = rows + (gpu.iota((TILE,), layout=gpu.ROW) >> (R.bit_length() - 1))
+      place = gpu.over_columns(own * row_bit, self.step)
+    if self.columns > C:
+      own = columns + (gpu.iota((self.step,), layout=gpu.COLUMN) >> (C.bit_length() - 1))
+      place = place + gpu.over_rows(own * column_bit, TILE)
+    bits = lax.broadcast(bits, (TILE, self.step))
+    return (lax.shift_right_logical(bits, place) & 1) == 1
+
+  def _sizes_and_bits(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the parts of rows, and of columns: how long one is, and from bit to bit how far."""
+    queries, keys = self.parts.queries, self.parts.keys
+    if self.transposed:
+      return (self.rows // keys, 1), (self.columns // queries, keys)
+    return (self.rows // queries, keys), (self.columns // keys, 1)
+
+  def _first_parts(self, i: Scalar) -> tuple[Scalar, Scalar]:
+    """In which part of its tile the first of the rows is, and of its block the first column."""
+    (R, _), (C, _) = self._sizes_and_bits()
+    column = rem(i, self.per_block) * self.step if self.per_block > 1 else jnp.int32(0)
+    return div(rem(self.base, self.rows), R), div(column, C)
 
   def _bits(self, i: Scalar) -> jax.Array:
     """The mask of a block as it was looked up before."""

@@ -97,7 +97,7 @@ class KeyGradients:
     # Each slot of dS^T was filled at least once, with a tile before the share if with no other.
     part.ds.slot(last).wait_free()
     gpu.when(turns == 0)(lambda: self.release_queries(0, part.count))
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)
 
   # -------------------------------------------------------------------------------- key tiles
 

@@ -50,7 +50,7 @@ class QueryGradients:
       dqs = self.add(n, dqs, share.distances(reach, n), add_products)
       dqs = [*dqs[1:], self.zeros()]
     lax.fori_loop(reach, part.total, self.step, tuple(dqs[:reach]))
-    gpu.end_copies()
+    gpu.wait_to_gmem(0)
 
   def step(self, n: Traced, dqs: Sequence[Traced]) -> tuple[Traced, ...]:
     """Key tile n, after which dq of query tile n - reach is done."""

@@ -218,7 +218,8 @@ class _Consumer:
     if self.sizes.num_overlap:
       gpu.barrier_wait(self.refs["lead_full"])
     gpu.loop(0, self.steps.count)(self.attend)
-    gpu.end_copies()
+    # Shared memory is another's when the thread block ends.
+    gpu.wait_to_gmem(0)
 
   def attend(self, n: Traced) -> None:
     """The window of this warpgroup's query tile of step n."""

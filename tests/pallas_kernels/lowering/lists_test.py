@@ -165,9 +165,46 @@ def test_cores_get_about_the_same():
   pattern = patterns.BlockLayout(layout | np.eye(64, dtype=bool), BLOCK)
   for make in (lists.by_queries, lists.by_keys):
     found = make(pattern, one, with_bits=False)
-    num = found.items[:, lists.FIELDS.index("num")] + 1
-    loads = [num[first : first + count].sum() for first, count in found.cores[:-1]]
+    loads = steps_of_cores(found)
     assert max(loads) <= 1.03 * np.mean(loads)
+
+
+def steps_of_cores(found):
+  num = np.asarray(found.items)[:, lists.FIELDS.index("num")] + 1
+  return [num[first : first + count].sum() for first, count in np.asarray(found.cores)[:-1]]
+
+
+@pytest.mark.parametrize("top", [4, 12])
+def test_a_block_that_all_queries_read_does_not_keep_its_core_longer(top):
+  """With as many items for each core as for the others, its core would have half as much again."""
+  rng, nq, heads, cores = np.random.default_rng(0), 96, 8, 24
+  given = np.full((1, heads, nq, top), -1)
+  for h, n in np.ndindex(heads, nq):
+    others = rng.permutation(np.arange(1, n))[: top - 2]
+    given[0, h, n, : len(others) + min(n, 1) + 1] = sorted({0, n, *others})
+  one = lists.Problem(1, nq * BLOCK, nq * BLOCK, tuple(range(heads)), 1, True, cores)
+  lists_of = indexed.Indexed(indices=jnp.asarray(given), block_size=BLOCK, query_block=BLOCK)
+  of = indexed.entries(lists_of, patterns.Dense(), one, False)
+  loads = steps_of_cores(indexed.by_keys(of, patterns.Dense(), one, False))
+  assert max(loads) <= max(1.06 * np.mean(loads), nq + 1)
+  tables = lists.of_pattern(patterns.Dense(), one)
+  listed = jnp.asarray((given[..., None] == np.arange(nq)).any(axis=3))
+  visits = lists.masked(tables, listed, BLOCK, None, None, one.heads)
+  assert steps_of_cores(lists.traced_by_keys(visits, patterns.Dense(), one, False)) == loads
+
+
+@pytest.mark.parametrize("longest", [1, 40, 2_000])
+@pytest.mark.parametrize("num", [1, 7, 8, 9, 20, 300])
+def test_items_of_any_lengths_are_dealt_once(num, longest):
+  rng = np.random.default_rng(num)
+  steps = np.sort((longest / rng.uniform(1, 50, num)).astype(np.int32))[::-1] + 1
+  cores = np.arange(min(8, num))
+  rounds = np.arange(-(-num // len(cores)))[:, None]
+  alike = (rounds * len(cores) + np.where(rounds % 2 == 0, cores, cores[::-1])).T
+  order, counts = map(np.asarray, jax.jit(lambda steps: lists._levelled(steps, alike))(steps))
+  assert sorted(order) == list(range(num)) and counts.sum() == num and (counts > 0).all()
+  most = lambda items: max(steps[each[each < num]].sum() for each in items)
+  assert most(np.split(order, np.cumsum(counts)[:-1])) <= most(alike)
 
 
 def test_too_many_different_masks_are_none(monkeypatch):
@@ -220,6 +257,68 @@ def test_lists_of_indices_hold_the_same(name, sizes, shared, transposed):
     for x in dealt(lists_)
   }
   assert entries(found) == entries(same)
+
+
+@pytest.mark.parametrize("name", ["dense", "local"])
+@pytest.mark.parametrize(
+  "sizes", [(4, 1), (1, 0.5), (2, 0.5), (4, 0.5), (4, 2), (0.5, 0.5)], ids=str
+)
+def test_lists_of_parts_of_a_tile_hold_what_each_part_lists(name, sizes):
+  """`sizes`: lists of a tile of queries, and how many blocks of the kernels a listed one is."""
+  pattern, one, rng = PATTERNS[name], problem(T=150, S=150), np.random.default_rng(0)
+  query_block, block_size = round(BLOCK / sizes[0]), round(BLOCK * sizes[1])
+  rows, nk = -(-one.T // query_block), -(-one.S // block_size)
+  given = np.full((2, H, rows, 5), -1)
+  for place in np.ndindex(2, H, rows):
+    blocks = np.sort(rng.permutation(nk)[: rng.integers(0, 6)])
+    given[place][: len(blocks)] = blocks
+  assert indexed.takes(query_block, block_size, one)
+  of_queries = indexed.of_queries(one, block_size)
+
+  @jax.jit
+  def make(given):
+    lists_of = indexed.Indexed(indices=given, block_size=block_size, query_block=query_block)
+    both = []
+    for f, its in ((indexed.by_queries, of_queries), (indexed.by_keys, one)):
+      both.append(f(indexed.entries(lists_of, pattern, its, False), pattern, its, False))
+    return both
+
+  listed = (given[..., None] == np.arange(nk)).any(axis=3)
+  wanted = listed.repeat(query_block, 2).repeat(block_size, 3)[:, :, : one.T, : one.S]
+  wanted = wanted & truth(pattern, one)
+  for transposed, found in enumerate(make(jnp.asarray(given))):
+    its = one if transposed else of_queries
+    parts = indexed.parts_of(query_block, block_size, its) or indexed.Parts(1, 1, 20)
+    listed_here = np.zeros((2, H, one.nq * BLOCK, (one.nk + 1) * BLOCK), bool)
+    for item in dealt(found):
+      owner = one.owners[item["h"]] if transposed else (item["h"],)
+      for n in range(item["num"]):
+        numbered = int(found.numbers[item["start"] + n])
+        number, bits = numbered & ((1 << parts.first_bit) - 1), numbered >> parts.first_bit
+        bits = bits if parts.num > 1 else 1
+        h = owner[number // one.nq] if transposed else item["h"]
+        row, column = (number % one.nq, item["tile"]) if transposed else (item["tile"], number)
+        each = [[bits >> (n * parts.keys + m) & 1 for m in range(parts.keys)]
+                for n in range(parts.queries)]  # fmt: skip
+        block = np.array(each, bool)
+        block = block.repeat(BLOCK // parts.queries, 0).repeat(its.keys // parts.keys, 1)
+        corner = row * BLOCK, column * its.keys
+        here = listed_here[item["b"], h, corner[0] :, corner[1] :][:BLOCK, : its.keys]
+        assert not here.any()
+        here |= block
+        if n < item["num_full"]:  # nothing else masks it
+          inside = wanted[item["b"], h, corner[0] :, corner[1] :][:BLOCK, : its.keys]
+          assert block.all() and inside.all() and inside.shape[1] == its.keys
+    got = listed_here[:, :, : one.T, : one.S] & truth(pattern, one)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_too_many_parts_are_not_taken():
+  one = problem(T=1_000, S=1_000)
+  assert indexed.takes(BLOCK // 16, BLOCK, one) and indexed.takes(BLOCK // 8, BLOCK // 2, one)
+  assert not indexed.takes(BLOCK // 32, BLOCK, one)  # 32 bits above a number
+  assert not indexed.takes(BLOCK // 8, BLOCK // 4, one)
+  assert not indexed.takes(3 * BLOCK // 4, BLOCK, one) and not indexed.takes(BLOCK, 24, one)
 
 
 def test_lists_of_a_million_tokens_have_no_table_of_all_blocks(monkeypatch):

@@ -55,9 +55,20 @@ def bent(score, i, j, h):
   return jnp.where((i + 2 * j + h) % 5 == 0, -jnp.inf, jax.nn.sigmoid(score) + 0.5 * score)
 
 
+def listed(T, S, heads, query_block, block_size, top):
+  """Random lists of up to `top` blocks; some are empty."""
+  rng, nk = np.random.default_rng(0), -(-S // block_size)
+  lists = np.full((1, heads, -(-T // query_block), top), -1, np.int32)
+  for place in np.ndindex(lists.shape[:3]):
+    blocks = np.sort(rng.permutation(nk)[: rng.integers(0, top + 1)])
+    lists[place][: len(blocks)] = blocks
+  return dict(block_indices=jnp.asarray(lists), query_block=query_block, block_size=block_size)
+
+
 def call(
-  pattern, T, B=1, H=2, Hkv=1, D=64, Dv=None, S=None, segments=0, kv_segments=0, blocks=None, **how
-):
+  pattern, T, B=1, H=2, Hkv=1, D=64, Dv=None, S=None, segments=0, kv_segments=0, blocks=None,
+  lists=None, **how
+):  # fmt: skip
   """What `check` needs: the arrays, and the arguments of `sparse_attention`."""
   case = Case(pattern, T=T, B=B, H=H, Hkv=Hkv, Dk=D, Dv=Dv or D, segments=segments)
   q, k, v, ids, dout, dlse = case.arrays()
@@ -66,6 +77,8 @@ def call(
   if blocks is not None:
     shape = (*blocks, -(-T // how["block_size"]), -(-k.shape[1] // how["block_size"]))
     how["block_mask"] = jnp.asarray(np.random.default_rng(0).random(shape) < 0.6)
+  if lists is not None:
+    how |= listed(T, k.shape[1], Hkv, *lists)
   if ids is not None:
     how["segment_ids"] = ids
   if kv_segments:
@@ -112,6 +125,14 @@ ARGUMENTS = {
     pattern=lambda n: patterns.Dense(causal=False), S=390, blocks=(1, 1), block_size=256
   ),
   "blocks_of_bits": dict(pattern=PATTERNS["odd_blocks"], blocks=(1, 2), block_size=128),
+  "lists": dict(pattern=lambda n: patterns.Dense(), H=4, Hkv=2, lists=(128, 128, 2)),
+  "lists_of_16": dict(pattern=lambda n: patterns.Dense(), B=2, lists=(16, 128, 2)),
+  "lists_of_16_keys_of_256": dict(pattern=lambda n: patterns.Local(150), lists=(16, 256, 1)),
+  "halves_of_blocks": dict(pattern=lambda n: patterns.Dense(), H=4, Hkv=2, lists=(128, 64, 3)),
+  "halves_of_both": dict(pattern=lambda n: patterns.Column(3), lists=(64, 64, 2), segments=3),
+  "lists_of_16_halves": dict(
+    pattern=lambda n: patterns.Dense(causal=False), S=391, lists=(16, 64, 3), score_fn=alibi
+  ),
   "alibi": dict(pattern=lambda n: patterns.Dense(), score_fn=alibi),
   "bent": dict(pattern=PATTERNS["layout"], score_fn=bent, logits_soft_cap=3.0, H=4, Hkv=2),
   "cap": dict(pattern=lambda n: patterns.Strided(16), logits_soft_cap=2.0),
