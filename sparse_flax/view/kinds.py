@@ -2,13 +2,13 @@
 
 Of each head's attention, averaged over inputs and predicted places:
 
-  columns            at least half lies in the rows above, on the own column or the one left of it;
-                     of texts and sounds, whole strides back, before the own block;
-  rows               else at least half lies on the row of pixels that ends with the predicted one,
-                     from the one above it on; of texts and sounds, on the last stride of bytes;
-  data-dependent     else at least half lies elsewhere when the input is another one;
-  positional memory  else at most a quarter does: the same places whatever the input;
-  mixed              what is left.
+- columns: at least half lies in the rows above, on the own column or the one left of it; of texts
+  and sounds, whole strides back, before the own block;
+- rows: else at least half lies on the row of pixels that ends with the predicted one, from the one
+  above it on; of texts and sounds, on the last stride of bytes;
+- data-dependent: else at least half lies elsewhere when the input is another one;
+- positional memory: else at most a quarter does: the same places whatever the input;
+- mixed: what is left.
 
 The column to the left counts because the query of a pixel's first channel stands there: it reads
 the byte before the one that it predicts (in the first column, from the end of the row above). The
