@@ -30,6 +30,7 @@ _LAYER_BYTES = 2**27  # the weights of one layer, for two inputs
 _MOST_PLACES = 128
 _MOST_PANELS = 4  # in a line, of several layers
 _AROUND = 5  # rows and columns of the predicted pixel's neighbourhood, drawn again, enlarged
+_LEAST = 1e-7  # of texts and sounds, smaller means are not drawn: they would stretch the axis
 _EXACT = 256  # distances with a value of their own; further away they share one, 12 per doubling
 
 
@@ -177,7 +178,7 @@ def draw(
     for h, axes in enumerate(line):
       relative = averages.relative[layer, h]
       if not is_picture:
-        seen = relative > 0
+        seen = relative > _LEAST
         axes.plot(averages.distances[seen], relative[seen], ".-", color="#0072b2", lw=0.6, ms=3)
         axes.set(xscale="log", yscale="log" if seen.any() else "linear")
         axes.grid(alpha=0.3)
