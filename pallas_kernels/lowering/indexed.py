@@ -146,7 +146,10 @@ def entries(
     segments: ids of queries and of keys; those of queries serve both if keys have none.
   """
   nk, parts = problem.nk, parts_of(indexed.query_block, indexed.block_size, problem)
-  blocks, bits = _union(indexed, problem, parts) if parts else (_whole(indexed, problem), None)
+  if parts:
+    blocks, bits = _union(indexed, problem, parts)
+  else:
+    blocks, bits = blocks_of_lists(indexed, problem)[:, :, :, 0], None
   some, every = _of_pattern(pattern, problem, blocks)
   if parts:
     every = every & (bits == parts.all)
@@ -166,26 +169,13 @@ def entries(
   return Entries(blocks, kinds, which, bits)
 
 
-def _whole(indexed: Indexed, problem: Problem) -> Int[Array, "Bi Hi nq width"]:
-  """The blocks of each tile, nk for none, in the order of its list."""
-  of_tiles = jnp.repeat(indexed.indices, indexed.query_block // lists.BLOCK, axis=2)
-  return _blocks_in(of_tiles[:, :, : problem.nq], indexed, problem)
-
-
 def _union(
   indexed: Indexed, problem: Problem, parts: Parts
 ) -> tuple[Int[Array, "Bi Hi nq width"], Int[Array, "Bi Hi nq width"]]:
   """The blocks that some list of a tile has, each once among nk for none, and their bits."""
-  given, nq = indexed.indices, problem.nq
-  if parts.queries > 1:
-    missing = nq * parts.queries - given.shape[2]
-    given = jnp.pad(given, [(0, 0), (0, 0), (0, missing), (0, 0)], constant_values=-1)
-  else:
-    given = jnp.repeat(given, indexed.query_block // lists.BLOCK, axis=2)[:, :, :nq]
-  shape = (*given.shape[:2], nq, parts.queries, -1)
-  of_keys = given % parts.keys
-  blocks = _blocks_in(given, indexed, problem).reshape(shape)
-  of_keys = jnp.repeat(of_keys, blocks.size // of_keys.size, axis=3).reshape(shape)
+  blocks, of_keys = blocks_of_lists(indexed, problem), _of_tiles(indexed, problem) % parts.keys
+  shape = blocks.shape
+  of_keys = jnp.repeat(of_keys, blocks.size // of_keys.size, axis=4)
   of_queries = np.arange(parts.queries, dtype=np.int32).reshape(1, 1, 1, -1, 1)
   bits = jnp.left_shift(jnp.int32(1), of_queries * parts.keys + of_keys)
   bits = jnp.where(blocks < problem.nk, bits, 0)
@@ -198,6 +188,26 @@ def _union(
   until = lax.cummax(jnp.where(last, sums, 0), axis=3)
   bits = sums - jnp.pad(until[..., :-1], [(0, 0)] * 3 + [(1, 0)])
   return jnp.where(last, blocks, problem.nk), jnp.where(last, bits, 0)
+
+
+def blocks_of_lists(indexed: Indexed, problem: Problem) -> Int[Array, "Bi Hi nq lists width"]:
+  """The blocks of each list of a tile, those of one that is listed together; nk for none."""
+  of_tiles = _of_tiles(indexed, problem)
+  lead = of_tiles.shape[:4]
+  return _blocks_in(of_tiles.reshape(*lead[:2], -1, of_tiles.shape[4]), indexed, problem).reshape(
+    *lead, -1
+  )
+
+
+def _of_tiles(indexed: Indexed, problem: Problem) -> Int[Array, "Bi Hi nq lists top"]:
+  """The lists of each tile, one or as many as its queries have; -1 past the last query."""
+  given, nq, parts = indexed.indices, problem.nq, max(1, lists.BLOCK // indexed.query_block)
+  if parts == 1:
+    given = jnp.repeat(given, indexed.query_block // lists.BLOCK, axis=2)[:, :, :nq]
+  else:
+    missing = nq * parts - given.shape[2]
+    given = jnp.pad(given, [(0, 0), (0, 0), (0, missing), (0, 0)], constant_values=-1)
+  return given.reshape(*given.shape[:2], nq, parts, -1)
 
 
 def _blocks_in(listed: Int[Array, "Bi Hi n top"], indexed: Indexed, problem: Problem) -> Array:

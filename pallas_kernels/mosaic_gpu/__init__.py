@@ -9,6 +9,7 @@ from pallas_kernels.mosaic_gpu.backend import takes_lists
 from pallas_kernels.mosaic_gpu.backend import unsupported
 from pallas_kernels.mosaic_gpu.cudnn import cudnn_attention
 from pallas_kernels.mosaic_gpu.cudnn import cudnn_serves
+from pallas_kernels.mosaic_gpu.mass import mass_of
 
 __all__ = [
   "backward",
@@ -16,6 +17,7 @@ __all__ = [
   "cudnn_serves",
   "forward",
   "lse_of_natural",
+  "mass_of",
   "natural_lse",
   "planned",
   "takes_lists",

@@ -63,10 +63,12 @@ def unsupported(plan: Plan) -> str | None:
 
 def takes_lists(plan: Plan) -> bool:
   """Multiples of tiles of queries and of keys; parts of them where a formula gives the pairs."""
-  if plan.return_mass:
-    return False
   problem = run_lists.problem_of(plan, tuple(range(plan.H)))
   parts = indexed.parts_of(plan.query_block, plan.block_size, problem)
+  of_queries = indexed.of_queries(problem, plan.block_size)
+  # The sums of a step are of one block, and those of a mesh are `xla`'s.
+  if plan.return_mass and (plan.sharded or plan.block_size < of_queries.keys):
+    return False
   formulas = parts is None or stream.formulas(plan.pattern, problem.heads)[0]
   return bool(formulas) and indexed.takes(plan.query_block, plan.block_size, problem)
 

@@ -18,10 +18,10 @@ from pallas_kernels.mosaic_gpu.stream import formula
 def forward(plan: Plan, group: Group, arrays: Arrays) -> tuple[Array, Array]:
   """out [B, T, Hg, Dv] and lse, base 2, in rows of the natural view."""
   blocks = group.kernels[0].forward_blocks
-  frame = _frame(plan, group, arrays, teams=blocks.teams)
+  frame = frame_of(plan, group, arrays, teams=blocks.teams)
   q = heads.take(arrays.q, group.heads)
   own = q, *arrays[1:5]
-  return stream.forward_kernel(frame, *own, scale=_factor(plan), blocks=blocks)
+  return stream.forward_kernel(frame, *own, scale=factor(plan), blocks=blocks)
 
 
 def backward(
@@ -37,8 +37,8 @@ def backward(
 
   out, dout and dlse are of these heads.
   """
-  (sweep,), options = group.kernels, dict(scale=_factor(plan))
-  frame = _frame(plan, group, arrays, backward=True)
+  (sweep,), options = group.kernels, dict(scale=factor(plan))
+  frame = frame_of(plan, group, arrays, backward=True)
   if dlse is not None:
     dlse = sweep.view.rows(dlse)
     # lse may come from a streaming kernel, whose tiles are larger than those of a view.
@@ -57,7 +57,7 @@ def backward(
   return dq, *of_keys, *(x[:, :, 0, : plan.T].sum(axis=(0, 2)) for x in rows)
 
 
-def _factor(plan: Plan) -> float:
+def factor(plan: Plan) -> float:
   """Of products, where logits are no more than that."""
   return 1.0 if "logits" in plan.extras else plan.scores.scale
 
@@ -76,28 +76,41 @@ def problem_of(plan: Plan, of_group: tuple[int, ...], num_cores: int = 1) -> lis
   )
 
 
-def _frame(
+def listed_by(plan: Plan, arrays: Arrays, of_group: tuple[int, ...]) -> indexed.Indexed:
+  """The blocks that are listed for some heads."""
+  each = indices.per_query_head(plan, arrays.block_indices)
+  each = each[:, list(of_group)] if each.shape[1] > 1 else each
+  return indexed.Indexed(indices=each, block_size=plan.block_size, query_block=plan.query_block)
+
+
+def entries_of(plan: Plan, arrays: Arrays, problem: lists.Problem) -> indexed.Entries:
+  """The entries of the lists of a call."""
+  listed, segments = listed_by(plan, arrays, problem.heads), arrays[3:5]
+  return indexed.entries(listed, plan.pattern, problem, _with_bits(plan, problem.heads), segments)
+
+
+def _with_bits(plan: Plan, of_group: tuple[int, ...]) -> bool:
+  """Whether masks are bits, one in memory for every block: where no formula gives the pairs."""
+  return not stream.formulas(plan.pattern, of_group)[0]
+
+
+def frame_of(
   plan: Plan, group: Group, arrays: Arrays, *, teams: int = 1, backward: bool = False
 ) -> stream.Frame:
   """The lists, dealt to so many teams per core."""
   own_scores, of_group = "logits" in plan.extras, group.heads
   values = formula.values(plan.scores, plan.H, arrays.held)
   problem = problem_of(plan, of_group, teams * gpu.num_multiprocessors())
-  # Bits, a mask in memory for every block, only where no formula gives the pairs.
-  with_bits, by_keys, parts = not stream.formulas(plan.pattern, of_group)[0], None, (None, None)
+  with_bits, by_keys, parts = _with_bits(plan, of_group), None, (None, None)
   own = plan.pattern, problem, with_bits
   # Lists of patterns alone are made once, by numpy; all others are made where the call runs.
   if arrays.block_indices is not None:
-    each = indices.per_query_head(plan, arrays.block_indices)
-    each = each[:, list(of_group)] if each.shape[1] > 1 else each
-    listed = indexed.Indexed(indices=each, block_size=plan.block_size, query_block=plan.query_block)
-    segments = arrays.segment_ids, arrays.kv_segment_ids
     of_queries = indexed.of_queries(problem, plan.block_size)
-    of = indexed.entries(listed, plan.pattern, of_queries, with_bits, segments)
+    of = entries_of(plan, arrays, of_queries)
     by_queries = indexed.by_queries(of, plan.pattern, of_queries, with_bits)
     parts = [indexed.parts_of(plan.query_block, plan.block_size, x) for x in (of_queries, problem)]
     if backward:
-      whole = of if of_queries is problem else indexed.entries(listed, *own, segments)
+      whole = of if of_queries is problem else entries_of(plan, arrays, problem)
       by_keys = indexed.by_keys(whole, *own)
     problem = of_queries
   elif arrays.segment_ids is None and arrays.block_mask is None:

@@ -284,11 +284,12 @@ def test_kernels_say_what_they_do_not_take():
     NotImplementedError, match=r"multiples of 128 are \(block_indices of query_bl"
   ):
     sparse_attention(q, q, q, implementation="mosaic_gpu", **narrow)
-  wide = dict(block_indices=jnp.zeros((1, 1, 2, 1), jnp.int32), return_mass=True)
-  with pytest.raises(NotImplementedError, match="return_mass is not supported, reference and xla"):
-    sparse_attention(q, q, q, implementation="mosaic_gpu", **wide)
+  small = dict(query_block=128, block_size=32, return_mass=True)
+  small |= dict(block_indices=jnp.zeros((1, 1, 2, 1), jnp.int32))
+  with pytest.raises(NotImplementedError, match="return_mass of query_block=128 and block_size=32"):
+    sparse_attention(q, q, q, implementation="mosaic_gpu", **small)
   hopper = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=hopper)):
-    for how in (narrow, wide):
+    for how in (narrow, small):
       program = jax.jit(lambda q, how=how: sparse_attention(q, q, q, **how)).trace(q)
       assert api.implementations_in(program.jaxpr) == ("xla",)

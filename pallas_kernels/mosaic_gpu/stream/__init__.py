@@ -5,6 +5,7 @@ Lists --frame_of_lists--> Frame
 Frame --sweep_keys, sweep_queries--> tiles       of an item, step by step, with masks
 Frame --work--> Work                             items, dealt to thread blocks
 forward_kernel, dq_kernel, dkv_kernel, dvalues_kernel(frame, q, k, v, ...)
+masses_kernel(frame, q, k, ...)
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from pallas_kernels.mosaic_gpu.stream.frame import Frame
 from pallas_kernels.mosaic_gpu.stream.frame import ROWS
 from pallas_kernels.mosaic_gpu.stream.listed import formulas
 from pallas_kernels.mosaic_gpu.stream.listed import Listed
+from pallas_kernels.mosaic_gpu.stream.masses import masses_kernel
 from pallas_kernels.mosaic_gpu.stream.summaries import Summaries
 from pallas_kernels.mosaic_gpu.stream.values import dvalues_kernel
 from pallas_kernels.mosaic_gpu.stream.views import Blocks
@@ -49,6 +51,7 @@ __all__ = [
   "forward_kernel",
   "frame_of",
   "frame_of_lists",
+  "masses_kernel",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Kernels of queries (forward, dq, dvalues): their rings, and the producer that fills them."""
+"""Kernels of queries (forward, dq, dvalues, masses): their rings, and the producer."""
 
 import dataclasses
 import functools
@@ -58,12 +58,14 @@ def query_ring(blocks: BlockSizes, num_copies: int) -> Ring:
 
 
 def key_rings(
-  frame: Frame, blocks: BlockSizes, Dk: int, Dv: int, dtype: jax.typing.DTypeLike
+  frame: Frame, blocks: BlockSizes, Dk: int, Dv: int | None, dtype: jax.typing.DTypeLike
 ) -> tuple[dict[str, Ring], dict[str, Any]]:
-  """The rings of k and v, and their memory."""
+  """The rings of k and v, and their memory; without `Dv` of k alone."""
   stages, step = blocks.stages, blocks.step
   rings, scratch = {}, {}
   for name, D in dict(k=Dk, v=Dv).items():
+    if D is None:
+      continue
     if frame.in_boxes(step, D, dtype):
       tiles, num_copies = gpu.smem_in_boxes(stages, step, frame.slot, D, dtype), 1
     else:
@@ -101,7 +103,7 @@ def produce_keys(
   """
   load = functools.partial(_load_item, launch, tile_names, vector_names)
   num_steps = launch.work.each(load, jnp.int32(0))
-  drain(num_steps, launch.rings["k"], launch.rings["v"])
+  drain(num_steps, *(launch.rings[x] for x in "kv" if x in launch.rings))
   drain(launch.work.count(), launch.rings["q"])
 
 
@@ -135,7 +137,8 @@ def _load_queries(
 
 def _load_step(launch: Launch, item: Item, tiles: Any, i: Scalar, done: Scalar) -> Scalar:
   k = launch.rings["k"].slot(done)
-  for slot in (k, dataclasses.replace(k, ring=launch.rings["v"])):
+  for name in (x for x in "kv" if x in launch.rings):
+    slot = dataclasses.replace(k, ring=launch.rings[name])
     slot.wait_until_free()
     load = functools.partial(_load_view, launch, item, tiles, i, slot)
     if not launch.frame.own:

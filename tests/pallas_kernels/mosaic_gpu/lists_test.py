@@ -160,6 +160,68 @@ def test_every_argument(name):
   check(*call(how.pop("pattern")(2), T=190, **how))
 
 
+MASSES = {  # query_block, block_size, top
+  "tiles": (128, 128, 2),
+  "lists_of_16": (16, 128, 2),
+  "halves_of_blocks": (128, 64, 3),
+  "wide_blocks": (64, 256, 1),
+}
+
+
+def check_mass(lists, T, D=64, segments=0):
+  """Of lists for each key head, beside `reference`; and the gradients that it adds."""
+  dense = patterns.Dense()
+  (q, k, v, dout, dlse), how = call(dense, T=T, H=4, Hkv=2, D=D, segments=segments, lists=lists)
+  del how["return_lse"]
+  q, k, v, dout = (x.astype(jnp.bfloat16) for x in (q, k, v, dout))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def program(name, q, k, v, dout):
+    attend = functools.partial(sparse_attention, implementation=name, return_mass=True, **how)
+    results, pull = jax.vjp(attend, q, k, v)
+    dmass = jnp.cos(jnp.arange(results.mass.size, dtype=jnp.float32))
+    return results, pull(type(results)(dout, dlse, dmass.reshape(results.mass.shape)))
+
+  (got, grads), (truth, of_truth) = (
+    program(name, *(x.astype(dtype) for x in (q, k, v, dout)))
+    for name, dtype in (("mosaic_gpu", "bfloat16"), ("reference", "float32"))
+  )
+  assert got.mass.dtype == jnp.float32
+  assert_close(got.mass, truth.mass, tolerance=1e-3, what="mass")
+  assert_close(got.lse, truth.lse, tolerance=1e-4, what="lse")
+  for what, grad, expected in zip(("dq", "dk", "dv"), grads, of_truth, strict=True):
+    assert_near(grad, expected, cotangent=dout, tolerance=2e-2, what=what)
+
+
+@pytest.mark.one_day_in_six(3)
+@pytest.mark.smoke("lists_of_16")
+@pytest.mark.parametrize("name", MASSES)
+def test_the_mass_of_blocks(name):
+  check_mass(MASSES[name], T=200, segments=2 if name == "halves_of_blocks" else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("name", MASSES)
+def test_the_mass_of_blocks_on_a_gpu(name, D):
+  check_mass(MASSES[name], T=1_500, D=D)
+
+
+def test_who_stops_the_masss_gradient_pays_for_none(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  q, k = array(1, 256, 2, 64), array(1, 256, 1, 64)
+  lists = dict(block_indices=jnp.zeros((1, 1, 16, 1), jnp.int32), query_block=16)
+
+  def attend(q, k, v):
+    results = sparse_attention(q, k, v, implementation="mosaic_gpu", return_mass=True, **lists)
+    return results.out * jax.lax.stop_gradient(results.mass).sum().astype(q.dtype)
+
+  with mesh():
+    program = lowered(attend, q, k, k, q)
+  assert program.count("custom_call @mosaic_gpu") == 4  # forward, its mass, dq, and dk with dv
+  assert "stablehlo.while" not in program  # `xla` goes over lists in pieces
+
+
 @pytest.mark.one_day_in_three(1)
 @pytest.mark.smoke("256", daily=0)
 @pytest.mark.parametrize("size", SIZES)
