@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import cli
+from experiments import sources
 from sparse_flax import export
 from sparse_flax.run import checkpoint
 
@@ -22,9 +23,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--workdir", help="the folder of a training run")
   parser.add_argument("--out", help="the folder to write to, made if it is not there")
   parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
-  parser.add_argument(
-    "--average", type=cli.as_boolean, default=True, metavar="true|false", help="default: true"
-  )
+  sources.add_average(parser)
   parser.add_argument(
     "--dtype", choices=export.DTYPES, help="of matrices in the file; default: as the run has them"
   )
@@ -33,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
     cli.fail("--out=DIR is missing: the folder to write to")
   with cli.readable_errors():
     folder = cli.open_workdir(args.workdir)
-    config, _, params, step = checkpoint.restore_params(folder, args.step, average=args.average)
-    options = dict(step=step, averaged=args.average, dtype=args.dtype)
+    average = args.average is not False
+    config, _, params, step = checkpoint.restore_params(folder, args.step, average=average)
+    options = dict(step=step, averaged=average, dtype=args.dtype)
     for path in export.save(args.out, config, params, **options):
       print(path)
   return 0

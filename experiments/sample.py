@@ -1,4 +1,4 @@
-"""Draws samples from the averaged weights of a run, or from an export: pictures, texts or sounds.
+"""Draws samples from the weights of a run, or from an export: pictures, texts or sounds.
 
   python -m experiments.sample --workdir=DIR --num=16 [--temperature=1.0] [--top_k=K] [--top_p=P]
   python -m experiments.sample --workdir=DIR --num=16 --keep=0.5
@@ -10,6 +10,8 @@ it keeps that share; --prompt completes files: pictures of the model's size, tex
 of its own length. Samples are sharded over the devices there are. The files are written into
 DIR/samples/STEP/; sounds also all in one, with silence between them. A name has the seed and, if
 they are given, temperature, top_k and top_p, and a number where an earlier run has taken that name.
+--average=false takes a run's weights after the last update instead of their averages, and writes
+into DIR/samples/last-update/STEP/.
 --weights takes the folder of an export; DIR of the files is then that of --out, or runs/NAME. With
 --weights=experiments/pretrained/cifar10 no data are needed: held-out images lie beside the weights,
 which are taken unless --data_path=PATH says where the data are.
@@ -56,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
   options = vars(parser.parse_args(argv))
   with cli.readable_errors():
     cli.keep_compiled(options.pop("compilation_cache"))
-    named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
+    named = {name: options[name] for name in ("workdir", "weights", "out", "step", "average")}
     sources.check(**named)
     paths = run(**options, on_programs=_say_what_computes)
   texts = [path for path in paths if path.suffix == ".txt" and "-original" not in path.stem]
@@ -90,6 +92,7 @@ def run(
   keep: float | None = None,
   seed: int = 0,
   step: int | None = None,
+  average: bool | None = None,
   data_path: str | None = None,
   on_programs: Callable[[str, str], None] = lambda prompts, steps: None,
 ) -> list[epath.Path]:
@@ -106,7 +109,7 @@ def run(
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
   if keep is not None and not 0.0 < keep < 1.0:
     raise ValueError(f"--keep={keep}: must be between 0 and 1")
-  source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
+  source = sources.read(workdir, weights, out=out, step=step, average=average, data_path=data_path)
   config = source.config
   examples, prompt_sizes = _examples(source, num=num, prompt=prompt, keep=keep)
   seq_len = config.model.seq_len
@@ -128,7 +131,7 @@ def run(
   seconds = time.monotonic() - start
   rate = num * seq_len / seconds
   print(f"sampled {num} x {seq_len:,} bytes in {seconds:.1f} s, {rate:,.0f} bytes/s")
-  folder = source.folder / "samples" / str(source.step)
+  folder = source.drawn
   folder.mkdir(parents=True, exist_ok=True)
   named = ("temperature", "top_k", "top_p")  # what was kept is seen in the files
   stem = sample_files.claim_stem(

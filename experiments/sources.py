@@ -27,6 +27,7 @@ class Source(NamedTuple):
     matrices: what those with two axes and more were rounded to: "bfloat16", or None.
     held_out: images that lie beside the weights, if the data are elsewhere and nobody said where.
     folder: of the results; None where they are only printed.
+    drawn: the folder of pictures and samples, apart for the other weights of a run; None likewise.
     flags: of a command that shall find the weights, and the results, again.
   """
 
@@ -38,6 +39,7 @@ class Source(NamedTuple):
   matrices: str | None
   held_out: data.Dataset | None
   folder: epath.Path | None
+  drawn: epath.Path | None
   flags: str
 
   def open_dataset(self, split: str) -> data.Dataset:
@@ -58,7 +60,7 @@ class Source(NamedTuple):
 
 
 def add_flags(parser: argparse.ArgumentParser, *, out: str) -> None:
-  """Adds --workdir, --weights, --out, --step and --data_path, for `check`.
+  """Adds --workdir, --weights, --out, --step, --average and --data_path, for `check`.
 
   Args:
     parser: of a launcher.
@@ -72,10 +74,28 @@ def add_flags(parser: argparse.ArgumentParser, *, out: str) -> None:
   )
   parser.add_argument("--out", metavar="DIR", help=out)
   parser.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
+  add_average(parser)
   parser.add_argument("--data_path", help="where the data are now, if they have moved")
 
 
-def check(workdir: str | None, weights: str | None, *, out: str | None, step: int | None) -> None:
+def add_average(parser: argparse.ArgumentParser) -> None:
+  """Adds --average, None unless it is given."""
+  parser.add_argument(
+    "--average",
+    type=cli.as_boolean,
+    metavar="true|false",
+    help="the run's averaged weights, or those after the last update; default: true",
+  )
+
+
+def check(
+  workdir: str | None,
+  weights: str | None,
+  *,
+  out: str | None,
+  step: int | None,
+  average: bool | None,
+) -> None:
   """Leaves with a message unless the flags name one run that has a checkpoint, or one export."""
   if workdir and weights:
     cli.fail("--workdir and --weights: give one of them")
@@ -86,6 +106,8 @@ def check(workdir: str | None, weights: str | None, *, out: str | None, step: in
     return
   if step is not None:
     cli.fail("--step: is for --workdir; an export has one step")
+  if average is not None:
+    cli.fail("--average: is for --workdir; an export has one set of weights, and says which")
   folder = epath.Path(weights)
   if not folder.is_dir():
     cli.fail(f"--weights={weights}: no such folder")
@@ -101,10 +123,11 @@ def flags_of(
   *,
   out: str | os.PathLike | None,
   step: int | str | None,
+  average: bool | None,
 ) -> str:
   """What a command needs to find the same weights, and what was made of them, again."""
   if not weights:
-    return f"--workdir={workdir} --step={step}"
+    return f"--workdir={workdir} --step={step}" + (" --average=false" if average is False else "")
   return f"--weights={weights}" + (f" --out={out}" if out else "")
 
 
@@ -127,7 +150,7 @@ def read(
   out: str | os.PathLike | None = None,
   needs_folder: bool = True,
   step: int | None = None,
-  average: bool = True,
+  average: bool | None = None,
   data_path: str | None = None,
 ) -> Source:
   """The weights that `check` has found.
@@ -138,7 +161,8 @@ def read(
     out: the folder of its results.
     needs_folder: whether results go to runs/NAME without `out`; else they go nowhere.
     step: of the run's checkpoint; None is the newest.
-    average: the averaged weights of the run, where it keeps them; else those of the last update.
+    average: False takes the weights after the run's last update; else they are the averaged ones,
+      where it keeps them.
     data_path: where the data are now, if they have moved.
 
   Raises:
@@ -147,14 +171,18 @@ def read(
   """
   if not weights:
     assert workdir, "`check` has seen to it"
+    average = average is not False
     found = checkpoint.restore_params(workdir, step, average=average, data_path=data_path)
-    flags_again = flags_of(workdir, None, out=None, step=found[3])
-    averaged = average and found[0].train.ema_decay > 0
+    config, *_, step = found
+    flags_again = flags_of(workdir, None, out=None, step=step, average=average)
+    folder, keeps = epath.Path(workdir), config.train.ema_decay > 0
+    drawn = folder / "samples" / ("" if average or not keeps else "last-update") / str(step)
     nothing_else = dict(matrices=None, held_out=None)
-    where = dict(folder=epath.Path(workdir), flags=flags_again)
-    return Source(*found, averaged=averaged, **nothing_else, **where)
+    where = dict(folder=folder, drawn=drawn, flags=flags_again)
+    return Source(*found, averaged=average and keeps, **nothing_else, **where)
   folder = epath.Path(out) if out else _default_out(weights) if needs_folder else None
   found = export.read(weights, data_path=data_path)
   held_out = None if found.config.data.path else export.held_out(weights, found.config)
-  flags_again = flags_of(None, weights, out=out, step=None)
-  return Source(*found, held_out=held_out, folder=folder, flags=flags_again)
+  flags_again = flags_of(None, weights, out=out, step=None, average=None)
+  drawn = folder and folder / "samples" / str(found.step)
+  return Source(*found, held_out=held_out, folder=folder, drawn=drawn, flags=flags_again)

@@ -7,11 +7,15 @@
 The first form predicts places of a held-out example and shows, per layer and head, what they
 attend to, and where they attend on the average of --examples=16; the files are written into
 DIR/samples/STEP/. One of them, report.html, has everything in it, also the samples that
-experiments.sample has put there: open it in a browser to choose layer, head and place. The second
-takes an export instead of a run, and writes into --out, or runs/NAME. The third draws the patterns
-of the paper and needs no run.
+experiments.sample has put there: open it in a browser to choose layer, head and place. --kinds
+names what each head is for (rows, columns, positional memory, data-dependent), by its average over
+64 examples: in a table, in kinds-seedN.json, which has the rule, and above the averages.
+--average=false takes a run's weights after the last update instead of their averages, and writes
+into DIR/samples/last-update/STEP/. The second form takes an export instead of a run, and writes
+into --out, or runs/NAME. The third draws the patterns of the paper and needs no run.
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +34,7 @@ from sparse_flax.run import files
 from sparse_flax.train import metrics
 from sparse_flax.view import averages as averages_lib
 from sparse_flax.view import chosen as chosen_lib
+from sparse_flax.view import kinds as kinds_lib
 from sparse_flax.view import layers as layers_lib
 from sparse_flax.view import maps as maps_lib
 from sparse_flax.view import masks as masks_lib
@@ -40,7 +45,7 @@ from sparse_flax.view.report import samples as samples_lib
 
 _MOST_LAYERS = 8  # drawn without --layers
 _PNG_BITS = 5.73  # per dim of the 50,000 training images of CIFAR-10
-_MOST_EXAMPLES = 1_024
+_EXAMPLES, _EXAMPLES_FOR_KINDS, _MOST_EXAMPLES = 16, 64, 1_024
 _MOST_PLACES = 64  # to choose from in the report
 _MAP_BYTES = 2**25  # of all maps of the report, before they are compressed
 
@@ -52,13 +57,18 @@ def main(argv: Sequence[str]) -> int:
   )
   parser.add_argument("--layers", help="numbers with commas; default: all, at most 8 of them")
   parser.add_argument("--num", type=int, default=4, help="predicted places")
-  parser.add_argument("--examples", type=int, default=16, help="inputs to average over")
+  parser.add_argument(
+    "--examples",
+    type=int,
+    help=f"inputs to average over; default: {_EXAMPLES}, with --kinds {_EXAMPLES_FOR_KINDS}",
+  )
   parser.add_argument("--seed", type=int, default=0, help="picks the examples and the places")
+  parser.add_argument("--kinds", action="store_true", help="names what each head is for")
   parser.add_argument("--masks", metavar="FILE.png", help="draw the paper's patterns instead")
   cli.add_compilation_cache(parser)
   options = vars(parser.parse_args(argv))
   masks = options.pop("masks")
-  named = {name: options[name] for name in ("workdir", "weights", "out", "step")}
+  named = {name: options[name] for name in ("workdir", "weights", "out", "step", "average")}
   given = [name for name in ("workdir", "weights") if named[name] is not None]
   if masks is not None and given:
     cli.fail(f"--masks and --{given[0]}: give one of them")
@@ -89,9 +99,11 @@ def run(
   out: str | os.PathLike | None = None,
   layers: Sequence[int] | None = None,
   num: int = 4,
-  examples: int = 16,
+  examples: int | None = None,
   seed: int = 0,
+  kinds: bool = False,
   step: int | None = None,
+  average: bool | None = None,
   data_path: str | None = None,
 ) -> list[epath.Path]:
   """Draws what the run in `workdir`, or an export, has learned; returns the files written.
@@ -102,9 +114,12 @@ def run(
     out: with `weights`: gets samples/STEP/; None is runs/NAME of the export.
     layers: which to draw; None is all, or 8 of them spread over the depth.
     num: predicted places of the example.
-    examples: how many to average over, at most; the first is the one that is drawn.
+    examples: how many to average over, at most; the first is the one that is drawn. None is 16, or
+      64 for kinds.
     seed: picks the examples of the test split, and the places.
+    kinds: prints and writes what each head is for, by the rule of `sparse_flax.view.kinds`.
     step: of the run's checkpoint; None is the newest.
+    average: False draws the weights after the last update of a run that averages them.
     data_path: where the data are now, if they have moved.
 
   Raises:
@@ -112,20 +127,27 @@ def run(
   """
   if not 0 <= seed < 2**32:
     raise ValueError(f"--seed={seed}: must be a whole number in [0, 2**32)")
-  if not 1 <= examples <= _MOST_EXAMPLES:
-    raise ValueError(f"--examples={examples}: must be a whole number from 1 to {_MOST_EXAMPLES}")
-  source = sources.read(workdir, weights, out=out, step=step, data_path=data_path)
+  if examples is None:
+    examples = _EXAMPLES_FOR_KINDS if kinds else _EXAMPLES
+  fewest, why = (2, " with --kinds") if kinds else (1, "")
+  if not fewest <= examples <= _MOST_EXAMPLES:
+    numbers = f"from {fewest} to {_MOST_EXAMPLES}{why}"
+    raise ValueError(f"--examples={examples}: must be a whole number {numbers}")
+  source = sources.read(workdir, weights, out=out, step=step, average=average, data_path=data_path)
   config, graphdef, params, step = source[:4]
   model, unit = config.model, metrics.UNIT[config.model.modality]
   layers = _check_layers(layers, layers_lib.num_layers(model))
   layout = maps_lib.Layout.of(model)
   places = _pick_places(layout, num=num, seed=seed)
-  inputs = _pick_inputs(source, examples, seed=seed)
+  dataset = source.open_dataset("test")
+  inputs = _pick_inputs(dataset, examples, seq_len=model.seq_len, seed=seed)
+  if kinds and len(inputs) < 2:
+    raise ValueError("--kinds: the test split has one example only, and two must differ")
   tokens = inputs[0]
   maps = layers_lib.weights(graphdef, params, tokens, places, layout)
   attention = _attention(model, graphdef, params, inputs, layout, seed=seed)
 
-  folder = source.folder / "samples" / str(step)
+  folder = source.drawn
   folder.mkdir(parents=True, exist_ok=True)
   records = run_lib.read_lines(source.folder / "metrics.jsonl")
   figures = {
@@ -134,9 +156,12 @@ def run(
     )
     for layer in layers
   }
-  figures[f"averages-seed{seed}.png"] = lambda: averages_lib.draw(
-    attention.averages, layers, attention.names
-  )
+  names, told = attention.names, []
+  if kinds:
+    heads = [layers_lib.head_names(model, layer) for layer in range(len(names))]
+    told = kinds_lib.kinds_of(attention.averages, heads)
+    names = _with_kinds(names, told)
+  figures[f"averages-seed{seed}.png"] = lambda: averages_lib.draw(attention.averages, layers, names)
   if any(name not in LEARNED_NAMES for name in model.attention_layers):
     figures["patterns.png"] = lambda: _draw_patterns(model)
   if any(name in LEARNED_NAMES for name in model.attention_layers):
@@ -150,11 +175,30 @@ def run(
     paths.append(_save(draw(), folder / name))
     progress(len(paths))
   progress.end()
+  if kinds:
+    paths.append(folder / f"kinds-seed{seed}.json")
+    about = dict(
+      step=step,
+      ema=source.averaged,
+      data=dataset.identity,
+      split=dataset.split,
+      inputs=attention.averages.num_inputs,
+      places=attention.averages.num_places,
+      rule=kinds_lib.RULE,
+    )
+    files.write(paths[-1], (json.dumps(about | dict(layers=told), indent=1) + "\n").encode())
+    print(kinds_lib.table(told), flush=True)
   evaluations = run_lib.read_lines(source.folder / "evaluations.jsonl")
   page = report.build(
     title=f"{epath.Path(workdir or weights).absolute().name}, step {step:,}",
     facts=run_lib.facts(
-      config, params, step=step, records=records, evaluations=evaluations, unit=unit
+      config,
+      params,
+      step=step,
+      averaged=source.averaged,
+      records=records,
+      evaluations=evaluations,
+      unit=unit,
     ),
     records=records,
     unit=unit,
@@ -168,9 +212,8 @@ def run(
   return paths
 
 
-def _pick_inputs(source: sources.Source, count: int, *, seed: int) -> np.ndarray:
-  """At most `count` different examples of the test split: uint8 [N, T]."""
-  dataset, seq_len = source.open_dataset("test"), source.config.model.seq_len
+def _pick_inputs(dataset: data.Dataset, count: int, *, seq_len: int, seed: int) -> np.ndarray:
+  """At most `count` different examples: uint8 [N, T]."""
   batch_at = data.make_batches(dataset, seq_len=seq_len, batch_size=1, seed=seed)
   inputs = {batch_at(n).tobytes(): batch_at(n)[0] for n in range(count)}
   return np.stack(list(inputs.values()))
@@ -196,6 +239,15 @@ def _attention(
     averages=averages,
     names=[names + ["no such head"] * (num_heads - len(names)) for names in named],
   )
+
+
+def _with_kinds(names: Sequence[Sequence[str]], layers: Sequence[dict]) -> list[list[str]]:
+  """The names of heads with their kinds; those that a layer lacks have none."""
+  found = [list(of_layer) for of_layer in names]
+  for layer in layers:
+    for h, head in enumerate(layer["heads"]):
+      found[layer["layer"]][h] += f"\nkind: {head['kind']}"
+  return found
 
 
 def _parse_layers(text: str | None) -> list[int] | None:

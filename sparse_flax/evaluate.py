@@ -184,6 +184,7 @@ class Evaluator:
     averaged: bool = True,
     num: int | None = None,
     max_batches: int | None = None,
+    ends: tuple[int, int] | None = None,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
     on_sequences: OnSequences = lambda bits: None,
   ) -> dict:
@@ -195,6 +196,8 @@ class Evaluator:
       averaged: whether they are the averaged ones, for the record.
       num: sequences, the first of the split; None scores the whole split.
       max_batches: stop after so many; None scores them all.
+      ends: (context, last) scores the last bytes of each whole window alone, with so many bytes
+        before them and no more, instead of all with `min_context`.
       on_progress: called with the number of bytes scored so far.
       on_sequences: called once with the bits per byte of each sequence, in order: what two models
         gave the same sequences can be compared one by one.
@@ -209,11 +212,16 @@ class Evaluator:
       ValueError: `min_context` leaves nothing to score, or is not 0 for images; or the split has
         no `num` sequences.
     """
-    model, where = self._config.model, dict(min_context=self._min_context)
-    batches = data.eval_batches(
-      self._dataset, seq_len=model.seq_len, batch_size=self._batch_size, **where
-    )
-    there = batches_lib.num_windows(self._dataset, seq_len=model.seq_len, **where)
+    model, context = self._config.model, self._min_context
+    cut = dict(seq_len=model.seq_len, batch_size=self._batch_size)
+    if ends is None:
+      batches = data.eval_batches(self._dataset, min_context=context, **cut)
+      where = dict(seq_len=model.seq_len, min_context=context)
+      there = batches_lib.num_windows(self._dataset, **where)
+    else:
+      context, last = ends
+      batches = batches_lib.end_batches(self._dataset, context=context, last=last, **cut)
+      there = batches_lib.num_ends(self._dataset, seq_len=model.seq_len)
     if num is not None:
       if not 1 <= num <= there:
         raise ValueError(
@@ -258,8 +266,8 @@ class Evaluator:
       "split": self._dataset.split,
       "bytes_scored": num_bytes,
       "bytes_in_split": self._dataset.num_bytes,
-      "context": model.seq_len,
-      "min_context": self._min_context,
+      "context": model.seq_len if ends is None else sum(ends),
+      "min_context": context,
       "ema": averaged and self._config.train.ema_decay > 0,
       "dtype": model.compute_dtype,
       "attention": attention,
@@ -313,6 +321,82 @@ def paired_difference(
     raise ValueError(f"bits of {bits.shape} and {others.shape} sequences: must be as many, >= 2")
   difference = bits.astype(np.float64) - others
   return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(bits))
+
+
+def contexts_of(config: ml_collections.ConfigDict, *, last: int) -> list[int]:
+  """The contexts of `context_curve`: 0, the model's stride, twice that and so on, and the longest.
+
+  Raises:
+    ValueError: `last`, the bytes to score of each window, is not in [1, seq_len]; or the model is
+      one of images, which begin without a context and are always whole.
+  """
+  seq_len, stride, modality = config.model.seq_len, config.model.stride, config.model.modality
+  if modality == "image":
+    raise ValueError(f"config.model.{modality=}: must be 'text' or 'audio' for a context curve")
+  if not 1 <= last <= seq_len:
+    raise ValueError(f"{last=}: must be a whole number from 1 to {seq_len}, the model's seq_len")
+  longest = seq_len - last
+  steps = itertools.takewhile(lambda x: x < longest, (stride * 2**n for n in itertools.count()))
+  return sorted({0, *steps, longest})
+
+
+def context_curve(
+  config: ml_collections.ConfigDict,
+  params: dict,
+  *,
+  last: int,
+  split: str = "test",
+  dataset: data.Dataset | None = None,
+  step: int,
+  averaged: bool = True,
+  num: int | None = None,
+  batch_size: int | None = None,
+  on_progress: Callable[[int], None] = lambda num_contexts: None,
+) -> dict:
+  """Bits per byte of the last bytes of each window, against the bytes given before them.
+
+  The same bytes are scored with each of the contexts of `contexts_of`, so that differences are
+  paired. A shorter context begins at the first position of the model, as a text does.
+
+  Args:
+    config: of the run that trained the weights; of a text or of sound.
+    params: the weights, as checkpoint.restore_params returns them.
+    last: bytes to score of each window; in [1, seq_len].
+    split, dataset, step, averaged, num, batch_size: as for `evaluate`, whose sequences are the
+      whole windows of the split here.
+    on_progress: called with the number of contexts that are done.
+
+  Returns:
+    What `Evaluator` says of a score and does not depend on the context; `last`; and `contexts`, of
+    which each has `context`, `bits_per_byte` and `standard_error` over windows, and `more` and
+    `more_error`: by how much it needs more bits than the longest, paired by window. Errors are None
+    where there is one window.
+
+  Raises:
+    ValueError: `last` is out of range, the split has no whole window, or its data are images or
+      say themselves what is scored.
+  """
+  dataset = checked(dataset, config) if dataset else open_dataset(config, split)
+  if answers_of(config) is not None:
+    raise ValueError(f"config.data.name={config.data.name!r}: says itself which bytes are scored")
+  if num is not None and num > 0:
+    batch_size = min(num, batch_size or config.data.batch_size // config.train.accumulation)
+  evaluator = Evaluator(config, dataset, min_context=0, batch_size=batch_size)
+  contexts, results, of_windows = contexts_of(config, last=last), [], []
+  how = dict(step=step, averaged=averaged, num=num, on_sequences=of_windows.append)
+  for context in contexts:
+    results.append(evaluator(params, ends=(context, last), **how))
+    on_progress(len(results))
+  own = ("bits_per_byte", "standard_error")
+  curve = []
+  for context, result, bits in zip(contexts, results, of_windows, strict=True):
+    numbers = {key: result[key] for key in own}
+    more, error = result["bits_per_byte"] - results[-1]["bits_per_byte"], None
+    if len(bits) > 1:
+      more, error = paired_difference(bits, of_windows[-1])
+    curve.append(dict(context=context, **numbers, more=more, more_error=error))
+  of_all = {k: v for k, v in results[-1].items() if k not in (*own, "context", "min_context")}
+  return of_all | dict(last=last, contexts=curve)
 
 
 def evaluate(

@@ -104,6 +104,34 @@ def records(results: pathlib.Path) -> matplotlib.figure.Figure:
   return figure
 
 
+def contexts(results: pathlib.Path) -> matplotlib.figure.Figure:
+  """Bits per byte of the last bytes of each window against the bytes given before them."""
+  figure = matplotlib.figure.Figure(figsize=(7, 3.6), layout="constrained", facecolor="white")
+  axes, ticks = figure.subplots(), {}
+  for path in _context_curves(results):
+    curve = json.loads(path.read_text())
+    points, last = curve["contexts"], curve["last"]
+    # On a logarithmic axis no context stands where the last bytes themselves are all there is.
+    found = [point["context"] + last for point in points]
+    bits = [point["bits_per_byte"] for point in points]
+    errors = [point["more_error"] or 0.0 for point in points]
+    label = f"{path.parent.name}, the last {last:,} of {curve['sequences']:,} windows"
+    axes.errorbar(found, bits, errors, fmt="o-", markersize=4, capsize=2, label=label)
+    ticks |= {at: f"{point['context']:,}" for at, point in zip(found, points, strict=True)}
+  axes.set(xscale="log", xlabel="bytes given before them", ylabel="bits/byte")
+  axes.set_xticks(list(ticks), list(ticks.values()), size=8, rotation=45)
+  axes.set_xticks([], minor=True)
+  axes.grid(alpha=0.25)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(frameon=False, fontsize=9, title="errors: of differences from the longest")
+  return figure
+
+
+def _context_curves(results: pathlib.Path) -> list[pathlib.Path]:
+  """Those of runs that have one, by `python -m experiments.evaluate --context_curve=BYTES`."""
+  return sorted(results.glob("runs/*/context_curve.json"))
+
+
 class Curve(NamedTuple):
   """Of the evaluations of a run on the validation split."""
 
@@ -127,7 +155,10 @@ def curve(folder: pathlib.Path) -> Curve:
 
 def run(results: pathlib.Path) -> None:
   """Draws every plot from a folder of results."""
-  for name, draw in {"block-sparse": block_sparse, "records": records, "steps": steps}.items():
+  plots = {"block-sparse": block_sparse, "records": records, "steps": steps}
+  if _context_curves(results):
+    plots["contexts"] = contexts
+  for name, draw in plots.items():
     path = PICTURES / f"{name}.png"
     # Without the version of matplotlib the same plot is the same file.
     draw(results).savefig(path, dpi=100, metadata={"Software": None})

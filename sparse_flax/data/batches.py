@@ -1,6 +1,7 @@
 """Batches by step number for training, and every byte exactly once for evaluation."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -131,6 +132,49 @@ def eval_batches(
   return ((tokens[:, dataset.places], scored) for tokens, scored in batches)
 
 
+def end_batches(
+  dataset: dataset_lib.Dataset, *, seq_len: int, context: int, last: int, batch_size: int
+) -> Iterator[tuple[UInt8[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]]:
+  """The last bytes of each whole window of the split, with `context` bytes before them and no more.
+
+  Each stream is cut from its beginning into consecutive windows of seq_len, and its rest left out:
+  whatever the context, the same bytes are scored, in the same order.
+
+  Args:
+    dataset: a split of texts or recordings.
+    seq_len: bytes of a window, and of a row of a batch.
+    context: true bytes before the first scored one of each window; in [0, seq_len - last].
+    last: bytes to score of each; in [1, seq_len].
+    batch_size: windows of a batch, over all hosts; the last batch is padded.
+
+  Returns:
+    Pairs as of `eval_batches`: a row begins with the context, and ends with padding.
+
+  Raises:
+    ValueError: an argument is out of range, the data are images, or no stream has a window.
+  """
+  _check(dataset, seq_len=seq_len, batch_size=batch_size)
+  if dataset.image_shape:
+    raise ValueError(
+      f"{dataset.name=}: must have text or sound, whose windows have bytes before them"
+    )
+  if not 1 <= last <= seq_len:
+    raise ValueError(f"{last=} must be in [1, {seq_len=}]")
+  if not 0 <= context <= seq_len - last:
+    raise ValueError(f"{context=} must be in [0, {seq_len - last}], {seq_len=} less {last=}")
+  if not num_ends(dataset, seq_len=seq_len):
+    raise ValueError(
+      f"{seq_len=} must be at most {dataset.streams.lengths.max():,}, the longest part of the "
+      f"{dataset.split} split of {dataset.name}"
+    )
+  return _end_batches(dataset.streams, seq_len, context, last, batch_size)
+
+
+def num_ends(dataset: dataset_lib.Dataset, *, seq_len: int) -> int:
+  """How many windows `end_batches` has, padding apart."""
+  return int((np.asarray(dataset.streams.lengths) // seq_len).sum())
+
+
 def num_windows(dataset: dataset_lib.Dataset, *, seq_len: int, min_context: int) -> int:
   """How many windows `eval_batches` has, padding apart."""
   lengths = np.asarray(dataset.streams.lengths)
@@ -154,6 +198,21 @@ def _eval_batches(streams, seq_len, advance, batch_size):
         yield tokens, scored
         tokens, scored, filled = empty(np.uint8), empty(bool), 0
   if filled:
+    yield tokens, scored
+
+
+def _end_batches(streams, seq_len, context, last, batch_size):
+  ends = (
+    (index, stop)
+    for index, length in enumerate(streams.lengths.tolist())
+    for stop in range(seq_len, length + 1, seq_len)
+  )
+  for part in itertools.batched(ends, batch_size):
+    tokens = np.zeros((batch_size, seq_len), np.uint8)
+    scored = np.zeros((batch_size, seq_len), bool)
+    for row, (index, stop) in enumerate(part):
+      tokens[row, : context + last] = streams.read(index, stop - context - last, stop)
+    scored[: len(part), context : context + last] = True
     yield tokens, scored
 
 

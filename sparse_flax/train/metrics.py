@@ -20,6 +20,8 @@ _REMOTE_SECONDS = 30.0
 is_remote = run.files.is_remote
 
 UNIT = {"image": "bits/dim", "text": "bits/byte", "audio": "bits/byte"}
+# What is said of weights that are averaged, and of those that are not.
+AVERAGED = {True: "averaged (EMA)", False: "of the last update (not averaged)"}
 
 
 class Writer:

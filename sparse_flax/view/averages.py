@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 from flax import nnx
@@ -27,6 +28,9 @@ from sparse_flax.view.maps import Layout
 
 _LAYER_BYTES = 2**27  # the weights of one layer, for two inputs
 _MOST_PLACES = 128
+_MOST_PANELS = 4  # in a line, of several layers
+_AROUND = 5  # rows and columns of the predicted pixel's neighbourhood, drawn again, enlarged
+_LEAST = 1e-7  # of texts and sounds, smaller means are not drawn: they would stretch the axis
 _EXACT = 256  # distances with a value of their own; further away they share one, 12 per doubling
 
 
@@ -43,7 +47,11 @@ class Averages:
     absolute: of pictures, mean weight on each pixel: [L, H, rows, columns].
     distances: of text and audio, the first distance of each bin; 1 is the token just before.
     numbers: by the names of `meanings`, [L, H] each. `change` is the share of the weight that
-      lies elsewhere for another input, from 0 to 1; NaN where there is one input only.
+      lies elsewhere for another input, from 0 to 1; NaN where there is one input only. Also
+      `recent`, the share on the last `columns` pixels, bytes or samples, and of a picture on those
+      of the predicted pixel itself; `above`, that on the own column, or the one left of it, in the
+      rows above (of text and audio, on steps of `columns` before the own block); and `start`, that
+      on the start vector.
   """
 
   num_inputs: int
@@ -123,7 +131,7 @@ def average(
     on_progress(n * size)
   num_inputs = size * len(batches)
   each = num_inputs * len(places)
-  numbers = {name: total[name] / each for name in ("row", "column")}
+  numbers = {name: total[name] / each for name in ("row", "column", "recent", "above", "start")}
   with np.errstate(divide="ignore", invalid="ignore"):
     numbers["distance"] = total["distance"] / total["on_tokens"]
   pairs = len(batches) * len(places) if size == 2 else np.nan
@@ -147,35 +155,62 @@ def draw(
 
   Args:
     averages: of all layers.
-    layers: those to draw.
+    layers: those to draw, side by side where their heads are few.
     names: of each head of each layer.
   """
-  rows, columns = len(layers), averages.relative.shape[1]
+  num_heads = averages.relative.shape[1]
+  beside = min(len(layers), max(1, _MOST_PANELS // num_heads))
+  rows, columns = -(-len(layers) // beside), beside * num_heads
   size = (max(7.0, 2.9 * columns), 1.75 * rows + 0.9)
   figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
   of = f"{averages.num_inputs} inputs, {averages.num_places} places of each"
-  shade = "" if averages.distances is not None else "; shade: root of the weight"
-  figure.suptitle(f"mean weight by offset from the predicted place\n({of}{shade})")
+  is_picture = averages.distances is None
+  is_small = is_picture and averages.relative.shape[2] < 3 * _AROUND
+  told = "; shade: root of the weight" if is_picture else ""
+  told += "; framed: the nearest pixels, enlarged" if is_picture and not is_small else ""
+  place = "predicted pixel (orange)" if is_picture else "predicted place"
+  figure.suptitle(f"mean weight by offset from the {place}\n({of}{told})")
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
-  for line, layer in zip(grid, layers, strict=True):
+  panels = grid.reshape(rows * beside, num_heads)
+  for axes in panels[len(layers) :].flat:
+    axes.set_axis_off()
+  for line, layer in zip(panels, layers, strict=False):
     for h, axes in enumerate(line):
       relative = averages.relative[layer, h]
-      if averages.distances is not None:
-        seen = relative > 0
+      if not is_picture:
+        seen = relative > _LEAST
         axes.plot(averages.distances[seen], relative[seen], ".-", color="#0072b2", lw=0.6, ms=3)
         axes.set(xscale="log", yscale="log" if seen.any() else "linear")
         axes.grid(alpha=0.3)
       else:
-        height, width = relative.shape
-        around = (-(width // 2) - 0.5, width // 2 + 0.5, 0.5, 0.5 - height)
-        axes.imshow(visible(relative), cmap="cividis", vmin=0, vmax=1, extent=around)
-        axes.plot(0, 0, "s", markersize=4, markerfacecolor="none", color=FRAME)
+        shades = visible(relative)
+        _draw_offsets(axes, shades, marker_size=4)
+        if not is_small:
+          _draw_nearest(axes, shades)
       axes.set_title(f"layer {layer}, {names[layer][h]}", size=9)
       axes.tick_params(labelsize=7)
-  is_picture = averages.distances is None
   figure.supxlabel("columns to the right" if is_picture else "distance back, tokens", size=10)
-  figure.supylabel("rows below" if is_picture else "mean weight of a token", size=10)
+  figure.supylabel("rows above" if is_picture else "mean weight of a token", size=10)
   return figure
+
+
+def _draw_offsets(
+  axes: matplotlib.axes.Axes, shades: Float[np.ndarray, "rows columns"], *, marker_size: int
+) -> None:
+  """The predicted pixel is the middle one of the last row."""
+  height, width = shades.shape
+  extent = (-width / 2, width / 2, -0.5, height - 0.5)
+  axes.imshow(shades, cmap="cividis", vmin=0, vmax=1, extent=extent)
+  axes.plot(0, 0, "s", markersize=marker_size, markerfacecolor="none", color=FRAME)
+
+
+def _draw_nearest(axes: matplotlib.axes.Axes, shades: Float[np.ndarray, "rows columns"]) -> None:
+  """In the upper left corner, left of the own column, which has most of what is seen so far up."""
+  middle = shades.shape[1] // 2
+  nearest = axes.inset_axes((0.03, 0.4, 0.42, 0.55), anchor="NW", xticks=[], yticks=[])
+  around = shades[-_AROUND:, middle - _AROUND + 1 : middle + _AROUND]
+  _draw_offsets(nearest, around, marker_size=9)
+  nearest.spines[:].set_color("white")
 
 
 def _sums(
@@ -183,9 +218,10 @@ def _sums(
 ) -> dict:
   """What is averaged of one layer, summed over inputs and places: a dict of [H, ...]."""
   weights = jnp.nan_to_num(layout.in_rows(weights))
+  start = dict(start=weights[..., 0].sum(axis=(0, 2)) / layout.channels)
   if layout.modality == "image":
-    return _sums_of_image(maps_lib.of_pixels(weights, layout), places, layout)
-  return _sums_of_sequence(weights, places, layout)
+    return start | _sums_of_image(maps_lib.of_pixels(weights, layout), places, layout)
+  return start | _sums_of_sequence(weights, places, layout)
 
 
 def _sums_of_image(
@@ -195,6 +231,11 @@ def _sums_of_image(
   rows, columns = np.arange(layout.rows), np.arange(layout.columns)
   distance = np.hypot(rows[:, None] - y[:, None, None], columns - x[:, None, None])
   change = _change(maps.reshape(*maps.shape[:3], -1))
+  # The query of a pixel's first channel stands on the pixel to the left, or at the end of a row.
+  is_near = (columns == x[:, None]) | (columns == (x[:, None] - 1) % layout.columns)
+  ago = places[:, None, None] - (rows[:, None] * layout.columns + columns)
+  is_recent = (ago >= 0) & (ago <= layout.columns)
+  is_above = (rows < y[:, None])[:, :, None] & is_near[:, None]
   maps = maps.sum(axis=0)
   # Around every place a window that has the place in the middle of its last row.
   around = ((0, 0), (0, 0), (layout.rows - 1, 0), (layout.columns - 1,) * 2)
@@ -207,6 +248,8 @@ def _sums_of_image(
     absolute=maps.sum(axis=1),
     row=maps[:, np.arange(len(y)), y].sum(axis=(1, 2)),
     column=maps[:, np.arange(len(x)), :, x].sum(axis=(0, 2)),
+    recent=jnp.where(is_recent[None], maps, 0.0).sum(axis=(1, 2, 3)),
+    above=jnp.where(is_above[None], maps, 0.0).sum(axis=(1, 2, 3)),
     distance=jnp.einsum("hpyx,pyx->h", maps, distance.astype(np.float32)),
     on_tokens=maps.sum(axis=(1, 2, 3)),
     change=change,
@@ -221,6 +264,8 @@ def _sums_of_sequence(
   weights = weights.sum(axis=0)
   # Blocks and columns are counted by slots, as the patterns do.
   share = lambda chosen: jnp.where(chosen[None], weights, 0.0).sum(axis=(1, 2))
+  is_block = slots // layout.columns == places[:, None] // layout.columns
+  is_step = slots % layout.columns == places[:, None] % layout.columns
   # Slot j holds the token at distance place + 1 - j; from the first distance on, to the left.
   to_left = jnp.pad(weights[..., :0:-1], ((0, 0), (0, 0), (0, layout.seq_len)))
   cut = lambda array, start: jax.lax.dynamic_slice_in_dim(array, start, layout.seq_len, axis=1)
@@ -228,8 +273,10 @@ def _sums_of_sequence(
   by_distance = jax.vmap(cut, in_axes=(1, 0))(to_left, starts).sum(axis=0)
   return dict(
     relative=by_distance,
-    row=share(slots // layout.columns == places[:, None] // layout.columns),
-    column=share(slots % layout.columns == places[:, None] % layout.columns),
+    row=share(is_block),
+    column=share(is_step),
+    recent=by_distance[:, : layout.columns].sum(axis=1),
+    above=share(is_step & ~is_block),
     distance=by_distance @ np.arange(1, layout.seq_len + 1, dtype=np.float32),
     on_tokens=by_distance.sum(axis=1),
     change=change,

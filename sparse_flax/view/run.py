@@ -8,6 +8,7 @@ import ml_collections
 from etils import epath
 
 from sparse_flax.model import levels
+from sparse_flax.train import metrics
 from sparse_flax.view.report import charts
 from sparse_flax.view.report import SAMPLE_BYTES
 from sparse_flax.view.report.samples import Sample
@@ -54,6 +55,7 @@ def facts(
   params: dict,
   *,
   step: int,
+  averaged: bool,
   records: Sequence[dict],
   evaluations: Sequence[dict],
   unit: str,
@@ -64,6 +66,7 @@ def facts(
     config: of the run.
     params: its weights.
     step: of the checkpoint.
+    averaged: whether the weights are the averaged ones.
     records: of metrics.jsonl.
     evaluations: of evaluations.jsonl.
     unit: of the scores.
@@ -80,6 +83,7 @@ def facts(
   entries = [
     ("data", f"{config.data.name} ({model.modality})"),
     ("step", f"{step:,}"),
+    ("weights", metrics.AVERAGED[averaged]),
     ("parameters", f"{sum(x.size for x in jax.tree.leaves(params)):,}"),
     ("layers x heads", f"{layers} x {join(level.num_heads for level in found)}"),
     (
@@ -90,15 +94,16 @@ def facts(
   ]
   if groups:
     entries.append(("inner layers", f"on groups of {' and '.join(map(str, groups))} bytes"))
-  # Of the averaged weights, as the curve, and on the whole split.
+  # Of these weights, and on the whole split. Training scores the averaged ones where it keeps them.
   scored = lambda line: line.get("bytes_scored") == line.get("bytes_in_split")
+  validations = records if averaged == (config.train.ema_decay > 0) else []
   tests = [
     line
     for line in evaluations
-    if line.get("split") == "test" and line.get("ema", True) and scored(line)
+    if line.get("split") == "test" and line.get("ema", True) == averaged and scored(line)
   ]
   for split, field, lines in (
-    ("validation", "validation_bits_per_byte", records),
+    ("validation", "validation_bits_per_byte", validations),
     ("test", "bits_per_byte", tests),
   ):
     scores = [

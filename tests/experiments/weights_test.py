@@ -1,6 +1,7 @@
 """Commands that take an export instead of a run, and the choice of a run's weights."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from sparse_flax import export as export_lib
 from sparse_flax.run import checkpoint
 from sparse_flax.run import workdir
 from tests.helpers import tiny
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.promotes
 
@@ -45,6 +47,21 @@ def test_an_export_is_scored_as_the_run_that_it_is_of(root, tmp_path, capsys):
   (line,) = (tmp_path / "in" / "evaluations.jsonl").read_text().splitlines()
   assert json.loads(line)["sequences"] == 2
   assert json.loads(line)["bits_per_byte"] == pytest.approx(8, abs=1e-5)
+
+
+@pytest.mark.one_day_in_six(2)
+def test_a_context_curve_is_printed_and_written(root, tmp_path, capsys):
+  flags = [f"--weights={root / 'out'}", f"--out={tmp_path}", "--context_curve=8", "--num=2"]
+  assert evaluate.main(flags) == 0
+  head, first, *_, last = capsys.readouterr().out.split("  data ")[0].splitlines()
+  assert head.split() == ["context", "bits/byte", "more", "than", "the", "longest"]
+  assert first.split() == ["0", *["8.0000", "+-", "0.0000"], *["0.0000", "+-", "0.0000"]]
+  assert last.split()[0] == "24"
+  (path,) = tmp_path.iterdir()  # no line of evaluations.jsonl, which has whole scores
+  written = json.loads(path.read_text())
+  assert path.name == "context_curve.json" and written["weights"] == str(root / "out")
+  assert [x["context"] for x in written["contexts"]] == [0, 8, 16, 24]
+  assert (written["sequences"], written["sequences_in_split"], written["last"]) == (2, 3, 8)
 
 
 @pytest.mark.one_day_in_six(2)
@@ -102,6 +119,43 @@ def test_samples_of_an_export(root, tmp_path, monkeypatch, capsys):
     sample.run(weights=root / "out", num=1)
 
 
+@pytest.mark.one_day_in_six(1)
+def test_samples_of_the_weights_after_the_last_update(root, monkeypatch, capsys):
+  drawn_by = []
+
+  def draw(graphdef, params, *, num, **options):
+    drawn_by.append(params["logits"]["kernel"])
+    return np.full((num, 32), 97, np.uint8)
+
+  monkeypatch.setattr(sample.sample, "generate", draw)
+  flags = f"--workdir={root / 'run'}"
+  for average in (None, True, False):
+    (path,) = sample.run(root / "run", num=1, average=average)
+    apart = "last-update/" if average is False else ""
+    assert str(path.parent) == f"{root / 'run'}/samples/{apart}3"
+  assert [bool(kernel.any()) for kernel in drawn_by] == [False, False, True]
+  page = path.with_name("report.html")
+  page.write_text("<main></main>")
+  assert sample.main([flags, "--num=1", "--average=false"]) == 0
+  again = f"python -m experiments.visualize {flags} --step=3 --average=false"
+  assert capsys.readouterr().err.endswith(f" {again}\n") and again in page.read_text()
+  page.unlink()
+
+
+@pytest.mark.one_day_in_six(3)
+def test_pictures_of_the_weights_after_the_last_update(root, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(root / "run", run, ignore=shutil.ignore_patterns("samples", "evaluations.jsonl"))
+  evaluate.run(run)
+  scored = evaluate.run(run, average=False)
+  argv = [f"--workdir={run}", "--average=false", "--num=1", "--examples=2", "--layers=0"]
+  assert visualize.main(argv) == 0
+  page = (run / "samples" / "last-update" / "3" / "report.html").read_text()
+  assert "of the last update (not averaged)" in page
+  assert f"{scored['bits_per_byte']:.3f} bits/byte" in page and "8.000 bits/byte" not in page
+  assert f"experiments.sample --workdir={run} --step=3 --average=false --keep" in page
+
+
 @pytest.mark.one_day_in_six(4)
 def test_pictures_of_an_export(root, tmp_path):
   evaluate.run(weights=root / "out", out=tmp_path / "to")
@@ -129,6 +183,14 @@ def test_pictures_of_an_export(root, tmp_path):
       "has no model.safetensors, so it is not the folder of an export",
     ),
     ("--weights={golden}/export --step=3", "--step: is for --workdir; an export has one step"),
+    (
+      "--weights={golden}/export --average=true",
+      "--average: is for --workdir; an export has one set of weights, and says which",
+    ),
+    (
+      "--workdir={golden}/float32 --average=no",
+      "argument --average: must be true or false, not 'no'",
+    ),
     ("--workdir={golden}/float32 --out=x", "--out: is for --weights"),
     ("--weights={golden}/export --out={golden}/text", "/text: is no folder"),
   ],
@@ -141,12 +203,16 @@ def test_flags_that_do_not_go_together(command, flags, message, capsys):
   ("flags", "message"),
   [
     (
-      "--weights={golden}/export --average=false",
-      "--average: is for --workdir; an export has one set",
+      "--workdir={golden}/float32 --context_curve=8 --min_context=8",
+      "--min_context=8: is not for --context_curve, which chooses contexts",
     ),
     (
-      "--workdir={golden}/float32 --average=no",
-      "argument --average: must be true or false, not 'no'",
+      f"--weights={ROOT}/experiments/pretrained/cifar10 --context_curve=8",
+      "--context_curve=8: config.model.modality='image': must be 'text' or 'audio' for a context",
+    ),
+    (
+      "--workdir={golden}/float32 --context_curve=33",
+      "--context_curve=33: last=33: must be a whole number from 1 to 32, the model's seq_len",
     ),
   ],
 )

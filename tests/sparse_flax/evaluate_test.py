@@ -69,6 +69,54 @@ def test_minimum_context_scores_the_same_bytes_with_more_before_them(case):
   assert result["bytes_scored"] == 100 and result["min_context"] == 24
 
 
+def test_the_context_curve_scores_the_same_bytes_with_more_before_them(case):
+  config, params, _, text = case
+  result = evaluate.context_curve(config, params, last=4, step=7)
+  assert [x["context"] for x in result["contexts"]] == [0, 8, 16, 28]  # the stride is 8
+  of_each = np.array(
+    [
+      [bits(case, text[stop - 4 - x["context"] : stop], x["context"]) / 4 for stop in (32, 64, 96)]
+      for x in result["contexts"]
+    ]
+  )
+  more = of_each - of_each[-1]
+  for key, expected in (
+    ("bits_per_byte", of_each.mean(axis=1)),
+    ("standard_error", of_each.std(axis=1, ddof=1) / 3**0.5),
+    ("more", more.mean(axis=1)),
+    ("more_error", more.std(axis=1, ddof=1) / 3**0.5),
+  ):
+    got = [x[key] for x in result["contexts"]]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=key)
+  assert abs(more[:-1]).min() > 1e-3  # the contexts matter
+  expected = dict(last=4, bytes_scored=12, sequences=3, sequences_in_split=3, step=7, split="test")
+  assert result | expected == result and "min_context" not in result
+  assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_a_context_curve_of_one_window_has_no_errors(case):
+  config, params, _, _ = case
+  result = evaluate.context_curve(config, params, last=32, step=0, num=1)
+  whole = evaluate.evaluate(config, params, step=0, num=1)["bits_per_byte"]
+  assert result["contexts"] == [
+    dict(context=0, bits_per_byte=whole, standard_error=None, more=0.0, more_error=None)
+  ]
+
+
+def test_context_curves_of_what_has_none(case, tmp_path):
+  config, params, _, _ = case
+  for last in (0, 33):
+    with pytest.raises(ValueError, match=rf"last={last}: must be a whole number from 1 to 32"):
+      evaluate.context_curve(config, params, last=last, step=0)
+  short = evaluate.open_dataset(config, "test")
+  long = config.copy_and_resolve_references()
+  long.model.update(seq_len=128, position_shape=(16, 8))
+  with pytest.raises(ValueError, match="seq_len=128 must be at most 100, the longest part of the"):
+    evaluate.context_curve(long, params, last=8, dataset=short, step=0)
+  with pytest.raises(ValueError, match="num=4: must be a whole number from 1 to 3"):
+    evaluate.context_curve(config, params, last=8, num=4, step=0)
+
+
 def test_devices_share_the_batch(case):
   config, params, _, _ = case
   dataset = evaluate.open_dataset(config, "test")

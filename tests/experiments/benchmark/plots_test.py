@@ -47,6 +47,24 @@ def test_a_curve_ends_with_the_seconds_of_its_run():
     assert last["step"] == result["step"] and bits[-1] == last["validation_bits_per_byte"]
 
 
+def test_a_context_curve_is_drawn_with_the_errors_of_its_differences(tmp_path):
+  bits = {0: 4.0, 8: 3.0, 28: 2.5}
+  points = [
+    dict(context=x, bits_per_byte=y, standard_error=0.5, more=y - 2.5, more_error=0.1)
+    for x, y in bits.items()
+  ]
+  folder = tmp_path / "runs" / "a run"
+  folder.mkdir(parents=True)
+  (folder / "context_curve.json").write_text(json.dumps(dict(last=4, sequences=3, contexts=points)))
+  (axes,) = plots.contexts(tmp_path).axes
+  (container,) = axes.containers
+  line, _, (bars,) = container
+  np.testing.assert_allclose(line.get_xydata(), [[4, 4.0], [12, 3.0], [32, 2.5]])
+  np.testing.assert_allclose([np.ptp(x[:, 1]) for x in bars.get_segments()], 0.2)
+  assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "8", "28"]
+  assert container.get_label() == "a run, the last 4 of 3 windows"
+
+
 def test_the_pictures_are_of_these_results(tmp_path, monkeypatch, as_a_user):
   names = ("block-sparse.png", "records.png", "steps.png")
   pixels = lambda path: np.asarray(PIL.Image.open(path).convert("RGB"), float)

@@ -63,15 +63,23 @@ def by_pixel(weights, layout):
   return tokens.reshape(*weights.shape[:-2], *shape).sum(axis=-1).mean(axis=-3)
 
 
-def test_the_test_score_is_of_averaged_weights_on_the_whole_split(tmp_path):
+def test_scores_are_of_the_same_weights_on_the_whole_split(tmp_path):
   older = dict(split="test", step=3, bits_per_byte=5.0)  # which has less to say
   whole = older | dict(bytes_scored=100, bytes_in_split=100, ema=True)
   others = [whole | x for x in (dict(ema=False), dict(bytes_scored=32), dict(step=4))]
   others = [line | dict(bits_per_byte=4.0) for line in others]
-  how = dict(step=3, records=[], unit="bits/byte")
+  config, validation = tiny.config(tmp_path), dict(step=3, validation_bits_per_byte=6.0)
+  how = dict(step=3, records=[validation], unit="bits/byte")
   for line in (older, whole):
-    entries = run_lib.facts(tiny.config(tmp_path), {}, evaluations=[line, *others], **how)
-    assert entries[-1] == ("test score", "5.000 bits/byte")
+    facts = dict(run_lib.facts(config, {}, evaluations=[line, *others], averaged=True, **how))
+    assert facts["test score"] == "5.000 bits/byte"
+    assert facts["validation score"] == "6.000 bits/byte"
+  # Training has scored the averaged ones.
+  facts = dict(run_lib.facts(config, {}, evaluations=[whole, *others], averaged=False, **how))
+  assert facts["test score"] == "4.000 bits/byte" and "validation score" not in facts
+  config.train.ema_decay = 0.0
+  facts = dict(run_lib.facts(config, {}, evaluations=[], averaged=False, **how))
+  assert facts["validation score"] == "6.000 bits/byte"
 
 
 # ------------------------------------------------------------------------------------------- maps

@@ -185,6 +185,7 @@ def test_text_runs_give_layers_patterns_and_the_curve(text_run, capsys):
     (["--num=0"], "--num=0"),
     (["--num=29"], "from 1 to 28"),
     (["--examples=0"], "--examples=0: must be a whole number from 1"),
+    (["--examples=1", "--kinds"], "--examples=1: must be a whole number from 2 to 1024 with"),
     (["--seed=-1"], "--seed=-1"),
     (["--step=7"], "step=7: no checkpoint"),
     (["--masks=m.png"], "give one of them"),
@@ -200,6 +201,28 @@ def test_bad_flags_are_one_line_and_write_nothing(text_run, flags, message, caps
   lines = capsys.readouterr().err.strip().splitlines()
   assert len(lines) == 1 and message in lines[0]
   assert sorted(text_run.rglob("*")) == before
+
+
+@pytest.mark.one_day_in_three(1)
+def test_kinds_are_printed_written_and_drawn(text_run, capsys, monkeypatch):
+  names = []
+  draw_averages = visualize.averages_lib.draw
+  keep = lambda *args: names.append(args[2]) or draw_averages(*args)
+  monkeypatch.setattr(visualize.averages_lib, "draw", keep)
+  assert visualize.main([f"--workdir={text_run}", "--kinds", "--layers=0", "--num=1"]) == 0
+  said = capsys.readouterr().out.splitlines()
+  path = text_run / "samples" / "3" / "kinds-seed0.json"
+  assert said[0].split()[:2] == ["layer", "head"] and str(path) in said
+  written = json.loads(path.read_text())
+  assert written["rule"]["rows"] == "recent >= 0.5" and written["split"] == "test"
+  assert 1 < written["inputs"] <= 64
+  heads = [head for layer in written["layers"] for head in layer["heads"]]
+  labels = [f"{layer['layer']} {layer['kind']}  " for layer in written["layers"]]
+  assert said[1].startswith(labels[0]) and said[3].startswith(labels[1])
+  assert all(head["kind"] in line for head, line in zip(heads, said[1:5], strict=True))
+  drawn = [name for layer in names[0] for name in layer]
+  assert drawn == [f"{head['name']}\nkind: {head['kind']}" for head in heads]
+  path.unlink()
 
 
 def test_masks_must_be_a_png(capsys):
