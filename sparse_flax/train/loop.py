@@ -484,13 +484,7 @@ def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.M
   shapes = run.laid_out(shapes, layout)
   stages = list(dict.fromkeys(stage for _, stage in config.model.learned_stages))
   step = chex.assert_max_traces(one_step, n=max(1, len(stages)))
-  step = jax.jit(
-    step,
-    donate_argnums=0,
-    out_shardings=(layout, sharding.replicated(mesh)),
-    compiler_options=step_lib.compiler_options(mesh),
-    static_argnames="stage",
-  )
+  step = step_lib.jit_step(step, layout, mesh)
   size = (config.data.batch_size, config.model.seq_len)
   tokens = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=sharding.by_batch(mesh))
   try:
