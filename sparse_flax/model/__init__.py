@@ -1,6 +1,9 @@
 """The model: embeddings, residual blocks, attention layers, and the caches to decode with."""
 
 from sparse_flax.model import cache
+from sparse_flax.model.arguments import COMPUTE_DTYPES
+from sparse_flax.model.arguments import MODALITIES
+from sparse_flax.model.arguments import PARAM_DTYPES
 from sparse_flax.model.attention import SparseSelfAttention
 from sparse_flax.model.block import activation
 from sparse_flax.model.block import ACTIVATIONS
@@ -19,13 +22,10 @@ from sparse_flax.model.learned_attention import LearnedSelfAttention
 from sparse_flax.model.order import Order
 from sparse_flax.model.remat import level_in
 from sparse_flax.model.remat import REMATS
+from sparse_flax.model.rope import ROPES
 from sparse_flax.model.shorten import Lengthen
 from sparse_flax.model.shorten import Shorten
-from sparse_flax.model.transformer import COMPUTE_DTYPES
 from sparse_flax.model.transformer import graph_and_shapes
-from sparse_flax.model.transformer import MODALITIES
-from sparse_flax.model.transformer import PARAM_DTYPES
-from sparse_flax.model.transformer import ROPES
 from sparse_flax.model.transformer import SparseTransformer
 
 __all__ = [

@@ -11,6 +11,9 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Integer
 
+ROPES = ("none", "tokens", "axes")  # of a SparseTransformer
+AXES_THETA = 100.0  # places along an axis are fewer than tokens
+
 Positions = Integer[Array | np.ndarray, "T"] | Integer[Array | np.ndarray, "B T"]
 
 
@@ -78,3 +81,23 @@ def rope(theta: float = 10_000.0, shape: Sequence[int] = ()) -> Rope:
       then each of its axes has planes of its own. Default: a line.
   """
   return Rope(theta, tuple(shape))
+
+
+def of_level(name: str, position_shape: tuple[int, ...], *, factor: int) -> Rope | None:
+  """What turns the rows of a level of a SparseTransformer, which are `factor` tokens each.
+
+  Args:
+    name: one of ROPES.
+    position_shape: of the tokens.
+    factor: tokens of a row.
+  """
+  if name == "none":
+    return None
+  shape = position_shape
+  while shape and math.prod(shape) * factor > math.prod(position_shape):
+    shape = shape[:-1]
+  # Groups of all that the last axes hold lie on a grid of the others, and else on a line.
+  on_grid = math.prod(shape) * factor == math.prod(position_shape)
+  if name == "tokens" or not on_grid:
+    return Rope()
+  return Rope(AXES_THETA, shape)

@@ -1,6 +1,5 @@
 """The Sparse Transformer: embeddings, groups of residual blocks one after the other, logits."""
 
-import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from jaxtyping import UInt8
 
 from pallas_kernels import api
 from pallas_kernels import residual
+from sparse_flax.model import arguments
 from sparse_flax.model import block
 from sparse_flax.model import cache_blocks
 from sparse_flax.model import embedding
@@ -30,23 +30,12 @@ from sparse_flax.model import rope as rope_lib
 from sparse_flax.model.layer_patterns import Entry
 from sparse_flax.parallel import sharding
 
-MODALITIES = ("image", "text", "audio")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-PARAM_DTYPES = ("float32", "bfloat16")
-ROPES = ("none", "tokens", "axes")
-AXES_THETA = 100.0  # places along an axis are fewer than tokens
 # Implementations of blocks whose layers are in a loop of Python: of what a kernel makes and a scan
 # keeps, it makes copies, into its stacks and out of them. XLA's own results are made in the stacks.
 LOOPED = ("mosaic_gpu",)
 
 Tokens = UInt8[Array, "B T"] | Integer[Array, "B T"]
 Caches = tuple[cache_blocks.AnyCache, ...] | levels.Caches
-
-
-def _multiply(x: Array, kernel: Array, *dims: Any, **options: Any) -> Array:
-  """`residual.multiply` for `nnx.Linear`, whose dimensions and options are the usual ones."""
-  del dims, options
-  return residual.multiply(x, kernel)
 
 
 class SparseTransformer(nnx.Module):
@@ -161,18 +150,17 @@ class SparseTransformer(nnx.Module):
     Raises:
       ValueError: naming the argument, its value and what would be right.
     """
-    _check_choice("modality", modality, MODALITIES)
-    _check_choice("init_scheme", init_scheme, initialization.INIT_SCHEMES)
-    _check_choice("activation", activation, tuple(block.ACTIVATIONS))
-    _check_choice("rope", rope, ROPES)
-    _check_choice("remat", remat, remat_lib.REMATS)
-    _check_choice("compute_dtype", compute_dtype, COMPUTE_DTYPES)
-    _check_choice("param_dtype", param_dtype, PARAM_DTYPES)
-    _check_choice("implementation", implementation, (None, *api.IMPLEMENTATIONS))
-    if not isinstance(seq_len, int) or seq_len < 1:
-      raise ValueError(f"{seq_len=}: must be a whole number >= 1")
-    if not 0.0 <= embed_dropout < 1.0:
-      raise ValueError(f"{embed_dropout=}: must be in [0, 1)")
+    arguments.check_choices(
+      modality=modality,
+      init_scheme=init_scheme,
+      activation=activation,
+      rope=rope,
+      remat=remat,
+      compute_dtype=compute_dtype,
+      param_dtype=param_dtype,
+      implementation=implementation,
+    )
+    arguments.check_sizes(seq_len=seq_len, embed_dropout=embed_dropout)
     specs = levels.specs_of(
       seq_len=seq_len,
       width=width,
@@ -188,17 +176,15 @@ class SparseTransformer(nnx.Module):
       dropout=dropout,
       inner=inner,
     )
-    _check_positions(modality, tuple(position_shape), seq_len)
+    position_shape = tuple(position_shape)
+    arguments.check_positions(position_shape, modality=modality, seq_len=seq_len)
     recipes_of = lambda spec: learned_lib.recipes_of(
       attention_layers=spec.attention_layers, learned=learned
     )
     recipes = learned_lib.in_levels([(spec.title, recipes_of(spec)) for spec in specs])
     learned_lib.check_stages(learned_stages, recipes, seq_len)
-    reads = order_lib.Order(order, tuple(position_shape), patch)
-    if rope == "axes" and not reads.is_raster:
-      raise ValueError(f"{rope=}: must be 'none' or 'tokens' with {order=}")
-    for spec in specs:
-      _check_head_size(_rope_of(rope, tuple(position_shape), spec), rope, spec)
+    reads = order_lib.Order(order, position_shape, patch)
+    arguments.check_rope(rope, reads, specs)
     api.load_backend(implementation)  # not within the trace of vmap
 
     self.modality = modality
@@ -210,44 +196,34 @@ class SparseTransformer(nnx.Module):
     # What "auto" keeps of all levels: columns of their rows, for one token.
     self.columns = sum(spec.depth * spec.width * spec.length for spec in specs) / seq_len
     self.most_heads = max(spec.num_heads for spec in specs)
+
     inits = initialization.make_initializers(
       init_scheme, width=width, num_tables=len(position_shape), num_layers=self.num_layers
     )
     dtypes = dict(dtype=jnp.dtype(compute_dtype), param_dtype=jnp.dtype(param_dtype))
     self.embedding = embedding.Embedding(
       width=width,
-      position_shape=tuple(position_shape),
+      position_shape=position_shape,
       token_init=inits["token_init"],
       position_init=inits["position_init"],
       order=None if reads.is_raster else reads,
       rngs=rngs,
       **dtypes,
     )
-    make_group = lambda rngs, spec: nnx.List(
-      block.Block(
-        width=spec.width,
-        num_heads=spec.num_heads,
-        pattern=pattern,
-        qk_ratio=spec.qk_ratio,
-        ff_mult=spec.ff_mult,
-        activation=activation,
-        dropout=spec.dropout,
-        implementation=implementation,
-        kernel_init=inits["kernel_init"],
-        out_init=inits["out_init"],
-        qk_norm=qk_norm,
-        rope=_rope_of(rope, tuple(position_shape), spec),
-        recipe=recipe,
-        stage=learned_stages[-1][1] if learned_stages else None,
-        rngs=rngs,
-        **dtypes,
-      )
-      for pattern, recipe in zip(spec.patterns, recipes_of(spec), strict=True)
+
+    blocks = dict(
+      activation=activation,
+      implementation=implementation,
+      kernel_init=inits["kernel_init"],
+      out_init=inits["out_init"],
+      qk_norm=qk_norm,
+      stage=learned_stages[-1][1] if learned_stages else None,
+      **dtypes,
     )
 
     def make_stack(spec, num_layers, rngs):
-      number = num_layers // len(spec.patterns)
-      return nnx.vmap(lambda rngs: make_group(rngs, spec))(rngs.split(number))
+      turn = rope_lib.of_level(rope, position_shape, factor=spec.factor)
+      return _stack(spec, num_layers, recipes_of(spec), rope=turn, rngs=rngs, **blocks)
 
     levels.add_layers(
       self,
@@ -261,16 +237,7 @@ class SparseTransformer(nnx.Module):
       **dtypes,
     )
     self.final_norm = nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
-    self.logits = nnx.Linear(
-      width,
-      embedding.VOCABULARY,
-      use_bias=False,
-      dtype=jnp.float32,
-      param_dtype=dtypes["param_dtype"],
-      kernel_init=nnx.initializers.zeros_init(),
-      dot_general=_multiply,
-      rngs=rngs,
-    )
+    self.logits = _logits(width, param_dtype=dtypes["param_dtype"], rngs=rngs)
 
   @property
   def num_groups(self) -> int:
@@ -570,6 +537,55 @@ def graph_and_shapes(**model) -> tuple[nnx.GraphDef, dict]:
   return graph, nnx.to_pure_dict(shapes)
 
 
+def _stack(
+  spec: levels.Spec,
+  num_layers: int,
+  recipes: Sequence[learned_lib.Recipe | None],
+  *,
+  rngs: nnx.Rngs,
+  **options: Any,
+) -> Any:
+  """A list of blocks, one for each entry of a cycle; their weights have an axis for groups."""
+
+  def make_group(rngs):
+    return nnx.List(
+      block.Block(
+        width=spec.width,
+        num_heads=spec.num_heads,
+        pattern=pattern,
+        qk_ratio=spec.qk_ratio,
+        ff_mult=spec.ff_mult,
+        dropout=spec.dropout,
+        recipe=recipe,
+        rngs=rngs,
+        **options,
+      )
+      for pattern, recipe in zip(spec.patterns, recipes, strict=True)
+    )
+
+  return nnx.vmap(make_group)(rngs.split(num_layers // len(spec.patterns)))
+
+
+def _logits(width: int, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+  """W_out, zero at first: the first loss is exactly 8 bits."""
+  return nnx.Linear(
+    width,
+    embedding.VOCABULARY,
+    use_bias=False,
+    dtype=jnp.float32,
+    param_dtype=param_dtype,
+    kernel_init=nnx.initializers.zeros_init(),
+    dot_general=_multiply,
+    rngs=rngs,
+  )
+
+
+def _multiply(x: Array, kernel: Array, *dims: Any, **options: Any) -> Array:
+  """`residual.multiply` for `nnx.Linear`, whose dimensions and options are the usual ones."""
+  del dims, options
+  return residual.multiply(x, kernel)
+
+
 def _loop(run_group: Callable, carry: Any, stacks: Any) -> tuple[Any, None]:
   """As `lax.scan` of a function without results, and without stacks of what it keeps."""
   # Traced, differentiated and lowered once for all groups.
@@ -595,47 +611,3 @@ def _decode_blocks(groups, x, step, caches):
   with api.computed_by("xla"):
     numbers = jnp.arange(levels.num_groups(groups))
     return jax.lax.scan(run_group, (x, caches), (numbers, groups))[0]
-
-
-def _rope_of(name: str, position_shape: tuple[int, ...], spec: levels.Spec) -> rope_lib.Rope | None:
-  if name == "none":
-    return None
-  shape = position_shape
-  while shape and math.prod(shape) * spec.factor > math.prod(position_shape):
-    shape = shape[:-1]
-  # Groups of all that the last axes hold lie on a grid of the others, and else on a line.
-  on_grid = math.prod(shape) * spec.factor == math.prod(position_shape)
-  if name == "tokens" or not on_grid:
-    return rope_lib.Rope()
-  return rope_lib.Rope(AXES_THETA, shape)
-
-
-def _check_head_size(turn: rope_lib.Rope | None, name: str, spec: levels.Spec) -> None:
-  size = round(spec.qk_ratio * spec.width) // spec.num_heads
-  axes = 0 if turn is None else max(1, len(turn.shape))
-  if axes and (size % 2 or size < 2 * axes):
-    at = f"{spec.title}: " if spec.name else ""
-    raise ValueError(
-      f"{at}rope={name!r}: queries and keys have qk_ratio * width / num_heads = {size} features "
-      f"per head, must be an even number >= {2 * axes}"
-    )
-
-
-def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-  if value not in choices:
-    raise ValueError(f"{name}={value!r}: must be one of {choices}")
-
-
-def _check_positions(modality: str, shape: tuple[int, ...], seq_len: int) -> None:
-  places = math.prod(shape)
-  if not shape or min(shape) < 1:
-    raise ValueError(f"position_shape={shape}: must be whole numbers >= 1")
-  if modality == "image" and (len(shape) != 3 or places != seq_len):
-    raise ValueError(
-      f"position_shape={shape}: an image needs (rows, columns, channels) with product {seq_len=}"
-    )
-  if modality != "image" and (len(shape) != 2 or places < seq_len):
-    raise ValueError(
-      f"position_shape={shape}: {modality} needs (seq_len / stride, stride), "
-      f"whose product is {places} and must reach {seq_len=}"
-    )

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -22,25 +21,22 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Key
 
-from pallas_kernels import api
 from sparse_flax import data
 from sparse_flax import evaluate
 from sparse_flax import model as model_lib
 from sparse_flax import run
-from sparse_flax.model import levels
 from sparse_flax.parallel import sharding
+from sparse_flax.train import banner
 from sparse_flax.train import boards
 from sparse_flax.train import flops
 from sparse_flax.train import initial
 from sparse_flax.train import metrics
-from sparse_flax.train import optim
 from sparse_flax.train import profile as profile_lib
 from sparse_flax.train import step as step_lib
 from sparse_flax.train import watchdog
 
 # So many times longer than a step compiling, evaluating and saving may take for the watchdog.
 _PATIENCE = 4.0
-_OTHER_MASKS = "other masks from here on than those of the version that saved step"
 
 
 class Evaluation(NamedTuple):
@@ -119,40 +115,12 @@ def train(
   profile_lib.check(profile, config.train.steps)
   boards.check_wandb(wandb)
   chex.clear_trace_counter()  # of an earlier run in this process
-  leads, several = jax.process_index() == 0, jax.process_count() > 1
+  leads = jax.process_index() == 0
   say = say if leads else lambda line: None
   watched = watched or watchdog.Watchdog()
 
-  # --------------------------------------------------------------------- Data
-  done = run.latest_step(workdir)
-  check = functools.partial(run.check, workdir, config, done=done, init_from=init_from)
-  check()  # before data are prepared for it
-  splits = _splits(config, datasets)
-  identity = {split: dataset.identity for split, dataset in splits.items()}
-  check(data=identity)
-  seq_len, batch_size = config.model.seq_len, config.data.batch_size
-  batch_at = data.make_batches(
-    splits["train"],
-    seq_len=seq_len,
-    batch_size=batch_size,
-    seed=config.seed,
-    mirror=config.data.mirror,
-  )
-
-  # ------------------------------------------------------ Model and optimizer
-  steps = config.train.steps
-  mesh = sharding.make_mesh(**config.mesh)
-  program = _trace(config, workdir, mesh)  # before anything is written
-  planned = run.planned_steps(workdir)
-  weights = record = None  # of a run that does not begin with random ones
-  if done is None:
-    where = dict(shapes=program.shapes["params"], mesh=mesh)
-    weights, record = _initial(init_from, workdir, config, **where, say=say)
-  if leads:
-    run.start(workdir, config, data=identity, init=record)
-  if several:  # no process may look for what the first one has not written
-    multihost_utils.sync_global_devices("the folder is there")
-    check(data=identity)  # what the first one has written
+  ready, weights = _prepare(config, workdir, datasets=datasets, init_from=init_from, say=say)
+  program, mesh = ready.program, ready.mesh
   with contextlib.ExitStack() as stack:
     stack.enter_context(around_loop or contextlib.nullcontext())
     stack.enter_context(_no_mistake_of_the_caller(workdir))
@@ -164,95 +132,106 @@ def train(
     )
     newest = checkpoints.restore_newest(program.shapes)
     first = newest[1] if newest else 0
-    say(f"RESUMING {workdir} at step {first:,}" if newest else f"FRESH RUN in {workdir}")
-    for line in _differences(config, workdir, checkpoints, newest, planned=planned):
+    what = dict(params=program.shapes["params"], splits=ready.splits, mesh=mesh)
+    for line in banner.opening(config, workdir, checkpoints, newest, planned=ready.planned, **what):
       say(line)
-    say(_banner(config, workdir, params=program.shapes["params"], splits=splits, mesh=mesh))
     state = newest[0] if newest else program.first_state(weights)
     if weights is not None:  # from here on nobody needs the other run or export
       stop_if_not_finite(state, saved=first)
       checkpoints.save(state)
-
-    # ------------------------------------------------------------------- Loop
     writer = None
     if leads:
       board = boards.WandB(wandb, workdir, config=config, say=say) if wandb else None
       writer = stack.enter_context(metrics.Writer(workdir, step=first, wandb=board))
-    beat = lambda *_: watched.beat(patience=_PATIENCE)
-    evaluator = _Evaluator(config, splits["validation"], mesh=mesh, say=say, beat=beat)
     progress = _progress(config, writer, mesh=mesh, say=say)
+    evaluator = _Evaluator(
+      config,
+      ready.splits["validation"],
+      mesh=mesh,
+      progress=progress,
+      writer=writer,
+      on_evaluation=on_evaluation,
+      say=say,
+      beat=lambda *_: watched.beat(patience=_PATIENCE),
+    )
     profiler = stack.enter_context(
       profile_lib.Profiler(workdir, profile, first=first, pause=progress.pause, say=say)
     )
-    records, saved = _Records(progress, config.train.max_skipped), first
-
-    def batch(step: int):
-      read = lambda rows: batch_at(step, rows)
-      return sharding.place(read, sharding.by_batch(mesh), (batch_size, seq_len))
-
-    stages = config.model.learned_stages
-    stage_of = lambda step: model_lib.stage_at(stages, step - 1)
-    result = None
     reader = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-    upcoming = reader.submit(batch, first)
-    if first == steps:
-      say("nothing left to train")
-    for step in range(first + 1, steps + 1):  # step: how many are done when this one is
-      tokens = upcoming.result()
-      if step < steps:
-        upcoming = reader.submit(batch, step)
-      if step == first + 1:
-        say(_what_computes(program))
-      switches = step > first + 1 and stage_of(step) != stage_of(step - 1)
-      if stages and (switches or step == first + 1):
-        say(f"  {'stage':<11}{_told_stage(stage_of(step))} from step {step:,} on")
-      if switches or step == first + 1:
-        say("compiling ...")
-      if switches:  # what is compiled now takes no time of steps
-        records.settle(leave=0, saved=saved)
-      with (
-        progress.pause() if switches else contextlib.nullcontext(),
-        profiler.step(step, settle=lambda: records.settle(leave=0, saved=saved)),
-      ):
-        how = dict(stage=stage_of(step)) if stages else {}
-        state, record = program.step(state, tokens, program.dropout_key, **how)
-        records.add(step, record)
-      records.settle(leave=1, saved=saved)  # the device is already at work on this step
-      compiles = step == first + 1 or stage_of(step + 1) != stage_of(step)
-      watched.beat(patience=_PATIENCE if compiles else 1.0)
+    return _loop(
+      config,
+      program,
+      state,
+      first=first,
+      batches=_batches(config, ready.batch_at, first=first, mesh=mesh, reader=reader),
+      records=_Records(progress, config.train.max_skipped, saved=first),
+      evaluator=evaluator,
+      checkpoints=checkpoints,
+      profiler=profiler,
       # All processes have to come to the same answer.
-      stop_now = checkpoints.reached_preemption(step) if several else stop()
-      evaluate_now, save_now = (
-        step == steps or step % config.train[f"{what}_every"] == 0 for what in ("eval", "save")
-      )
-      if evaluate_now or save_now or stop_now:
-        records.settle(leave=0, saved=saved)
-        watched.beat(patience=_PATIENCE)
-        with progress.pause():
-          result = None
-          if evaluate_now:
-            result = evaluator.score(step_lib.scored(state), step)
-            progress.evaluated(result)
-          # While updates are skipped, the step to come back to is one before that began.
-          if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
-            stop_if_not_finite(state, saved=saved)
-            checkpoints.save(state, bits_per_byte=result["bits_per_byte"] if result else None)
-            saved = step
-        if stop_now and step < steps:
-          checkpoints.wait()
-          on_disk = f"saved is step {saved:,}" if saved else "nothing is saved yet"
-          raise run.Preempted(f"STOPPED at step {step:,}, {on_disk}")
-        if evaluate_now and on_evaluation:
-          beat()
-          with progress.pause():
-            shown = on_evaluation(evaluator.told(step_lib.scored(state), step))
-          if writer:
-            writer.show(step, shown)
-        watched.beat()
-    if result is None:  # nothing was left to train
-      result = evaluator.score(step_lib.scored(state), steps)
-    watched.beat(patience=_PATIENCE)  # the last save
-    return result
+      stops=checkpoints.reached_preemption if jax.process_count() > 1 else lambda step: stop(),
+      watched=watched,
+      say=say,
+    )
+
+
+class _Prepared(NamedTuple):
+  """What a run needs, before its first state.
+
+  Attributes:
+    splits: the data by their names.
+    batch_at: (step, rows) -> these rows of the batch after so many steps.
+    mesh: of devices.
+    program: what it computes.
+    planned: `train.steps` of the command before; None: there was none.
+  """
+
+  splits: dict[str, data.Dataset]
+  batch_at: Callable
+  mesh: jax.sharding.Mesh
+  program: "_Program"
+  planned: int | None
+
+
+def _prepare(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  datasets: Mapping | None,
+  init_from: str | os.PathLike | None,
+  say: Callable[[str], None],
+) -> tuple[_Prepared, dict | None]:
+  """Opens the data, traces the program, and makes the folder when nothing is wrong with them.
+
+  Returns:
+    These, and the weights that the run begins with; None: random ones, or those of a checkpoint.
+  """
+  done = run.latest_step(workdir)
+  check = functools.partial(run.check, workdir, config, done=done, init_from=init_from)
+  check()  # before data are prepared for it
+  splits = _splits(config, datasets)
+  identity = {split: dataset.identity for split, dataset in splits.items()}
+  check(data=identity)
+  batch_at = data.make_batches(
+    splits["train"],
+    seq_len=config.model.seq_len,
+    batch_size=config.data.batch_size,
+    seed=config.seed,
+    mirror=config.data.mirror,
+  )
+  mesh = sharding.make_mesh(**config.mesh)
+  program = _trace(config, workdir, mesh)  # before anything is written
+  planned = run.planned_steps(workdir)
+  weights = record = None
+  if done is None:
+    where = dict(shapes=program.shapes["params"], mesh=mesh)
+    weights, record = _initial(init_from, workdir, config, **where, say=say)
+  if jax.process_index() == 0:
+    run.start(workdir, config, data=identity, init=record)
+  if jax.process_count() > 1:  # no process may look for what the first one has not written
+    multihost_utils.sync_global_devices("the folder is there")
+    check(data=identity)  # what the first one has written
+  return _Prepared(splits, batch_at, mesh, program, planned), weights
 
 
 def _without_path(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -295,47 +274,101 @@ def _initial(
   return initial.load(init_from, config, shapes=shapes, mesh=mesh, recorded=recorded, say=say)
 
 
-def _differences(
+def _loop(
   config: ml_collections.ConfigDict,
-  workdir: str,
-  checkpoints: run.Checkpoints,
-  newest: tuple[dict, int] | None,
+  program: "_Program",
+  state: dict,
   *,
-  planned: int | None,
-) -> Iterator[str]:
-  """Lines of what is not as in a run that begins with random weights and ends as planned."""
-  if begun := run.begun_from(workdir):
-    yield f"  {'begun':<11}{run.told(begun)}"
-  if newest is None:
-    return
-  state, first = newest
-  if not checkpoints.same_dropout(first, config.model.dropout, config.model.embed_dropout):
-    yield f"  {'dropout':<11}{_OTHER_MASKS} {first:,}"
-  if planned is not None and planned != config.train.steps:
-    yield f"  {'extended':<11}{_extended(config, planned, state)}"
+  first: int,
+  batches: Iterable[tuple[int, Array]],
+  records: "_Records",
+  evaluator: "_Evaluator",
+  checkpoints: run.Checkpoints,
+  profiler: profile_lib.Profiler,
+  stops: Callable[[int], bool],
+  watched: watchdog.Watchdog,
+  say: Callable[[str], None],
+) -> dict:
+  """Trains from `state`, that of step `first`, to the end; the last evaluation.
+
+  `stops` says whether to save and end after a step. Raises as `train` does.
+  """
+  stages, steps, progress = config.model.learned_stages, config.train.steps, records.progress
+  stage_of = lambda step: model_lib.stage_at(stages, step - 1)
+  result = None
+  if first == steps:
+    say("nothing left to train")
+  for step, tokens in batches:  # step: how many are done when this one is
+    begins = step == first + 1
+    switches = not begins and stage_of(step) != stage_of(step - 1)
+    if begins:
+      say(banner.computed(program.jaxpr))
+    if stages and (begins or switches):
+      say(banner.stage_begins(stage_of(step), step))
+    if begins or switches:
+      say("compiling ...")
+    if switches:  # what is compiled now takes no time of steps
+      records.settle()
+    with (
+      progress.pause() if switches else contextlib.nullcontext(),
+      profiler.step(step, settle=records.settle),
+    ):
+      how = dict(stage=stage_of(step)) if stages else {}
+      state, record = program.step(state, tokens, program.dropout_key, **how)
+      records.add(step, record)
+    records.settle(leave=1)  # the device is already at work on this step
+    compiles = begins or stage_of(step + 1) != stage_of(step)
+    watched.beat(patience=_PATIENCE if compiles else 1.0)
+    stop_now = stops(step)
+    evaluate_now, save_now = (
+      step == steps or step % config.train[f"{what}_every"] == 0 for what in ("eval", "save")
+    )
+    if evaluate_now or save_now or stop_now:
+      records.settle()
+      watched.beat(patience=_PATIENCE)
+      with progress.pause():
+        result = None
+        if evaluate_now:
+          result = evaluator.score(state, step)
+          progress.evaluated(result)
+        # While updates are skipped, the step to come back to is one before that began.
+        if (save_now or stop_now) and (step == steps or not progress.skipped_in_a_row):
+          stop_if_not_finite(state, saved=records.saved)
+          checkpoints.save(state, bits_per_byte=result["bits_per_byte"] if result else None)
+          records.saved = step
+      if stop_now and step < steps:
+        checkpoints.wait()
+        raise _stopped(step, saved=records.saved)
+      if evaluate_now:
+        evaluator.show(state, step)
+      watched.beat()
+  if result is None:  # nothing was left to train
+    result = evaluator.score(state, steps)
+  watched.beat(patience=_PATIENCE)  # the last save
+  return result
 
 
-def _told_stage(stage: int | str | None) -> str:
-  """For the log: what layers that choose read in a stage."""
-  return "all blocks" if stage == "dense" else f"{stage} blocks of keys for each list"
+def _batches(
+  config: ml_collections.ConfigDict,
+  batch_at: Callable,
+  *,
+  first: int,
+  mesh: jax.sharding.Mesh,
+  reader: concurrent.futures.Executor,
+) -> Iterator[tuple[int, Array]]:
+  """Of each step that is left its number, from 1, and its tokens; the next are read meanwhile."""
+  shape = (config.data.batch_size, config.model.seq_len)
 
+  def batch(step: int) -> Array:
+    read = lambda rows: batch_at(step, rows)
+    return sharding.place(read, sharding.by_batch(mesh), shape)
 
-def _extended(config: ml_collections.ConfigDict, planned: int, state: dict) -> str:
-  """What more steps than were planned make of the learning rate of the next one."""
-  before = ml_collections.ConfigDict(config.to_dict())
-  before.train.steps = planned
-  update = int(optim.updates_done(state["opt"]))  # what follows each process computes by itself
-  rates = [float(step_lib.optimizer_of(x)[1](update)) for x in (before, config)]
-  steps = f"from {planned:,} to {config.train.steps:,} steps"
-  return f"{steps}; the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
-
-
-def _what_computes(program: "_Program") -> str:
-  """The line of the log for it."""
-  parts = ((of, api.implementations_in(program.jaxpr, of)) for of in ("attention", "blocks"))
-  by_part = [f"{of} by {', '.join(names)}" for of, names in parts if names]
-  kept = f"remat {model_lib.level_in(program.jaxpr)}"
-  return f"  {'computed':<11}{', '.join((*by_part, kept))}"
+  upcoming = reader.submit(batch, first)
+  for step in range(first + 1, config.train.steps + 1):
+    tokens = upcoming.result()
+    if step < config.train.steps:
+      upcoming = reader.submit(batch, step)
+    yield step, tokens
 
 
 def _progress(
@@ -360,7 +393,7 @@ def _progress(
 
 
 class _Evaluator:
-  """Scores the validation split while a run trains, and tells others of it."""
+  """Scores the validation split while a run trains, and has it shown."""
 
   def __init__(
     self,
@@ -368,45 +401,59 @@ class _Evaluator:
     dataset: data.Dataset,
     *,
     mesh: jax.sharding.Mesh,
+    progress: metrics.Progress,
+    writer: metrics.Writer | None,
+    on_evaluation: Callable[[Evaluation], boards.Shown] | None,
     say: Callable[[str], None],
     beat: Callable[..., None],
   ):
     self._evaluator = evaluate.Evaluator(config, dataset, min_context=0, mesh=mesh)
     self._config, self._dataset, self._say, self._beat = config, dataset, say, beat
+    self._progress, self._writer, self._on_evaluation = progress, writer, on_evaluation
 
-  def score(self, params: dict, step: int) -> dict:
+  def score(self, state: dict, step: int) -> dict:
     """As `evaluate.evaluate` gives it, of as much of the split as training looks at."""
     most = self._config.eval.monitor_batches or None
+    params = step_lib.scored(state)
     return self._evaluator(params, step=step, max_batches=most, on_progress=self._beat)
 
-  def told(self, params: dict, step: int) -> Evaluation:
-    """For `on_evaluation`."""
-    return Evaluation(self._config, step, params, self._dataset, self._say, self._beat)
+  def show(self, state: dict, step: int) -> None:
+    """What `on_evaluation`, if any, makes of the weights."""
+    if self._on_evaluation is None:
+      return
+    self._beat()
+    with self._progress.pause():
+      params = step_lib.scored(state)
+      shown = self._on_evaluation(
+        Evaluation(self._config, step, params, self._dataset, self._say, self._beat)
+      )
+    if self._writer:
+      self._writer.show(step, shown)
 
 
 class _Records:
   """Metrics of steps that were started; they are fetched when it does not hold up the device."""
 
-  def __init__(self, progress: metrics.Progress, max_skipped: int):
-    self.progress, self.max_skipped = progress, max_skipped
+  def __init__(self, progress: metrics.Progress, max_skipped: int, *, saved: int):
+    """`saved`, to be kept up to date: the newest checkpoint."""
+    self.progress, self.max_skipped, self.saved = progress, max_skipped, saved
     self.waiting = collections.deque()
 
   def add(self, step: int, record: dict[str, Array]) -> None:
     self.waiting.append((step, record))
 
-  def settle(self, *, leave: int, saved: int) -> None:
+  def settle(self, *, leave: int = 0) -> None:
     """Fetches metrics until those of `leave` steps are waiting.
 
     Raises:
-      run.NonFiniteError: too many updates in a row were skipped; `saved` is the newest
-        checkpoint.
+      run.NonFiniteError: too many updates in a row were skipped.
     """
     while len(self.waiting) > leave:
       step, record = self.waiting.popleft()
       record = {name: float(value) for name, value in jax.device_get(record).items()}
       self.progress.add(step, record)
       if (skipped := self.progress.skipped_in_a_row) >= self.max_skipped:
-        raise _hopeless(step, record, skipped=skipped, saved=saved)
+        raise _hopeless(step, record, skipped=skipped, saved=self.saved)
 
 
 class _Program(NamedTuple):
@@ -437,13 +484,7 @@ def _trace(config: ml_collections.ConfigDict, workdir: str, mesh: jax.sharding.M
   shapes = run.laid_out(shapes, layout)
   stages = list(dict.fromkeys(stage for _, stage in config.model.learned_stages))
   step = chex.assert_max_traces(one_step, n=max(1, len(stages)))
-  step = jax.jit(
-    step,
-    donate_argnums=0,
-    out_shardings=(layout, sharding.replicated(mesh)),
-    compiler_options=step_lib.compiler_options(mesh),
-    static_argnames="stage",
-  )
+  step = step_lib.jit_step(step, layout, mesh)
   size = (config.data.batch_size, config.model.seq_len)
   tokens = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=sharding.by_batch(mesh))
   try:
@@ -496,6 +537,11 @@ def _hopeless(
   )
 
 
+def _stopped(step: int, *, saved: int) -> run.Preempted:
+  on_disk = f"saved is step {saved:,}" if saved else "nothing is saved yet"
+  return run.Preempted(f"STOPPED at step {step:,}, {on_disk}")
+
+
 def _way_on(saved: int) -> str:
   step = f"step {saved:,}, the last good checkpoint" if saved else "the beginning: none was saved"
   return f"the same command goes on from {step}"
@@ -514,50 +560,3 @@ def stop_if_not_finite(state: dict, *, saved: int) -> None:
       f"step {int(state['step']):,}: a weight or a moment is not finite; not saved. "
       f"{_way_on(saved).capitalize()}."
     )
-
-
-def _banner(
-  config: ml_collections.ConfigDict,
-  workdir: str,
-  *,
-  params: dict,
-  splits: dict[str, data.Dataset],
-  mesh: jax.sharding.Mesh,
-) -> str:
-  """What is about to run, on what, and where its files go."""
-  model, size = config.model, config.data.batch_size
-  step_flops = flops.train_flops(model, batch_size=size)
-  axes = " x ".join(f"{name} {length}" for name, length in mesh.shape.items() if length > 1)
-  layers = ", ".join(map(str, model.attention_layers))
-  found = levels.specs_of(**model)
-  shape = f"{model.num_layers} layers of width {model.width}, attention {layers}"
-  shape = shape if len(found) == 1 else f"{len(found)} levels"
-  lines = {
-    "model": f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, "
-    f"{shape}, {model.compute_dtype}",
-    **_by_level(model, found),
-    "step": f"{size * model.seq_len:,} tokens ({size} sequences of {model.seq_len:,}), "
-    f"{metrics.short(step_flops)} FLOP",
-    "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {axes or 'of one'}",
-    **{
-      split: f"{dataset.name} {dataset.identity['version']}, {dataset.num_bytes:,} bytes, "
-      f"{dataset.identity['digest'][:19]}"
-      for split, dataset in splits.items()
-    },
-    "data": "; ".join(dict.fromkeys(dataset.remark for dataset in splits.values())),
-    "files": f"{workdir}: metrics.jsonl, tensorboard/, checkpoints/",
-  }
-  return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())
-
-
-def _by_level(model: ml_collections.ConfigDict, found: Sequence[levels.Spec]) -> dict[str, str]:
-  """A line for each level of a model that has several."""
-  lines, total = {}, flops.forward_flops(model)
-  for n, (level, cost) in enumerate(zip(found, flops.level_flops(model), strict=True)):
-    layers = f"{level.num_layers} + {level.num_layers_after}" if n + 1 < len(found) else level.depth
-    lines[f"level {n}"] = (
-      f"{layers} layers of width {level.width}, {level.factor} "
-      f"{'token' if level.factor == 1 else 'tokens'} a row, attention "
-      f"{', '.join(map(str, level.attention_layers))}, {cost / total:.0%} of the FLOP"
-    )
-  return lines if len(found) > 1 else {}

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from sparse_flax import evaluate
 from sparse_flax import model as model_lib
 from sparse_flax.model import learned
+from sparse_flax.parallel import sharding
 from sparse_flax.train import optim
 
 # By default each process times what can compute a product and takes the fastest. Times depend on
@@ -200,3 +201,20 @@ def make_step(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
     return train_step(state, tokens, key, graphdef=graphdef, tx=tx, schedule=schedule, **options)
 
   return init, step
+
+
+def jit_step(step: Callable, layout: Any, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+  """A step of `make_step` as every run jits it: it gives up its state, and `stage` is static.
+
+  Args:
+    step: (state, tokens, key, *, stage) -> (state, record).
+    layout: the state with a sharding in the place of each array, `sharding.by_rules` for one.
+    mesh: of devices.
+  """
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(layout, sharding.replicated(mesh)),
+    compiler_options=compiler_options(mesh),
+    static_argnames="stage",
+  )

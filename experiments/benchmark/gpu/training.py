@@ -41,13 +41,18 @@ def prepare(config: ml_collections.ConfigDict) -> Training:
   size = (config.data.batch_size, config.model.seq_len)
   batch = jax.ShapeDtypeStruct(size, jnp.uint8, sharding=sharding.by_batch(mesh))
   first_state = jax.jit(init, out_shardings=layout)
-  options = getattr(train, "compiler_options", lambda mesh: {})(mesh)  # which older packages lack
-  outputs = (layout, sharding.replicated(mesh))
   values = np.random.RandomState(0).randint(0, 256, size).astype(np.uint8)
   return Training(
     mesh=mesh,
     first_state=lambda: first_state(jax.random.key(0)),
-    step=jax.jit(step, donate_argnums=0, out_shardings=outputs, compiler_options=options),
+    step=getattr(train, "jit_step", _jit_step)(step, layout, mesh),
     tokens=lambda: sharding.place(lambda rows: values[rows], batch.sharding, size),
     shapes=(jax.tree.map(put, shapes, layout), batch, jax.eval_shape(lambda: jax.random.key(1))),
   )
+
+
+def _jit_step(step: Callable, layout: Any, mesh: jax.sharding.Mesh) -> Callable:
+  """What `train.jit_step` is, of packages that lack it: as their own runs jit a step."""
+  options = getattr(train, "compiler_options", lambda mesh: {})(mesh)  # which the oldest lack
+  outputs = (layout, sharding.replicated(mesh))
+  return jax.jit(step, donate_argnums=0, out_shardings=outputs, compiler_options=options)

@@ -64,6 +64,20 @@ def test_the_step_that_is_timed_is_the_products(tiny_body):
   assert tiny.leaf_bytes(after) == tiny.leaf_bytes(expected)
 
 
+@pytest.mark.promotes
+def test_packages_that_do_not_jit_their_step_for_others_have_the_same(tiny_body, monkeypatch):
+  config = step.Case("tiny", "ours", None).config()
+
+  def program():
+    made = training.prepare(config)
+    with jax.set_mesh(made.mesh):
+      return made.step.trace(*made.shapes).lower().as_text()
+
+  own = program()
+  monkeypatch.delattr(train, "jit_step")
+  assert program() == own and "tf.aliasing_output" in own  # it gives up its state
+
+
 @pytest.mark.one_day_in_six(1)
 def test_every_way_has_its_row(tiny_body, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(flops, "peak_flops", lambda kind: 1e12)
