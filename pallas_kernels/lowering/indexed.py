@@ -257,8 +257,14 @@ def _of_segments(some, every, blocks, problem, segment_ids, kv_segment_ids) -> t
   return some, every & some & (low == high) & (kv_low == kv_high) & (low == kv_low)
 
 
-def by_queries(of: Entries, pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Lists:
-  """As `lists.traced_by_queries`."""
+def by_queries(
+  of: Entries,
+  pattern: patterns.Pattern,
+  problem: Problem,
+  with_bits: bool,
+  alike: bool = False,
+) -> Lists:
+  """As `lists.traced_by_queries`; `alike`: most lists are as long as they can be."""
   _, words = lists.traced_bits(pattern, problem, with_bits, transposed=False)
   count = lambda those: those.sum(axis=-1, dtype=jnp.int32)
   num_full, num = count(of.kinds == FULL), count(of.kinds != NONE)
@@ -270,7 +276,9 @@ def by_queries(of: Entries, pattern: patterns.Pattern, problem: Problem, with_bi
   heads = [(h, head // problem.group) for h, head in enumerate(problem.heads)]
   masks = jnp.zeros(1, jnp.int32) if of.which is None else jnp.where(nobody, 0, of.which)
   fields = dict(start=start, num_full=num_full, num=jnp.maximum(num, 1))
-  return lists.dealt(fields, heads, problem, blocks, masks, words, alike=True)
+  seen = np.arange(1, problem.nq + 1) * problem.split if pattern.causal else problem.nk
+  longest = np.broadcast_to(np.minimum(seen, blocks.shape[-1]), (problem.nq,)) if alike else None
+  return lists.dealt(fields, heads, problem, blocks, masks, words, expected=longest)
 
 
 def by_keys(of: Entries, pattern: patterns.Pattern, problem: Problem, with_bits: bool) -> Lists:

@@ -23,6 +23,7 @@ from pallas_kernels.lowering import blocks
 
 BLOCK = 128  # queries and keys of a block: a loaded key serves so many queries
 _AT_THE_END = 3  # lists for every core, dealt together when all others are
+UNEVEN = 4.0  # times the mean of all items: where the longest has more, cores get unequal numbers
 FIELDS = ("b", "h", "kv", "tile", "start", "num_full", "num")  # of an item; see `Lists`
 
 
@@ -347,7 +348,7 @@ def dealt(
   masks: Array,
   words: bits.Words | None,
   *,
-  alike: bool = False,
+  expected: Int[np.ndarray, " rows"] | None = None,
 ) -> Lists:
   """Lists that were made where the program runs, each for a core.
 
@@ -356,7 +357,8 @@ def dealt(
     heads: (result, key head).
     problem: of the launch.
     numbers, masks, words: as in `Lists`, in any shape.
-    alike: whether most lists are as long as the longest: then the cores get equally many.
+    expected: about how long the list of each row will be, where that is known before: then nothing
+      is sorted where the program runs, and the cores get equally many.
   """
   rows = fields["num"].shape[2]
   axis = lambda x, n: np.asarray(x, np.int32).reshape([-1 if m == n else 1 for m in range(3)])
@@ -369,16 +371,17 @@ def dealt(
   wide = lambda x: jnp.broadcast_to(x, (problem.B, len(heads), rows)).reshape(-1)
   items = jnp.stack([wide(fields[name]) for name in FIELDS], axis=1)
   items = jnp.pad(items, [(0, 0), (0, 8 - len(FIELDS))])
-  items = items[jnp.argsort(-items[:, FIELDS.index("num")], stable=True)]
   # The longest first, over the cores forwards, then backwards: [cores, rounds] of items.
   cores = np.arange(min(problem.num_cores, len(items)))
   rounds = np.arange(-(-len(items) // len(cores)))[:, None]
   order = (rounds * len(cores) + np.where(rounds % 2 == 0, cores, cores[::-1])).T
-  if alike:
-    counts = (order < len(items)).sum(axis=1)  # the last round may lack some
-    order = order[order < len(items)]
-  else:
+  if expected is None:
+    items = items[jnp.argsort(-items[:, FIELDS.index("num")], stable=True)]
     order, counts = _levelled(items[:, FIELDS.index("num")] + 1, order)
+  else:
+    counts = (order < len(items)).sum(axis=1)  # the last round may lack some
+    longest_first = np.argsort(-np.tile(expected, len(items) // rows), kind="stable")
+    order = longest_first[order[order < len(items)]]
   cores = jnp.stack([jnp.cumsum(counts) - counts, counts], axis=1).astype(jnp.int32)
   return Lists(
     items[order], jnp.pad(cores, [(0, 1), (0, 0)]), numbers.reshape(-1), masks.reshape(-1), words
@@ -392,42 +395,38 @@ def _levelled(
 
   A block that all queries read has many times the steps of others; with as many items as the other
   cores, its core would be the last by far. Each core keeps the item of its first round, and has of
-  the others what brings it to the level that all reach together:
+  the others what is missing to the mean:
 
-      level  - - -  - - -  - - -  - - -    the columns of `order`, whose sums are about equal, one
+      mean   - - -  - - -  - - -  - - -    the columns of `order`, whose sums are about equal, one
              | | |  4 5 6  8 9 10 12 ..    after the other, cut at the cores' ends; a column begins
              | 0 |  | 1 |  | 2 |  | 3 |    and ends with few steps, so that a cut is nearly right
 
-  Where items are few, that may be worse than as many items for each: then these.
+  Where no item is much longer than others, as many items for each are as good, or better if they
+  are few: then these.
 
   Args:
     steps: of items, the most first.
     order: the items of each core, were all alike; numbers past the last are none.
   """
-  num_cores, rounds = order.shape
-  own, own_counts = order[order < len(steps)], (order < len(steps)).sum(axis=1, dtype=np.int32)
+  (num_cores, rounds), N = order.shape, len(steps)
+  alike, counts_alike = order[order < N], (order < N).sum(axis=1, dtype=np.int32)
+  if rounds == 1:
+    return jnp.asarray(alike), jnp.asarray(counts_alike)
   few_to_many, many_to_few = range(rounds)[2::2][::-1], range(rounds)[1::2]
   others = order[:, [*few_to_many, *many_to_few]].reshape(-1)
-  others = others[others < len(steps)]
-  load, left = steps[:num_cores], steps[others]
-  # Poured over the loads from the m-th on it would rise to levels[m], and in fact to the least.
-  from_each = load.sum() - jnp.cumsum(load) + load
-  sharers = num_cores - np.arange(num_cores)
-  level = ((left.sum() + from_each + sharers - 1) // sharers).min()
-  ends = jnp.cumsum(jnp.maximum(level - load, 0))
-  middles = 2 * jnp.cumsum(left) - left  # twice: half a step is none
-  before = middles[:, None] < 2 * ends[None]  # of the cores up to each
-  until = lambda x: jnp.pad(x[:-1], (1, 0))
-  taken = before.sum(axis=0, dtype=jnp.int32)
-  counts = 1 + taken - until(taken)
-  core = num_cores - before.sum(axis=1, dtype=jnp.int32)
-  place = jnp.concatenate([
-    until(taken) + np.arange(num_cores), core + 1 + np.arange(len(others), dtype=np.int32)
-  ])  # fmt: skip
+  others = others[others < N]
+  load, left, total = steps[:num_cores], steps[others], steps.sum()
+  room = jnp.cumsum(jnp.maximum(-(-total // num_cores) - load, 0))
+  # Less than there is room for, where some are above the mean. Twice: half a step is none.
+  share = 2.0 * (total - load.sum()).astype(jnp.float32) / room[-1].astype(jnp.float32)
+  ends = (room[:-1].astype(jnp.float32) * share).astype(jnp.int32)
+  middles = 2 * jnp.cumsum(left) - left
+  behind = middles[:, None] >= ends[None]  # all cores but the last: it has what is left
+  core = behind.sum(axis=1, dtype=jnp.int32)
+  first = jnp.pad(len(others) - behind.sum(axis=0, dtype=jnp.int32), (1, 0))
+  counts = 1 + jnp.diff(first, append=len(others))
+  place = jnp.concatenate([first + np.arange(num_cores), core + 1 + np.arange(len(others))])
   items = np.concatenate([np.arange(num_cores), others]).astype(np.int32)
   items = jnp.zeros_like(items).at[place].set(items, unique_indices=True)
-  poured = jnp.where(before, left[:, None], 0).sum(axis=0)
-  longest = (load + poured - until(poured)).max()
-  alike = jnp.pad(steps, (0, order.size - len(steps)))[order].sum(axis=1).max()
-  better = longest < alike
-  return jnp.where(better, items, own), jnp.where(better, counts, own_counts)
+  uneven = steps[0].astype(jnp.float32) * N > UNEVEN * total.astype(jnp.float32)
+  return jnp.where(uneven, items, alike), jnp.where(uneven, counts, counts_alike)

@@ -107,7 +107,8 @@ def frame_of(
   if arrays.block_indices is not None:
     of_queries = indexed.of_queries(problem, plan.block_size)
     of = entries_of(plan, arrays, of_queries)
-    by_queries = indexed.by_queries(of, plan.pattern, of_queries, with_bits)
+    alike = arrays.segment_ids is None  # documents cut some short
+    by_queries = indexed.by_queries(of, plan.pattern, of_queries, with_bits, alike)
     parts = [indexed.parts_of(plan.query_block, plan.block_size, x) for x in (of_queries, problem)]
     if backward:
       whole = of if of_queries is problem else entries_of(plan, arrays, problem)
