@@ -111,8 +111,9 @@ def sparse_attention(
       block, is none; a block that is twice in a list is a mistake, which `reference` looks for
       where the numbers are known. It may be traced. `reference` and `xla` take lists as they are,
       and `mosaic_gpu` does where `query_block` and `block_size` are multiples of 128, or parts of
-      it, at most 16 of a tile of 128 queries and of a block together (16 queries and 64 keys), if
-      a formula gives the pattern's pairs; for `mosaic_tpu` they become a block mask.
+      it, at most 16 of 128 queries and 128 keys (16 queries and 64 keys; 8 parts at 1,048,576
+      tokens with 16 query heads for a key head), if a formula gives the pattern's pairs; for
+      `mosaic_tpu` they become a block mask.
     block_size: tokens per block of `block_mask`, or of a block of keys that is listed.
     query_block: queries that share a row of `block_indices`; None: `block_size`.
     score_fn: (logit, i, j, h) -> logit, for one query i, key j and query head h: operators and
@@ -136,8 +137,8 @@ def sparse_attention(
     return_lse: whether to return the log-sum-exp too.
     return_mass: whether to return, besides the log-sum-exp, the share of each query's softmax that
       is on each block of `block_indices`, with its gradient: `reference`, `xla`, and `mosaic_gpu`
-      by one more sweep of the keys, on one device and for blocks of at least 64; the gradient is
-      `xla`'s there, and costs nothing where it is stopped.
+      by one more sweep of the keys, of lists that it reads as they are, on one device and for
+      blocks of at least 64; the gradient is `xla`'s there, and costs nothing where it is stopped.
 
   Returns:
     The result in the dtype of q, and with `return_lse` the natural log-sum-exp of the logits,
@@ -196,10 +197,10 @@ def sparse_attention(
   plan = dataclasses.replace(plan, implementation=name)
   with computed_by(name):
     if return_mass and (mass_of := getattr(_module(name), "mass_of", None)):
-      # A call of its own, whose gradient nobody computes who stops it.
+      # A call of its own: where its gradient is stopped, none is computed.
       plan = _module(name).planned(dataclasses.replace(plan, return_mass=False, return_lse=True))
       out, lse = _attend(plan, arrays)
-      return Attended(out, lse, checkpoint_name(mass_of(plan, arrays, lse), "attention_lse"))
+      return Attended(out, lse, mass_of(plan, arrays, lse))
     return _attend(_backend(plan).planned(plan), arrays)
 
 
@@ -268,8 +269,9 @@ def _why_not(name: str, plan: plans.Plan, takes_lists: bool) -> str | None:
   if takes_lists:
     return _module(name).unsupported(plan)
   if plan.return_mass:
-    sizes = f"query_block={plan.query_block} and block_size={plan.block_size}"
-    return f"{name}: return_mass of {sizes} is not supported, reference and xla have it"
+    of = f"query_block={plan.query_block} and block_size={plan.block_size}"
+    of += " over a mesh" if plan.sharded else f" of {plan.pattern}"
+    return f"{name}: return_mass with {of} is not supported, reference and xla have it"
   mask = indices.as_mask(plan)
   if reason := _module(name).unsupported(mask):
     sizes = f"query_block={plan.query_block} and block_size={plan.block_size}"

@@ -20,7 +20,8 @@ class Backend(Protocol):
   """How a backend computes attention, and its gradients.
 
   A residual is the log-sum-exp in whatever form the backward pass wants it; with
-  `plan.return_mass`, which backends may refuse, the natural one and the mass. Queries without keys
+  `plan.return_mass`, which backends may refuse, the natural one and the mass; of a backend with a
+  function `mass_of` (plan, arrays, natural lse) the mass is that one's result. Queries without keys
   have results of zeros and a natural log-sum-exp of -inf, and no gradient.
   """
 

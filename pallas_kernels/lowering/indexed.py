@@ -120,13 +120,13 @@ def takes(query_block: int, block_size: int, problem: Problem) -> bool:
   """Whether there are lists for such groups of queries and blocks."""
   fits = lambda size: size % lists.BLOCK == 0 or lists.BLOCK % size == 0
   each = (parts_of(query_block, block_size, x) for x in (problem, of_queries(problem, block_size)))
-  room = all(parts is None or parts.first_bit + parts.num < WORD for parts in each)
+  room = all(parts is None or parts.first_bit + parts.num <= WORD for parts in each)
   return fits(query_block) and fits(block_size) and room
 
 
 def _bits_of_numbers(problem: Problem) -> int:
   """Numbers are of blocks, nk for none, or of the tiles of all heads of a group."""
-  return max(problem.nk, problem.nq * len(problem.owners[0])).bit_length()
+  return max(problem.nk, problem.nq * len(problem.owners[0]) - 1).bit_length()
 
 
 def entries(
@@ -160,6 +160,8 @@ def entries(
   ordered = kinds * (nk + 1) + blocks
   if parts:
     ordered, bits = lax.sort((ordered, jnp.broadcast_to(bits, ordered.shape)), num_keys=1)
+    # Each block is there once: of many short lists there is more room than there are blocks.
+    ordered, bits = ordered[..., :nk], bits[..., :nk]
   else:
     ordered = jnp.sort(ordered, axis=-1)
   kinds, blocks = ordered // (nk + 1), ordered % (nk + 1)

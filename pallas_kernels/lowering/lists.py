@@ -417,10 +417,10 @@ def _levelled(
   others = others[others < N]
   load, left, total = steps[:num_cores], steps[others], steps.sum()
   room = jnp.cumsum(jnp.maximum(-(-total // num_cores) - load, 0))
-  # Less than there is room for, where some are above the mean. Twice: half a step is none.
-  share = 2.0 * (total - load.sum()).astype(jnp.float32) / room[-1].astype(jnp.float32)
+  # Less than there is room for, where some are above the mean.
+  share = (total - load.sum()).astype(jnp.float32) / room[-1].astype(jnp.float32)
   ends = (room[:-1].astype(jnp.float32) * share).astype(jnp.int32)
-  middles = 2 * jnp.cumsum(left) - left
+  middles = jnp.cumsum(left) - (left + 1) // 2
   behind = middles[:, None] >= ends[None]  # all cores but the last: it has what is left
   core = behind.sum(axis=1, dtype=jnp.int32)
   first = jnp.pad(len(others) - behind.sum(axis=0, dtype=jnp.int32), (1, 0))

@@ -69,8 +69,11 @@ def takes_lists(plan: Plan) -> bool:
   # The sums of a step are of one block, and those of a mesh are `xla`'s.
   if plan.return_mass and (plan.sharded or plan.block_size < of_queries.keys):
     return False
-  formulas = parts is None or stream.formulas(plan.pattern, problem.heads)[0]
-  return bool(formulas) and indexed.takes(plan.query_block, plan.block_size, problem)
+  if not indexed.takes(plan.query_block, plan.block_size, problem):
+    return False
+  if parts is None or functions.holds(plan.pattern):  # which `unsupported` says
+    return True
+  return bool(stream.formulas(plan.pattern, problem.heads)[0])
 
 
 def planned(plan: Plan) -> Plan:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
@@ -19,6 +21,7 @@ from pallas_kernels.mosaic_gpu import run_lists
 from pallas_kernels.mosaic_gpu import stream
 
 
+@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mass_of(plan: Plan, arrays: Arrays, lse: Float[Array, "B T H"]) -> Float[Array, "B T H top"]:
   """The mass of `sparse_attention(return_mass=True)`, float32.
@@ -35,7 +38,7 @@ def mass_of(plan: Plan, arrays: Arrays, lse: Float[Array, "B T H"]) -> Float[Arr
   (sweep,) = group.kernels
   frame = run_lists.frame_of(plan, group, arrays)
   of = run_lists.entries_of(plan, arrays, frame.problem)
-  rows = sweep.view.rows(lse / jnp.log(2.0))
+  rows = sweep.view.rows(lse / math.log(2))
   q = heads.take(arrays.q, group.heads)
   sums = stream.masses_kernel(
     frame,
@@ -57,7 +60,8 @@ def _of_lists(
   of: indexed.Entries,
   sums: Float[Array, "B H nq width size"],
 ) -> Float[Array, "B T H top"]:
-  """What was summed by the entries of tiles, by those of lists."""
+  """What was summed by the entries of tiles, by those of lists: [B, H, nq, entries of lists, lists,
+  queries of a list] in between."""
   wanted = indexed.blocks_of_lists(run_lists.listed_by(plan, arrays, problem.heads), problem)
   parts, flat = wanted.shape[3], wanted.reshape(*wanted.shape[:3], -1)
   entries = jnp.where(of.kinds == indexed.NONE, -1, of.blocks)
@@ -76,13 +80,17 @@ def _of_lists(
   return jnp.swapaxes(found[:, :, : plan.T], 1, 2)
 
 
-def _broadcast(entries: Int[Array, "Be He nq width"], wanted: Int[Array, "Bi Hi nq n"]) -> tuple:
+def _broadcast(
+  entries: Int[Array, "Be He nq width"], wanted: Int[Array, "Bi Hi nq n"]
+) -> tuple[Int[Array, "B H nq width"], Int[Array, "B H nq n"]]:
+  """Both of as many batch rows and heads: lists may be for all, and segments are not."""
   lead = jnp.broadcast_shapes(entries.shape[:3], wanted.shape[:3])
   return tuple(jnp.broadcast_to(x, (*lead, x.shape[3])) for x in (entries, wanted))
 
 
 def _forward(plan: Plan, arrays: Arrays, lse: Array) -> tuple:
-  mass = mass_of(plan, arrays, lse)
+  # Named here: what a policy keeps is what the gradient reads.
+  mass = checkpoint_name(mass_of(plan, arrays, lse), "attention_lse")
   return mass, (arrays, lse, mass)
 
 
@@ -95,4 +103,4 @@ def _backward(plan: Plan, residuals: tuple, dmass: Array) -> tuple:
   return grads, -(dmass * mass).sum(axis=-1)
 
 
-mass_of.defvjp(_forward, _backward)
+mass_of.__wrapped__.defvjp(_forward, _backward)  # pyrefly: ignore[missing-attribute]

@@ -111,7 +111,7 @@ def frame_of(
     by_queries = indexed.by_queries(of, plan.pattern, of_queries, with_bits, alike)
     parts = [indexed.parts_of(plan.query_block, plan.block_size, x) for x in (of_queries, problem)]
     if backward:
-      whole = of if of_queries is problem else entries_of(plan, arrays, problem)
+      whole = of if of_queries == problem else entries_of(plan, arrays, problem)
       by_keys = indexed.by_keys(whole, *own)
     problem = of_queries
   elif arrays.segment_ids is None and arrays.block_mask is None:

@@ -286,10 +286,17 @@ def test_kernels_say_what_they_do_not_take():
     sparse_attention(q, q, q, implementation="mosaic_gpu", **narrow)
   small = dict(query_block=128, block_size=32, return_mass=True)
   small |= dict(block_indices=jnp.zeros((1, 1, 2, 1), jnp.int32))
-  with pytest.raises(NotImplementedError, match="return_mass of query_block=128 and block_size=32"):
+  with pytest.raises(
+    NotImplementedError, match="return_mass with query_block=128 and block_size=32"
+  ):
     sparse_attention(q, q, q, implementation="mosaic_gpu", **small)
+  lists = dict(block_indices=jnp.zeros((1, 1, 16, 1), jnp.int32), query_block=16)
   hopper = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=hopper)):
     for how in (narrow, small):
       program = jax.jit(lambda q, how=how: sparse_attention(q, q, q, **how)).trace(q)
       assert api.implementations_in(program.jaxpr) == ("xla",)
+    window = lambda w: patterns.Where(lambda i, j: i - j < w)  # of a traced array
+    attend = lambda q, w: sparse_attention(q, q, q, pattern=window(w), **lists)
+    program = jax.jit(attend).trace(q, jax.ShapeDtypeStruct((), jnp.int32))
+    assert api.implementations_in(program.jaxpr) == ("xla",)

@@ -47,6 +47,11 @@ class Launch:
   scale: float
   refs: Refs | None = None
 
+  @property
+  def key_rings(self) -> tuple[Ring, ...]:
+    """Of keys, and of values where they are read."""
+    return tuple(self.rings[x] for x in "kv" if x in self.rings)
+
   def run(
     self, name: str, body: Callable, *, inputs: dict, outputs: dict, scratch: dict
   ) -> list[jax.Array]:

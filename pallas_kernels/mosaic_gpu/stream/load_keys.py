@@ -103,7 +103,7 @@ def produce_keys(
   """
   load = functools.partial(_load_item, launch, tile_names, vector_names)
   num_steps = launch.work.each(load, jnp.int32(0))
-  drain(num_steps, *(launch.rings[x] for x in "kv" if x in launch.rings))
+  drain(num_steps, *launch.key_rings)
   drain(launch.work.count(), launch.rings["q"])
 
 
@@ -137,8 +137,8 @@ def _load_queries(
 
 def _load_step(launch: Launch, item: Item, tiles: Any, i: Scalar, done: Scalar) -> Scalar:
   k = launch.rings["k"].slot(done)
-  for name in (x for x in "kv" if x in launch.rings):
-    slot = dataclasses.replace(k, ring=launch.rings[name])
+  for ring in launch.key_rings:
+    slot = dataclasses.replace(k, ring=ring)
     slot.wait_until_free()
     load = functools.partial(_load_view, launch, item, tiles, i, slot)
     if not launch.frame.own:

@@ -57,7 +57,8 @@ def masses_kernel(
     blocks: as for `dq_kernel`.
 
   Returns:
-    Of blocks past the end of a list, and of queries past the last one: anything.
+    Sums in float32; those of blocks past the end of a list, and of queries past the last one, may
+    be anything.
   """
   B, Dk = q.shape[0], q.shape[-1]
   inputs = dict(q=frame.folded(q), k=frame.keys(k), lse=safe_lse(lse))
@@ -98,11 +99,8 @@ class Masses(Queries):
 
   def skip(self, i: Scalar, carry: Any) -> Any:
     """Lets the tile of step i pass."""
-    k = self.k(i)
-    k.wait_full()
-    k.release()
     self._write(i, gpu.full((TILE,), 0.0))
-    return carry
+    return super().skip(i, carry)
 
   def _step(self, i: Scalar, carry: Any, part: Scalar | str | None) -> Any:
     k = self.k(i)

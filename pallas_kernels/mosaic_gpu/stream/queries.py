@@ -1,4 +1,4 @@
-"""What the consumers of forward, dq and dvalues have in common: 64 queries, a sweep of keys."""
+"""What consumers of forward, dq, dvalues and masses have in common: 64 queries, a sweep of keys."""
 
 import dataclasses
 from collections.abc import Callable
@@ -51,9 +51,10 @@ class Queries:
 
   def skip(self, i: Scalar, carry: Any) -> Any:
     """Lets the tile of step i pass."""
-    for slot in (self.k, self.v):
-      slot(i).wait_full()
-      slot(i).release()
+    for ring in self.launch.key_rings:
+      slot = ring.slot(self.done + i)
+      slot.wait_full()
+      slot.release()
     return carry
 
   @property

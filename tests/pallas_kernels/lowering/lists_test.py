@@ -211,6 +211,14 @@ def test_items_of_any_lengths_are_dealt_once(num, longest):
     np.testing.assert_array_equal(order, alike[alike < num])
 
 
+def test_items_of_almost_as_many_steps_as_int32_has_are_dealt_once():
+  steps = np.sort(np.array([2**29, *[7_000_000] * 200], np.int32))[::-1]
+  assert 2**30 < steps.sum(dtype=np.int64) < 2**31
+  order = np.arange(208).reshape(26, 8).T
+  order, counts = map(np.asarray, jax.jit(lambda steps: lists._levelled(steps, order))(steps))
+  assert sorted(order) == list(range(201)) and counts.sum() == 201 and counts[0] == 1
+
+
 def test_too_many_different_masks_are_none(monkeypatch):
   monkeypatch.setattr(bits, "MOST", 4)
   assert bits.bits_of((patterns.Column(7),), 200, 200, 32) is None
@@ -322,6 +330,13 @@ def test_too_many_parts_are_not_taken():
   one = problem(T=1_000, S=1_000)
   assert indexed.takes(BLOCK // 16, BLOCK, one) and indexed.takes(BLOCK // 8, BLOCK // 2, one)
   assert not indexed.takes(BLOCK // 32, BLOCK, one)  # 32 bits above a number
+  # At a million tokens numbers of the tiles of 8 heads have 16 bits, which leaves 16 for parts.
+  long = lists.Problem(1, 2**13 * BLOCK, 2**13 * BLOCK, tuple(range(8)), 8, True, 132)
+  assert indexed.takes(BLOCK // 8, BLOCK // 2, long)
+  longer = lists.Problem(1, 2**13 * BLOCK, 2**13 * BLOCK, tuple(range(16)), 16, True, 132)
+  assert not indexed.takes(BLOCK // 8, BLOCK // 2, longer) and indexed.takes(
+    BLOCK // 8, BLOCK, longer
+  )
   assert not indexed.takes(BLOCK // 8, BLOCK // 4, one)
   assert not indexed.takes(3 * BLOCK // 4, BLOCK, one) and not indexed.takes(BLOCK, 24, one)
 

@@ -168,11 +168,13 @@ MASSES = {  # query_block, block_size, top
 }
 
 
-def check_mass(lists, T, D=64, segments=0):
-  """Of lists for each key head, beside `reference`; and the gradients that it adds."""
-  dense = patterns.Dense()
-  (q, k, v, dout, dlse), how = call(dense, T=T, H=4, Hkv=2, D=D, segments=segments, lists=lists)
+def check_mass(lists, T, D=64, B=1, segments=0):
+  """Of lists for each key head, or with several rows for all, and the gradients that it adds."""
+  sizes = dict(T=T, B=B, H=4, Hkv=2, D=D)
+  (q, k, v, dout, dlse), how = call(patterns.Dense(), **sizes, segments=segments, lists=lists)
   del how["return_lse"]
+  if B > 1:
+    how["block_indices"] = how["block_indices"][:, :1]
   q, k, v, dout = (x.astype(jnp.bfloat16) for x in (q, k, v, dout))
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -197,7 +199,8 @@ def check_mass(lists, T, D=64, segments=0):
 @pytest.mark.smoke("lists_of_16")
 @pytest.mark.parametrize("name", MASSES)
 def test_the_mass_of_blocks(name):
-  check_mass(MASSES[name], T=200, segments=2 if name == "halves_of_blocks" else 0)
+  several = 1 if name == "lists_of_16" else 2
+  check_mass(MASSES[name], T=200, B=several, segments=2 if name == "halves_of_blocks" else 0)
 
 
 @pytest.mark.gpu
@@ -219,6 +222,16 @@ def test_who_stops_the_masss_gradient_pays_for_none(monkeypatch):
   with mesh():
     program = lowered(attend, q, k, k, q)
   assert program.count("custom_call @mosaic_gpu") == 4  # forward, its mass, dq, and dk with dv
+  # Nobody sweeps again for what a policy keeps.
+  keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+  kept = jax.checkpoint(
+    lambda q, k: sparse_attention(q, k, k, implementation="mosaic_gpu", return_mass=True, **lists),
+    policy=keep,
+  )
+  total = lambda q, k: sum(x.astype(jnp.float32).sum() for x in kept(q, k))
+  with mesh():
+    text = str(jax.make_jaxpr(jax.grad(total))(q, k))
+  assert text.count("name=stream_masses") == text.count("name=stream_forward") == 1
   assert "stablehlo.while" not in program  # `xla` goes over lists in pieces
 
 
