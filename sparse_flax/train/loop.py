@@ -139,6 +139,7 @@ def train(
     if weights is not None:  # from here on nobody needs the other run or export
       stop_if_not_finite(state, saved=first)
       checkpoints.save(state)
+      weights = None  # the state has its own: these would lie on the devices to the end
     writer = None
     if leads:
       board = boards.WandB(wandb, workdir, config=config, say=say) if wandb else None
