@@ -36,7 +36,8 @@ from sparse_flax.model.learned import WHY_NOT_SHARDED
 from sparse_flax.model.rope import Positions
 from sparse_flax.parallel import sharding
 
-_LISTED = "xla"  # has the mass of lists of any form
+# A list is chosen at every step where that reads so many times fewer rows than attending to it.
+_ROWS_AS_CHEAP = 8
 
 
 class Index(nnx.Module):
@@ -333,7 +334,9 @@ class LearnedSelfAttention(heads.Heads):
     lists = jnp.where(blocks[None] <= last[:, None] // b, blocks[None], -1)[None, None]
     teacher = jax.lax.stop_gradient(given)
     how = dict(segment_ids=ids, block_indices=lists, return_mass=True, **self._sizes)
-    mass = sparse_attention(teacher.q, teacher.k, teacher.v, implementation=_LISTED, **how).mass
+    if self.implementation != "mosaic_tpu":  # which has no mass
+      how |= dict(implementation=self.implementation)
+    mass = sparse_attention(teacher.q, teacher.k, teacher.v, **how).mass
     stop = rows * Q // b - (recipe.local - 1)
     scored = ((blocks >= recipe.first)[None] & (blocks[None] < stop[:, None]))[None, None]
     if ids is not None:
@@ -515,7 +518,11 @@ class LearnedSelfAttention(heads.Heads):
     else:
       Q = recipe.query_block
       choose = lambda: self._list_at(given, step, pooled, pooled_value, cache.length)
-      lists = jax.lax.cond(step % Q == 0, choose, lambda: cache.lists_of(layer))
+      if pooled.shape[2] * _ROWS_AS_CHEAP <= top * recipe.block_size:
+        # A branch would make a GPU wait for the host, at every step and layer.
+        lists = jnp.where(step % Q == 0, choose(), cache.lists_of(layer))
+      else:
+        lists = jax.lax.cond(step % Q == 0, choose, lambda: cache.lists_of(layer))
       cache = cache.with_lists(lists, layer)
       fine = cache.attend_listed(given.q, lists, step, layer)
     if given.gates is None:

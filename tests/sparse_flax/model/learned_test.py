@@ -147,14 +147,16 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(name):
 @pytest.mark.smoke(daily=1)
 @pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize(("name", "share"), CASES)
-def test_steps_give_what_the_whole_does(name, share):
-  """From nothing, and from prompts that end inside a list and inside a block."""
+def test_steps_give_what_the_whole_does(name, share, monkeypatch):
+  """From nothing, and from prompts that end inside a list and inside a block; choosing now and then,
+  or, as with few blocks, at every step."""
   T, layer = 5 * SIZE + 3, layer_of(name, share)
   x = normal(0, 2, T, E)
   whole = np.asarray(jax.jit(layer)(x))
-  step = jax.jit(lambda x, t, cache: layer.decode_step(x, t, cache))
   for P in (0, 11):
+    step = jax.jit(lambda x, t, cache: layer.decode_step(x, t, cache))
     if P:
+      monkeypatch.setattr(learned_attention, "_ROWS_AS_CHEAP", 0)
       out, cache = layer.prefill(x[:, :P], T)
       np.testing.assert_allclose(out, whole[:, :P], rtol=1e-4, atol=1e-5)
       cache = jax.tree.map(lambda y: y[None], cache)
