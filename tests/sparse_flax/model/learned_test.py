@@ -148,8 +148,7 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(name):
 @pytest.mark.one_day_in_three(2)
 @pytest.mark.parametrize(("name", "share"), CASES)
 def test_steps_give_what_the_whole_does(name, share, monkeypatch):
-  """From nothing, and from prompts that end inside a list and inside a block; choosing now and then,
-  or, as with few blocks, at every step."""
+  """From nothing; from prompts that end inside a list and a block, choosing at every step."""
   T, layer = 5 * SIZE + 3, layer_of(name, share)
   x = normal(0, 2, T, E)
   whole = np.asarray(jax.jit(layer)(x))
