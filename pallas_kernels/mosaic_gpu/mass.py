@@ -60,8 +60,7 @@ def _of_lists(
   of: indexed.Entries,
   sums: Float[Array, "B H nq width size"],
 ) -> Float[Array, "B T H top"]:
-  """What was summed by the entries of tiles, by those of lists: [B, H, nq, entries of lists, lists,
-  queries of a list] in between."""
+  """What was summed by the entries of tiles, by those of lists."""
   wanted = indexed.blocks_of_lists(run_lists.listed_by(plan, arrays, problem.heads), problem)
   parts, flat = wanted.shape[3], wanted.reshape(*wanted.shape[:3], -1)
   entries = jnp.where(of.kinds == indexed.NONE, -1, of.blocks)
@@ -69,6 +68,7 @@ def _of_lists(
   same = entries[..., None, :] == flat[..., :, None]
   there, place = same.any(axis=-1) & (flat < problem.nk), same.argmax(axis=-1)
   B, H, nq, width, size = sums.shape
+  # [.., entries of the tile, lists of it, queries of a list], and then entries of the lists.
   by_list = sums.reshape(B, H, nq, width, parts, size // parts)
   shape = (*place.shape[:2], nq, parts, -1)
   place, there = (jnp.swapaxes(x.reshape(shape), 3, 4)[..., None] for x in (place, there))

@@ -20,9 +20,9 @@ from experiments.benchmark.gpu.steps import child
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 LIBRARIES = ("configs", "pallas_kernels", "sparse_flax")  # what is measured of a checkout
 # Of JAX in a process that has the device to itself, but for what its parent holds.
-ALONE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+MEMORY_ALONE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
 # Where others compile or wait beside it, none may take what they need.
-BESIDE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+MEMORY_BESIDE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 SIDE_BY_SIDE = 8  # processes at once, each of which may hold a model's state
 
 
@@ -57,7 +57,7 @@ def told_by(
   program: Program,
   *,
   seconds: float,
-  memory: dict[str, str] = ALONE,
+  memory: dict[str, str] = MEMORY_ALONE,
   on_start: Callable[[subprocess.Popen], None] = lambda process: None,
 ) -> dict[str, Any]:
   """What a program tells, with an `error` where it did not come to its end.
@@ -128,7 +128,7 @@ def told_in_turns(
     def figures_of(program: Program) -> dict[str, Any]:
       program = program._replace(job=program.job | dict(turn=turn))
       on_start = started.processes.append
-      return told_by(program, seconds=seconds, memory=BESIDE, on_start=on_start)
+      return told_by(program, seconds=seconds, memory=MEMORY_BESIDE, on_start=on_start)
 
     waiting = {pool.submit(figures_of, program): key for key, program in programs.items()}
     try:

@@ -134,10 +134,6 @@ class Dq(Queries):
     self.own.release()
     return self.done + self.tiles.num
 
-  def vector(self, name: str) -> jax.Array:
-    """A value per query."""
-    return gpu.load(self.own[name], layout=gpu.ROW, optimized=False)
-
   def _make_minus_delta(self) -> jax.Array:
     """Computes and writes -delta."""
     dout, out = (
@@ -159,7 +155,7 @@ class Dq(Queries):
   def in_turn(self) -> jax.Array:
     """Each step: logits and dP, dS, its product."""
     # dP starts as -delta: no subtraction afterwards.
-    self.start_of_dp = self._columns(self.minus_delta)
+    self.start_of_dp = self.columns(self.minus_delta)
     return self.run_steps(self._step_in_turn, gpu.zeros((TILE, self.q_s.shape[-1])), first=0)
 
   def _step_in_turn(self, i: Scalar, dq: jax.Array, part: Scalar | str | None) -> jax.Array:
@@ -213,7 +209,7 @@ class Dq(Queries):
     """dS of step i; the keys and values of the next one are there."""
     p, dp = self._weights(i, part, logits, dp, start_product)
     # Fresh accumulators cost nothing here, those that start as -delta as much as this.
-    ds = p * (dp + self._columns(self.minus_delta))
+    ds = p * (dp + self.columns(self.minus_delta))
     # All of it is made before the next wait, and the product under way is waited for after it: else
     # its wait comes as early as it can.
     ds = lax.optimization_barrier(ds)
@@ -245,7 +241,7 @@ class Dq(Queries):
     # The mask is made while the products run; dP is waited for after P's exponentials.
     mask = self.tiles.mask(i, k, part)
     x, derivative = self.tiles.logits(i, logits.get(under_way=1 + under_way), part)
-    p = weights(x * self.scale_base_2 - self._columns(self.lse), mask)
+    p = weights(x * self.scale_base_2 - self.columns(self.lse), mask)
     if derivative is not None:
       p = p * where_attending(derivative, mask)
     dp = dp.get(under_way=under_way)
@@ -255,7 +251,3 @@ class Dq(Queries):
   def _wait_full(self, i: Scalar) -> None:
     for slot in self.k_and_v(i):
       slot.wait_full()
-
-  def _columns(self, row: jax.Array) -> jax.Array:
-    """A value per query, over all keys of a step."""
-    return gpu.over_columns(row, self.blocks.step)

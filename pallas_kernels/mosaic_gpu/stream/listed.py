@@ -1,6 +1,6 @@
 """What the streaming kernels sweep where a pattern is no formula of tiles: lists of blocks.
 
-`pallas_kernels.lists` makes the lists. A kernel's tile is a block, or a part of one.
+`lowering/lists.py` makes the lists. A kernel's tile is a block, or a part of one.
 """
 
 import functools
@@ -32,7 +32,7 @@ from pallas_kernels.mosaic_gpu.stream.work import Work
 from pallas_kernels.patterns import Pattern
 from pallas_kernels.scores import Scores
 
-# What a kernel reads (`pallas_kernels.lists.Lists`):
+# What a kernel reads (`lowering.lists.Lists`):
 #
 #   cores     [first item, number of items]            of each team of warpgroups
 #      |

@@ -91,7 +91,7 @@ class Masses(Queries):
     """Writes them; the steps taken so far."""
     self.tiles.prepare(self.refs, self.base)
     self.own.wait_full()
-    self.lse = gpu.load(self.own["lse"], layout=gpu.ROW, optimized=False)
+    self.lse = self.vector("lse")
     self.run_steps(self._step, jnp.int32(0), first=0)
     gpu.commit_reads()  # of lse
     self.own.release()
@@ -109,8 +109,7 @@ class Masses(Queries):
       logits.add(self.q_s, k["k"].transpose((1, 0)))
       mask = self.tiles.mask(i, k, part)
       x, _ = self.tiles.logits(i, logits.get(), part)
-      lse = gpu.over_columns(self.lse, self.blocks.step)
-      return weights(x * self.scale_base_2 - lse, mask).sum(axis=1)
+      return weights(x * self.scale_base_2 - self.columns(self.lse), mask).sum(axis=1)
 
     k.wait_full()
     total = gpu.sums(body, (TILE, self.blocks.step))

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from pallas_kernels.mosaic_gpu import gpu
 from pallas_kernels.mosaic_gpu.gpu import TILE
 from pallas_kernels.mosaic_gpu.ring import Slot
@@ -41,6 +43,14 @@ class Queries:
     """Both, their slot computed once."""
     k = self.k(i)
     return k, dataclasses.replace(k, ring=self.launch.rings["v"])
+
+  def vector(self, name: str) -> jax.Array:
+    """A value per query."""
+    return gpu.load(self.own[name], layout=gpu.ROW, optimized=False)
+
+  def columns(self, row: jax.Array) -> jax.Array:
+    """A value per query, over all keys of a step."""
+    return gpu.over_columns(row, self.blocks.step)
 
   def run_steps(self, step: Callable, carry: Any, first: int) -> Any:
     """carry = step(i, carry, part) for the steps of the sweep from `first` on."""

@@ -111,7 +111,7 @@ class Dvalues(Dq):
       dp.add(self.dout_s, v["v"].transpose((1, 0)))
       mask = self.tiles.mask(i, k, part)
       x, *derivatives = self.tiles.value_derivatives(i, logits.get(under_way=1), part)
-      p = weights(x * self.scale_base_2 - self._columns(self.lse), mask)
+      p = weights(x * self.scale_base_2 - self.columns(self.lse), mask)
       ds = p * dp.get()
       return tuple(
         total + (ds * where_attending(derivative, mask)).sum(axis=1)
@@ -121,7 +121,7 @@ class Dvalues(Dq):
     k.wait_full()
     v.wait_full()
     # dP starts as -delta: no subtraction afterwards.
-    start_of_dp = self._columns(self.minus_delta)
+    start_of_dp = self.columns(self.minus_delta)
     totals = gpu.sums(body, (TILE, self.blocks.step), start_of_dp, scratch=self.p_s)
     for slot in (k, v):
       slot.release()

@@ -56,7 +56,7 @@ def test_who_measures_waits_for_those_that_compile(tmp_path, monkeypatch):
 
 def test_programs_share_a_turn_and_are_told_by_their_keys(monkeypatch):
   def told_by(program, *, seconds, memory, on_start):
-    assert memory == processes.BESIDE and seconds == 5.0
+    assert memory == processes.MEMORY_BESIDE and seconds == 5.0
     return dict(name=program.name, **program.job)
 
   monkeypatch.setattr(processes, "told_by", told_by)
